@@ -1,1 +1,14 @@
 //! Key-value stores in host memory.
+//!
+//! A [`KvStore`] holds the keys and values of one sequence. Its address space is reserved once for the whole capacity and memory
+//! is committed as the sequence grows, so a row never moves, no append copies the past, and views stay valid.
+
+mod convert;
+mod region;
+mod rows;
+mod snapshot;
+mod store;
+#[cfg(test)]
+mod tests;
+
+pub use store::{KvStore, Reader};

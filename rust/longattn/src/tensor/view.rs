@@ -94,6 +94,11 @@ impl<'a> TensorView<'a> {
         self.strides
     }
 
+    /// Address of the first element.
+    pub fn as_ptr(&self) -> *const u8 {
+        self.ptr
+    }
+
     /// Elements between two rows of one head.
     #[inline]
     pub(crate) fn row_stride(&self) -> isize {
