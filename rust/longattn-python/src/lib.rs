@@ -1,6 +1,26 @@
 //! Python bindings of longattn: arrays in, arrays out; no arithmetic of their own.
 
+mod arrays;
+mod dense;
+mod errors;
+mod running;
+mod system;
+
 use pyo3::prelude::*;
 
 #[pymodule(gil_used = false)]
-mod _core {}
+mod _core {
+    #[pymodule_export]
+    use super::dense::{attention, attention_varlen, merge};
+    #[pymodule_export]
+    use super::system::{
+        available_isas, cpu_features, fma_peak, isa, num_threads, read_bandwidth, set_isa, set_num_threads,
+    };
+
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        longattn::simd::check_environment().map_err(super::errors::to_py)
+    }
+}

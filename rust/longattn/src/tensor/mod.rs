@@ -7,6 +7,7 @@ mod dtype;
 mod error;
 mod view;
 
+pub(crate) use dtype::with_element;
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use view::{TensorView, TensorViewMut};

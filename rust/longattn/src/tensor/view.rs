@@ -99,6 +99,26 @@ impl<'a> TensorView<'a> {
         self.ptr
     }
 
+    /// The rows `rows` of every head.
+    pub fn rows(&self, rows: std::ops::Range<usize>) -> TensorView<'a> {
+        assert!(rows.start <= rows.end && rows.end <= self.shape[2], "rows {rows:?} of {}", self.shape[2]);
+        let size = self.dtype.size() as isize;
+        let ptr = self.ptr.wrapping_offset(rows.start as isize * self.strides[2] * size);
+        TensorView { ptr, shape: [self.shape[0], self.shape[1], rows.len(), self.shape[3]], ..*self }
+    }
+
+    /// `[b, h, l, d]` seen as `[b, l, h, d]`: packed tokens become a batch of heads, and back.
+    pub fn swap_heads_and_length(self) -> Self {
+        let ([b, h, l, d], [sb, sh, sl, sd]) = (self.shape, self.strides);
+        Self { shape: [b, l, h, d], strides: [sb, sl, sh, sd], ..self }
+    }
+
+    /// `[1, b, h, l]` seen as `[b, h, l, 1]`.
+    pub fn with_unit_axis(self) -> Self {
+        let ([_, b, h, l], [_, sb, sh, sl]) = (self.shape, self.strides);
+        Self { shape: [b, h, l, 1], strides: [sb, sh, sl, 1], ..self }
+    }
+
     /// Elements between two rows of one head.
     #[inline]
     pub(crate) fn row_stride(&self) -> isize {
@@ -174,6 +194,21 @@ impl<'a> TensorViewMut<'a> {
     /// `[batch, heads, length, dim]`.
     pub fn shape(&self) -> [usize; 4] {
         self.shape
+    }
+
+    /// `[b, h, l, d]` seen as `[b, l, h, d]`: packed tokens become a batch of heads, and back.
+    pub fn into_swapped_heads_and_length(self) -> Self {
+        let ([b, h, l, d], [sb, sh, sl, sd]) = (self.shape, self.strides);
+        Self { shape: [b, l, h, d], strides: [sb, sl, sh, sd], ..self }
+    }
+
+    /// The rows `rows` of every head, for the time of this borrow.
+    pub(crate) fn rows(&self, rows: std::ops::Range<usize>) -> TensorViewMut<'_> {
+        assert!(rows.start <= rows.end && rows.end <= self.shape[2], "rows {rows:?} of {}", self.shape[2]);
+        let size = self.dtype.size() as isize;
+        let ptr = self.ptr.wrapping_offset(rows.start as isize * self.strides[2] * size);
+        let shape = [self.shape[0], self.shape[1], rows.len(), self.shape[3]];
+        TensorViewMut { ptr, shape, dtype: self.dtype, strides: self.strides, memory: PhantomData }
     }
 
     /// Pointer to one row of `shape[3]` elements. Two workers may hold pointers to different rows at once.

@@ -1,0 +1,48 @@
+//! The machine: instruction sets, threads, and its limits.
+
+use crate::errors::to_py;
+use longattn::{limits, parallel, simd};
+use pyo3::prelude::*;
+use std::collections::BTreeMap;
+
+#[pyfunction]
+pub(crate) fn isa() -> &'static str {
+    simd::current().name()
+}
+
+#[pyfunction]
+pub(crate) fn available_isas() -> Vec<&'static str> {
+    simd::Isa::available().into_iter().map(simd::Isa::name).collect()
+}
+
+#[pyfunction]
+pub(crate) fn set_isa(name: &str) -> PyResult<()> {
+    simd::Isa::from_name(name).and_then(simd::set_current).map_err(to_py)
+}
+
+#[pyfunction]
+pub(crate) fn cpu_features() -> BTreeMap<&'static str, bool> {
+    simd::cpu_features().into_iter().collect()
+}
+
+#[pyfunction]
+pub(crate) fn num_threads() -> usize {
+    parallel::num_threads()
+}
+
+#[pyfunction]
+pub(crate) fn set_num_threads(n: usize) -> PyResult<()> {
+    parallel::set_num_threads(n).map_err(to_py)
+}
+
+/// GB/s (1e9) of reading `bytes` once, each thread its own part.
+#[pyfunction]
+pub(crate) fn read_bandwidth(py: Python<'_>, bytes: usize, threads: usize) -> PyResult<f64> {
+    py.detach(|| limits::read_bandwidth(bytes, threads)).map_err(to_py)
+}
+
+/// GFLOP/s of f32 multiply-adds in registers.
+#[pyfunction]
+pub(crate) fn fma_peak(py: Python<'_>, threads: usize) -> PyResult<f64> {
+    py.detach(|| limits::fma_peak(threads)).map_err(to_py)
+}

@@ -1,0 +1,563 @@
+//! Exact attention: blocked online softmax over any number of keys, memory linear in the inputs.
+//!
+//! ```text
+//! rows of one KV head's query group, all positions         -> row blocks
+//! row blocks x ranges of keys (fixed sizes)                 -> items, run by the pool
+//! few rows: stream.rs          many rows: tile.rs           -> partial (max, sum, output) of each item
+//! partials of one row block merged in order                 -> output and lse
+//! ```
+//! How the work is cut depends on shapes only, so results do not depend on the number of threads.
+
+mod merge;
+pub(crate) mod rows;
+pub(crate) mod scores;
+pub(crate) mod scratch;
+pub(crate) mod stream;
+pub(crate) mod tile;
+
+pub use merge::merge;
+
+use crate::parallel::{Execution, for_each};
+use crate::simd::{self, Isa, Kernel, Simd, dispatch};
+use crate::tensor::{DType, Element, Error, Result, TensorView, TensorViewMut, with_element};
+use rows::{Strided, widen_row};
+use scores::{RowId, Running, exp_difference};
+use scratch::{Scratch, with_scratch};
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::Mutex;
+use stream::{MAX_QUERY_ROWS, RowState, scale_row};
+use tile::{QUERY_ROWS, TileState};
+
+/// An array `[batch, query heads, queries, keys]` of which any axis may repeat (stride 0).
+#[derive(Clone, Copy, Debug)]
+pub struct Broadcast<'a, T> {
+    ptr: *const T,
+    shape: [usize; 4],
+    strides: [isize; 4],
+    memory: PhantomData<&'a [T]>,
+}
+
+// SAFETY: a shared borrow of plain numbers, as `&[T]`.
+unsafe impl<T: Sync> Send for Broadcast<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Broadcast<'_, T> {}
+
+impl<'a, T> Broadcast<'a, T> {
+    /// A contiguous array; axes of length 1 repeat.
+    pub fn new(data: &'a [T], shape: [usize; 4]) -> Result<Self> {
+        if shape.iter().product::<usize>() != data.len() {
+            return Err(Error::value("shape", format!("{shape:?} over {} elements", data.len()), "the slice's length"));
+        }
+        let [_, h, l, d] = shape.map(|n| n as isize);
+        let mut strides = [h * l * d, l * d, d, 1];
+        for (stride, &n) in strides.iter_mut().zip(&shape) {
+            if n == 1 {
+                *stride = 0;
+            }
+        }
+        Ok(Self { ptr: data.as_ptr(), shape, strides, memory: PhantomData })
+    }
+
+    /// An array of somebody else's memory; strides in elements, 0 where an axis repeats.
+    ///
+    /// # Safety
+    /// Every element that the shape and strides reach from `ptr` is readable for `'a`, aligned, and not written meanwhile.
+    pub unsafe fn from_raw(ptr: *const T, shape: [usize; 4], strides: [isize; 4]) -> Self {
+        Self { ptr, shape, strides, memory: PhantomData }
+    }
+
+    fn fits(&self, shape: [usize; 4]) -> bool {
+        self.shape.iter().zip(&self.strides).zip(&shape).all(|((&n, &s), &m)| n == m || (n == 1 && s == 0))
+    }
+
+    /// Pointer to an element and the stride along the keys.
+    #[inline(always)]
+    fn row(&self, batch: usize, head: usize, row: usize, key: usize) -> (*const T, isize) {
+        let s = &self.strides;
+        let offset = batch as isize * s[0] + head as isize * s[1] + row as isize * s[2] + key as isize * s[3];
+        (self.ptr.wrapping_offset(offset), s[3])
+    }
+}
+
+/// What changes the scores. Logits are `scale * q . k`, then softcap, then ALiBi and bias, then masks.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options<'a> {
+    /// Factor of the dot products; `None` is `head_dim^-0.5`.
+    pub scale: Option<f32>,
+    /// Query row i, at position `keys - queries + i`, sees keys up to its own position.
+    pub causal: bool,
+    /// Keys that a row sees before its position; `None` is all.
+    pub window_left: Option<usize>,
+    /// Keys that a row sees after its position; `None` is all.
+    pub window_right: Option<usize>,
+    /// `c * tanh(s / c)` when above 0.
+    pub softcap: f32,
+    /// Added to the logits.
+    pub bias: Option<Broadcast<'a, f32>>,
+    /// Non-zero where a row sees a key.
+    pub mask: Option<Broadcast<'a, u8>>,
+    /// `-slope * |position - key|`, `[batch, query heads]`.
+    pub alibi_slopes: Option<&'a [f32]>,
+    /// A logit of each query head that takes part in the denominator only.
+    pub sinks: Option<&'a [f32]>,
+}
+
+impl Options<'_> {
+    /// Whether raw scaled dot products are the logits.
+    #[inline(always)]
+    pub(crate) fn is_plain(&self) -> bool {
+        self.softcap == 0.0 && self.bias.is_none() && self.mask.is_none() && self.alibi_slopes.is_none()
+    }
+}
+
+/// Checked inputs of one attention call.
+#[derive(Clone, Copy)]
+pub(crate) struct Problem<'a> {
+    pub(crate) q: TensorView<'a>,
+    pub(crate) k: TensorView<'a>,
+    pub(crate) v: TensorView<'a>,
+    pub(crate) options: Options<'a>,
+    pub(crate) scale: f32,
+    pub(crate) batch: usize,
+    pub(crate) query_heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) group: usize,
+    pub(crate) queries: usize,
+    pub(crate) keys: usize,
+    pub(crate) dim: usize,
+    pub(crate) value_dim: usize,
+}
+
+impl<'a> Problem<'a> {
+    pub(crate) fn new(q: TensorView<'a>, k: TensorView<'a>, v: TensorView<'a>, options: Options<'a>) -> Result<Self> {
+        let ([batch, query_heads, queries, dim], [bk, kv_heads, keys, dk], [bv, hv, kv, value_dim]) =
+            (q.shape(), k.shape(), v.shape());
+        if dim == 0 {
+            return Err(Error::value("q", format!("shape {:?}", q.shape()), "a head_dim of at least 1"));
+        }
+        if bk != batch || dk != dim {
+            let expected = format!("batch {batch} and head_dim {dim} as in q");
+            return Err(Error::value("k", format!("shape {:?}", k.shape()), expected));
+        }
+        if bv != bk || hv != kv_heads || kv != keys {
+            let expected = format!("batch, heads and length of k, {:?}", &k.shape()[..3]);
+            return Err(Error::value("v", format!("shape {:?}", v.shape()), expected));
+        }
+        if k.dtype() != v.dtype() {
+            return Err(Error::dtype("v", v.dtype(), format!("the dtype of k, {}", k.dtype())));
+        }
+        if query_heads > 0 && (kv_heads == 0 || query_heads % kv_heads != 0) {
+            let expected = format!("a multiple of the {kv_heads} heads of k");
+            return Err(Error::value("q", format!("{query_heads} heads"), expected));
+        }
+        if keys > u32::MAX as usize {
+            return Err(Error::value("k", format!("{keys} keys"), "fewer than 2^32"));
+        }
+        let scale = options.scale.unwrap_or_else(|| (dim as f32).powf(-0.5));
+        if !scale.is_finite() {
+            return Err(Error::value("scale", scale, "a finite number"));
+        }
+        if !(options.softcap >= 0.0 && options.softcap.is_finite()) {
+            return Err(Error::value("softcap", options.softcap, "0 (off) or a positive number"));
+        }
+        let scores = [batch, query_heads, queries, keys];
+        if let Some(bias) = &options.bias
+            && !bias.fits(scores)
+        {
+            return Err(Error::value("bias", format!("shape {:?}", bias.shape), format!("{scores:?}, axes may be 1")));
+        }
+        if let Some(mask) = &options.mask
+            && !mask.fits(scores)
+        {
+            return Err(Error::value("mask", format!("shape {:?}", mask.shape), format!("{scores:?}, axes may be 1")));
+        }
+        if options.alibi_slopes.is_some_and(|s| s.len() != batch * query_heads) {
+            let got = options.alibi_slopes.map_or(0, <[f32]>::len);
+            return Err(Error::value("alibi_slopes", format!("{got} numbers"), format!("[{batch}, {query_heads}]")));
+        }
+        if options.sinks.is_some_and(|s| s.len() != query_heads) {
+            let got = options.sinks.map_or(0, <[f32]>::len);
+            return Err(Error::value("sinks", format!("{got} numbers"), format!("one per query head, {query_heads}")));
+        }
+        let group = query_heads.checked_div(kv_heads).unwrap_or(0);
+        Ok(Self { q, k, v, options, scale, batch, query_heads, kv_heads, group, queries, keys, dim, value_dim })
+    }
+
+    /// Position of a query row among the keys; negative when there are more queries than keys.
+    #[inline(always)]
+    pub(crate) fn position(&self, row: usize) -> isize {
+        self.keys as isize - self.queries as isize + row as isize
+    }
+
+    /// Keys that causality and window leave a row.
+    #[inline(always)]
+    pub(crate) fn visible(&self, row: usize) -> Range<usize> {
+        let (position, keys) = (self.position(row), self.keys as isize);
+        let clamp = |x: isize| x.clamp(0, keys) as usize;
+        let mut end = keys;
+        if self.options.causal {
+            end = end.min(position + 1);
+        }
+        if let Some(right) = self.options.window_right {
+            end = end.min(position.saturating_add_unsigned(right).saturating_add(1));
+        }
+        let start = self.options.window_left.map_or(0, |left| position.saturating_sub_unsigned(left));
+        let (start, end) = (clamp(start), clamp(end));
+        start..end.max(start)
+    }
+
+    /// Whether some key may be hidden from a row.
+    fn hides(&self, row: usize) -> bool {
+        self.options.mask.is_some() || self.options.bias.is_some() || self.visible(row) != (0..self.keys)
+    }
+
+    fn id(&self, batch: usize, kv_head: usize, r: usize) -> RowId {
+        RowId { batch, head: kv_head * self.group + r % self.group, row: r / self.group }
+    }
+}
+
+/// Rows `rows` of one KV head, row r being query `r / group` of head `r % group`.
+#[derive(Clone, Debug)]
+struct RowBlock {
+    job: usize,
+    batch: usize,
+    kv_head: usize,
+    rows: Range<usize>,
+    keys: Range<usize>,
+}
+
+/// One attention problem and where its results go; `lse` has shape `[batch, query heads, queries, 1]`.
+pub(crate) struct Job<'a, 'o> {
+    pub(crate) problem: Problem<'a>,
+    pub(crate) out: &'o TensorViewMut<'o>,
+    pub(crate) lse: &'o TensorViewMut<'o>,
+}
+
+/// What an item leaves for the merge: running softmax and unnormalised outputs of its rows.
+struct Partial {
+    running: Vec<Running>,
+    outputs: Vec<f32>,
+}
+
+fn row_blocks(job: usize, problem: &Problem, blocks: &mut Vec<RowBlock>) {
+    let rows = problem.queries * problem.group;
+    let step = if rows <= MAX_QUERY_ROWS { MAX_QUERY_ROWS } else { QUERY_ROWS };
+    for batch in 0..problem.batch {
+        for kv_head in 0..problem.kv_heads {
+            for first in (0..rows).step_by(step) {
+                let last = (first + step).min(rows);
+                let (start, end) = (problem.visible(first / problem.group), problem.visible((last - 1) / problem.group));
+                let keys = start.start..end.end.max(start.start);
+                blocks.push(RowBlock { job, batch, kv_head, rows: first..last, keys });
+            }
+        }
+    }
+}
+
+/// Keys per item: whole ranges when there are row blocks enough to share out, else fixed pieces.
+fn split_length(blocks: usize, longest: usize) -> usize {
+    const ENOUGH: usize = 32;
+    const SHORTEST: usize = 1024;
+    if blocks >= ENOUGH {
+        return longest.max(1);
+    }
+    (longest * blocks / (2 * ENOUGH)).max(SHORTEST).next_multiple_of(tile::KEYS)
+}
+
+struct Item<'a, 's> {
+    problem: &'a Problem<'a>,
+    block: &'a RowBlock,
+    keys: Range<usize>,
+    scratch: &'s mut Scratch,
+    finish: Option<&'a Job<'a, 'a>>,
+}
+
+impl Kernel for Item<'_, '_> {
+    type Output = Option<Partial>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Option<Partial> {
+        let Self { problem, block, keys, scratch, finish } = self;
+        let n = block.rows.len();
+        let few = n <= MAX_QUERY_ROWS;
+        let padded_rows = if few { n } else { n.next_multiple_of(S::ROWS) };
+        let dp = problem.dim.next_multiple_of(S::LANES);
+        let vp = problem.value_dim.next_multiple_of(if few { S::LANES } else { tile::panel::<S>() });
+        let queries = scratch.queries.take(padded_rows * dp);
+        let mut ids = [RowId { batch: 0, head: 0, row: 0 }; QUERY_ROWS];
+        for (r, id) in ids.iter_mut().enumerate().take(n) {
+            *id = problem.id(block.batch, block.kv_head, block.rows.start + r);
+            load_query(s, problem, *id, &mut queries[r * dp..(r + 1) * dp]);
+        }
+        queries[n * dp..padded_rows * dp].fill(0.0);
+        let outputs = scratch.outputs.take(padded_rows * vp);
+        outputs[..padded_rows * vp].fill(0.0);
+        let mut running = [Running::EMPTY; QUERY_ROWS];
+        let (ids, running) = (&ids[..n], &mut running[..n]);
+
+        with_element!(problem.k.dtype(), T => {
+            let k = Strided { base: problem.k.head::<T>(block.batch, block.kv_head), stride: problem.k.row_stride() };
+            let v = Strided { base: problem.v.head::<T>(block.batch, block.kv_head), stride: problem.v.row_stride() };
+            // SAFETY: `keys` lies inside the views' length; the buffers are padded as RowState and TileState say.
+            unsafe {
+                if few {
+                    let mut state =
+                        RowState { queries, padded_dim: dp, outputs, padded_value_dim: vp, running };
+                    let scores = scratch.scores.take(n * stream::KEYS);
+                    stream::attend::<S, T, _, _>(s, problem, ids, k, v, keys, &mut state, scores, false);
+                } else {
+                    let mut state =
+                        TileState { queries, padded_dim: dp, outputs, padded_value_dim: vp, running };
+                    let Scratch { keys: kb, values: vb, scores: sb, extra, .. } = scratch;
+                    tile::attend::<S, T>(s, problem, ids, k, v, keys, &mut state, kb, vb, sb, extra);
+                }
+            }
+        });
+        let Some(job) = finish else {
+            return Some(Partial { running: running.to_vec(), outputs: outputs[..n * vp].to_vec() });
+        };
+        for (r, &id) in ids.iter().enumerate() {
+            finish_row(s, job, id, running[r], &mut outputs[r * vp..(r + 1) * vp]);
+        }
+        None
+    }
+}
+
+/// Widens and scales one query row; `to` is padded with zeros.
+#[inline(always)]
+fn load_query<S: Simd>(s: S, problem: &Problem, id: RowId, to: &mut [f32]) {
+    with_element!(problem.q.dtype(), Q => {
+        let row = problem.q.row::<Q>(id.batch, id.head, id.row);
+        // SAFETY: the row has `dim` elements, `to` its padded length.
+        unsafe { widen_row(s, row.as_ptr(), row.len(), to.as_mut_ptr(), to.len()) };
+    });
+    scale_row(s, to, problem.scale);
+}
+
+/// Normalises a row, adds the sink logit to its denominator, and writes output and lse.
+#[inline(always)]
+fn finish_row<S: Simd>(s: S, job: &Job, id: RowId, running: Running, outputs: &mut [f32]) {
+    let problem = &job.problem;
+    let mut total = running;
+    if let Some(sinks) = problem.options.sinks {
+        let sink = sinks[id.head];
+        let max = running.max.max(sink);
+        if max > f32::NEG_INFINITY {
+            total = Running { max, sum: running.sum * exp_difference(running.max, max) + exp_difference(sink, max) };
+        }
+    }
+    let scale = exp_difference(running.max, total.max) / total.sum;
+    scale_row(s, outputs, if running.sum == 0.0 { 0.0 } else { scale });
+    let row = &outputs[..problem.value_dim];
+    if row.iter().all(|x| x.is_finite()) || !problem.hides(id.row) {
+        write_row(job, id, row, total.lse());
+    } else {
+        careful_row(job, id);
+    }
+}
+
+fn write_row(job: &Job, id: RowId, row: &[f32], lse: f32) {
+    with_element!(job.out.dtype(), O => {
+        let out = job.out.row_ptr::<O>(id.batch, id.head, id.row);
+        for (d, &x) in row.iter().enumerate() {
+            // SAFETY: the output row has value_dim elements, and no other worker holds this row.
+            unsafe { out.add(d).write(O::from_f32(x)) };
+        }
+    });
+    // SAFETY: lse has one element per query row.
+    unsafe { job.lse.row_ptr::<f32>(id.batch, id.head, id.row).write(lse) };
+}
+
+/// Computes one row anew without ever touching a value of weight 0: the row came out non-finite, and keys are hidden from it whose
+/// values may be the reason.
+#[inline(never)]
+fn careful_row(job: &Job, id: RowId) {
+    struct Careful<'a>(&'a Job<'a, 'a>, RowId);
+    impl Kernel for Careful<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let Self(job, id) = self;
+            let problem = &job.problem;
+            let mut queries = vec![0f32; problem.dim.next_multiple_of(S::LANES)];
+            let mut outputs = vec![0f32; problem.value_dim.next_multiple_of(S::LANES)];
+            let mut scores = vec![0f32; stream::KEYS];
+            let mut running = [Running::EMPTY];
+            load_query(s, problem, id, &mut queries);
+            let mut state = RowState {
+                padded_dim: queries.len(),
+                queries: &queries,
+                padded_value_dim: outputs.len(),
+                outputs: &mut outputs,
+                running: &mut running,
+            };
+            let head = id.head / problem.group;
+            with_element!(problem.k.dtype(), T => {
+                let k = Strided { base: problem.k.head::<T>(id.batch, head), stride: problem.k.row_stride() };
+                let v = Strided { base: problem.v.head::<T>(id.batch, head), stride: problem.v.row_stride() };
+                let keys = problem.visible(id.row);
+                // SAFETY: visible keys lie inside the views; the buffers are padded as RowState says.
+                unsafe { stream::attend::<S, T, _, _>(s, problem, &[id], k, v, keys, &mut state, &mut scores, true) };
+            });
+            let mut total = running[0];
+            if let Some(sinks) = problem.options.sinks {
+                let max = total.max.max(sinks[id.head]);
+                if max > f32::NEG_INFINITY {
+                    let sum = total.sum * exp_difference(total.max, max) + exp_difference(sinks[id.head], max);
+                    total = Running { max, sum };
+                }
+            }
+            let scale = exp_difference(running[0].max, total.max) / total.sum;
+            scale_row(s, &mut outputs, if running[0].sum == 0.0 { 0.0 } else { scale });
+            write_row(job, id, &outputs[..problem.value_dim], total.lse());
+        }
+    }
+    dispatch(simd::current(), Careful(job, id));
+}
+
+struct MergeParts<'a> {
+    job: &'a Job<'a, 'a>,
+    block: &'a RowBlock,
+    parts: Vec<Partial>,
+}
+
+impl Kernel for MergeParts<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { job, block, mut parts } = self;
+        let n = block.rows.len();
+        let width = parts.first().map_or(0, |p| p.outputs.len() / n);
+        let (first, rest) = parts.split_first_mut().expect("a split block has parts");
+        for r in 0..n {
+            let row = &mut first.outputs[r * width..(r + 1) * width];
+            let mut running = first.running[r];
+            for part in rest.iter() {
+                let other = part.running[r];
+                let max = running.max.max(other.max);
+                let (a, b) = (exp_difference(running.max, max), exp_difference(other.max, max));
+                running = Running { max, sum: running.sum * a + other.sum * b };
+                scale_row(s, row, a);
+                let from = &part.outputs[r * width..(r + 1) * width];
+                for (to, from) in row.chunks_exact_mut(S::LANES).zip(from.chunks_exact(S::LANES)) {
+                    // SAFETY: both chunks have LANES floats.
+                    unsafe { s.store(to.as_mut_ptr(), s.fma(s.splat(b), s.load(from.as_ptr()), s.load(to.as_ptr()))) };
+                }
+            }
+            finish_row(s, job, job.problem.id(block.batch, block.kv_head, block.rows.start + r), running, row);
+        }
+    }
+}
+
+/// Runs several problems as one pool of work.
+pub(crate) fn run(isa: Isa, jobs: &[Job], execution: &Execution) -> Result<()> {
+    let mut blocks = Vec::new();
+    for (j, job) in jobs.iter().enumerate() {
+        row_blocks(j, &job.problem, &mut blocks);
+    }
+    let longest = blocks.iter().map(|b| b.keys.len()).max().unwrap_or(0);
+    let length = split_length(blocks.len(), longest);
+    // (block, piece), the long ones first
+    let mut items: Vec<(usize, usize)> = Vec::new();
+    for (b, block) in blocks.iter().enumerate() {
+        items.extend((0..block.keys.len().div_ceil(length).max(1)).map(|piece| (b, piece)));
+    }
+    items.sort_by_key(|&(b, piece)| {
+        let left = blocks[b].keys.len() - (piece * length).min(blocks[b].keys.len());
+        std::cmp::Reverse(left.min(length) * blocks[b].rows.len())
+    });
+    let pieces: Vec<Mutex<Vec<Option<Partial>>>> = blocks.iter().map(|_| Mutex::default()).collect();
+    for_each(execution, items.len(), |i| {
+        let (b, piece) = items[i];
+        let block = &blocks[b];
+        let job = &jobs[block.job];
+        let start = block.keys.start + piece * length;
+        let keys = start..(start + length).min(block.keys.end).max(start);
+        let count = block.keys.len().div_ceil(length).max(1);
+        let finish = (count == 1).then_some(job);
+        let partial = with_scratch(|scratch| dispatch(isa, Item { problem: &job.problem, block, keys, scratch, finish }));
+        if partial.is_some() {
+            let mut slots = pieces[b].lock().unwrap_or_else(|e| e.into_inner());
+            slots.resize_with(count, || None);
+            slots[piece] = partial;
+            // The last piece to arrive merges them all, in their order.
+            if slots.iter().all(Option::is_some) {
+                let parts = std::mem::take(&mut *slots).into_iter().flatten().collect();
+                dispatch(isa, MergeParts { job, block, parts });
+            }
+        }
+    })
+}
+
+fn check_outputs(problem: &Problem, out: &TensorViewMut, lse: &TensorViewMut) -> Result<()> {
+    let rows = [problem.batch, problem.query_heads, problem.queries];
+    if out.shape()[..3] != rows || out.shape()[3] != problem.value_dim {
+        let expected = format!("{rows:?} x {}", problem.value_dim);
+        return Err(Error::value("out", format!("shape {:?}", out.shape()), expected));
+    }
+    if lse.dtype() != DType::F32 || lse.shape()[..3] != rows || lse.shape()[3] != 1 {
+        return Err(Error::value("lse", format!("{} {:?}", lse.dtype(), lse.shape()), format!("float32 {rows:?} x 1")));
+    }
+    Ok(())
+}
+
+/// Softmax attention: `out = softmax(scale * q k^T + ...) v`, `lse` the natural log of each row's denominator.
+///
+/// `q` is `[batch, query heads, queries, dim]`, `k` and `v` `[batch, kv heads, keys, dim or value_dim]`; query head h reads KV head
+/// `h / (query heads / kv heads)`. `lse` is `[batch, query heads, queries, 1]`, f32. Rows that see no key give 0 and minus infinity.
+/// Nothing is written when an argument is wrong.
+pub fn attention(
+    q: TensorView,
+    k: TensorView,
+    v: TensorView,
+    options: Options,
+    out: &mut TensorViewMut,
+    lse: &mut TensorViewMut,
+    execution: &Execution,
+) -> Result<()> {
+    let problem = Problem::new(q, k, v, options)?;
+    check_outputs(&problem, out, lse)?;
+    run(simd::current(), &[Job { problem, out, lse }], execution)
+}
+
+/// Attention of several sequences packed one after another, as one call.
+///
+/// `q` is `[1, query heads, total queries, dim]` and so on; sequence s owns rows `queries[s]..queries[s + 1]` and keys
+/// `keys[s]..keys[s + 1]`. Bias and mask are not offered; `alibi_slopes` is `[query heads]`.
+pub fn attention_varlen(
+    q: TensorView,
+    k: TensorView,
+    v: TensorView,
+    query_ends: &[usize],
+    key_ends: &[usize],
+    options: Options,
+    out: &mut TensorViewMut,
+    lse: &mut TensorViewMut,
+    execution: &Execution,
+) -> Result<()> {
+    if options.bias.is_some() || options.mask.is_some() {
+        return Err(Error::value("mask", "a bias or mask", "none: packed sequences take neither"));
+    }
+    for (name, ends, total) in [("cu_seqlens_q", query_ends, q.shape()[2]), ("cu_seqlens_k", key_ends, k.shape()[2])] {
+        let fine = ends.first() == Some(&0) && ends.last() == Some(&total) && ends.is_sorted();
+        if !fine || ends.len() != query_ends.len() {
+            let expected = format!("{} offsets that rise from 0 to {total}", query_ends.len());
+            return Err(Error::value(name, format!("{ends:?}"), expected));
+        }
+    }
+    check_outputs(&Problem::new(q, k, v, options)?, out, lse)?;
+    let parts: Vec<_> = (1..query_ends.len())
+        .map(|s| {
+            let (rows, keys) = (query_ends[s - 1]..query_ends[s], key_ends[s - 1]..key_ends[s]);
+            let problem = Problem::new(q.rows(rows.clone()), k.rows(keys.clone()), v.rows(keys), options)?;
+            Ok((problem, out.rows(rows.clone()), lse.rows(rows)))
+        })
+        .collect::<Result<_>>()?;
+    let jobs: Vec<_> = parts.iter().map(|(problem, out, lse)| Job { problem: *problem, out, lse }).collect();
+    run(simd::current(), &jobs, execution)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,278 @@
+//! Attention of many query rows: packed tiles and a matrix micro-kernel for QK^T and PV.
+//!
+//! ```text
+//! for each block of keys:
+//!     pack K^T and V into panels of PANEL columns, widened to f32    (once for all query rows of the item)
+//!     S = Q K^T           ROWS x PANEL micro-kernel, panel by panel, only where a row of the tile sees a key of the panel
+//!     modify, mask, online softmax, row by row                       (scores.rs)
+//!     O = O * factor + P V                                            the same micro-kernel
+//! ```
+
+use super::Problem;
+use super::rows::{Strided, widen_row};
+use super::scores::{RowId, Running, modify, online_softmax};
+use super::scratch::Buffer;
+use super::stream::scale_row;
+use crate::dense::rows::Rows;
+use crate::simd::{MAX_ROWS, PANEL_VECTORS, Simd};
+use crate::tensor::Element;
+use std::ops::Range;
+
+/// Keys per block.
+pub(crate) const KEYS: usize = 256;
+
+/// Query rows per item, a multiple of every instruction set's `ROWS`.
+pub(crate) const QUERY_ROWS: usize = 192;
+
+const _: () = assert!(QUERY_ROWS % 12 == 0 && QUERY_ROWS % 6 == 0 && QUERY_ROWS % 4 == 0 && MAX_ROWS == 12);
+
+/// Columns of a packed panel.
+#[inline(always)]
+pub(crate) const fn panel<S: Simd>() -> usize {
+    PANEL_VECTORS * S::LANES
+}
+
+/// `c[r][0..PANEL] (+)= sum_k a[r][k] b[k][0..PANEL]` for `R` rows; panels of `b` are packed, `PANEL` floats per k.
+///
+/// # Safety
+/// `a` holds `R` rows of `k` floats, `b` `k` rows of `PANEL`, `c` `R` rows of `PANEL`.
+#[inline(always)]
+unsafe fn micro<S: Simd, const R: usize>(
+    s: S,
+    k: usize,
+    a: *const f32,
+    lda: usize,
+    b: *const f32,
+    c: *mut f32,
+    ldc: usize,
+    add: bool,
+) {
+    let mut acc = [[s.zero(); PANEL_VECTORS]; R];
+    // SAFETY: the caller's promise on a, b and c.
+    unsafe {
+        if add {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                for (v, acc) in acc.iter_mut().enumerate() {
+                    *acc = s.load(c.add(r * ldc + v * S::LANES));
+                }
+            }
+        }
+        for i in 0..k {
+            let row = b.add(i * panel::<S>());
+            let columns: [S::F32; PANEL_VECTORS] = [s.load(row), s.load(row.add(S::LANES))];
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let x = s.splat(*a.add(r * lda + i));
+                for (acc, &column) in acc.iter_mut().zip(&columns) {
+                    *acc = s.fma(x, column, *acc);
+                }
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            for (v, &acc) in acc.iter().enumerate() {
+                s.store(c.add(r * ldc + v * S::LANES), acc);
+            }
+        }
+    }
+}
+
+/// [`micro`] with the instruction set's own number of rows.
+///
+/// # Safety
+/// As [`micro`], with `S::ROWS` rows.
+#[inline(always)]
+pub(crate) unsafe fn multiply<S: Simd>(
+    s: S,
+    k: usize,
+    a: *const f32,
+    lda: usize,
+    b: *const f32,
+    c: *mut f32,
+    ldc: usize,
+    add: bool,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match S::ROWS {
+            12 => micro::<S, 12>(s, k, a, lda, b, c, ldc, add),
+            6 => micro::<S, 6>(s, k, a, lda, b, c, ldc, add),
+            _ => micro::<S, 4>(s, k, a, lda, b, c, ldc, add),
+        }
+    }
+}
+
+/// Packs K^T of `keys` into panels `[panel][padded_dim][PANEL]`, zeros in the columns beyond the last key.
+///
+/// # Safety
+/// `rows` yields `dim` readable elements for every key; `to` holds the panels; `wide` holds `PANEL` rows of `padded_dim` floats.
+#[inline(always)]
+pub(crate) unsafe fn pack_transposed<S: Simd, T: Element, K: Rows<T>>(
+    s: S,
+    rows: K,
+    keys: Range<usize>,
+    dim: usize,
+    padded_dim: usize,
+    wide: *mut f32,
+    to: *mut f32,
+) {
+    let panel = panel::<S>();
+    for (p, first) in keys.clone().step_by(panel).enumerate() {
+        // SAFETY: the caller's promise; blocks of LANES x LANES stay inside a panel of padded_dim rows.
+        unsafe {
+            for c in 0..panel {
+                let row = wide.add(c * padded_dim);
+                if first + c < keys.end {
+                    widen_row(s, rows.row(first + c), dim, row, padded_dim);
+                } else {
+                    std::ptr::write_bytes(row, 0, padded_dim);
+                }
+            }
+            let out = to.add(p * padded_dim * panel);
+            for d in (0..padded_dim).step_by(S::LANES) {
+                for c in (0..panel).step_by(S::LANES) {
+                    s.transpose(wide.add(c * padded_dim + d), padded_dim, out.add(d * panel + c), panel);
+                }
+            }
+        }
+    }
+}
+
+/// Packs V of `keys` into panels `[panel of columns][KEYS][PANEL]`.
+///
+/// # Safety
+/// `rows` yields `dim` readable elements for every key; `to` holds `padded_dim / PANEL` panels of [`KEYS`] rows, `wide` one row.
+#[inline(always)]
+unsafe fn pack_values<S: Simd, T: Element, V: Rows<T>>(
+    s: S,
+    rows: V,
+    keys: Range<usize>,
+    dim: usize,
+    padded_dim: usize,
+    wide: *mut f32,
+    to: *mut f32,
+) {
+    let panel = panel::<S>();
+    let whole = dim / panel * panel;
+    for (j, key) in keys.enumerate() {
+        let row = rows.row(key);
+        // SAFETY: the caller's promise; the last, ragged panel is copied from the padded row in `wide`.
+        unsafe {
+            for d in (0..whole).step_by(panel) {
+                let out = to.add((d / panel * KEYS + j) * panel);
+                for v in 0..PANEL_VECTORS {
+                    s.store(out.add(v * S::LANES), s.load_as(row.add(d + v * S::LANES)));
+                }
+            }
+            if whole < dim {
+                widen_row(s, row.add(whole), dim - whole, wide, padded_dim - whole);
+                let out = to.add((whole / panel * KEYS + j) * panel);
+                for v in 0..PANEL_VECTORS {
+                    s.store(out.add(v * S::LANES), s.load(wide.add(v * S::LANES)));
+                }
+            }
+        }
+    }
+}
+
+/// Query rows of one item and what they accumulate; rows are padded to a multiple of `ROWS`.
+pub(crate) struct TileState<'a> {
+    /// Scaled queries, `[padded rows, padded_dim]`, zeros beyond `dim` and beyond the last row.
+    pub(crate) queries: &'a [f32],
+    pub(crate) padded_dim: usize,
+    /// `[padded rows, padded_value_dim]`, the width a multiple of the panel.
+    pub(crate) outputs: &'a mut [f32],
+    pub(crate) padded_value_dim: usize,
+    pub(crate) running: &'a mut [Running],
+}
+
+/// Attends from the rows of `state` to the keys `keys`, `ids[r]` being row r; rows that belong to later positions come later.
+///
+/// # Safety
+/// `k` and `v` yield readable rows for every key of `keys`; `state` is padded as its fields say.
+#[inline(always)]
+pub(crate) unsafe fn attend<S: Simd, T: Element>(
+    s: S,
+    problem: &Problem,
+    ids: &[RowId],
+    k: Strided<T>,
+    v: Strided<T>,
+    keys: Range<usize>,
+    state: &mut TileState,
+    key_buffer: &mut Buffer,
+    value_buffer: &mut Buffer,
+    score_buffer: &mut Buffer,
+    extra: &mut Buffer,
+) {
+    let panel = panel::<S>();
+    let tiles = ids.len().div_ceil(S::ROWS);
+    let (dp, vp) = (state.padded_dim, state.padded_value_dim);
+    assert!(KEYS % panel == 0 && vp % panel == 0 && ids.len() == state.running.len());
+    assert!(state.queries.len() >= tiles * S::ROWS * dp && state.outputs.len() >= tiles * S::ROWS * vp);
+    let plain = problem.options.is_plain();
+    let packed_keys = key_buffer.take(KEYS * dp);
+    let packed_values = value_buffer.take(KEYS * vp);
+    let scores = score_buffer.take(tiles * S::ROWS * KEYS);
+    let wide = extra.take((panel * dp).max(vp)).as_mut_ptr();
+    let mut ranges = [(0usize, 0usize); QUERY_ROWS.div_ceil(4)];
+
+    let mut start = keys.start;
+    while start < keys.end {
+        let end = (start + KEYS).min(keys.end);
+        let columns = (end - start).next_multiple_of(panel);
+        // Range of the block's columns that some row of a tile sees.
+        for (t, range) in ranges.iter_mut().enumerate().take(tiles) {
+            *range = (columns, 0);
+            for id in &ids[t * S::ROWS..((t + 1) * S::ROWS).min(ids.len())] {
+                let visible = problem.visible(id.row);
+                let (low, high) = (visible.start.clamp(start, end) - start, visible.end.clamp(start, end) - start);
+                if low < high {
+                    *range = (range.0.min(low), range.1.max(high));
+                }
+            }
+        }
+        // SAFETY: the buffers were sized above for KEYS keys; the caller vouches for the keys and values of `keys`.
+        unsafe {
+            pack_transposed::<S, T, _>(s, k, start..end, problem.dim, dp, wide, packed_keys.as_mut_ptr());
+            pack_values::<S, T, _>(s, v, start..end, problem.value_dim, vp, wide, packed_values.as_mut_ptr());
+            for p in 0..columns / panel {
+                let b = packed_keys.as_ptr().add(p * dp * panel);
+                for (t, &(low, high)) in ranges.iter().enumerate().take(tiles) {
+                    if low < (p + 1) * panel && p * panel < high {
+                        let a = state.queries.as_ptr().add(t * S::ROWS * dp);
+                        let c = scores.as_mut_ptr().add(t * S::ROWS * KEYS + p * panel);
+                        multiply(s, problem.dim, a, dp, b, c, KEYS, false);
+                    }
+                }
+            }
+        }
+        for (r, &id) in ids.iter().enumerate() {
+            if ranges[r / S::ROWS].0 >= ranges[r / S::ROWS].1 {
+                continue;
+            }
+            let row = &mut scores[r * KEYS..r * KEYS + columns];
+            if !plain {
+                modify(s, problem, id, row, start);
+            }
+            let visible = problem.visible(id.row);
+            let visible = visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start;
+            let (running, factor) = online_softmax(s, row, visible, state.running[r]);
+            state.running[r] = running;
+            if factor != 1.0 {
+                scale_row(s, &mut state.outputs[r * vp..(r + 1) * vp], factor);
+            }
+        }
+        for p in 0..vp / panel {
+            for (t, &(low, high)) in ranges.iter().enumerate().take(tiles) {
+                if low < high {
+                    // SAFETY: columns low..high of the tile's weights and rows low..high of the panel exist; outputs are padded.
+                    unsafe {
+                        let a = scores.as_ptr().add(t * S::ROWS * KEYS + low);
+                        let b = packed_values.as_ptr().add((p * KEYS + low) * panel);
+                        let c = state.outputs.as_mut_ptr().add(t * S::ROWS * vp + p * panel);
+                        multiply(s, high - low, a, KEYS, b, c, vp, true);
+                    }
+                }
+            }
+        }
+        start = end;
+    }
+}

@@ -1,0 +1,301 @@
+//! SIMD vectors: one small trait, one implementation per instruction set, chosen at run time.
+//!
+//! A kernel is written once, generic over [`Simd`], and marked `#[inline(always)]` with everything it calls; [`dispatch`] runs it
+//! inside a function that has the instruction set's `target_feature`s switched on. A value of a type that implements [`Simd`] is
+//! the proof that the CPU has the features: only this module makes them.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod scalar;
+
+use crate::tensor::{DType, Element, Error, Result};
+use half::{bf16, f16};
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// Vectors of `f32` (and of 32-bit groups of bytes) of one instruction set.
+///
+/// Pointer operations read or write exactly `LANES` (or the first `n`) elements and need no alignment.
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// `LANES` floats.
+    type F32: Copy;
+    /// `LANES` 32-bit integers, each also seen as four bytes.
+    type I32: Copy;
+    /// Floats in a vector.
+    const LANES: usize;
+    /// Rows of the matrix micro-kernel: `ROWS * PANEL_VECTORS` accumulators fit the register file.
+    const ROWS: usize;
+
+    fn zero(self) -> Self::F32 {
+        self.splat(0.0)
+    }
+    fn splat(self, x: f32) -> Self::F32;
+    /// # Safety
+    /// `p` is readable for `LANES` elements.
+    unsafe fn load(self, p: *const f32) -> Self::F32;
+    /// # Safety
+    /// `p` is readable for `LANES` elements.
+    unsafe fn load_f16(self, p: *const f16) -> Self::F32;
+    /// # Safety
+    /// `p` is readable for `LANES` elements.
+    unsafe fn load_bf16(self, p: *const bf16) -> Self::F32;
+    /// # Safety
+    /// `p` is writable for `LANES` elements.
+    unsafe fn store(self, p: *mut f32, v: Self::F32);
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a * b + c`.
+    fn fma(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+    /// The larger; `b` where either is NaN.
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// The smaller; `b` where either is NaN.
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// To the nearest integer.
+    fn round(self, a: Self::F32) -> Self::F32;
+    /// `a * 2^n` for an integral `n` of at least -150; 0 where the result falls below the normal range.
+    fn scale2(self, a: Self::F32, n: Self::F32) -> Self::F32;
+    /// Sum of the lanes.
+    fn sum(self, a: Self::F32) -> f32;
+    /// Largest lane.
+    fn max_lane(self, a: Self::F32) -> f32;
+
+    /// Transposes a block of `LANES x LANES` floats; rows are `stride` floats apart.
+    ///
+    /// # Safety
+    /// `from` is readable and `to` writable for `LANES` rows of `LANES` floats, and they do not overlap.
+    unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize);
+
+    fn splat_i32(self, x: i32) -> Self::I32;
+    /// # Safety
+    /// `p` is readable for `4 * LANES` bytes.
+    unsafe fn load_bytes(self, p: *const u8) -> Self::I32;
+    fn and(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Shifts 16-bit halves right: the caller masks what crosses from one byte to the next.
+    fn shift_right_16<const N: i32>(self, a: Self::I32) -> Self::I32;
+    /// `acc + sum of the four products` in each lane; `a` unsigned bytes of at most 15, `b` signed bytes.
+    fn dot4(self, acc: Self::I32, a: Self::I32, b: Self::I32) -> Self::I32;
+    fn to_f32(self, a: Self::I32) -> Self::F32;
+
+    /// Widening load of `LANES` elements.
+    ///
+    /// # Safety
+    /// `p` is readable for `LANES` elements.
+    #[inline(always)]
+    unsafe fn load_as<T: Element>(self, p: *const T) -> Self::F32 {
+        // SAFETY: T is the type that its DTYPE names, and the caller vouches for the memory.
+        unsafe {
+            match T::DTYPE {
+                DType::F32 => self.load(p.cast()),
+                DType::F16 => self.load_f16(p.cast()),
+                DType::BF16 => self.load_bf16(p.cast()),
+            }
+        }
+    }
+
+    /// Widening load of the first `n < LANES` elements, zeros after them.
+    ///
+    /// # Safety
+    /// `p` is readable for `n` elements.
+    #[inline(always)]
+    unsafe fn load_first<T: Element>(self, p: *const T, n: usize) -> Self::F32 {
+        let mut buffer = [0f32; MAX_LANES];
+        for (i, slot) in buffer.iter_mut().enumerate().take(n) {
+            // SAFETY: i < n, and the caller vouches for n elements.
+            *slot = unsafe { p.add(i).read_unaligned() }.to_f32();
+        }
+        // SAFETY: the buffer holds MAX_LANES >= LANES floats.
+        unsafe { self.load(buffer.as_ptr()) }
+    }
+
+    /// `e^x`, relative error below 2 ulp for -87 <= x <= 88; 0 below, NaN for NaN.
+    #[inline(always)]
+    fn exp(self, x: Self::F32) -> Self::F32 {
+        let x = self.max(self.splat(-104.0), x);
+        let n = self.round(self.mul(x, self.splat(std::f32::consts::LOG2_E)));
+        let r = self.fma(n, self.splat(-0.693_359_4), x);
+        let r = self.fma(n, self.splat(2.121_944_4e-4), r);
+        let mut p = self.splat(1.987_569_1e-4);
+        for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 0.5, 1.0, 1.0] {
+            p = self.fma(p, r, self.splat(c));
+        }
+        self.scale2(p, n)
+    }
+
+    /// `tanh(x)`, absolute error below 2e-7.
+    #[inline(always)]
+    fn tanh(self, x: Self::F32) -> Self::F32 {
+        let x = self.min(self.splat(10.0), self.max(self.splat(-10.0), x));
+        let e = self.exp(self.add(x, x));
+        let one = self.splat(1.0);
+        self.sub(one, self.div(self.splat(2.0), self.add(e, one)))
+    }
+}
+
+/// The widest vector of any instruction set, in floats.
+pub(crate) const MAX_LANES: usize = 16;
+
+/// Vectors in one column panel of the matrix micro-kernel.
+pub(crate) const PANEL_VECTORS: usize = 2;
+
+/// The most rows of any instruction set's micro-kernel.
+pub(crate) const MAX_ROWS: usize = 12;
+
+/// An instruction set that kernels exist for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Isa {
+    /// Portable code, on every machine.
+    Scalar = 1,
+    /// AArch64 Advanced SIMD.
+    Neon,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// AVX-512 with VNNI dot products.
+    Avx512Vnni,
+}
+
+impl Isa {
+    const ALL: [Self; 5] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Vnni];
+
+    /// Name, as `LONGATTN_ISA` spells it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Neon => "neon",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512vnni",
+        }
+    }
+
+    /// Whether this CPU has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => Self::Avx512.is_available() && is_x86_feature_detected!("avx512vnni"),
+            #[allow(unreachable_patterns, reason = "the arms above depend on the architecture")]
+            _ => false,
+        }
+    }
+
+    /// Every instruction set of this CPU, the best last.
+    pub fn available() -> Vec<Self> {
+        Self::ALL.into_iter().filter(|isa| isa.is_available()).collect()
+    }
+
+    /// The instruction set of that name, if this CPU has it.
+    pub fn from_name(name: &str) -> Result<Self> {
+        let available = Self::available();
+        available.iter().copied().find(|isa| isa.name() == name).ok_or_else(|| {
+            let names: Vec<_> = available.iter().map(|isa| isa.name()).collect();
+            Error::value("isa", format!("{name:?}"), format!("one that this CPU has: {}", names.join(", ")))
+        })
+    }
+}
+
+/// Asks for a cache line ahead of its use. Any address is fine.
+#[inline(always)]
+pub(crate) fn prefetch<T>(p: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults, whatever the address; SSE is in the baseline.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
+static CURRENT: AtomicU8 = AtomicU8::new(0);
+
+/// The instruction set that kernels run on: the one set last, else `LONGATTN_ISA`, else the best of this CPU.
+///
+/// A `LONGATTN_ISA` that this CPU has not is ignored here and reported by [`check_environment`].
+pub fn current() -> Isa {
+    let code = CURRENT.load(Ordering::Relaxed);
+    if let Some(isa) = Isa::ALL.into_iter().find(|&isa| isa as u8 == code) {
+        return isa;
+    }
+    let asked = std::env::var("LONGATTN_ISA").ok().and_then(|name| Isa::from_name(name.trim()).ok());
+    let isa = asked.unwrap_or_else(|| *Isa::available().last().expect("scalar is always there"));
+    CURRENT.store(isa as u8, Ordering::Relaxed);
+    isa
+}
+
+/// An error when `LONGATTN_ISA` names something that this CPU has not.
+pub fn check_environment() -> Result<()> {
+    match std::env::var("LONGATTN_ISA") {
+        Ok(name) if !name.trim().is_empty() => Isa::from_name(name.trim()).map(drop),
+        _ => Ok(()),
+    }
+}
+
+/// Forces an instruction set for the whole process.
+pub fn set_current(isa: Isa) -> Result<()> {
+    Isa::from_name(isa.name())?;
+    CURRENT.store(isa as u8, Ordering::Relaxed);
+    Ok(())
+}
+
+/// The features of this CPU that matter to kernels, by name.
+pub fn cpu_features() -> Vec<(&'static str, bool)> {
+    macro_rules! detect {
+        ($macro:ident: $($name:tt)*) => { vec![$(($name, std::arch::$macro!($name))),*] };
+    }
+    #[cfg(target_arch = "x86_64")]
+    return detect!(is_x86_feature_detected: "avx2" "fma" "f16c" "avxvnni" "avx512f" "avx512bw" "avx512dq" "avx512vl"
+        "avx512vnni" "avx512vbmi" "avx512vpopcntdq" "avx512bf16" "avx512fp16");
+    #[cfg(target_arch = "aarch64")]
+    return detect!(is_aarch64_feature_detected: "neon" "dotprod" "fp16" "bf16" "i8mm" "sve");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    vec![]
+}
+
+/// A computation that runs on any instruction set. `run` must be `#[inline(always)]`.
+pub(crate) trait Kernel {
+    type Output;
+    fn run<S: Simd>(self, s: S) -> Self::Output;
+}
+
+/// Runs a kernel on an instruction set that [`current`] or [`Isa::available`] gave.
+#[inline]
+pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+    match isa {
+        Isa::Scalar => kernel.run(scalar::Scalar),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::run(kernel),
+        // SAFETY (three arms): an Isa value is only handed out after is_available() saw its features on this CPU.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::run(kernel) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx512 => unsafe { avx512::run(kernel) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx512Vnni => unsafe { avx512::run_vnni(kernel) },
+        #[allow(unreachable_patterns, reason = "the arms above depend on the architecture")]
+        _ => unreachable!("{} is not of this architecture", isa.name()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,137 @@
+//! Portable vectors: arrays of four floats, which compilers vectorise at the target's baseline.
+
+use super::Simd;
+use half::{bf16, f16};
+
+#[derive(Clone, Copy)]
+pub(super) struct Scalar;
+
+const N: usize = 4;
+
+#[inline(always)]
+fn zip(a: [f32; N], b: [f32; N], f: impl Fn(f32, f32) -> f32) -> [f32; N] {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+impl Simd for Scalar {
+    type F32 = [f32; N];
+    type I32 = [i32; N];
+    const LANES: usize = N;
+    const ROWS: usize = 4;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [f32; N] {
+        [x; N]
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> [f32; N] {
+        // SAFETY: the caller vouches for N elements.
+        unsafe { p.cast::<[f32; N]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const f16) -> [f32; N] {
+        // SAFETY: the caller vouches for N elements.
+        unsafe { p.cast::<[f16; N]>().read_unaligned() }.map(f16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> [f32; N] {
+        // SAFETY: the caller vouches for N elements.
+        unsafe { p.cast::<[u16; N]>().read_unaligned() }.map(|x| f32::from_bits(u32::from(x) << 16))
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, v: [f32; N]) {
+        // SAFETY: the caller vouches for N elements.
+        unsafe { p.cast::<[f32; N]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    fn add(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        zip(a, b, |x, y| x + y)
+    }
+    #[inline(always)]
+    fn sub(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        zip(a, b, |x, y| x - y)
+    }
+    #[inline(always)]
+    fn mul(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        zip(a, b, |x, y| x * y)
+    }
+    #[inline(always)]
+    fn div(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        zip(a, b, |x, y| x / y)
+    }
+    #[inline(always)]
+    fn fma(self, a: [f32; N], b: [f32; N], c: [f32; N]) -> [f32; N] {
+        // Not f32::mul_add: without the instruction that is a library call per element.
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    fn max(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        zip(a, b, |x, y| if x > y { x } else { y })
+    }
+    #[inline(always)]
+    fn min(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+        zip(a, b, |x, y| if x < y { x } else { y })
+    }
+    #[inline(always)]
+    fn round(self, a: [f32; N]) -> [f32; N] {
+        // Adding and subtracting 1.5 * 2^23 leaves the nearest integer, for the |x| < 2^22 that exp() asks for.
+        a.map(|x| (x + 12_582_912.0) - 12_582_912.0)
+    }
+    #[inline(always)]
+    fn scale2(self, a: [f32; N], n: [f32; N]) -> [f32; N] {
+        zip(a, n, |x, n| {
+            // NaN converts to 0, which leaves the NaN in x alone.
+            let e = n as i32;
+            if e < -126 { 0.0 } else { x * f32::from_bits(((e.min(127) + 127) as u32) << 23) * if e > 127 { 2.0 } else { 1.0 } }
+        })
+    }
+    #[inline(always)]
+    fn sum(self, a: [f32; N]) -> f32 {
+        (a[0] + a[2]) + (a[1] + a[3])
+    }
+    #[inline(always)]
+    fn max_lane(self, a: [f32; N]) -> f32 {
+        a.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+        for i in 0..4 {
+            for j in 0..4 {
+                // SAFETY: the caller vouches for four rows of four floats on both sides.
+                unsafe { *to.add(j * to_stride + i) = *from.add(i * from_stride + j) };
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, x: i32) -> [i32; N] {
+        [x; N]
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(self, p: *const u8) -> [i32; N] {
+        // SAFETY: the caller vouches for 4 * N bytes.
+        unsafe { p.cast::<[i32; N]>().read_unaligned() }
+    }
+    #[inline(always)]
+    fn and(self, a: [i32; N], b: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| a[i] & b[i])
+    }
+    #[inline(always)]
+    fn shift_right_16<const BITS: i32>(self, a: [i32; N]) -> [i32; N] {
+        a.map(|x| {
+            let x = x as u32;
+            ((((x >> 16) >> BITS) << 16) | ((x & 0xffff) >> BITS)) as i32
+        })
+    }
+    #[inline(always)]
+    fn dot4(self, acc: [i32; N], a: [i32; N], b: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| {
+            let (u, v) = (a[i].to_ne_bytes(), b[i].to_ne_bytes());
+            acc[i] + (0..4).map(|t| i32::from(u[t]) * i32::from(v[t] as i8)).sum::<i32>()
+        })
+    }
+    #[inline(always)]
+    fn to_f32(self, a: [i32; N]) -> [f32; N] {
+        a.map(|x| x as f32)
+    }
+}

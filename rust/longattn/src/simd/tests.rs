@@ -1,0 +1,138 @@
+use super::*;
+
+struct Elementwise<'a>(&'a [f32]);
+
+impl Kernel for Elementwise<'_> {
+    /// exp, tanh, and the sum and maximum of each vector.
+    type Output = (Vec<f32>, Vec<f32>, Vec<(f32, f32)>);
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        let (mut exp, mut tanh, mut folds) = (vec![], vec![], vec![]);
+        for chunk in self.0.chunks(S::LANES) {
+            let mut out = [0f32; MAX_LANES];
+            // SAFETY: the chunk has chunk.len() elements and the buffer MAX_LANES.
+            unsafe {
+                let x = s.load_first(chunk.as_ptr(), chunk.len());
+                s.store(out.as_mut_ptr(), s.exp(x));
+                exp.extend_from_slice(&out[..chunk.len()]);
+                s.store(out.as_mut_ptr(), s.tanh(x));
+                tanh.extend_from_slice(&out[..chunk.len()]);
+                folds.push((s.sum(x), s.max_lane(x)));
+            }
+        }
+        (exp, tanh, folds)
+    }
+}
+
+#[test]
+fn exp_and_tanh_on_every_isa() {
+    let xs: Vec<f32> = (-8800..=880).map(|i| i as f32 * 0.01).collect();
+    for isa in Isa::available() {
+        let (exp, tanh, _) = dispatch(isa, Elementwise(&xs));
+        for ((&x, &e), &t) in xs.iter().zip(&exp).zip(&tanh) {
+            let exact = f64::from(x).exp();
+            if x > -87.0 {
+                assert!((f64::from(e) - exact).abs() <= 2.5e-7 * exact, "{}: exp({x}) = {e}", isa.name());
+            } else {
+                assert!(f64::from(e) <= exact * 1.001, "{}: exp({x}) = {e}", isa.name());
+            }
+            assert!((f64::from(t) - f64::from(x).tanh()).abs() < 3e-7, "{}: tanh({x}) = {t}", isa.name());
+        }
+        let (special, _, _) = dispatch(isa, Elementwise(&[f32::NEG_INFINITY, f32::NAN, 0.0, -1e30]));
+        assert_eq!(special[0], 0.0, "{}", isa.name());
+        assert!(special[1].is_nan(), "{}", isa.name());
+        assert_eq!(special[2], 1.0, "{}", isa.name());
+        assert_eq!(special[3], 0.0, "{}", isa.name());
+    }
+}
+
+struct Widen<'a, T>(&'a [T]);
+
+impl<T: Element> Kernel for Widen<'_, T> {
+    type Output = Vec<f32>;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Vec<f32> {
+        let mut out = vec![0f32; self.0.len() + MAX_LANES];
+        for (i, chunk) in self.0.chunks(S::LANES).enumerate() {
+            // SAFETY: a whole chunk has LANES elements, a ragged one is read by its length; out has room for a vector more.
+            unsafe {
+                let v = if chunk.len() == S::LANES {
+                    s.load_as(chunk.as_ptr())
+                } else {
+                    s.load_first(chunk.as_ptr(), chunk.len())
+                };
+                s.store(out.as_mut_ptr().add(i * S::LANES), v);
+            }
+        }
+        out.truncate(self.0.len());
+        out
+    }
+}
+
+#[test]
+fn every_half_value_widens_exactly() {
+    let f16s: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+    let bf16s: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).collect();
+    for isa in Isa::available() {
+        let same = |a: f32, b: f32| a == b || (a.is_nan() && b.is_nan());
+        assert!(dispatch(isa, Widen(&f16s[..65535])).iter().zip(&f16s).all(|(&x, h)| same(x, h.to_f32())));
+        assert!(dispatch(isa, Widen(&bf16s[..65535])).iter().zip(&bf16s).all(|(&x, h)| same(x, h.to_f32())));
+    }
+}
+
+struct Bytes<'a>(&'a [u8; 4 * MAX_LANES], &'a [u8; 4 * MAX_LANES]);
+
+impl Kernel for Bytes<'_> {
+    type Output = Vec<f32>;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Vec<f32> {
+        let mut out = vec![0f32; MAX_LANES];
+        for i in (0..MAX_LANES).step_by(S::LANES) {
+            // SAFETY: both arrays hold 4 * MAX_LANES bytes, out MAX_LANES floats.
+            unsafe {
+                let nibbles = s.and(s.shift_right_16::<4>(s.load_bytes(self.0.as_ptr().add(4 * i))), s.splat_i32(0x0f0f_0f0f));
+                let dots = s.dot4(s.splat_i32(7), nibbles, s.load_bytes(self.1.as_ptr().add(4 * i)));
+                s.store(out.as_mut_ptr().add(i), s.to_f32(dots));
+            }
+        }
+        out
+    }
+}
+
+#[test]
+fn byte_dots_on_every_isa() {
+    let a: [u8; 64] = std::array::from_fn(|i| (i * 37 + 11) as u8);
+    let b: [u8; 64] = std::array::from_fn(|i| (i * 91 + 128) as u8);
+    let expected: Vec<f32> = (0..MAX_LANES)
+        .map(|i| (7 + (0..4).map(|t| i32::from(a[4 * i + t] >> 4) * i32::from(b[4 * i + t] as i8)).sum::<i32>()) as f32)
+        .collect();
+    for isa in Isa::available() {
+        assert_eq!(dispatch(isa, Bytes(&a, &b)), expected, "{}", isa.name());
+    }
+}
+
+struct Transpose<'a>(&'a [f32; 20 * 16]);
+
+impl Kernel for Transpose<'_> {
+    type Output = (usize, Vec<f32>);
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        let mut out = vec![0f32; 18 * 16];
+        // SAFETY: 16 rows of 20 and of 18 floats hold a block of up to 16 x 16.
+        unsafe { s.transpose(self.0.as_ptr(), 20, out.as_mut_ptr(), 18) };
+        (S::LANES, out)
+    }
+}
+
+#[test]
+fn transpose_on_every_isa() {
+    let from: [f32; 320] = std::array::from_fn(|i| i as f32);
+    for isa in Isa::available() {
+        let (n, out) = dispatch(isa, Transpose(&from));
+        for i in 0..n {
+            for j in 0..n {
+                assert_eq!(out[j * 18 + i], from[i * 20 + j], "{} {i} {j}", isa.name());
+            }
+        }
+    }
+}
