@@ -57,7 +57,8 @@ impl Kernel for Multiply {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> (f64, f32) {
         let (x, y) = (s.splat(0.999), s.splat(1e-3));
-        let mut acc = [s.splat(1.0); 12];
+        // Chains that differ, or the compiler would run one for all.
+        let mut acc: [S::F32; 12] = std::array::from_fn(|i| s.splat(1.0 + i as f32));
         for _ in 0..self.0 {
             for acc in &mut acc {
                 *acc = s.fma(*acc, x, y);

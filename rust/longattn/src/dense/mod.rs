@@ -8,6 +8,7 @@
 //! ```
 //! How the work is cut depends on shapes only, so results do not depend on the number of threads.
 
+pub(crate) mod matrix;
 mod merge;
 pub(crate) mod rows;
 pub(crate) mod scores;
@@ -305,7 +306,7 @@ impl Kernel for Item<'_, '_> {
                     let mut state =
                         RowState { queries, padded_dim: dp, outputs, padded_value_dim: vp, running };
                     let scores = scratch.scores.take(n * stream::KEYS);
-                    stream::attend::<S, T, _, _>(s, problem, ids, k, v, keys, &mut state, scores, false);
+                    stream::attend(s, problem, ids, k, v, keys, None, &mut state, scores, false);
                 } else {
                     let mut state =
                         TileState { queries, padded_dim: dp, outputs, padded_value_dim: vp, running };
@@ -398,7 +399,7 @@ fn careful_row(job: &Job, id: RowId) {
                 let v = Strided { base: problem.v.head::<T>(id.batch, head), stride: problem.v.row_stride() };
                 let keys = problem.visible(id.row);
                 // SAFETY: visible keys lie inside the views; the buffers are padded as RowState says.
-                unsafe { stream::attend::<S, T, _, _>(s, problem, &[id], k, v, keys, &mut state, &mut scores, true) };
+                unsafe { stream::attend(s, problem, &[id], k, v, keys, None, &mut state, &mut scores, true) };
             });
             let mut total = running[0];
             if let Some(sinks) = problem.options.sinks {

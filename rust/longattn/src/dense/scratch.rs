@@ -22,6 +22,12 @@ impl Buffer {
         // SAFETY: a Line is exactly 16 floats without padding, and `lines` of them are initialised.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), lines * 16) }
     }
+
+    /// What was taken so far.
+    pub(crate) fn filled(&self) -> &[f32] {
+        // SAFETY: as in `take`.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.lines.len() * 16) }
+    }
 }
 
 /// Working memory of one thread.

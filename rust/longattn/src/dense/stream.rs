@@ -246,6 +246,7 @@ pub(crate) unsafe fn block_values<S: Simd, T: Element, V: Rows<T>>(
 
 /// Attends from the rows of `state` to the keys `keys`, `ids[r]` being row r.
 ///
+/// `visible` stands in for what causality and window leave each row, where keys are counted otherwise than in the problem.
 /// `careful` never multiplies a value by a weight of 0, so that NaN in keys a row does not see cannot reach it; slower.
 ///
 /// # Safety
@@ -258,6 +259,7 @@ pub(crate) unsafe fn attend<S: Simd, T: Element, K: Rows<T>, V: Rows<T>>(
     k: K,
     v: V,
     keys: Range<usize>,
+    visible: Option<Range<usize>>,
     state: &mut RowState,
     scores: &mut [f32],
     careful: bool,
@@ -274,7 +276,7 @@ pub(crate) unsafe fn attend<S: Simd, T: Element, K: Rows<T>, V: Rows<T>>(
             if !plain {
                 modify(s, problem, id, row, start);
             }
-            let visible = problem.visible(id.row);
+            let visible = visible.clone().unwrap_or_else(|| problem.visible(id.row));
             let visible = visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start;
             let (running, factor) = online_softmax(s, row, visible, state.running[r]);
             state.running[r] = running;

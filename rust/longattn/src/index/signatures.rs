@@ -1,0 +1,477 @@
+//! Signatures: a few bits per dimension of every key, which grow with the store.
+
+use super::clusters::Clusters;
+use super::codes::{BLOCK, Encode, Format, ScanQuery};
+use super::rotation::orthogonal;
+use crate::dense::matrix::{PackedMatrix, ROWS};
+use crate::dense::rows::Strided;
+use crate::dense::scratch::Buffer;
+use crate::kv::{KvStore, Reader};
+use crate::parallel::{Execution, map};
+use crate::simd::{self, Isa, Kernel, Simd, dispatch};
+use crate::tensor::{Element, Error, Result, with_element};
+use half::f16;
+use std::ops::Range;
+use std::sync::{Arc, RwLock, RwLockReadGuard};
+
+/// Rows that a store must have before the first codes are made: fewer are always read exactly.
+const FIRST_FIT: usize = 512;
+
+/// Mean key, scale and value clusters are fitted anew when the store has grown by this factor since.
+const REFIT_GROWTH: usize = 4;
+
+/// Rows that join the value clusters' means at a time.
+const SUM_STEP: usize = 4096;
+
+/// Rows that one item codes.
+const CHUNK: usize = 2048;
+
+/// What the codes are made of.
+#[derive(Clone, Debug)]
+pub struct SignatureOptions {
+    /// Bits per dimension: 1, 2 or 4.
+    pub bits: usize,
+    /// Seed of the rotation and of the value clusters.
+    pub seed: u64,
+    /// Hash weights `[kv_heads, head_dim, bits]`: plain sign codes of `k W` instead of rotated codes with an unbiased estimate.
+    pub hash: Option<Hash>,
+}
+
+/// Weights of plain sign codes (SimHash with random weights, HATA with learned ones).
+#[derive(Clone, Debug)]
+pub struct Hash {
+    /// `[kv_heads, head_dim, code_bits]`.
+    pub weights: Vec<f32>,
+    /// Bits of a code.
+    pub code_bits: usize,
+    /// Multiply the agreement by the key's norm.
+    pub use_norm: bool,
+}
+
+/// Codes, statistics and value clusters of one KV head.
+pub(crate) struct HeadCodes {
+    /// Blocks of [`BLOCK`] keys.
+    pub(crate) codes: Vec<u8>,
+    centre: Vec<f32>,
+    /// Factors are stored in units of this power of two.
+    unit: f32,
+    /// Sum of squares, and largest, of the factors and of `kappa` (see [`Encode`]).
+    factor: Moments,
+    kappa: Moments,
+    /// Cluster of each row's value.
+    pub(crate) value_ids: Vec<u8>,
+    pub(crate) values: Clusters,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Moments {
+    squares: f64,
+    largest: f32,
+}
+
+impl Moments {
+    fn add(&mut self, x: f32) {
+        self.squares += f64::from(x) * f64::from(x);
+        self.largest = self.largest.max(x);
+    }
+
+    fn join(&mut self, other: Self) {
+        self.squares += other.squares;
+        self.largest = self.largest.max(other.largest);
+    }
+}
+
+/// How a head's estimated logits err, for a query of norm 1 at scale 1.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadStats {
+    /// Root mean square of the error's standard deviation over the keys.
+    pub sigma: f32,
+    /// Largest standard deviation of any key.
+    pub sigma_max: f32,
+}
+
+struct State {
+    /// Rows coded, a multiple of [`BLOCK`].
+    coded: usize,
+    /// Rows at the last fit.
+    fitted: usize,
+    /// Rows in the value clusters' sums.
+    summed: usize,
+    /// The store's epoch that the codes belong to.
+    epoch: u64,
+    heads: Vec<HeadCodes>,
+}
+
+/// An index of codes over every key of a store.
+///
+/// Codes follow the store by themselves: [`Self::read`] codes rows that were appended since and drops those that were truncated.
+/// Memory: `bits * head_dim / 8 + 3` bytes per key and KV head, plus the value clusters.
+pub struct Signatures {
+    store: Arc<KvStore>,
+    options: SignatureOptions,
+    format: Format,
+    /// `[kv_heads or 1, outputs, head_dim]`: what a key, less its centre, is multiplied by before it is coded.
+    map: Vec<f32>,
+    state: RwLock<State>,
+}
+
+/// The codes of a store at one moment.
+pub(crate) struct Snapshot<'a> {
+    index: &'a Signatures,
+    state: RwLockReadGuard<'a, State>,
+}
+
+impl Signatures {
+    /// An index over a store, empty until it is first read.
+    pub fn new(store: Arc<KvStore>, options: SignatureOptions) -> Result<Self> {
+        let dim = store.head_dim();
+        let (format, map) = match &options.hash {
+            Some(hash) => {
+                if options.bits != 1 {
+                    return Err(Error::value("bits", options.bits, "1: hash codes are signs"));
+                }
+                let expected = store.kv_heads() * dim * hash.code_bits;
+                if hash.code_bits == 0 || hash.weights.len() != expected {
+                    let got = format!("{} numbers", hash.weights.len());
+                    return Err(Error::value("hash", got, format!("[{}, {dim}, code_bits]", store.kv_heads())));
+                }
+                if !hash.weights.iter().all(|x| x.is_finite()) {
+                    return Err(Error::value("hash", "NaN or infinity", "finite weights"));
+                }
+                // [dim, bits] of each head becomes [bits, dim].
+                let n = hash.code_bits;
+                let mut map = vec![0f32; hash.weights.len()];
+                for (to, from) in map.chunks_exact_mut(n * dim).zip(hash.weights.chunks_exact(n * dim)) {
+                    for (i, x) in from.iter().enumerate() {
+                        to[i % n * dim + i / n] = *x;
+                    }
+                }
+                (Format { bits: 1, dim: n }, map)
+            }
+            None => {
+                if ![1, 2, 4].contains(&options.bits) {
+                    return Err(Error::value("bits", options.bits, "1, 2 or 4"));
+                }
+                (Format { bits: options.bits, dim }, orthogonal(dim, options.seed))
+            }
+        };
+        let state = State { coded: 0, fitted: 0, summed: 0, epoch: store.epoch(), heads: Vec::new() };
+        Ok(Self { store, options, format, map, state: RwLock::new(state) })
+    }
+
+    /// The store that is indexed.
+    pub fn store(&self) -> &Arc<KvStore> {
+        &self.store
+    }
+
+    /// What the codes are made of.
+    pub fn options(&self) -> &SignatureOptions {
+        &self.options
+    }
+
+    /// Whether the codes give logits, which weights of unread rows and bounds need; plain hash codes only rank.
+    pub fn estimates(&self) -> bool {
+        self.options.hash.is_none()
+    }
+
+    /// Rows coded so far.
+    pub fn len(&self) -> usize {
+        self.state().coded
+    }
+
+    /// Whether no row is coded.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes of codes, value clusters and matrices.
+    pub fn nbytes(&self) -> usize {
+        let heads: usize = self
+            .state()
+            .heads
+            .iter()
+            .map(|h| h.codes.len() + h.value_ids.len() + h.values.nbytes() + 4 * h.centre.len())
+            .sum();
+        heads + 4 * self.map.len()
+    }
+
+    /// Error of each head's estimates; empty before the first codes, or for hash codes.
+    pub fn head_stats(&self) -> Vec<HeadStats> {
+        let state = self.state();
+        if !self.estimates() {
+            return Vec::new();
+        }
+        (0..state.heads.len()).map(|h| state.stats(h)).collect()
+    }
+
+    fn state(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Codes every complete block of the store's rows.
+    pub fn update(&self, execution: &Execution) -> Result<()> {
+        let reader = self.store.read();
+        self.read(&reader, execution).map(drop)
+    }
+
+    /// The codes of the rows that `reader` sees, brought up to date first.
+    pub(crate) fn read<'a>(&'a self, reader: &Reader, execution: &Execution) -> Result<Snapshot<'a>> {
+        loop {
+            let state = self.state();
+            if state.is_current(reader) {
+                return Ok(Snapshot { index: self, state });
+            }
+            drop(state);
+            let mut state = self.state.write().unwrap_or_else(|e| e.into_inner());
+            self.follow(&mut state, reader, execution)?;
+        }
+    }
+
+    /// Brings the codes up to `reader`. Leaves them as they were, or shorter, on an error.
+    fn follow(&self, state: &mut State, reader: &Reader, execution: &Execution) -> Result<()> {
+        if let Some(low) = self.store.low_water(state.epoch) {
+            state.cut(low, self.format);
+        }
+        state.epoch = reader.epoch();
+        let target = reader.len() / BLOCK * BLOCK;
+        if target <= state.coded || (state.fitted == 0 && target < FIRST_FIT) {
+            return Ok(());
+        }
+        let isa = simd::current();
+        if state.fitted == 0 || target >= REFIT_GROWTH * state.fitted {
+            let fresh = self.fit(isa, reader, target, execution)?;
+            state.heads = fresh;
+            (state.coded, state.fitted, state.summed) = (0, target, 0);
+        }
+        self.code(isa, state, reader, target, execution)
+    }
+
+    /// Centres, scales and value clusters of the rows `0..n`.
+    fn fit(&self, isa: Isa, reader: &Reader, n: usize, execution: &Execution) -> Result<Vec<HeadCodes>> {
+        let (keys, values) = (reader.keys(), reader.values());
+        let dim = keys.shape()[3];
+        with_element!(keys.dtype(), T => {
+            map(execution, keys.shape()[1], |h| {
+                let mut centre = vec![0f64; dim];
+                if self.estimates() {
+                    for j in 0..n {
+                        centre.iter_mut().zip(keys.row::<T>(0, h, j)).for_each(|(c, x)| *c += f64::from(x.to_f32()));
+                    }
+                }
+                let centre: Vec<f32> = centre.iter().map(|c| (c / n as f64) as f32).collect();
+                let spread: f64 = (0..n)
+                    .step_by((n / 1024).max(1))
+                    .map(|j| {
+                        let row = keys.row::<T>(0, h, j).iter().zip(&centre);
+                        row.map(|(x, c)| f64::from(x.to_f32() - c).powi(2)).sum::<f64>()
+                    })
+                    .fold(0.0, f64::max);
+                let unit = if spread.is_finite() && spread > 0.0 { spread.sqrt().log2().round().exp2() as f32 } else { 1.0 };
+                let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
+                let values = if self.estimates() {
+                    // SAFETY: the view has n or more rows of value_dim elements.
+                    unsafe { Clusters::fit(isa, rows, n, values.shape()[3], self.options.seed ^ h as u64) }
+                } else {
+                    Clusters::default()
+                };
+                HeadCodes {
+                    codes: Vec::new(),
+                    centre,
+                    unit,
+                    factor: Moments::default(),
+                    kappa: Moments::default(),
+                    value_ids: Vec::new(),
+                    values,
+                }
+            })
+        })
+    }
+
+    /// Codes the rows `state.coded..target`.
+    fn code(&self, isa: Isa, state: &mut State, reader: &Reader, target: usize, execution: &Execution) -> Result<()> {
+        let (keys, values) = (reader.keys(), reader.values());
+        let heads = keys.shape()[1];
+        let first = state.coded;
+        let chunks = (target - first).div_ceil(CHUNK);
+        let coded = map(execution, heads * chunks, |i| {
+            let (h, chunk) = (i / chunks, i % chunks);
+            let start = first + chunk * CHUNK;
+            let range = start..(start + CHUNK).min(target);
+            with_element!(keys.dtype(), T => {
+                let rows = Strided { base: keys.head::<T>(0, h), stride: keys.row_stride() };
+                let coded = dispatch(isa, CodeRows { index: self, head: h, state, rows, range: range.clone() })?;
+                let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
+                // SAFETY: the range lies inside the reader's rows.
+                let ids = if self.estimates() { unsafe { state.heads[h].values.assign(isa, rows, range) } } else { vec![] };
+                Ok((coded, ids))
+            })
+        })?
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
+        for (i, ((codes, factor, kappa), ids)) in coded.into_iter().enumerate() {
+            let head = &mut state.heads[i / chunks.max(1)];
+            head.codes.extend_from_slice(&codes);
+            head.factor.join(factor);
+            head.kappa.join(kappa);
+            head.value_ids.extend_from_slice(&ids);
+        }
+        state.coded = target;
+        if self.estimates() && (state.summed == 0 || target - state.summed >= SUM_STEP) {
+            for (h, head) in state.heads.iter_mut().enumerate() {
+                with_element!(values.dtype(), T => {
+                    let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
+                    // SAFETY: rows up to `target` lie inside the reader's rows.
+                    unsafe { head.values.add(rows, state.summed, &head.value_ids[state.summed..target]) };
+                });
+            }
+            state.summed = target;
+        }
+        Ok(())
+    }
+
+    fn map_of(&self, head: usize) -> &[f32] {
+        let size = self.format.dim * self.store.head_dim();
+        let start = if self.options.hash.is_some() { head * size } else { 0 };
+        &self.map[start..start + size]
+    }
+}
+
+type Coded = (Vec<u8>, Moments, Moments);
+
+/// Codes the rows of one head.
+struct CodeRows<'a, T> {
+    index: &'a Signatures,
+    head: usize,
+    state: &'a State,
+    rows: Strided<T>,
+    range: Range<usize>,
+}
+
+impl<T: Element> Kernel for CodeRows<'_, T> {
+    type Output = Result<Coded>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Result<Coded> {
+        let Self { index, head, state, rows, range } = self;
+        let (format, codes) = (index.format, &state.heads[head]);
+        let hash = index.options.hash.as_ref();
+        let mut matrix = PackedMatrix::new(s, index.map_of(head), format.dim, index.store.head_dim());
+        let (mut out, mut wide) = (vec![0f32; matrix.result_len::<S>()], Buffer::default());
+        let mut packed = vec![0u8; range.len() / BLOCK * format.block_bytes()];
+        let mut levels = vec![0u8; format.padded_dim()];
+        let (mut factors, mut kappas) = (Moments::default(), Moments::default());
+        let width = format.dim.next_multiple_of(S::LANES);
+        for first in range.clone().step_by(ROWS) {
+            let count = ROWS.min(range.end - first);
+            let centre = hash.is_none().then_some(&codes.centre[..]);
+            // SAFETY: the range lies inside the rows that the caller's reader sees.
+            unsafe { matrix.apply(s, rows, first, count, centre, &mut wide, &mut out) };
+            for r in 0..count {
+                let x = &out[r * matrix.stride::<S>()..][..width];
+                let factor = match hash {
+                    None => {
+                        let (f, kappa) = Encode { format, x, levels: &mut levels }.run(s);
+                        factors.add(f);
+                        kappas.add(kappa);
+                        f / codes.unit
+                    }
+                    Some(hash) => {
+                        levels.fill(0);
+                        levels.iter_mut().zip(&x[..format.dim]).for_each(|(level, &x)| *level = u8::from(x > 0.0));
+                        if hash.use_norm {
+                            let row = crate::dense::rows::Rows::row(rows, first + r);
+                            // SAFETY: as above, a row has head_dim elements.
+                            let row = unsafe { std::slice::from_raw_parts(row, index.store.head_dim()) };
+                            row.iter().map(|x| x.to_f32() * x.to_f32()).sum::<f32>().sqrt() / codes.unit
+                        } else {
+                            1.0
+                        }
+                    }
+                };
+                if !factor.is_finite() || x[..format.dim].iter().any(|x| !x.is_finite()) {
+                    let got = format!("NaN or infinity in key {} of head {head}", first + r);
+                    return Err(Error::value("store", got, "finite keys: an index cannot rank others"));
+                }
+                let at = first - range.start + r;
+                let block = &mut packed[at / BLOCK * format.block_bytes()..][..format.block_bytes()];
+                format.write(block, at % BLOCK, &levels, f16::from_f32(factor));
+            }
+        }
+        Ok((packed, factors, kappas))
+    }
+}
+
+impl State {
+    fn is_current(&self, reader: &Reader) -> bool {
+        let target = reader.len() / BLOCK * BLOCK;
+        self.epoch == reader.epoch() && (self.coded >= target || (self.fitted == 0 && target < FIRST_FIT))
+    }
+
+    /// Forgets rows from `len` on.
+    fn cut(&mut self, len: usize, format: Format) {
+        let keep = len / BLOCK * BLOCK;
+        if keep >= self.coded {
+            return;
+        }
+        if keep < self.summed {
+            // The clusters' sums hold rows that are gone.
+            (self.coded, self.fitted, self.summed) = (0, 0, 0);
+            self.heads.clear();
+            return;
+        }
+        self.coded = keep;
+        for head in &mut self.heads {
+            head.codes.truncate(keep / BLOCK * format.block_bytes());
+            head.value_ids.truncate(keep);
+        }
+    }
+
+    fn stats(&self, head: usize) -> HeadStats {
+        let (head, n) = (&self.heads[head], self.coded.max(1) as f64);
+        let (factor, kappa) = ((head.factor.squares / n).sqrt() as f32, (head.kappa.squares / n).sqrt() as f32);
+        HeadStats { sigma: factor * kappa, sigma_max: head.factor.largest * head.kappa.largest }
+    }
+}
+
+impl Snapshot<'_> {
+    /// Rows coded.
+    pub(crate) fn coded(&self) -> usize {
+        self.state.coded
+    }
+
+    pub(crate) fn format(&self) -> Format {
+        self.index.format
+    }
+
+    pub(crate) fn estimates(&self) -> bool {
+        self.index.estimates()
+    }
+
+    pub(crate) fn head(&self, head: usize) -> &HeadCodes {
+        &self.state.heads[head]
+    }
+
+    pub(crate) fn stats(&self, head: usize) -> HeadStats {
+        self.state.stats(head)
+    }
+
+    /// A scaled query made ready for the scan of a head's codes.
+    pub(crate) fn query(&self, head: usize, query: &[f32]) -> ScanQuery {
+        let (codes, map) = (&self.state.heads[head], self.index.map_of(head));
+        let dim = query.len();
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+        let mapped: Vec<f32> = map.chunks_exact(dim).map(|row| dot(row, query)).collect();
+        if self.estimates() {
+            let mut scan = ScanQuery::new(self.format(), &mapped, dot(query, &codes.centre));
+            scan.scale *= codes.unit;
+            scan
+        } else {
+            // Signs: the score is the number of agreeing bits, times the norm where that was asked for.
+            let signs: Vec<f32> = mapped.iter().map(|&x| if x > 0.0 { 1.0 } else { -1.0 }).collect();
+            let mut scan = ScanQuery::new(self.format(), &signs, 0.0);
+            // dot - offset * sum runs from -n / 2 to n / 2 in units of the byte 127; + n / 2 counts agreements.
+            scan.shift -= 127.0 * self.format().dim as f32 / 2.0;
+            scan
+        }
+    }
+}

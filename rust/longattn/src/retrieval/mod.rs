@@ -1,0 +1,805 @@
+//! Retrieval attention: each step reads the rows that matter, estimates the rest, and says how much it may have missed.
+//!
+//! ```text
+//! steady rows    the first `sinks` and the last `window`                       exact
+//! candidates     the coded rows between them
+//!     scan       an estimated logit of every candidate, once per query group    (index/codes.rs)
+//!     select     the rows of most weight, for the whole group                   (select.rs)
+//! selected rows                                                                exact, where they lie
+//! other rows     estimated weight x mean value of the row's cluster             estimate
+//! ```
+//! The parts share one running softmax, so the result is the softmax over all rows with some logits and values estimated.
+
+mod select;
+
+use crate::dense::rows::{Indexed, Strided, widen_row};
+use crate::dense::scores::{RowId, Running, exp_difference};
+use crate::dense::scratch::{Buffer, Scratch, with_scratch};
+use crate::dense::stream::{self, MAX_QUERY_ROWS, RowState, scale_row};
+use crate::dense::{Options, Problem};
+use crate::index::codes::{BLOCK, Scan, ScanQuery};
+use crate::index::{Signatures, Snapshot};
+use crate::kv::Reader;
+use crate::parallel::{Execution, for_each, map, num_threads};
+use crate::simd::{self, Isa, Kernel, Simd, dispatch};
+use crate::tensor::{DType, Element, Error, Result, TensorView, TensorViewMut, with_element};
+use select::{Budget, Weights};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Standard deviations of a code's error that the bound of the missed mass allows for.
+const BOUND_SIGMAS: f32 = 5.5;
+
+/// Candidates that one item scans, a multiple of [`BLOCK`].
+const CHUNK: usize = 16 * 1024;
+
+/// What is done with the rows that are not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest {
+    /// Nothing: they are left out of the softmax.
+    Ignored,
+    /// Their codes' weights times their value clusters' means take part.
+    Estimated,
+}
+
+/// How rows are selected.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Select {
+    /// This many rows of each KV head, shared by its query group.
+    TopK(usize),
+    /// The fewest rows whose estimated mass, with the steady rows, reaches this share for every head of the group.
+    TopP(f32),
+}
+
+/// Parameters of [`retrieval_attention`].
+#[derive(Clone, Copy, Debug)]
+pub struct RetrievalOptions<'a> {
+    /// How rows are selected.
+    pub select: Select,
+    /// First rows that are always read.
+    pub sinks: usize,
+    /// Last rows that are always read.
+    pub window: usize,
+    /// Factor of the dot products; `None` is `head_dim^-0.5`.
+    pub scale: Option<f32>,
+    /// What is done with the rows that are not read.
+    pub rest: Rest,
+    /// A logit of each query head that takes part in the denominator only.
+    pub sink_logits: Option<&'a [f32]>,
+}
+
+/// What one query row of one KV head did.
+#[derive(Clone, Debug, Default)]
+pub struct RowStats {
+    /// Rows that the query saw.
+    pub keys_total: usize,
+    /// Rows whose codes were scanned.
+    pub keys_scored: usize,
+    /// Rows read exactly.
+    pub keys_attended: usize,
+    /// Estimated share of the softmax mass outside the rows read exactly, for each query head of the group.
+    pub missed_mass: Vec<f32>,
+    /// Upper bound of that share, see [`retrieval_attention`].
+    pub missed_mass_bound: Vec<f32>,
+    /// Rows selected by their codes, ascending; empty unless asked for.
+    pub selected: Vec<u32>,
+}
+
+struct Call<'a> {
+    problem: Problem<'a>,
+    options: RetrievalOptions<'a>,
+    snapshot: Snapshot<'a>,
+    isa: Isa,
+    keep_selected: bool,
+}
+
+/// Attention of `q`, `[1, query heads, queries, dim]`, over the store of `index`, reading few of its rows.
+///
+/// Query row i sits at position `len - queries + i` and sees the rows up to its own. `out` is `[1, query heads, queries, value_dim]`,
+/// `lse` `[1, query heads, queries, 1]` in f32. Returns the statistics of `[kv_heads, queries]`, row-major.
+///
+/// `missed_mass` comes from the codes' unbiased logits. `missed_mass_bound` holds if no unread row's logit is underestimated by
+/// more than 5.5 standard deviations of its code's error, a Gaussian event of 2e-8 per row: loose with 1 or 2 bits, useful with 4.
+/// Hash codes estimate nothing: both are 1 whenever rows were left out.
+pub fn retrieval_attention(
+    q: TensorView,
+    index: &Signatures,
+    options: RetrievalOptions,
+    out: &mut TensorViewMut,
+    lse: &mut TensorViewMut,
+    keep_selected: bool,
+    execution: &Execution,
+) -> Result<Vec<RowStats>> {
+    let store = Arc::clone(index.store());
+    let reader = store.read();
+    check(&q, index, &reader, &options, out, lse)?;
+    let dense = Options {
+        scale: options.scale,
+        causal: true,
+        sinks: options.sink_logits,
+        ..Options::default()
+    };
+    let problem = Problem::new(q, reader.keys(), reader.values(), dense)?;
+    if problem.queries == 0 {
+        return Ok(Vec::new());
+    }
+    let snapshot = index.read(&reader, execution)?;
+    let call = Call { problem, options, snapshot, isa: simd::current(), keep_selected };
+    let (out, lse) = (&*out, &*lse);
+    let heads = call.problem.kv_heads;
+    let rows = heads * call.problem.queries;
+    if rows >= num_threads() {
+        map(execution, rows, |i| call.row(i / call.problem.queries, i % call.problem.queries, out, lse, None))
+    } else {
+        // Fewer rows than threads: the rows go one by one, their candidates in parallel. The results are the same bits.
+        (0..rows)
+            .map(|i| {
+                let (head, row) = (i / call.problem.queries, i % call.problem.queries);
+                let stats = call.row(head, row, out, lse, Some(execution));
+                if execution.cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(stats) }
+            })
+            .collect()
+    }
+}
+
+fn check(
+    q: &TensorView,
+    index: &Signatures,
+    reader: &Reader,
+    options: &RetrievalOptions,
+    out: &TensorViewMut,
+    lse: &TensorViewMut,
+) -> Result<()> {
+    let ([batch, heads, queries, dim], store) = (q.shape(), reader.store());
+    if batch != 1 || dim != store.head_dim() || heads == 0 || heads % store.kv_heads() != 0 {
+        let expected = format!("[1, a multiple of {}, queries, {}]", store.kv_heads(), store.head_dim());
+        return Err(Error::value("q", format!("shape {:?}", q.shape()), expected));
+    }
+    if heads / store.kv_heads() > MAX_GROUP {
+        let got = format!("{} query heads per KV head", heads / store.kv_heads());
+        return Err(Error::value("q", got, format!("at most {MAX_GROUP}")));
+    }
+    if queries > reader.len() {
+        let got = format!("{queries} queries on a store of {} rows", reader.len());
+        return Err(Error::value("q", got, "queries that are the last rows of the store"));
+    }
+    if out.shape() != [1, heads, queries, store.value_dim()] {
+        let expected = format!("[1, {heads}, {queries}, {}]", store.value_dim());
+        return Err(Error::value("out", format!("shape {:?}", out.shape()), expected));
+    }
+    if lse.shape() != [1, heads, queries, 1] || lse.dtype() != DType::F32 {
+        let expected = format!("float32 [1, {heads}, {queries}, 1]");
+        return Err(Error::value("lse", format!("{} {:?}", lse.dtype(), lse.shape()), expected));
+    }
+    match options.select {
+        Select::TopK(0) => return Err(Error::value("top_k", 0, "at least 1")),
+        Select::TopP(p) if !(p > 0.0 && p < 1.0) => return Err(Error::value("top_p", p, "between 0 and 1")),
+        Select::TopP(_) if !index.estimates() => {
+            return Err(Error::value("top_p", "an index of hash codes", "an index that estimates logits, or top_k"));
+        }
+        _ => {}
+    }
+    if options.rest == Rest::Estimated && !index.estimates() {
+        return Err(Error::value("rest", "values", "none for hash codes, which estimate no logits"));
+    }
+    Ok(())
+}
+
+/// Query heads per KV head.
+const MAX_GROUP: usize = 64;
+
+/// Sums over candidates of one query head: what turns estimated logits into weights.
+#[derive(Clone, Copy, Debug)]
+struct Bulk {
+    /// Running softmax of the estimated logits.
+    softmax: Running,
+    sum: f64,
+    squares: f64,
+}
+
+impl Call<'_> {
+    /// Attends from one query position of one KV head's group.
+    fn row(
+        &self,
+        head: usize,
+        row: usize,
+        out: &TensorViewMut,
+        lse: &TensorViewMut,
+        parallel: Option<&Execution>,
+    ) -> RowStats {
+        let problem = &self.problem;
+        let total = problem.visible(row).end;
+        let coded = self.snapshot.coded();
+        // Rows that have no code yet are read with the window.
+        let first = self.options.sinks.min(total);
+        let last = total.saturating_sub(self.options.window).min(coded).max(first);
+        let steady = [0..first, last..total];
+        let candidates = first..last;
+
+        let ids: Vec<RowId> =
+            (0..problem.group).map(|g| RowId { batch: 0, head: head * problem.group + g, row }).collect();
+        let mut rows = GroupRows::new(problem, &ids, self.isa);
+        for range in steady {
+            if !range.is_empty() {
+                rows.attend(self, head, &ids, Keys::Range(range));
+            }
+        }
+        let mut stats = RowStats { keys_total: total, keys_attended: total - candidates.len(), ..RowStats::default() };
+        let selection = (!candidates.is_empty()).then(|| self.select(head, &ids, &candidates, &rows, parallel));
+        let mut rest = vec![Running::EMPTY; problem.group];
+        if let Some(selection) = &selection {
+            stats.keys_scored = candidates.len();
+            stats.keys_attended += selection.rows.len();
+            if !selection.rows.is_empty() {
+                rows.attend(self, head, &ids, Keys::Index(&selection.rows));
+            }
+            rest.copy_from_slice(&selection.rest);
+        }
+        self.finish(head, &ids, &mut rows, selection.as_ref(), out, lse);
+        for (g, rest) in rest.iter().enumerate() {
+            let read = rows.running[g].lse();
+            let share = |log_mass: f32| {
+                if log_mass == f32::NEG_INFINITY { 0.0 } else { 1.0 / (1.0 + (read - log_mass).exp()) }
+            };
+            let left_out = selection.as_ref().is_some_and(|s| s.rows.len() < candidates.len());
+            let (missed, bound) = if self.snapshot.estimates() {
+                let slack = selection.as_ref().map_or(0.0, |s| s.bound_slack[g]);
+                (share(rest.lse()), share(rest.lse() + slack))
+            } else {
+                let all = if left_out { 1.0 } else { 0.0 };
+                (all, all)
+            };
+            stats.missed_mass.push(missed);
+            stats.missed_mass_bound.push(bound.max(missed));
+        }
+        if self.keep_selected {
+            stats.selected = selection.map_or_else(Vec::new, |s| s.rows);
+        }
+        stats
+    }
+
+    /// Scans the candidates and selects rows; weighs the rest.
+    fn select(
+        &self,
+        head: usize,
+        ids: &[RowId],
+        candidates: &Range<usize>,
+        steady: &GroupRows,
+        parallel: Option<&Execution>,
+    ) -> Selection {
+        let group = ids.len();
+        let (codes, estimates) = (self.snapshot.head(head), self.snapshot.estimates());
+        let queries: Vec<ScanQuery> = (0..group).map(|g| self.snapshot.query(head, steady.query(g))).collect();
+        let blocks = candidates.start / BLOCK..candidates.end.div_ceil(BLOCK);
+        let base = blocks.start * BLOCK;
+        let n = blocks.len() * BLOCK;
+        let chunks = n.div_ceil(CHUNK);
+        let mut memory = with_scratch(|scratch| std::mem::take(&mut scratch.extra));
+        let mut memory2 = with_scratch(|scratch| std::mem::take(&mut scratch.values));
+        let scores = Shared::new(memory.take(group * chunks * CHUNK));
+        let weights = Shared::new(memory2.take(chunks * CHUNK));
+        let run = |work: &(dyn Fn(usize) + Sync)| match parallel {
+            // A cancelled call's results are never seen.
+            Some(execution) => drop(for_each(execution, chunks, work)),
+            None => (0..chunks).for_each(work),
+        };
+        let chunk_rows = |c: usize| {
+            let start = base + c * CHUNK;
+            start..(start + CHUNK).min(base + n)
+        };
+
+        // Scan: scores of each chunk, [group, CHUNK] one chunk after another.
+        let bulks = Slots::new(chunks);
+        run(&|c| {
+            let range = chunk_rows(c);
+            let bytes = self.snapshot.format().block_bytes();
+            // SAFETY: chunk c is this worker's own.
+            let scores = unsafe { scores.part(c * group * CHUNK, group * CHUNK) };
+            let codes = &codes.codes[range.start / BLOCK * bytes..range.end / BLOCK * bytes];
+            let format = self.snapshot.format();
+            dispatch(self.isa, Scan { format, codes, queries: &queries, scores, stride: CHUNK });
+            let inside = candidates.start.max(range.start) - range.start..candidates.end.min(range.end) - range.start;
+            let summed = dispatch(self.isa, Summarise { scores, group, len: range.len(), inside, estimates });
+            bulks.set(c, summed);
+        });
+        let mut bulk = vec![Bulk { softmax: Running::EMPTY, sum: 0.0, squares: 0.0 }; group];
+        for part in bulks.into_values() {
+            for (all, part) in bulk.iter_mut().zip(part) {
+                all.join(part);
+            }
+        }
+
+        // Weights of the group: the mean over its heads of each row's estimated share of all mass.
+        let sigma = if estimates { self.snapshot.stats(head).sigma } else { 0.0 };
+        let heads: Vec<HeadWeight> = (0..group)
+            .map(|g| HeadWeight::new(&bulk[g], steady.running[g].lse(), sigma * steady.query_norm(g), candidates.len()))
+            .collect();
+        let by_mass = matches!(self.options.select, Select::TopP(_));
+        let clusters = if self.options.rest == Rest::Estimated { codes.values.len() } else { 0 };
+        let parts = Slots::new(chunks);
+        run(&|c| {
+            let range = chunk_rows(c);
+            // SAFETY: chunk c is this worker's own.
+            let (scores, weights) = unsafe { (scores.part(c * group * CHUNK, group * CHUNK), weights.part(c * CHUNK, CHUNK)) };
+            let ids: &[u8] = if clusters > 0 { &codes.value_ids[range.clone()] } else { &[] };
+            let work = Weigh { scores, weights, heads: &heads, len: range.len(), estimates, ids, clusters, by_mass };
+            parts.set(c, dispatch(self.isa, work));
+        });
+        // SAFETY: the workers are done.
+        let (scores, weights) = unsafe { (scores.part(0, group * chunks * CHUNK), weights.part(0, n)) };
+        let score = |g: usize, row: usize| {
+            let at = row - base;
+            scores[at / CHUNK * group * CHUNK + g * CHUNK + at % CHUNK]
+        };
+        let mut sums = vec![0f32; group * clusters.max(1)];
+        let mut totals = Weights::new(group, by_mass);
+        for part in parts.into_values() {
+            sums.iter_mut().zip(&part.sums).for_each(|(a, b)| *a += b);
+            totals.join(&part.weights);
+        }
+        let budget = match self.options.select {
+            Select::TopK(k) => Budget::Rows(k),
+            // What the candidates must hold, beside the steady rows, for each head.
+            Select::TopP(p) => {
+                let wanted = |g: usize| {
+                    let steady = f64::from(heads[g].steady_share);
+                    f64::from(p) * (steady + totals.rest[g]) - steady
+                };
+                Budget::Mass((0..group).map(wanted).collect())
+            }
+        };
+        let inside = candidates.start - base..candidates.end - base;
+        let mut rows = select::select(weights, &totals, inside, &budget);
+        rows.iter_mut().for_each(|row| *row += base as u32);
+
+        // What is left: all weights less those of the selected rows.
+        let mut rest = vec![Running::EMPTY; group];
+        let mut bound_slack = vec![0f32; group];
+        if estimates && rows.len() < candidates.len() {
+            let sigma_max = self.snapshot.stats(head).sigma_max;
+            for g in 0..group {
+                let picked: f64 = rows.iter().map(|&row| f64::from(heads[g].rest_weight(score(g, row as usize)))).sum();
+                let left = (totals.rest[g] - picked).max(0.0) as f32;
+                rest[g] = Running { max: heads[g].log_total, sum: left };
+                // From corrected weights back to plain exp(s), then up by what a code may be wrong.
+                let plain = totals.mass[g] - rows.iter().map(|&r| f64::from(heads[g].share(score(g, r as usize)))).sum::<f64>();
+                let plain = (plain.max(0.0) as f32).max(f32::MIN_POSITIVE);
+                bound_slack[g] = (plain / left.max(f32::MIN_POSITIVE)).ln() + BOUND_SIGMAS * sigma_max * steady.query_norm(g);
+            }
+            if clusters > 0 {
+                for &row in &rows {
+                    let id = usize::from(codes.value_ids[row as usize]);
+                    for g in 0..group {
+                        let sum = &mut sums[id * group + g];
+                        *sum = (*sum - heads[g].rest_weight(score(g, row as usize))).max(0.0);
+                    }
+                }
+            }
+        }
+        let log_total = heads.iter().map(|h| h.log_total).collect();
+        with_scratch(|scratch| (scratch.extra, scratch.values) = (memory, memory2));
+        Selection { rows, rest, bound_slack, sums, clusters, log_total }
+    }
+
+    /// Adds the estimate of the rest, normalises and writes.
+    fn finish(
+        &self,
+        head: usize,
+        ids: &[RowId],
+        rows: &mut GroupRows,
+        selection: Option<&Selection>,
+        out: &TensorViewMut,
+        lse: &TensorViewMut,
+    ) {
+        let problem = &self.problem;
+        let group = ids.len();
+        for (g, &id) in ids.iter().enumerate() {
+            let output = &mut rows.outputs[g * rows.padded_value_dim..][..problem.value_dim];
+            let mut total = rows.running[g];
+            if let Some(selection) = selection
+                && selection.clusters > 0
+                && selection.rest[g].sum > 0.0
+            {
+                let log_total = selection.log_total[g];
+                let max = total.max.max(log_total);
+                let (old, new) = (exp_difference(total.max, max), exp_difference(log_total, max));
+                output.iter_mut().for_each(|x| *x *= old);
+                let means = self.snapshot.head(head).values.means();
+                // Normalised to the mass that is left, of which the clusters' sums are the shares.
+                let sum: f32 = (0..selection.clusters).map(|c| selection.sums[c * group + g]).sum();
+                let rescale = if sum > 0.0 { new * selection.rest[g].sum / sum } else { 0.0 };
+                for (c, mean) in means.chunks_exact(problem.value_dim).enumerate() {
+                    let weight = selection.sums[c * group + g] * rescale;
+                    if weight > 0.0 {
+                        output.iter_mut().zip(mean).for_each(|(x, m)| *x += weight * m);
+                    }
+                }
+                total = Running { max, sum: total.sum * old + new * selection.rest[g].sum };
+            }
+            let mut scale = 1.0 / total.sum;
+            if let Some(sinks) = self.options.sink_logits {
+                let max = total.max.max(sinks[id.head]);
+                let sum = total.sum * exp_difference(total.max, max) + exp_difference(sinks[id.head], max);
+                scale = exp_difference(total.max, max) / sum;
+                total = Running { max, sum };
+            }
+            with_element!(out.dtype(), O => {
+                let to = out.row_ptr::<O>(id.batch, id.head, id.row);
+                for (d, x) in output.iter().enumerate() {
+                    // SAFETY: the output row has value_dim elements and belongs to this worker alone.
+                    unsafe { to.add(d).write(O::from_f32(x * scale)) };
+                }
+            });
+            // SAFETY: lse has one element per query row.
+            unsafe { lse.row_ptr::<f32>(id.batch, id.head, id.row).write(total.lse()) };
+        }
+    }
+}
+
+impl Bulk {
+    fn join(&mut self, other: Self) {
+        let max = self.softmax.max.max(other.softmax.max);
+        let sum = self.softmax.sum * exp_difference(self.softmax.max, max)
+            + other.softmax.sum * exp_difference(other.softmax.max, max);
+        self.softmax = Running { max, sum };
+        self.sum += other.sum;
+        self.squares += other.squares;
+    }
+}
+
+/// How one query head weighs candidates by their estimated logits, as shares of all its mass.
+#[derive(Clone, Copy, Debug)]
+struct HeadWeight {
+    /// Log of all mass: steady rows and candidates.
+    log_total: f32,
+    /// Share of the steady rows.
+    steady_share: f32,
+    /// An unread row's share is `exp(slope * s + shift)`: the mean of e^s given the estimate s.
+    slope: f32,
+    shift: f32,
+}
+
+impl HeadWeight {
+    fn new(bulk: &Bulk, steady: f32, sigma: f32, n: usize) -> Self {
+        let candidates = bulk.softmax.lse();
+        let max = steady.max(candidates);
+        let log_total = max + (exp_difference(steady, max) + exp_difference(candidates, max)).ln();
+        let mean = bulk.sum / n as f64;
+        let variance = (bulk.squares / n as f64 - mean * mean).max(0.0);
+        let noise = f64::from(sigma) * f64::from(sigma);
+        // Below a third of a nat the code's error hardly moves weights: the plain correction. Above it the mean given a Gaussian
+        // prior, which rows left unread because of their low estimate do not bias.
+        let (slope, shift) = if noise < 0.11 {
+            (1.0, -noise / 2.0)
+        } else {
+            let signal = (variance - noise).max(0.05 * variance);
+            let slope = signal / (signal + noise);
+            (slope, mean * (1.0 - slope) + slope * noise / 2.0)
+        };
+        Self {
+            log_total,
+            steady_share: exp_difference(steady, log_total),
+            slope: slope as f32,
+            shift: shift as f32 - log_total,
+        }
+    }
+
+    /// Estimated share of a row's logit `s`.
+    #[inline]
+    fn share(&self, s: f32) -> f32 {
+        (s - self.log_total).exp()
+    }
+
+    /// Share of an unread row whose estimated logit is `s`.
+    #[inline]
+    fn rest_weight(&self, s: f32) -> f32 {
+        (self.slope * s + self.shift).exp()
+    }
+}
+
+/// What [`Call::select`] found.
+struct Selection {
+    /// Rows to read, ascending.
+    rows: Vec<u32>,
+    /// Mass of the unread rows of each head, corrected for the codes' error.
+    rest: Vec<Running>,
+    /// Logarithm of the factor between that mass and its bound.
+    bound_slack: Vec<f32>,
+    /// `[clusters, group]`: shares of the unread rows by value cluster, in units of `exp(log_total)`.
+    sums: Vec<f32>,
+    clusters: usize,
+    log_total: Vec<f32>,
+}
+
+enum Keys<'a> {
+    Range(Range<usize>),
+    Index(&'a [u32]),
+}
+
+/// Query rows of one group and what they accumulated.
+struct GroupRows {
+    queries: Buffer,
+    padded_dim: usize,
+    dim: usize,
+    outputs: Vec<f32>,
+    padded_value_dim: usize,
+    running: Vec<Running>,
+}
+
+impl GroupRows {
+    fn new(problem: &Problem, ids: &[RowId], isa: Isa) -> Self {
+        struct Load<'a>(&'a Problem<'a>, &'a [RowId], &'a mut [f32], usize);
+        impl Kernel for Load<'_> {
+            type Output = ();
+            #[inline(always)]
+            fn run<S: Simd>(self, s: S) {
+                let Self(problem, ids, to, padded) = self;
+                for (row, id) in to.chunks_exact_mut(padded).zip(ids) {
+                    with_element!(problem.q.dtype(), Q => {
+                        let q = problem.q.row::<Q>(id.batch, id.head, id.row);
+                        // SAFETY: the query has dim elements, `row` its padded length.
+                        unsafe { widen_row(s, q.as_ptr(), q.len(), row.as_mut_ptr(), padded) };
+                    });
+                    scale_row(s, row, problem.scale);
+                }
+            }
+        }
+        let padded = |n: usize| n.next_multiple_of(simd::MAX_LANES);
+        let (padded_dim, padded_value_dim) = (padded(problem.dim), padded(problem.value_dim));
+        let mut queries = Buffer::default();
+        dispatch(isa, Load(problem, ids, &mut queries.take(ids.len() * padded_dim)[..ids.len() * padded_dim], padded_dim));
+        Self {
+            queries,
+            padded_dim,
+            dim: problem.dim,
+            outputs: vec![0.0; ids.len() * padded_value_dim],
+            padded_value_dim,
+            running: vec![Running::EMPTY; ids.len()],
+        }
+    }
+
+    /// Scaled query of a head of the group.
+    fn query(&self, g: usize) -> &[f32] {
+        &self.queries.filled()[g * self.padded_dim..][..self.dim]
+    }
+
+    fn query_norm(&self, g: usize) -> f32 {
+        self.query(g).iter().map(|x| x * x).sum::<f32>().sqrt()
+    }
+
+    /// Exact attention to some rows, added to what is there.
+    fn attend(&mut self, call: &Call, head: usize, ids: &[RowId], keys: Keys) {
+        with_scratch(|scratch| dispatch(call.isa, Exact { call, head, ids, keys, rows: self, scratch }));
+    }
+}
+
+struct Exact<'a> {
+    call: &'a Call<'a>,
+    head: usize,
+    ids: &'a [RowId],
+    keys: Keys<'a>,
+    rows: &'a mut GroupRows,
+    scratch: &'a mut Scratch,
+}
+
+impl Kernel for Exact<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { call, head, ids, keys, rows, scratch } = self;
+        let problem = &call.problem;
+        let scores = scratch.scores.take(MAX_QUERY_ROWS * stream::KEYS);
+        let queries = rows.queries.filled();
+        for first in (0..ids.len()).step_by(MAX_QUERY_ROWS) {
+            let last = (first + MAX_QUERY_ROWS).min(ids.len());
+            let mut state = RowState {
+                queries: &queries[first * rows.padded_dim..],
+                padded_dim: rows.padded_dim,
+                outputs: &mut rows.outputs[first * rows.padded_value_dim..last * rows.padded_value_dim],
+                padded_value_dim: rows.padded_value_dim,
+                running: &mut rows.running[first..last],
+            };
+            with_element!(problem.k.dtype(), T => {
+                let k = Strided { base: problem.k.head::<T>(0, head), stride: problem.k.row_stride() };
+                let v = Strided { base: problem.v.head::<T>(0, head), stride: problem.v.row_stride() };
+                // SAFETY: ranges and indices are rows of the reader; the buffers are padded as RowState says.
+                unsafe {
+                    match &keys {
+                        Keys::Range(range) => {
+                            let ids = &ids[first..last];
+                            stream::attend(s, problem, ids, k, v, range.clone(), None, &mut state, scores, false);
+                        }
+                        Keys::Index(index) => {
+                            let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
+                            let (ids, all) = (&ids[first..last], 0..index.len());
+                            stream::attend(s, problem, ids, k, v, all.clone(), Some(all), &mut state, scores, false);
+                        }
+                    }
+                }
+            });
+        }
+    }
+}
+
+/// Hides scores outside the candidates and sums what is inside.
+struct Summarise<'a> {
+    /// `[group, CHUNK]`.
+    scores: &'a mut [f32],
+    group: usize,
+    len: usize,
+    inside: Range<usize>,
+    estimates: bool,
+}
+
+impl Kernel for Summarise<'_> {
+    type Output = Vec<Bulk>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Vec<Bulk> {
+        let Self { scores, group, len, inside, estimates } = self;
+        let hidden = f32::NEG_INFINITY;
+        (0..group)
+            .map(|g| {
+                let row = &mut scores[g * CHUNK..g * CHUNK + len];
+                let (mut max, mut sum, mut squares) = (s.splat(hidden), s.zero(), s.zero());
+                if estimates {
+                    // Moments in f32 within a vector's worth of a chunk, of differences from the first score: no cancellation.
+                    let origin = row[inside.start];
+                    row[..inside.start].fill(origin);
+                    row[inside.end..].fill(origin);
+                    for chunk in row.chunks_exact(S::LANES) {
+                        // SAFETY: the chunk has LANES floats.
+                        let x = unsafe { s.load(chunk.as_ptr()) };
+                        let d = s.sub(x, s.splat(origin));
+                        max = s.max(x, max);
+                        sum = s.add(sum, d);
+                        squares = s.fma(d, d, squares);
+                    }
+                    row[..inside.start].fill(hidden);
+                    row[inside.end..].fill(hidden);
+                    let max = s.max_lane(max);
+                    let mut total = s.zero();
+                    for chunk in row.chunks_exact(S::LANES) {
+                        // SAFETY: as above.
+                        total = s.add(total, s.exp(s.sub(unsafe { s.load(chunk.as_ptr()) }, s.splat(max))));
+                    }
+                    let (n, o) = (inside.len() as f64, f64::from(origin));
+                    let (sum, squares) = (f64::from(s.sum(sum)), f64::from(s.sum(squares)));
+                    Bulk {
+                        softmax: Running { max, sum: s.sum(total) },
+                        sum: sum + n * o,
+                        squares: squares + 2.0 * o * sum + n * o * o,
+                    }
+                } else {
+                    row[..inside.start].fill(hidden);
+                    row[inside.end..].fill(hidden);
+                    Bulk { softmax: Running::EMPTY, sum: 0.0, squares: 0.0 }
+                }
+            })
+            .collect()
+    }
+}
+
+/// Turns a chunk's scores into the group's weights, and sums the unread rows' weights by value cluster.
+struct Weigh<'a> {
+    /// `[group, CHUNK]`.
+    scores: &'a [f32],
+    /// `[CHUNK]`.
+    weights: &'a mut [f32],
+    heads: &'a [HeadWeight],
+    len: usize,
+    estimates: bool,
+    /// Value cluster of each row, empty if not asked for.
+    ids: &'a [u8],
+    clusters: usize,
+    by_mass: bool,
+}
+
+struct Weighed {
+    weights: Weights,
+    /// `[clusters, group]`.
+    sums: Vec<f32>,
+}
+
+impl Kernel for Weigh<'_> {
+    type Output = Weighed;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Weighed {
+        const STEP: usize = 256;
+        let Self { scores, weights, heads, len, estimates, ids, clusters, by_mass } = self;
+        let group = heads.len();
+        let mut totals = Weights::new(group, by_mass);
+        let mut sums = vec![0f32; (group * clusters).max(1)];
+        let mut rest = vec![0f32; group * STEP];
+        let mean = s.splat(1.0 / group as f32);
+        for start in (0..len).step_by(STEP) {
+            let n = STEP.min(len - start);
+            weights[start..start + n].fill(0.0);
+            for (g, head) in heads.iter().enumerate() {
+                let row = &scores[g * CHUNK + start..][..n];
+                let (mut mass, mut left) = (s.zero(), s.zero());
+                for j in (0..n).step_by(S::LANES) {
+                    // SAFETY: n is a multiple of the block of 16 and so of LANES; rows, weights and rest hold n floats from here.
+                    unsafe {
+                        let x = s.load(row.as_ptr().add(j));
+                        let weight = weights.as_mut_ptr().add(start + j);
+                        if estimates {
+                            let share = s.exp(s.sub(x, s.splat(head.log_total)));
+                            let other = if head.slope == 1.0 {
+                                s.mul(share, s.splat((head.shift + head.log_total).exp()))
+                            } else {
+                                s.exp(s.fma(x, s.splat(head.slope), s.splat(head.shift)))
+                            };
+                            mass = s.add(mass, share);
+                            left = s.add(left, other);
+                            s.store(rest.as_mut_ptr().add(g * STEP + j), other);
+                            s.store(weight, s.fma(share, mean, s.load(weight)));
+                        } else {
+                            // Counts of agreeing bits; hidden rows stay below every count.
+                            s.store(weight, s.add(s.load(weight), s.max(s.splat(-1.0), x)));
+                        }
+                    }
+                }
+                totals.mass[g] += f64::from(s.sum(mass));
+                totals.rest[g] += f64::from(s.sum(left));
+            }
+            totals.count(&weights[start..start + n], &rest, STEP);
+            if clusters > 0 {
+                for (j, &id) in ids[start..start + n].iter().enumerate() {
+                    for (g, sum) in sums[usize::from(id) * group..][..group].iter_mut().enumerate() {
+                        *sum += rest[g * STEP + j];
+                    }
+                }
+            }
+        }
+        Weighed { weights: totals, sums }
+    }
+}
+
+/// A buffer that several workers write disjoint parts of.
+struct Shared<'a> {
+    ptr: *mut f32,
+    len: usize,
+    memory: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: parts are handed out by an unsafe method whose callers take disjoint ones.
+unsafe impl Sync for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    fn new(memory: &'a mut [f32]) -> Self {
+        Self { ptr: memory.as_mut_ptr(), len: memory.len(), memory: std::marker::PhantomData }
+    }
+
+    /// # Safety
+    /// No two parts alive at once overlap.
+    #[allow(clippy::mut_from_ref, reason = "disjoint parts of one buffer, which is what this type is for")]
+    unsafe fn part(&self, start: usize, len: usize) -> &'a mut [f32] {
+        assert!(start + len <= self.len);
+        // SAFETY: inside the buffer, and disjoint by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(start), len) }
+    }
+}
+
+/// One value per chunk, set by whoever ran it.
+struct Slots<T>(Vec<std::sync::Mutex<Option<T>>>);
+
+impl<T> Slots<T> {
+    fn new(n: usize) -> Self {
+        Self((0..n).map(|_| std::sync::Mutex::new(None)).collect())
+    }
+
+    fn set(&self, i: usize, value: T) {
+        *self.0[i].lock().unwrap_or_else(|e| e.into_inner()) = Some(value);
+    }
+
+    /// The values that were set, in order; a cancelled call has fewer.
+    fn into_values(self) -> impl Iterator<Item = T> {
+        self.0.into_iter().filter_map(|slot| slot.into_inner().unwrap_or_else(|e| e.into_inner()))
+    }
+}
+
+#[cfg(test)]
+mod tests;

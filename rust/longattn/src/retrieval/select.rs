@@ -1,0 +1,171 @@
+//! Picking the rows of most weight: a histogram over the weights' leading bits, then an exact pick inside one bin.
+
+use std::ops::Range;
+
+/// Sign, exponent and three bits of the mantissa: bins an eighth to a sixteenth apart.
+const SHIFT: u32 = 20;
+const BINS: usize = 1 << (31 - SHIFT);
+
+/// How many rows to pick.
+pub(super) enum Budget {
+    Rows(usize),
+    /// The fewest that hold this much of each head's weight.
+    Mass(Vec<f64>),
+}
+
+/// Histogram of weights, with what each bin holds of each head where a mass budget needs it.
+pub(super) struct Weights {
+    counts: Vec<u32>,
+    /// `[bins, heads]`, or empty.
+    bin_mass: Vec<f64>,
+    /// Sum of the shares of each head, and of the unread rows' weights.
+    pub(super) mass: Vec<f64>,
+    pub(super) rest: Vec<f64>,
+}
+
+/// Larger weights have larger bins; what is not positive has bin 0.
+#[inline(always)]
+fn bin(weight: f32) -> usize {
+    if weight > 0.0 { (weight.to_bits() >> SHIFT) as usize } else { 0 }
+}
+
+impl Weights {
+    pub(super) fn new(heads: usize, with_mass: bool) -> Self {
+        Self {
+            counts: vec![0; BINS],
+            bin_mass: if with_mass { vec![0.0; BINS * heads] } else { Vec::new() },
+            mass: vec![0.0; heads],
+            rest: vec![0.0; heads],
+        }
+    }
+
+    /// Counts some rows; `rest` holds each head's weights of these rows, `stride` apart.
+    #[inline(always)]
+    pub(super) fn count(&mut self, weights: &[f32], rest: &[f32], stride: usize) {
+        for &w in weights {
+            self.counts[bin(w)] += 1;
+        }
+        if !self.bin_mass.is_empty() {
+            let heads = self.mass.len();
+            for (j, &w) in weights.iter().enumerate() {
+                for (g, mass) in self.bin_mass[bin(w) * heads..][..heads].iter_mut().enumerate() {
+                    *mass += f64::from(rest[g * stride + j]);
+                }
+            }
+        }
+    }
+
+    pub(super) fn join(&mut self, other: &Self) {
+        self.counts.iter_mut().zip(&other.counts).for_each(|(a, b)| *a += b);
+        for (a, b) in [(&mut self.bin_mass, &other.bin_mass), (&mut self.mass, &other.mass), (&mut self.rest, &other.rest)] {
+            a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+        }
+    }
+
+    /// The bin that fills the budget, and how many rows to take of it (`None`: all).
+    fn threshold(&self, budget: &Budget) -> (usize, Option<usize>) {
+        match budget {
+            Budget::Rows(rows) => {
+                let mut above = 0;
+                for b in (0..BINS).rev() {
+                    let here = self.counts[b] as usize;
+                    if above + here >= *rows {
+                        return (b, Some(rows - above));
+                    }
+                    above += here;
+                }
+                (0, None)
+            }
+            Budget::Mass(wanted) => {
+                let heads = self.mass.len();
+                let mut left = wanted.clone();
+                for b in (0..BINS).rev() {
+                    if left.iter().all(|&x| x <= 0.0) {
+                        return (b + 1, None);
+                    }
+                    left.iter_mut().zip(&self.bin_mass[b * heads..]).for_each(|(left, mass)| *left -= mass);
+                }
+                (0, None)
+            }
+        }
+    }
+}
+
+/// Indices into `weights`, inside `range`, of the rows that fill the budget, ascending. Ties go to the lower index.
+pub(super) fn select(weights: &[f32], totals: &Weights, range: Range<usize>, budget: &Budget) -> Vec<u32> {
+    if matches!(budget, Budget::Rows(rows) if *rows >= range.len()) {
+        return (range.start as u32..range.end as u32).collect();
+    }
+    let (threshold, of_bin) = totals.threshold(budget);
+    let lowest = if threshold == 0 { f32::NEG_INFINITY } else { f32::from_bits((threshold as u32) << SHIFT) };
+    let mut picked = Vec::new();
+    let mut tied = Vec::new();
+    for (j, &w) in weights.iter().enumerate().take(range.end).skip(range.start) {
+        if w >= lowest {
+            if of_bin.is_some() && bin(w) == threshold { tied.push(j as u32) } else { picked.push(j as u32) }
+        }
+    }
+    if let Some(n) = of_bin {
+        if n < tied.len() {
+            let order = |&a: &u32, &b: &u32| weights[b as usize].total_cmp(&weights[a as usize]).then(a.cmp(&b));
+            tied.select_nth_unstable_by(n, order);
+            tied.truncate(n);
+        }
+        picked.extend_from_slice(&tied);
+        picked.sort_unstable();
+    }
+    picked
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::Random;
+
+    fn weights(n: usize, seed: u64) -> Vec<f32> {
+        let mut random = Random::new(seed);
+        // Many ties, zeros and a wide range.
+        (0..n).map(|_| ((random.below(40) as f32) * 0.7 - 14.0).exp() * if random.below(5) == 0 { 0.0 } else { 1.0 }).collect()
+    }
+
+    #[test]
+    fn top_k_is_a_stable_sort() {
+        for (n, seed) in [(10, 1), (1000, 2), (4096, 3)] {
+            let w = weights(n, seed);
+            let range = 3..n - 2;
+            let mut totals = Weights::new(1, false);
+            totals.count(&w, &w, n);
+            let mut order: Vec<u32> = (range.start as u32..range.end as u32).collect();
+            order.sort_by(|&a, &b| w[b as usize].total_cmp(&w[a as usize]).then(a.cmp(&b)));
+            for k in [1, 2, n / 3, n - 6, n] {
+                // Rows outside the range are counted like hidden ones: with weight 0.
+                let mut hidden = w.clone();
+                hidden[..3].fill(0.0);
+                hidden[n - 2..].fill(0.0);
+                let mut totals = Weights::new(1, false);
+                totals.count(&hidden, &hidden, n);
+                let mut expected = order[..k.min(range.len())].to_vec();
+                expected.sort_unstable();
+                assert_eq!(select(&hidden, &totals, range.clone(), &Budget::Rows(k)), expected, "n {n} k {k}");
+            }
+        }
+    }
+
+    #[test]
+    fn top_p_holds_the_mass_and_little_more() {
+        let w = weights(4096, 4);
+        let total: f64 = w.iter().map(|&x| f64::from(x)).sum();
+        let mut totals = Weights::new(1, true);
+        totals.count(&w, &w, w.len());
+        for p in [0.1, 0.5, 0.9, 0.999] {
+            let rows = select(&w, &totals, 0..w.len(), &Budget::Mass(vec![p * total]));
+            let held: f64 = rows.iter().map(|&j| f64::from(w[j as usize])).sum();
+            assert!(held >= p * total * (1.0 - 1e-6));
+            // Whole bins are taken: the lightest bin could be left out only by falling short.
+            let least = rows.iter().map(|&j| bin(w[j as usize])).min().unwrap();
+            let without: f64 = rows.iter().filter(|&&j| bin(w[j as usize]) > least).map(|&j| f64::from(w[j as usize])).sum();
+            assert!(without < p * total);
+        }
+        assert!(select(&w, &totals, 0..w.len(), &Budget::Mass(vec![-0.1])).is_empty());
+    }
+}
