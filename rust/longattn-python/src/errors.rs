@@ -11,7 +11,15 @@ pub(crate) fn to_py(error: Error) -> PyErr {
         Error::Value { .. } | Error::Corrupt { .. } => PyValueError::new_err(text),
         Error::Type { .. } => PyTypeError::new_err(text),
         Error::Memory { .. } => PyMemoryError::new_err(text),
-        Error::Io { .. } => PyOSError::new_err(text),
+        Error::Io { path, source } => match source.raw_os_error() {
+            // Given a number, Python makes the subclass: FileNotFoundError and its like.
+            Some(number) => {
+                let reason = source.to_string();
+                let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
+                PyOSError::new_err((number, reason, path))
+            }
+            None => PyOSError::new_err(text),
+        },
         Error::Cancelled => PyKeyboardInterrupt::new_err(text),
     }
 }

@@ -4,6 +4,7 @@ mod arrays;
 mod dense;
 mod errors;
 mod running;
+mod store;
 mod system;
 
 use pyo3::prelude::*;
@@ -12,6 +13,8 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use super::dense::{attention, attention_varlen, merge};
+    #[pymodule_export]
+    use super::store::{KVStore, Rows};
     #[pymodule_export]
     use super::system::{
         available_isas, cpu_features, fma_peak, isa, num_threads, read_bandwidth, set_isa, set_num_threads,

@@ -1,0 +1,218 @@
+"""`KVStore`: keys and values of one sequence in host memory, in rows that never move."""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from longattn import _core
+from longattn._arrays import BFLOAT16, FLOATS, Array, as_numpy
+
+
+class KVStore:
+    """Keys and values of one sequence, `[kv_heads, len, dim]` each, in host memory.
+
+    Address space is reserved once for the whole capacity, and memory is committed as the sequence grows: no
+    append copies what is there, and the arrays `keys` and `values` never move, so that one taken earlier
+    stays valid. A generous capacity costs nothing until it is used.
+
+    A store may be shared by threads. Appends take turns; an array taken before or during an append shows
+    whole rows only, those that were there when it was taken. After `truncate`, an array taken before it stays
+    readable, but the rows that were dropped hold arbitrary numbers: do not truncate a store while another
+    thread reads its arrays.
+
+    Memory is committed per head, keys and values each, in steps of 2 MiB (in one step, where the head's whole
+    capacity is smaller: rounded up to a page), which gives `nbytes` beforehand.
+
+    Args:
+        kv_heads: heads of keys and values.
+        head_dim: width of a key.
+        value_dim: width of a value; `None` is `head_dim`.
+        dtype: storage dtype: float32, float16 or bfloat16 (a name, or a numpy or ml_dtypes type).
+        capacity: most rows the store will hold.
+
+    Raises:
+        TypeError: a size is no integer, or another dtype.
+        ValueError: a size below 1, or sizes beyond any address space.
+        MemoryError: the system refuses that much address space.
+    """
+
+    __slots__ = ("_handle",)
+
+    _handle: _core.KVStore
+
+    def __init__(
+        self,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        dtype: DTypeLike = "bfloat16",
+        capacity: int = 1 << 20,
+    ) -> None:
+        self._handle = _core.KVStore(
+            _size("kv_heads", kv_heads),
+            _size("head_dim", head_dim),
+            _size("value_dim", head_dim if value_dim is None else value_dim),
+            _storage(dtype).name,
+            _size("capacity", capacity),
+        )
+
+    @classmethod
+    def _around(cls, handle: _core.KVStore) -> Self:
+        store = cls.__new__(cls)
+        store._handle = handle
+        return store
+
+    def append(self, k: Array, v: Array) -> None:
+        """Appends `T` rows; all of them, or on an error none.
+
+        The rows are converted to the store's dtype (rounded to nearest even, so that a float32 beyond the
+        range of float16 becomes infinite). Costs one copy of the new rows, whatever the length of the store.
+
+        Args:
+            k: keys `[kv_heads, T, head_dim]` or `[1, kv_heads, T, head_dim]`; float32, float16 or bfloat16,
+                a numpy array, torch CPU tensor or other DLPack CPU array with any strides.
+            v: values `[kv_heads, T, value_dim]`, likewise, not necessarily in the dtype of `k`.
+
+        Raises:
+            TypeError: not an array, or another dtype.
+            ValueError: another shape, more rows than the capacity leaves, a tensor that is not on the CPU, or
+                an array of the store's own rows from before they were truncated.
+            MemoryError: the system refuses the memory.
+        """
+        self._handle.append(as_numpy(k, "k"), as_numpy(v, "v"))
+
+    def truncate(self, length: int) -> None:
+        """Drops all rows from row `length` on; nothing if there are none.
+
+        Memory that lies more than a step above the new length goes back to the system (on Linux).
+
+        Raises:
+            TypeError: `length` is no integer.
+            ValueError: it is negative.
+        """
+        self._handle.truncate(_size("length", length, least=0))
+
+    def clear(self) -> None:
+        """Drops all rows."""
+        self._handle.truncate(0)
+
+    def fork(self) -> Self:
+        """A store of its own with the same rows, dtype and capacity.
+
+        The rows are copied: the two share nothing, and the new one commits as much memory as this one needs.
+
+        Raises:
+            MemoryError: the system refuses the memory.
+        """
+        return self._around(self._handle.fork())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the rows to a file, which appears under its name complete or not at all.
+
+        The file is a safetensors file with the tensors `keys` `[kv_heads, len, head_dim]` and `values`
+        `[kv_heads, len, value_dim]` and a checksum of all of it. It is written beside `path` and renamed; no
+        second copy of the store is made in memory. Appends by other threads may go on and are not part of it.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self._handle.save(os.fspath(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], capacity: int | None = None) -> Self:
+        """Reads a store from a file that `save` wrote.
+
+        Args:
+            path: the file.
+            capacity: most rows the store will hold; `None` is the capacity of the store that was saved.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the file is cut off, altered or of another kind (the message says which), or has more
+                rows than `capacity`.
+            MemoryError: the system refuses the memory.
+        """
+        rows = None if capacity is None else _size("capacity", capacity)
+        return cls._around(_core.KVStore.load(os.fspath(path), rows))
+
+    def __len__(self) -> int:
+        """Rows stored."""
+        return len(self._handle)
+
+    @property
+    def keys(self) -> NDArray[Any]:
+        """The keys stored now, `[kv_heads, len, head_dim]`: read-only, zero-copy, kept alive by the array."""
+        return self._array(self._handle.keys)
+
+    @property
+    def values(self) -> NDArray[Any]:
+        """The values stored now, `[kv_heads, len, value_dim]`, likewise."""
+        return self._array(self._handle.values)
+
+    def _array(self, rows: _core.Rows) -> NDArray[Any]:
+        array: NDArray[Any] = np.asarray(rows)
+        # The bits of bfloat16 come as uint16, as numpy's array interface has no name for it.
+        return array.view(BFLOAT16) if array.dtype == np.uint16 else array
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self._handle.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a key."""
+        return self._handle.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a value."""
+        return self._handle.value_dim
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Storage dtype."""
+        return np.dtype(self._handle.dtype)
+
+    @property
+    def capacity(self) -> int:
+        """Most rows the store can hold."""
+        return self._handle.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Committed bytes."""
+        return self._handle.nbytes
+
+    def __repr__(self) -> str:
+        """Sizes, dtype and length."""
+        return (
+            f"KVStore(kv_heads={self.kv_heads}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
+            f"dtype={self.dtype.name!r}, capacity={self.capacity}, len={len(self)})"
+        )
+
+
+def _size(name: str, value: int, least: int = 1) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected an integer") from None
+    if not least <= size <= sys.maxsize:
+        raise ValueError(f"{name}: got {size}, expected at least {least} and at most {sys.maxsize}")
+    return size
+
+
+def _storage(dtype: DTypeLike) -> np.dtype[Any]:
+    try:
+        storage: np.dtype[Any] | None = np.dtype(dtype)
+    except TypeError:
+        storage = None
+    if storage not in FLOATS:
+        raise TypeError(f"dtype: got {dtype!r}, expected float32, float16 or bfloat16")
+    return storage
