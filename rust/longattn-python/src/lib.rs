@@ -3,6 +3,7 @@
 mod arrays;
 mod dense;
 mod errors;
+mod retrieval;
 mod running;
 mod store;
 mod system;
@@ -13,6 +14,8 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use super::dense::{attention, attention_varlen, merge};
+    #[pymodule_export]
+    use super::retrieval::{Signatures, retrieval_attention};
     #[pymodule_export]
     use super::store::{KVStore, Rows};
     #[pymodule_export]

@@ -21,7 +21,11 @@ impl Kernel for Sum<'_> {
                 *acc = s.add(*acc, unsafe { s.load(chunk.as_ptr().add(v * S::LANES)) });
             }
         }
-        acc.iter().map(|&a| s.sum(a)).sum()
+        let mut total = s.zero();
+        for acc in acc {
+            total = s.add(total, acc);
+        }
+        s.sum(total)
     }
 }
 
@@ -58,13 +62,20 @@ impl Kernel for Multiply {
     fn run<S: Simd>(self, s: S) -> (f64, f32) {
         let (x, y) = (s.splat(0.999), s.splat(1e-3));
         // Chains that differ, or the compiler would run one for all.
-        let mut acc: [S::F32; 12] = std::array::from_fn(|i| s.splat(1.0 + i as f32));
+        let mut acc = [s.zero(); 12];
+        for (i, acc) in acc.iter_mut().enumerate() {
+            *acc = s.splat(1.0 + i as f32);
+        }
         for _ in 0..self.0 {
             for acc in &mut acc {
                 *acc = s.fma(*acc, x, y);
             }
         }
-        ((self.0 * 12 * S::LANES) as f64, acc.iter().map(|&a| s.sum(a)).sum())
+        let mut total = s.zero();
+        for acc in acc {
+            total = s.add(total, acc);
+        }
+        ((self.0 * 12 * S::LANES) as f64, s.sum(total))
     }
 }
 

@@ -214,16 +214,13 @@ impl Encode<'_> {
         let Self { format, x, levels } = self;
         let dim = format.dim;
         debug_assert!(x.len() % S::LANES == 0 && x.len() >= dim);
-        let dot = |a: &[f32]| {
-            let mut acc = s.zero();
-            for chunk in a.chunks_exact(S::LANES) {
-                // SAFETY: the chunk has LANES floats.
-                let v = unsafe { s.load(chunk.as_ptr()) };
-                acc = s.fma(v, v, acc);
-            }
-            s.sum(acc)
-        };
-        let norm2 = dot(x);
+        let mut squares = s.zero();
+        for chunk in x.chunks_exact(S::LANES) {
+            // SAFETY: the chunk has LANES floats.
+            let v = unsafe { s.load(chunk.as_ptr()) };
+            squares = s.fma(v, v, squares);
+        }
+        let norm2 = s.sum(squares);
         levels.fill(0);
         if norm2 == 0.0 {
             return (0.0, 0.0);
@@ -237,10 +234,6 @@ impl Encode<'_> {
         };
         let top = format.offset();
         let (low, high) = (s.splat(-top), s.splat(top));
-        let grid = |v: S::F32, factor: S::F32| {
-            let y = s.add(s.round(s.fma(v, factor, s.splat(-0.5))), s.splat(0.5));
-            s.min(high, s.max(low, y))
-        };
         let (mut best, mut best_step, mut best_xy, mut best_yy) = (-1f32, 1f32, 1f32, 1f32);
         let ragged = x.len() - dim;
         for &step in steps {
@@ -249,7 +242,8 @@ impl Encode<'_> {
             for chunk in x.chunks_exact(S::LANES) {
                 // SAFETY: the chunk has LANES floats.
                 let v = unsafe { s.load(chunk.as_ptr()) };
-                let y = grid(v, factor);
+                let y = s.add(s.round(s.fma(v, factor, s.splat(-0.5))), s.splat(0.5));
+                let y = s.min(high, s.max(low, y));
                 xy = s.fma(v, y, xy);
                 yy = s.fma(y, y, yy);
             }

@@ -639,45 +639,44 @@ impl Kernel for Summarise<'_> {
     fn run<S: Simd>(self, s: S) -> Vec<Bulk> {
         let Self { scores, group, len, inside, estimates } = self;
         let hidden = f32::NEG_INFINITY;
-        (0..group)
-            .map(|g| {
-                let row = &mut scores[g * CHUNK..g * CHUNK + len];
+        let mut bulks = Vec::with_capacity(group);
+        for g in 0..group {
+            let row = &mut scores[g * CHUNK..g * CHUNK + len];
+            let mut bulk = Bulk { softmax: Running::EMPTY, sum: 0.0, squares: 0.0 };
+            if estimates {
+                // Moments of the differences from one score, so that nothing cancels.
+                let origin = row[inside.start];
+                row[..inside.start].fill(origin);
+                row[inside.end..].fill(origin);
                 let (mut max, mut sum, mut squares) = (s.splat(hidden), s.zero(), s.zero());
-                if estimates {
-                    // Moments in f32 within a vector's worth of a chunk, of differences from the first score: no cancellation.
-                    let origin = row[inside.start];
-                    row[..inside.start].fill(origin);
-                    row[inside.end..].fill(origin);
-                    for chunk in row.chunks_exact(S::LANES) {
-                        // SAFETY: the chunk has LANES floats.
-                        let x = unsafe { s.load(chunk.as_ptr()) };
-                        let d = s.sub(x, s.splat(origin));
-                        max = s.max(x, max);
-                        sum = s.add(sum, d);
-                        squares = s.fma(d, d, squares);
-                    }
-                    row[..inside.start].fill(hidden);
-                    row[inside.end..].fill(hidden);
-                    let max = s.max_lane(max);
-                    let mut total = s.zero();
-                    for chunk in row.chunks_exact(S::LANES) {
-                        // SAFETY: as above.
-                        total = s.add(total, s.exp(s.sub(unsafe { s.load(chunk.as_ptr()) }, s.splat(max))));
-                    }
-                    let (n, o) = (inside.len() as f64, f64::from(origin));
-                    let (sum, squares) = (f64::from(s.sum(sum)), f64::from(s.sum(squares)));
-                    Bulk {
-                        softmax: Running { max, sum: s.sum(total) },
-                        sum: sum + n * o,
-                        squares: squares + 2.0 * o * sum + n * o * o,
-                    }
-                } else {
-                    row[..inside.start].fill(hidden);
-                    row[inside.end..].fill(hidden);
-                    Bulk { softmax: Running::EMPTY, sum: 0.0, squares: 0.0 }
+                for chunk in row.chunks_exact(S::LANES) {
+                    // SAFETY: the chunk has LANES floats.
+                    let x = unsafe { s.load(chunk.as_ptr()) };
+                    let d = s.sub(x, s.splat(origin));
+                    max = s.max(x, max);
+                    sum = s.add(sum, d);
+                    squares = s.fma(d, d, squares);
                 }
-            })
-            .collect()
+                let max = s.max_lane(max);
+                let (n, o) = (inside.len() as f64, f64::from(origin));
+                let (sum, squares) = (f64::from(s.sum(sum)), f64::from(s.sum(squares)));
+                bulk.sum = sum + n * o;
+                bulk.squares = squares + 2.0 * o * sum + n * o * o;
+                row[..inside.start].fill(hidden);
+                row[inside.end..].fill(hidden);
+                let mut total = s.zero();
+                for chunk in row.chunks_exact(S::LANES) {
+                    // SAFETY: as above.
+                    total = s.add(total, s.exp(s.sub(unsafe { s.load(chunk.as_ptr()) }, s.splat(max))));
+                }
+                bulk.softmax = Running { max, sum: s.sum(total) };
+            } else {
+                row[..inside.start].fill(hidden);
+                row[inside.end..].fill(hidden);
+            }
+            bulks.push(bulk);
+        }
+        bulks
     }
 }
 

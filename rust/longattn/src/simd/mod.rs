@@ -3,6 +3,9 @@
 //! A kernel is written once, generic over [`Simd`], and marked `#[inline(always)]` with everything it calls; [`dispatch`] runs it
 //! inside a function that has the instruction set's `target_feature`s switched on. A value of a type that implements [`Simd`] is
 //! the proof that the CPU has the features: only this module makes them.
+//!
+//! Vectors never pass through a closure that an iterator adaptor calls: it may be compiled as a function of its own, without the
+//! features, and every instruction in it becomes a call.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
