@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from longattn.kv import KVStore
 
 DTYPES = ["float32", "float16", "bfloat16"]

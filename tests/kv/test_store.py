@@ -7,13 +7,14 @@ import sys
 import threading
 from pathlib import Path
 
-import longattn as la
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+import longattn as la
 from longattn.kv import KVStore
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -90,7 +90,7 @@ pub(crate) fn modify<S: Simd>(s: S, problem: &Problem, id: RowId, scores: &mut [
 #[inline(always)]
 pub(crate) fn online_softmax<S: Simd>(s: S, scores: &mut [f32], visible: Range<usize>, old: Running) -> (Running, f32) {
     let n = scores.len();
-    debug_assert!(n % S::LANES == 0 && visible.end <= n);
+    debug_assert!(n.is_multiple_of(S::LANES) && visible.end <= n);
     if visible.is_empty() {
         scores.fill(0.0);
         return (old, 1.0);

@@ -38,7 +38,6 @@ pub(crate) struct Scratch {
     pub(crate) values: Buffer,
     pub(crate) scores: Buffer,
     pub(crate) outputs: Buffer,
-    pub(crate) rows: Buffer,
     pub(crate) extra: Buffer,
 }
 

@@ -24,7 +24,7 @@ pub(crate) const KEYS: usize = 256;
 /// Query rows per item, a multiple of every instruction set's `ROWS`.
 pub(crate) const QUERY_ROWS: usize = 192;
 
-const _: () = assert!(QUERY_ROWS % 12 == 0 && QUERY_ROWS % 6 == 0 && QUERY_ROWS % 4 == 0 && MAX_ROWS == 12);
+const _: () = assert!(QUERY_ROWS.is_multiple_of(12) && QUERY_ROWS.is_multiple_of(6) && QUERY_ROWS.is_multiple_of(4) && MAX_ROWS == 12);
 
 /// Columns of a packed panel.
 #[inline(always)]
@@ -205,7 +205,7 @@ pub(crate) unsafe fn attend<S: Simd, T: Element>(
     let panel = panel::<S>();
     let tiles = ids.len().div_ceil(S::ROWS);
     let (dp, vp) = (state.padded_dim, state.padded_value_dim);
-    assert!(KEYS % panel == 0 && vp % panel == 0 && ids.len() == state.running.len());
+    assert!(KEYS.is_multiple_of(panel) && vp % panel == 0 && ids.len() == state.running.len());
     assert!(state.queries.len() >= tiles * S::ROWS * dp && state.outputs.len() >= tiles * S::ROWS * vp);
     let plain = problem.options.is_plain();
     let packed_keys = key_buffer.take(KEYS * dp);

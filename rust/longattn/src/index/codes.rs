@@ -108,7 +108,7 @@ impl Kernel for Scan<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let blocks = self.codes.len() / self.format.block_bytes();
-        assert!(self.codes.len() % self.format.block_bytes() == 0 && self.stride >= blocks * BLOCK);
+        assert!(self.codes.len().is_multiple_of(self.format.block_bytes()) && self.stride >= blocks * BLOCK);
         assert!(self.scores.len() >= self.queries.len() * self.stride);
         assert!(self.queries.iter().all(|q| q.quads.len() * 4 == self.format.padded_dim()));
         let mut g = 0;

@@ -357,23 +357,23 @@ impl Call<'_> {
         let mut bound_slack = vec![0f32; group];
         if estimates && rows.len() < candidates.len() {
             let sigma_max = self.snapshot.stats(head).sigma_max;
-            for g in 0..group {
-                let picked: f64 = rows.iter().map(|&row| f64::from(heads[g].rest_weight(score(g, row as usize)))).sum();
-                let left = (totals.rest[g] - picked).max(0.0) as f32;
-                rest[g] = Running { max: heads[g].log_total, sum: left };
-                // From corrected weights back to plain exp(s), then up by what a code may be wrong.
-                let plain = totals.mass[g] - rows.iter().map(|&r| f64::from(heads[g].share(score(g, r as usize)))).sum::<f64>();
-                let plain = (plain.max(0.0) as f32).max(f32::MIN_POSITIVE);
-                bound_slack[g] = (plain / left.max(f32::MIN_POSITIVE)).ln() + BOUND_SIGMAS * sigma_max * steady.query_norm(g);
-            }
-            if clusters > 0 {
+            for (g, head) in heads.iter().enumerate() {
+                let (mut mass, mut left) = (totals.mass[g], totals.rest[g]);
                 for &row in &rows {
-                    let id = usize::from(codes.value_ids[row as usize]);
-                    for g in 0..group {
-                        let sum = &mut sums[id * group + g];
-                        *sum = (*sum - heads[g].rest_weight(score(g, row as usize))).max(0.0);
+                    let (share, weight) = head.weights(score(g, row as usize));
+                    mass -= f64::from(share);
+                    left -= f64::from(weight);
+                    if clusters > 0 {
+                        let sum = &mut sums[usize::from(codes.value_ids[row as usize]) * group + g];
+                        *sum = (*sum - weight).max(0.0);
                     }
                 }
+                let left = left.max(0.0) as f32;
+                rest[g] = Running { max: head.log_total, sum: left };
+                // From the corrected weights back to plain exp(s), then up by what a code may be wrong.
+                let plain = (mass.max(0.0) as f32).max(f32::MIN_POSITIVE);
+                let wrong = BOUND_SIGMAS * sigma_max * steady.query_norm(g);
+                bound_slack[g] = (plain / left.max(f32::MIN_POSITIVE)).ln() + wrong;
             }
         }
         let log_total = heads.iter().map(|h| h.log_total).collect();
@@ -484,16 +484,13 @@ impl HeadWeight {
         }
     }
 
-    /// Estimated share of a row's logit `s`.
+    /// Share of a row whose estimated logit is `s`: plain, and corrected for the code's error.
     #[inline]
-    fn share(&self, s: f32) -> f32 {
-        (s - self.log_total).exp()
-    }
-
-    /// Share of an unread row whose estimated logit is `s`.
-    #[inline]
-    fn rest_weight(&self, s: f32) -> f32 {
-        (self.slope * s + self.shift).exp()
+    fn weights(&self, s: f32) -> (f32, f32) {
+        let share = (s - self.log_total).exp();
+        let corrected =
+            if self.slope == 1.0 { share * (self.shift + self.log_total).exp() } else { (self.slope * s + self.shift).exp() };
+        (share, corrected)
     }
 }
 
@@ -746,14 +743,37 @@ impl Kernel for Weigh<'_> {
             }
             totals.count(&weights[start..start + n], &rest, STEP);
             if clusters > 0 {
-                for (j, &id) in ids[start..start + n].iter().enumerate() {
-                    for (g, sum) in sums[usize::from(id) * group..][..group].iter_mut().enumerate() {
-                        *sum += rest[g * STEP + j];
+                let ids = &ids[start..start + n];
+                match group {
+                    1 => add_by_cluster::<1, STEP>(ids, &rest, &mut sums),
+                    2 => add_by_cluster::<2, STEP>(ids, &rest, &mut sums),
+                    4 => add_by_cluster::<4, STEP>(ids, &rest, &mut sums),
+                    8 => add_by_cluster::<8, STEP>(ids, &rest, &mut sums),
+                    _ => {
+                        for (j, &id) in ids.iter().enumerate() {
+                            for (g, sum) in sums[usize::from(id) * group..][..group].iter_mut().enumerate() {
+                                *sum += rest[g * STEP + j];
+                            }
+                        }
                     }
                 }
             }
         }
         Weighed { weights: totals, sums }
+    }
+}
+
+/// `sums[id][g] += rest[g][j]` for each row j and its cluster, the group's size known to the compiler.
+#[inline(always)]
+fn add_by_cluster<const G: usize, const STEP: usize>(ids: &[u8], rest: &[f32], sums: &mut [f32]) {
+    let (sums, _) = sums.as_chunks_mut::<G>();
+    let rest: [&[f32]; G] = std::array::from_fn(|g| &rest[g * STEP..(g + 1) * STEP]);
+    assert!(ids.len() <= STEP);
+    for (j, &id) in ids.iter().enumerate() {
+        let sum = &mut sums[usize::from(id)];
+        for g in 0..G {
+            sum[g] += rest[g][j];
+        }
     }
 }
 

@@ -15,7 +15,8 @@ pub(super) enum Budget {
 
 /// Histogram of weights, with what each bin holds of each head where a mass budget needs it.
 pub(super) struct Weights {
-    counts: Vec<u32>,
+    /// Two histograms, even and odd rows: neighbours often share a bin, and would wait for each other's count.
+    counts: [Vec<u32>; 2],
     /// `[bins, heads]`, or empty.
     bin_mass: Vec<f64>,
     /// Sum of the shares of each head, and of the unread rows' weights.
@@ -32,7 +33,7 @@ fn bin(weight: f32) -> usize {
 impl Weights {
     pub(super) fn new(heads: usize, with_mass: bool) -> Self {
         Self {
-            counts: vec![0; BINS],
+            counts: [vec![0; BINS], vec![0; BINS]],
             bin_mass: if with_mass { vec![0.0; BINS * heads] } else { Vec::new() },
             mass: vec![0.0; heads],
             rest: vec![0.0; heads],
@@ -42,8 +43,14 @@ impl Weights {
     /// Counts some rows; `rest` holds each head's weights of these rows, `stride` apart.
     #[inline(always)]
     pub(super) fn count(&mut self, weights: &[f32], rest: &[f32], stride: usize) {
-        for &w in weights {
-            self.counts[bin(w)] += 1;
+        let [even, odd] = &mut self.counts;
+        let (pairs, last) = weights.as_chunks::<2>();
+        for &[a, b] in pairs {
+            even[bin(a)] += 1;
+            odd[bin(b)] += 1;
+        }
+        for &w in last {
+            even[bin(w)] += 1;
         }
         if !self.bin_mass.is_empty() {
             let heads = self.mass.len();
@@ -56,7 +63,9 @@ impl Weights {
     }
 
     pub(super) fn join(&mut self, other: &Self) {
-        self.counts.iter_mut().zip(&other.counts).for_each(|(a, b)| *a += b);
+        for (to, from) in self.counts.iter_mut().zip(&other.counts) {
+            to.iter_mut().zip(from).for_each(|(a, b)| *a += b);
+        }
         for (a, b) in [(&mut self.bin_mass, &other.bin_mass), (&mut self.mass, &other.mass), (&mut self.rest, &other.rest)] {
             a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
         }
@@ -68,7 +77,7 @@ impl Weights {
             Budget::Rows(rows) => {
                 let mut above = 0;
                 for b in (0..BINS).rev() {
-                    let here = self.counts[b] as usize;
+                    let here = (self.counts[0][b] + self.counts[1][b]) as usize;
                     if above + here >= *rows {
                         return (b, Some(rows - above));
                     }
@@ -100,9 +109,17 @@ pub(super) fn select(weights: &[f32], totals: &Weights, range: Range<usize>, bud
     let lowest = if threshold == 0 { f32::NEG_INFINITY } else { f32::from_bits((threshold as u32) << SHIFT) };
     let mut picked = Vec::new();
     let mut tied = Vec::new();
-    for (j, &w) in weights.iter().enumerate().take(range.end).skip(range.start) {
-        if w >= lowest {
-            if of_bin.is_some() && bin(w) == threshold { tied.push(j as u32) } else { picked.push(j as u32) }
+    const STEP: usize = 32;
+    for (c, chunk) in weights[range.clone()].chunks(STEP).enumerate() {
+        // Most chunks hold no row of enough weight.
+        if chunk.iter().fold(f32::NEG_INFINITY, |a, &w| if w > a { w } else { a }) < lowest {
+            continue;
+        }
+        for (j, &w) in chunk.iter().enumerate() {
+            if w >= lowest {
+                let row = (range.start + c * STEP + j) as u32;
+                if of_bin.is_some() && bin(w) == threshold { tied.push(row) } else { picked.push(row) }
+            }
         }
     }
     if let Some(n) = of_bin {

@@ -73,6 +73,10 @@ impl Simd for Scalar {
         zip(a, b, |x, y| if x < y { x } else { y })
     }
     #[inline(always)]
+    fn select_less(self, a: [f32; N], b: [f32; N], x: [f32; N], y: [f32; N]) -> [f32; N] {
+        std::array::from_fn(|i| if a[i] < b[i] { x[i] } else { y[i] })
+    }
+    #[inline(always)]
     fn round(self, a: [f32; N]) -> [f32; N] {
         // Adding and subtracting 1.5 * 2^23 leaves the nearest integer, for the |x| < 2^22 that exp() asks for.
         a.map(|x| (x + 12_582_912.0) - 12_582_912.0)

@@ -1,0 +1,191 @@
+"""Callers' arrays in, results out: the one place where memory is borrowed from numpy, torch and DLPack.
+
+A borrowed array shares the caller's memory. Two things cost one copy, and nothing else does: a last axis that
+is not contiguous, and elements that are misaligned or lie at strides which are no multiple of their size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+#: What callers may pass: a numpy array, a torch CPU tensor, or another CPU array that speaks DLPack.
+Array: TypeAlias = Any
+
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+#: Storage dtypes of queries, keys, values and outputs.
+FLOATS: tuple[np.dtype[Any], ...] = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+
+_DLPACK_CPU = (1, 3)  # plain and page-locked host memory
+_DLPACK_NAMES = {
+    2: "CUDA",
+    4: "OpenCL",
+    7: "Vulkan",
+    8: "Metal",
+    10: "ROCm",
+    13: "CUDA managed",
+    14: "oneAPI",
+}
+
+
+def is_torch(x: Array) -> bool:
+    """Whether `x` is a torch tensor. Never imports torch: without torch loaded nothing can be one."""
+    torch = sys.modules.get("torch")
+    return isinstance(x, getattr(torch, "Tensor", ()))
+
+
+def as_numpy(x: Array, name: str, *, any_strides: bool = False) -> NDArray[Any]:
+    """Numpy array over the memory of `x`, last axis contiguous.
+
+    Args:
+        x: numpy array, torch CPU tensor or DLPack CPU array of booleans, integers or floats (bfloat16
+            included).
+        name: the argument's name, for error messages.
+        any_strides: leave the last axis as it is, contiguous or not.
+
+    Returns:
+        An array that shares the memory of `x`, or one C-contiguous copy where the kernels could not read `x`
+        in place (see the module's description).
+
+    Raises:
+        TypeError: `x` is no array, or its dtype is not a native boolean, integer or float.
+        ValueError: `x` is not in CPU memory, or is a torch tensor that would need a gradient.
+    """
+    a = _borrow(x, name)
+    if a.dtype != BFLOAT16 and a.dtype.kind not in "biuf":
+        raise TypeError(f"{name}: got dtype {a.dtype}, expected booleans, integers or floats")
+    if not a.dtype.isnative:
+        raise TypeError(f"{name}: got dtype {a.dtype.str} in foreign byte order, expected native byte order")
+    return a if _readable_in_place(a, any_strides) else a.copy(order="C")
+
+
+def as_output(
+    out: Array,
+    *,
+    like: Array,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    inputs: Mapping[str, NDArray[Any] | None],
+) -> NDArray[Any]:
+    """Numpy array over the memory of a caller's `out`, which must be fit to receive a result in place.
+
+    Args:
+        out: the caller's array.
+        like: the argument whose kind (torch or not) `out` must have.
+        shape: the result's shape.
+        dtype: the result's dtype.
+        inputs: arrays that are read while `out` is written, by name; `None` where an optional one is absent.
+
+    Raises:
+        TypeError: another kind or dtype.
+        ValueError: another shape, read-only, last axis not contiguous, or memory that overlaps itself or an
+            input.
+    """
+    if is_torch(out) != is_torch(like):
+        kind = "a torch tensor" if is_torch(like) else "a numpy array"
+        raise TypeError(f"out: got {_type_name(out)}, expected {kind} as q is")
+    a = _borrow(out, "out")
+    if a.dtype != dtype:
+        raise TypeError(f"out: got dtype {a.dtype}, expected {dtype}")
+    if a.shape != shape:
+        raise ValueError(f"out: got shape {a.shape}, expected {shape}")
+    if not a.flags.writeable:
+        raise ValueError("out: got a read-only array, expected a writable one")
+    if not _readable_in_place(a) or _overlaps_itself(a):
+        raise ValueError(f"out: got strides {a.strides} bytes, expected a contiguous last axis and no repeated memory")
+    for name, x in inputs.items():
+        if x is not None and np.may_share_memory(a, x):
+            raise ValueError(f"out: got an array that overlaps {name}, expected memory of its own")
+    return a
+
+
+def like(x: Array, result: NDArray[Any]) -> Array:
+    """`result` in the kind of `x`, sharing memory: a torch tensor for a torch tensor, else itself."""
+    if not is_torch(x):
+        return result
+    torch = sys.modules["torch"]
+    if result.dtype == BFLOAT16:
+        return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(result)
+
+
+def _borrow(x: Array, name: str) -> NDArray[Any]:
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name}: got a masked array, expected a plain one (its mask would be ignored)")
+    if isinstance(x, np.ndarray):
+        return np.asarray(x)
+    if is_torch(x):
+        return _borrow_torch(x, name)
+    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+        return _borrow_dlpack(x, name)
+    raise TypeError(
+        f"{name}: got {_type_name(x)}, expected a numpy array (numpy.asarray makes one), a torch CPU tensor "
+        "or another DLPack CPU array"
+    )
+
+
+def _borrow_torch(t: Any, name: str) -> NDArray[Any]:
+    torch = sys.modules["torch"]
+    if t.device.type != "cpu":
+        raise ValueError(f"{name}: got a tensor on device {t.device}, expected a CPU tensor")
+    if t.layout != torch.strided:
+        raise ValueError(f"{name}: got a tensor of layout {t.layout}, expected torch.strided")
+    if t.requires_grad:
+        if torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: got a tensor that requires grad, expected none: longattn computes no gradients; "
+                "pass tensor.detach() or call under torch.no_grad()"
+            )
+        t = t.detach()
+    if t.dtype == torch.bfloat16:  # numpy() knows no bfloat16; the bits do
+        bits: NDArray[Any] = t.view(torch.int16).numpy()
+        return bits.view(BFLOAT16)
+    try:
+        plain: NDArray[Any] = t.numpy()
+    except TypeError as error:
+        raise TypeError(f"{name}: got dtype {t.dtype}, expected one that numpy knows or torch.bfloat16") from error
+    return plain
+
+
+def _borrow_dlpack(x: Any, name: str) -> NDArray[Any]:
+    kind, number = (int(part) for part in x.__dlpack_device__())
+    if kind not in _DLPACK_CPU:
+        device = f"{_DLPACK_NAMES.get(kind, f'DLPack type {kind}')}:{number}"
+        raise ValueError(f"{name}: got {_type_name(x)} on device {device}, expected CPU memory")
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError) as error:
+        came = f"{_type_name(x)} of dtype {getattr(x, 'dtype', 'unknown')}"
+        raise TypeError(
+            f"{name}: got {came}, which numpy cannot borrow by DLPack ({error}), expected float32 or float16"
+        ) from error
+
+
+def _readable_in_place(a: NDArray[Any], any_strides: bool = False) -> bool:
+    """Whether the kernels can read `a` where it lies."""
+    if a.size == 0:
+        return True
+    strides = [stride for stride, n in zip(a.strides, a.shape, strict=True) if n > 1]
+    last = any_strides or a.ndim == 0 or a.shape[-1] <= 1 or a.strides[-1] == a.itemsize
+    return last and a.flags.aligned and all(stride % a.itemsize == 0 for stride in strides)
+
+
+def _overlaps_itself(a: NDArray[Any]) -> bool:
+    """Whether two indices of `a` may reach the same memory (or interleave so that it is hard to tell)."""
+    if a.size == 0:
+        return False
+    reach = a.itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(a.strides, a.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach += stride * (n - 1)
+    return False
+
+
+def _type_name(x: object) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")

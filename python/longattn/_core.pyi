@@ -1,0 +1,131 @@
+"""The compiled core. Arguments are numpy arrays that the public functions have already checked."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# threads and instruction sets
+
+def set_num_threads(n: int) -> None: ...
+def num_threads() -> int: ...
+def isa() -> str: ...
+def available_isas() -> list[str]: ...
+def set_isa(name: str) -> None: ...
+def cpu_features() -> dict[str, bool]: ...
+
+# dense attention
+
+def attention(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    bias: NDArray[np.float32] | None,
+    mask: NDArray[np.bool_] | None,
+    alibi_slopes: NDArray[np.float32] | None,
+    sinks: NDArray[np.float32] | None,
+) -> None: ...
+def attention_varlen(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+    cu_seqlens_q: NDArray[np.int64],
+    cu_seqlens_k: NDArray[np.int64],
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: NDArray[np.float32] | None,
+    sinks: NDArray[np.float32] | None,
+) -> None: ...
+def merge(
+    outs: list[NDArray[Any]],
+    lses: list[NDArray[np.float32]],
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+) -> None: ...
+
+# key-value stores
+
+class Rows:
+    """Rows of a store as an object that numpy borrows; bfloat16 as uint16."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]: ...
+
+class KVStore:
+    """Keys and values of one sequence."""
+
+    def __init__(self, kv_heads: int, head_dim: int, value_dim: int, dtype: str, capacity: int) -> None: ...
+    def append(self, k: NDArray[Any], v: NDArray[Any]) -> int: ...
+    def truncate(self, length: int) -> None: ...
+    def fork(self) -> KVStore: ...
+    def save(self, path: str) -> None: ...
+    @staticmethod
+    def load(path: str, capacity: int | None) -> KVStore: ...
+    def __len__(self) -> int: ...
+    @property
+    def keys(self) -> Rows: ...
+    @property
+    def values(self) -> Rows: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def value_dim(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+# indexes and retrieval
+
+class Signatures:
+    """Codes of every key of a store."""
+
+    def __init__(
+        self,
+        store: KVStore,
+        bits: int,
+        seed: int,
+        hash_weights: NDArray[np.float32] | None,
+        use_norm: bool,
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def update(self) -> None: ...
+    def sigma(self) -> list[float]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+def retrieval_attention(
+    q: NDArray[Any],
+    index: Signatures,
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+    top_k: int | None,
+    top_p: float,
+    sinks: int,
+    window: int,
+    scale: float,
+    estimate_rest: bool,
+    sink_logits: NDArray[np.float32] | None,
+    keep_selected: bool,
+) -> tuple[list[int], list[int], list[int], list[float], list[float], list[list[int]]]: ...
+
+# the machine's limits
+
+def read_bandwidth(bytes: int, threads: int) -> float: ...
+def fma_peak(threads: int) -> float: ...

@@ -1,0 +1,228 @@
+"""A decode step over a long store by `retrieval_attention`: its time beside exact attention's, what it keeps.
+
+Every data set is measured in its own shape; `synthetic` has 32 query heads over 8 KV heads of 128.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+import longattn as la
+from longattn import vectors
+from longattn.bench import peers, quality
+from longattn.bench.harness import DTYPES, Bench, Candidate, integers, slopes, timed
+from longattn.bench.report import Column, Panel, series
+from longattn.vectors.command import progress_line
+
+SUMMARY = "a decode step that reads a few per cent of a long store, against exact attention: time and quality"
+COLUMNS: tuple[Column, ...] = (
+    Column("vectors", "vectors"),
+    Column("Hq/Hkv×D", "shape"),
+    Column("keys", "keys"),
+    Column("method", "method"),
+    Column("ms", "ms", ".3g"),
+    Column("min", "ms_min", ".3g"),
+    Column("max", "ms_max", ".3g"),
+    Column("vs best torch", "faster_than_torch", ".1f"),
+    Column("vs la.attention", "faster_than_exact", ".1f"),
+    Column("rows read", "rows", ".2%"),
+    Column("mass", "mass_read", ".3f"),
+    Column("kept", "kept_shared", ".3f"),
+    Column("selected kept", "selected_kept_shared", ".3f"),
+    Column("(own best)", "selected_kept_own", ".3f"),
+    Column("error/‖o‖", "error_o", ".3f"),
+    Column("p95", "error_o_p95", ".3f"),
+    Column("error/rms‖v‖", "error_v", ".4f"),
+    Column("p95", "error_v_p95", ".4f"),
+    Column("rows only /‖o‖", "error_o_rows_only", ".3f"),
+    Column("missed", "missed", ".3f"),
+    Column("est.", "missed_estimate", ".3f"),
+)
+EXACT = "longattn.attention"
+SINKS, WINDOW = 4, 512
+QUICK_LENGTH, QUICK_WINDOW = 4096, 64
+Rest = Literal["values", "none"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the routine's options to `parser`."""
+    parser.add_argument(
+        "--vectors",
+        help=f"comma-separated: {', '.join(vectors.names())} (default synthetic and the recorded)",
+    )
+    parser.add_argument("--heads", help="KV heads by name, comma-separated (default: the set's choice)")
+    parser.add_argument("--top-k", type=integers, help="rows selected per KV head (default 256,2048)")
+    parser.add_argument("--bits", type=int, default=4, help="of the signatures (default %(default)s)")
+    parser.add_argument("--length", type=int, default=vectors.LENGTH, help="keys (default %(default)s)")
+    parser.add_argument(
+        "--groups", type=int, default=32, help="queries whose quality is measured (default %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="bfloat16", help="of keys and values (default %(default)s)"
+    )
+    parser.add_argument("--no-sweep", action="store_true", help="do not time shorter stores")
+
+
+def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+    """Every data set; rows, index figures per set, growth exponents."""
+    names = (
+        args.vectors.split(",")
+        if args.vectors
+        else (["synthetic"] if bench.quick else ["synthetic", *vectors.RECORDED])
+    )
+    length, groups = (min(args.length, QUICK_LENGTH), 4) if bench.quick else (args.length, args.groups)
+    top_ks = args.top_k or ([64] if bench.quick else [256, 2048])
+    heads = args.heads.split(",") if args.heads else None
+    rows: list[dict[str, Any]] = []
+    indexes: dict[str, Any] = {}
+    growth: dict[str, float] = {}
+    for name in names:
+        try:
+            vectors.prepare(name, progress=progress_line(name))
+        except (FileNotFoundError, ModuleNotFoundError) as error:
+            if args.vectors:
+                raise
+            bench.notes.append(f"{name} left out: {error}")
+            continue
+        bench.say(f"retrieval on {name}, {length} keys: loading")
+        data = vectors.load(name, length=length, groups=groups, heads=heads)
+        case = _Case(bench, data, args.dtype, args.bits, QUICK_WINDOW if bench.quick else WINDOW)
+        indexes[name] = figures = case.index_figures()
+        share = figures["index_bytes"] / figures["store_bytes"]
+        bench.notes.append(
+            f"index of {name}: {figures['index_bytes'] / 1e6:.0f} MB, {share:.1%} of the store, "
+            f"{figures['index_bytes_per_key']:.1f} bytes per key and head, made in {figures['build_s']:.1f} s"
+        )
+        rows += case.rows(top_ks, with_quality=True)
+        if not bench.quick and not args.no_sweep:
+            swept = [row for row in rows if row["vectors"] == name]
+            for shorter in (length // 8, length // 4, length // 2):
+                case = _Case(bench, _shortened(data, shorter), args.dtype, args.bits, WINDOW)
+                swept += case.rows(top_ks[:1], with_quality=False)
+            rows += [row for row in swept if row["keys"] < length]
+            growth |= slopes(swept, lambda row: f"{row['method']}, {row['vectors']}")
+    return {"rows": rows, "indexes": indexes, "slopes": growth}
+
+
+class _Case:
+    """One data set in a store with its index."""
+
+    def __init__(self, bench: Bench, data: vectors.Vectors, dtype: str, bits: int, window: int) -> None:
+        self.bench, self.data, self.window = bench, data, window
+        self.dtype = DTYPES[dtype]
+        self.store = la.KVStore(
+            kv_heads=data.kv_heads,
+            head_dim=data.head_dim,
+            value_dim=data.values.shape[2],
+            dtype=dtype,
+            capacity=len(data),
+        )
+        self.append_s, _ = timed(lambda: self.store.append(data.keys, data.values))
+        self.build_s, self.index = timed(lambda: la.index.Signatures(self.store, bits=bits))
+        self.build_s += timed(self.index.update)[0]
+        self.queries = data.queries.astype(self.dtype)
+
+    def index_figures(self) -> dict[str, Any]:
+        keys = self.data.kv_heads * len(self.data)
+        return {
+            "build_s": self.build_s,
+            "append_s": self.append_s,
+            "index_bytes": self.index.nbytes,
+            "store_bytes": self.store.nbytes,
+            "index_bytes_per_key": self.index.nbytes / keys,
+            "heads": list(self.data.heads),
+        }
+
+    def rows(self, top_ks: list[int], *, with_quality: bool) -> list[dict[str, Any]]:
+        """Rows of retrieval with each `top_k`, of exact attention, and of torch."""
+        data = self.data
+        self.bench.say(f"retrieval on {data.name}, {len(data)} keys: timing")
+        names = {top_k: f"longattn.retrieval_attention, top_k {top_k}" for top_k in top_ks}
+        candidates = [Candidate(names[top_k], self._rotating(top_k), peer=False) for top_k in top_ks]
+        q = np.ascontiguousarray(self.queries[0][:, None])
+        keys, values = self.store.keys, self.store.values
+        candidates.append(Candidate(EXACT, lambda: la.attention(q, keys, values, causal=True), peer=False))
+        if self.bench.peers:
+            candidates += [
+                way for way in peers.decode(q[None], keys[None], values[None]) if "repeat" not in way.name
+            ]
+        outcomes = self.bench.interleave(candidates)
+
+        exact_ms = outcomes[EXACT].median_ms
+        torch_ms = [o.median_ms for name, o in outcomes.items() if name.startswith("torch") and not o.failure]
+        shape = f"{data.query_heads}/{data.kv_heads}×{data.head_dim}"
+        rows = []
+        for name, outcome in outcomes.items():
+            row: dict[str, Any] = {
+                "vectors": data.name,
+                "shape": shape,
+                "keys": len(data),
+                "method": name,
+                **outcome.columns(),
+            }
+            if row["ms"] is not None:
+                row["faster_than_exact"] = exact_ms / row["ms"]
+                row["faster_than_torch"] = min(torch_ms) / row["ms"] if torch_ms else None
+            rows.append(row)
+        if with_quality:
+            for row, top_k in zip(rows, top_ks, strict=False):
+                self.bench.say(f"retrieval on {data.name}, {len(data)} keys: quality at top_k {top_k}")
+                row |= {"top_k": top_k, **self._quality(top_k)}
+        return rows
+
+    def _retrieve(
+        self, query: NDArray[Any], top_k: int, *, rest: Rest = "values", listed: bool = False
+    ) -> la.RetrievalResult:
+        return la.retrieval_attention(
+            query,
+            self.store,
+            self.index,
+            top_k=top_k,
+            sinks=SINKS,
+            window=self.window,
+            rest=rest,
+            return_selected=listed,
+        )
+
+    def _rotating(self, top_k: int) -> Callable[[], la.RetrievalResult]:
+        """A call that asks the next query each time, so that no selection stays in the caches."""
+        rotation = itertools.cycle(np.ascontiguousarray(self.queries[:, :, None]))
+        return lambda: self._retrieve(next(rotation), top_k)
+
+    def _quality(self, top_k: int) -> dict[str, Any]:
+        def retrieve(query: NDArray[np.float32]) -> quality.Retrieved:
+            full = self._retrieve(query[:, None], top_k, listed=True)
+            rows_only = self._retrieve(query[:, None], top_k, rest="none")
+            assert full.stats is not None
+            return quality.Retrieved(
+                out=full.out[:, 0],
+                out_rows_only=rows_only.out[:, 0],
+                selected=[rows for (rows,) in full.stats.selected],
+                missed=full.stats.missed_mass[:, 0],
+                missed_bound=full.stats.missed_mass_bound[:, 0],
+            )
+
+        queries, keys, values = self.queries.astype(np.float32), self.store.keys, self.store.values
+        heads = self.data.heads
+        return quality.assess(queries, keys, values, retrieve, sinks=SINKS, window=self.window, heads=heads)
+
+
+def _shortened(data: vectors.Vectors, length: int) -> vectors.Vectors:
+    return dataclasses.replace(data, keys=data.keys[:, :length], values=data.values[:, :length])
+
+
+def panels(result: dict[str, Any]) -> list[Panel]:
+    """Time over length, a panel per data set."""
+    names = dict.fromkeys(row["vectors"] for row in result["rows"])
+    return [
+        Panel(f"decode step, {name}", "keys", "ms", series(rows, "keys", "ms"))
+        for name in names
+        if (rows := [row for row in result["rows"] if row["vectors"] == name])
+    ]

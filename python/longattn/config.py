@@ -1,0 +1,50 @@
+"""Threads, and what this build runs on."""
+
+from __future__ import annotations
+
+import operator
+import platform
+
+import numpy as np
+
+from longattn import _core
+
+
+def set_num_threads(n: int) -> None:
+    """Sets the number of threads of all later calls in this process. Results do not depend on it.
+
+    The default is `LONGATTN_NUM_THREADS`, else `OMP_NUM_THREADS`, else the processors this process may run on.
+
+    Raises:
+        TypeError: `n` is no integer.
+        ValueError: `n` is not 1 to 4096.
+    """
+    if isinstance(n, bool):
+        raise TypeError(f"n: got {n!r}, expected an integer")
+    try:
+        threads = operator.index(n)
+    except TypeError:
+        raise TypeError(f"n: got {n!r}, expected an integer") from None
+    if not 1 <= threads <= 4096:
+        raise ValueError(f"n: got {threads}, expected 1 to 4096")
+    _core.set_num_threads(threads)
+
+
+def get_num_threads() -> int:
+    """Number of threads that calls use."""
+    return _core.num_threads()
+
+
+def show_config() -> dict[str, object]:
+    """Versions, instruction set and threads, for bug reports; `longattn doctor` says more."""
+    from longattn import __version__
+
+    return {
+        "longattn": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "isa": _core.isa(),
+        "available_isas": _core.available_isas(),
+        "cpu_features": _core.cpu_features(),
+        "num_threads": _core.num_threads(),
+    }

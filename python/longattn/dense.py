@@ -1,0 +1,442 @@
+"""Exact attention: blocked softmax over all visible keys, for prefill, decode and packed batches; `merge`.
+
+Arrays are numpy arrays, torch CPU tensors or other DLPack CPU arrays. They are read where they lie, with any
+strides whose last axis is contiguous; another layout costs one copy (`bias` and `mask` may have any). Storage
+is float32, float16 or bfloat16, arithmetic float32. Results have the kind and dtype of `q`, and the same bits
+whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longattn import _core
+from longattn._arrays import BFLOAT16, FLOATS, Array, as_numpy, as_output, like
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Any:
+    """Softmax attention, `softmax(scale * q @ k^T + bias) @ v`, without ever holding the scores.
+
+    Query head `h` reads KV head `h // (Hq // Hkv)`. Query row `i` sits at position `Lk - Lq + i`: the last
+    query row is at the last key (bottom-right alignment), which makes `causal`, `window` and `alibi_slopes`
+    right for decode steps and chunked prefill alike. A row that sees no key gives zeros. NaN and infinities
+    in visible keys and values propagate, those in masked ones do not.
+
+    Args:
+        q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16.
+        k: keys `[B, Hkv, Lk, D]`, or `[Hkv, Lk, D]`; any of the three dtypes, not necessarily that of `q`.
+        v: values `[B, Hkv, Lk, Dv]`, or `[Hkv, Lk, Dv]`; dtype of `k`.
+        causal: a query sees only keys at its own position and before.
+        window: `(left, right)`: a query at position `p` sees keys `p - left` to `p + right`; -1 is unbounded.
+            A sliding window of `w` tokens that counts the query's own is `(w - 1, 0)`.
+        scale: factor on the logits; `None` is `D ** -0.5`.
+        softcap: `c > 0` turns each scaled logit `s` into `c * tanh(s / c)`; 0 is off.
+        bias: floating array, broadcastable to `[B, Hq, Lq, Lk]` (`[Hq, Lq, Lk]` for inputs without a batch
+            axis), added to the logits after `softcap`; dtypes other than float32 cost a copy.
+        mask: boolean array, broadcastable as `bias`; True lets the query see the key.
+        alibi_slopes: floating `[Hq]` or `[B, Hq]`; adds `-slope * |query position - key position|`.
+        sinks: floating `[Hq]`: one more logit per head, which takes its share of the softmax and adds nothing
+            to the output.
+        return_lse: also return the log-sum-exp of the logits.
+        out: array `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`) of the kind and dtype of `q` that receives the
+            result; must not overlap any input.
+
+    Returns:
+        The output `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`), in the kind and dtype of `q`: `out` itself where it
+        was given. With `return_lse`, the pair `(output, lse)`, `lse` float32 `[B, Hq, Lq]` (or `[Hq, Lq]`) by
+        natural logarithm, `sinks` included, and -inf where there is neither a visible key nor a sink.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes, lengths or values that do not fit, an array outside CPU memory, a tensor that
+            requires grad, or an unfit `out`.
+
+    Cost:
+        `Hq * Lq * visible keys * (D + Dv)` multiply-adds; each K/V byte is read once per block of queries and
+        once for a whole query group. Memory beyond the output: float32 partial results, no scores.
+
+    Example:
+        >>> import numpy as np, longattn as la
+        >>> rng = np.random.default_rng(0)
+        >>> q = rng.standard_normal((1, 8, 1, 64), dtype=np.float32)
+        >>> k, v = rng.standard_normal((2, 1, 2, 1000, 64), dtype=np.float32)
+        >>> out, lse = la.attention(q, k, v, causal=True, return_lse=True)
+        >>> out.shape, lse.shape
+        ((1, 8, 1, 64), (1, 8, 1))
+    """
+    qn, kn, vn = _inputs(q, k, v, ranks=(3, 4))
+    for x, name in ((kn, "k"), (vn, "v")):
+        if x.shape[:-3] != qn.shape[:-3]:
+            raise ValueError(f"{name}: got batch {x.shape[0]}, expected {qn.shape[0]} as in q")
+    _check_heads(qn.shape[-3], kn.shape[-3], vn.shape[-3])
+    if vn.shape[-2] != kn.shape[-2]:
+        raise ValueError(f"v: got length {vn.shape[-2]}, expected {kn.shape[-2]} as in k")
+    *_, heads, rows, _ = qn.shape
+    keys = kn.shape[-2]
+    scores = (*qn.shape[:-1], keys)
+    left, right = _window(window, rows + keys)
+    bias_n = None if bias is None else _bias(bias, scores)
+    mask_n = None if mask is None else _mask(mask, scores)
+    slopes = None if alibi_slopes is None else _slopes(alibi_slopes, qn.shape[:-2])
+    sinks_n = None if sinks is None else _per_head(sinks, "sinks", heads)
+    causal, return_lse = _flag(causal, "causal"), _flag(return_lse, "return_lse")
+    scale, softcap = _scale(scale, qn.shape[-1]), _softcap(softcap)
+    shape = (*qn.shape[:-1], vn.shape[-1])
+    inputs = {
+        "q": qn,
+        "k": kn,
+        "v": vn,
+        "bias": bias_n,
+        "mask": mask_n,
+        "alibi_slopes": slopes,
+        "sinks": sinks_n,
+    }
+    result = _result(out, q, shape, qn.dtype, inputs)
+
+    lse = np.empty(qn.shape[:-1], np.float32)
+    if lse.size:
+        q4, k4, v4, out4 = (_batched(x, 4) for x in (qn, kn, vn, result))
+        _core.attention(
+            q4,
+            k4,
+            v4,
+            out4,
+            _batched(lse, 3),
+            scale,
+            causal,
+            left,
+            right,
+            softcap,
+            bias_n,
+            mask_n,
+            slopes,
+            sinks_n,
+        )
+    return _returned(out, q, result, lse if return_lse else None)
+
+
+def attention_varlen(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Any:
+    """`attention` over sequences of different lengths, packed one after the other without padding.
+
+    Sequence `n` has the query rows `cu_seqlens_q[n]` to `cu_seqlens_q[n + 1]` and the key rows
+    `cu_seqlens_k[n]` to `cu_seqlens_k[n + 1]`; queries see keys of their own sequence only, aligned
+    bottom-right in each.
+
+    Args:
+        q: queries `[Tq, Hq, D]`; float32, float16 or bfloat16.
+        k: keys `[Tk, Hkv, D]`; any of the three dtypes.
+        v: values `[Tk, Hkv, Dv]`; dtype of `k`.
+        cu_seqlens_q: integers `[sequences + 1]` that start at 0, never fall, and end at `Tq`.
+        cu_seqlens_k: the same for keys, ending at `Tk`.
+        causal: as in `attention`, inside each sequence.
+        window: as in `attention`, inside each sequence.
+        scale: as in `attention`.
+        softcap: as in `attention`.
+        alibi_slopes: floating `[Hq]`, as in `attention`.
+        sinks: floating `[Hq]`, as in `attention`.
+        return_lse: also return the log-sum-exp of the logits.
+        out: array `[Tq, Hq, Dv]` of the kind and dtype of `q` that receives the result; must not overlap any
+            input.
+
+    Returns:
+        The output `[Tq, Hq, Dv]` in the kind and dtype of `q`: `out` itself where it was given. With
+        `return_lse`, the pair `(output, lse)`, `lse` float32 `[Hq, Tq]`.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: as in `attention`, or sequence bounds that do not fit the arrays.
+
+    Cost:
+        That of `attention` summed over the sequences; padding costs nothing because there is none.
+
+    Example:
+        >>> import numpy as np, longattn as la
+        >>> q = k = v = np.ones((5, 2, 4), np.float32)
+        >>> la.attention_varlen(q, k, v, np.array([0, 2, 5]), np.array([0, 2, 5]), causal=True).shape
+        (5, 2, 4)
+    """
+    qn, kn, vn = _inputs(q, k, v, ranks=(3,))
+    total_q, heads, dim = qn.shape
+    _check_heads(heads, kn.shape[1], vn.shape[1])
+    if vn.shape[0] != kn.shape[0]:
+        raise ValueError(f"v: got length {vn.shape[0]}, expected {kn.shape[0]} as in k")
+    cu_q = _bounds(cu_seqlens_q, "cu_seqlens_q", total_q)
+    cu_k = _bounds(cu_seqlens_k, "cu_seqlens_k", kn.shape[0])
+    if len(cu_k) != len(cu_q):
+        raise ValueError(f"cu_seqlens_k: got {len(cu_k) - 1} sequences, expected {len(cu_q) - 1} as in cu_seqlens_q")
+    left, right = _window(window, total_q + kn.shape[0])
+    slopes = None if alibi_slopes is None else _per_head(alibi_slopes, "alibi_slopes", heads)
+    sinks_n = None if sinks is None else _per_head(sinks, "sinks", heads)
+    causal, return_lse = _flag(causal, "causal"), _flag(return_lse, "return_lse")
+    scale, softcap = _scale(scale, dim), _softcap(softcap)
+    inputs = {"q": qn, "k": kn, "v": vn, "alibi_slopes": slopes, "sinks": sinks_n}
+    result = _result(out, q, (total_q, heads, vn.shape[2]), qn.dtype, inputs)
+
+    lse = np.empty((heads, total_q), np.float32)
+    if lse.size:
+        _core.attention_varlen(
+            qn, kn, vn, result, lse, cu_q, cu_k, scale, causal, left, right, softcap, slopes, sinks_n
+        )
+    return _returned(out, q, result, lse if return_lse else None)
+
+
+def merge(parts: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Attention over the union of disjoint sets of keys, from the results over each set.
+
+    With `(o, lse)` of each part as `attention(..., return_lse=True)` gives them, `lse = log(sum(exp(lse_p)))`
+    and `out = sum(exp(lse_p - lse) * o_p)`: associative, and exact up to rounding. Parts whose lse is -inf
+    saw no key and do not count, whatever their `o` holds. At most one part may have been given `sinks`, or
+    the sinks would count several times.
+
+    Args:
+        parts: pairs `(o, lse)`, at least one: `o` `[B, H, L, Dv]` or `[H, L, Dv]`, all of one shape and dtype
+            (float32, float16 or bfloat16); `lse` floating `[B, H, L]` or `[H, L]`, natural logarithm.
+
+    Returns:
+        The pair `(o, lse)`: the kind and dtype of the first part's `o`, and float32.
+
+    Raises:
+        TypeError: a part that is no pair, or arrays of another kind or dtype.
+        ValueError: no parts, or shapes that differ.
+
+    Cost:
+        One pass over all parts.
+
+    Example:
+        >>> import numpy as np, longattn as la
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 4, 100, 16), dtype=np.float32)
+        >>> sets = slice(0, 50), slice(50, None)
+        >>> halves = [la.attention(q, k[:, s], v[:, s], return_lse=True) for s in sets]
+        >>> np.allclose(la.merge(halves)[0], la.attention(q, k, v), atol=1e-6)
+        True
+    """
+    pairs = list(parts)
+    if not pairs:
+        raise ValueError("parts: got none, expected at least one pair (o, lse)")
+    outs: list[NDArray[Any]] = []
+    lses: list[NDArray[np.float32]] = []
+    for n, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"parts[{n}]: got {type(pair).__name__}, expected a pair (o, lse)")
+        o, lse = as_numpy(pair[0], f"parts[{n}] o"), as_numpy(pair[1], f"parts[{n}] lse")
+        _check_dtype(o, f"parts[{n}] o")
+        _check_floating(lse, f"parts[{n}] lse")
+        first = outs[0] if outs else o
+        if o.ndim not in (3, 4) or o.shape != first.shape:
+            expected = f"{first.shape} as in parts[0]" if outs else "[B, H, L, Dv] or [H, L, Dv]"
+            raise ValueError(f"parts[{n}] o: got shape {o.shape}, expected {expected}")
+        if o.dtype != first.dtype:
+            raise TypeError(f"parts[{n}] o: got dtype {o.dtype}, expected {first.dtype} as in parts[0]")
+        if lse.shape != o.shape[:-1]:
+            raise ValueError(f"parts[{n}] lse: got shape {lse.shape}, expected {o.shape[:-1]} as in its o")
+        outs.append(o)
+        lses.append(np.ascontiguousarray(lse, np.float32))
+    result, total = np.empty(outs[0].shape, outs[0].dtype), np.empty(lses[0].shape, np.float32)
+    if total.size:
+        _core.merge(
+            [_batched(o, 4) for o in outs],
+            [_batched(x, 3) for x in lses],
+            _batched(result, 4),
+            _batched(total, 3),
+        )
+    return like(pairs[0][0], result), like(pairs[0][0], total)
+
+
+def _inputs(q: Array, k: Array, v: Array, *, ranks: tuple[int, ...]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Queries, keys and values as numpy arrays of fitting rank, dtype and head_dim."""
+    qn, kn, vn = as_numpy(q, "q"), as_numpy(k, "k"), as_numpy(v, "v")
+    if qn.ndim not in ranks:
+        raise ValueError(f"q: got shape {qn.shape}, expected rank {' or '.join(map(str, ranks))}")
+    for x, name in ((kn, "k"), (vn, "v")):
+        if x.ndim != qn.ndim:
+            raise ValueError(f"{name}: got shape {x.shape}, expected rank {qn.ndim} as q")
+    for x, name in ((qn, "q"), (kn, "k"), (vn, "v")):
+        _check_dtype(x, name)
+        if x.shape[-1] == 0:
+            raise ValueError(f"{name}: got head_dim 0 in shape {x.shape}, expected at least 1")
+    if vn.dtype != kn.dtype:
+        raise TypeError(f"v: got dtype {vn.dtype}, expected {kn.dtype} as k")
+    if kn.shape[-1] != qn.shape[-1]:
+        raise ValueError(f"k: got head_dim {kn.shape[-1]}, expected {qn.shape[-1]} as in q")
+    return qn, kn, vn
+
+
+def _check_dtype(x: NDArray[Any], name: str) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected float32, float16 or bfloat16")
+
+
+def _check_floating(x: NDArray[Any], name: str) -> None:
+    if x.dtype.kind != "f" and x.dtype != BFLOAT16:
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected a floating dtype")
+
+
+def _check_heads(q_heads: int, k_heads: int, v_heads: int) -> None:
+    if k_heads == 0 or q_heads == 0 or q_heads % k_heads:
+        raise ValueError(f"q: got {q_heads} heads, expected a positive multiple of the {k_heads} heads of k")
+    if v_heads != k_heads:
+        raise ValueError(f"v: got {v_heads} heads, expected {k_heads} as in k")
+
+
+def _flag(value: object, name: str) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")
+    return bool(value)
+
+
+def _real(value: object, name: str) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+    return float(value)
+
+
+def _scale(scale: object, dim: int) -> float:
+    if scale is None:
+        return float(dim**-0.5)
+    number = _real(scale, "scale")
+    if not abs(number) <= _FLOAT32_MAX:  # NaN fails, too
+        raise ValueError(f"scale: got {scale}, expected a finite float32")
+    return number
+
+
+def _softcap(softcap: object) -> float:
+    number = _real(softcap, "softcap")
+    # Below the smallest normal float32 its reciprocal overflows.
+    if number != 0 and not _FLOAT32_TINY <= number <= _FLOAT32_MAX:
+        raise ValueError(f"softcap: got {softcap}, expected 0 (off) or a positive normal float32")
+    return number
+
+
+def _window(window: object, span: int) -> tuple[int, int]:
+    """Both sides, -1 where a side reaches past a span of `span` positions in any case."""
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise TypeError(f"window: got {window!r}, expected a pair (left, right)")
+    try:
+        left, right = (operator.index(side) for side in window)
+    except TypeError:
+        raise TypeError(f"window: got {window!r}, expected a pair of integers (left, right)") from None
+    if left < -1 or right < -1:
+        raise ValueError(f"window: got {window!r}, expected sides of at least 0, or -1 for unbounded")
+    return (-1 if left >= span else left), (-1 if right >= span else right)
+
+
+def _broadcast(x: NDArray[Any], name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        full = np.broadcast_to(x, shape)
+    except ValueError:
+        raise ValueError(f"{name}: got shape {x.shape}, expected one that broadcasts to {shape}") from None
+    return _batched(full, 4)
+
+
+def _bias(bias: Array, scores: tuple[int, ...]) -> NDArray[np.float32]:
+    x = as_numpy(bias, "bias", any_strides=True)
+    _check_floating(x, "bias")
+    with np.errstate(over="ignore"):  # float64's lowest number, a common "masked", becomes -inf
+        return _broadcast(x.astype(np.float32, copy=False), "bias", scores)
+
+
+def _mask(mask: Array, scores: tuple[int, ...]) -> NDArray[np.bool_]:
+    x = as_numpy(mask, "mask", any_strides=True)
+    if x.dtype != np.bool_:
+        raise TypeError(f"mask: got dtype {x.dtype}, expected bool (a mask to add goes to bias)")
+    return _broadcast(x, "mask", scores)
+
+
+def _slopes(alibi_slopes: Array, batch_heads: tuple[int, ...]) -> NDArray[np.float32]:
+    """Slopes as contiguous `[B, Hq]`."""
+    x = as_numpy(alibi_slopes, "alibi_slopes")
+    _check_floating(x, "alibi_slopes")
+    heads = batch_heads[-1]
+    batch = math.prod(batch_heads[:-1])
+    if x.shape not in ((heads,), (batch, heads)):
+        raise ValueError(f"alibi_slopes: got shape {x.shape}, expected {(heads,)} or {(batch, heads)}")
+    return np.ascontiguousarray(np.broadcast_to(x, (batch, heads)), np.float32)
+
+
+def _per_head(values: Array, name: str, heads: int) -> NDArray[np.float32]:
+    x = as_numpy(values, name)
+    _check_floating(x, name)
+    if x.shape != (heads,):
+        raise ValueError(f"{name}: got shape {x.shape}, expected {(heads,)}, one per query head")
+    return np.ascontiguousarray(x, np.float32)
+
+
+def _bounds(cu_seqlens: Array, name: str, total: int) -> NDArray[np.int64]:
+    x = as_numpy(cu_seqlens, name)
+    if x.dtype.kind not in "iu":
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected integers")
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"{name}: got shape {x.shape}, expected [sequences + 1]")
+    bounds = np.ascontiguousarray(x, np.int64)
+    if bounds[0] != 0 or bounds[-1] != total:
+        raise ValueError(f"{name}: got bounds from {bounds[0]} to {bounds[-1]}, expected 0 to {total}")
+    falls = np.flatnonzero(np.diff(bounds) < 0)
+    if falls.size:
+        at = int(falls[0])
+        raise ValueError(
+            f"{name}: got {bounds[at]}, then {bounds[at + 1]} at {at + 1}, expected bounds that never fall"
+        )
+    return bounds
+
+
+def _batched(x: NDArray[Any], rank: int) -> NDArray[Any]:
+    """`x` with a batch axis of 1 in front where it has none."""
+    return x if x.ndim == rank else x[None]
+
+
+def _result(
+    out: Array | None,
+    q: Array,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    inputs: dict[str, NDArray[Any] | None],
+) -> NDArray[Any]:
+    """Where the result goes: the caller's `out`, or new memory."""
+    if out is None:
+        return np.empty(shape, dtype)
+    return as_output(out, like=q, shape=shape, dtype=dtype, inputs=inputs)
+
+
+def _returned(out: Array | None, q: Array, result: NDArray[Any], lse: NDArray[np.float32] | None) -> Any:
+    output = like(q, result) if out is None else out
+    return output if lse is None else (output, like(q, lse))

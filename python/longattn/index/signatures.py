@@ -1,0 +1,140 @@
+"""`Signatures`: a few bits per dimension of every key."""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longattn import _core
+from longattn._arrays import Array, as_numpy
+from longattn.kv import KVStore
+
+
+class Signatures:
+    """Codes of every key of a store: 1, 2 or 4 bits per dimension, scanned instead of the keys.
+
+    Each key, less the head's mean key and turned by a random rotation, is replaced by the grid point nearest in
+    angle and one factor that makes the estimated inner product with any query unbiased over rotations, with a
+    known standard deviation (RaBitQ). With 4 bits logits are estimated to 0.1 to 0.4 nats on real keys, which is
+    good enough for the weights of rows that are not read; 1 and 2 bits scan faster and rank worse. Beside the
+    codes, every row's value belongs to one of at most 256 clusters per head, whose means stand in for the values
+    that are not read.
+
+    The index grows with its store by itself: `retrieval_attention` codes what was appended since the last call,
+    16 rows at a time (rows without a code are read exactly), and follows `truncate`. The mean key and the clusters
+    are fitted at the first use, once the store has 512 rows, and again whenever it has grown fourfold.
+
+    Several threads may use one index.
+
+    Args:
+        store: the store to index; it is kept alive.
+        bits: bits per dimension: 1, 2 or 4.
+        seed: seed of the rotation and of the clusters: the same rows and seed give the same codes.
+        hash_weights: float32 `[kv_heads, head_dim, code_bits]`: plain sign codes of `k @ W` instead (SimHash with
+            random weights, HATA with learned ones), ranked by the number of agreeing bits summed over the query
+            group. They estimate nothing: only `top_k` selection with `rest="none"` works on them. `bits` must
+            be 1.
+        use_norm: with `hash_weights`, multiply the agreement by the key's norm.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: an argument out of range, or weights of another shape.
+
+    Cost:
+        Memory: `bits * head_dim / 8 + 3` bytes per key and KV head. Build: `head_dim * (head_dim + 256)`
+        multiply-adds per key and KV head, and the clusters' fit on a sample of 16,384 rows.
+
+    References:
+        J. Gao, C. Long, "RaBitQ: Quantizing High-Dimensional Vectors with a Theoretical Error Bound for
+        Approximate Nearest Neighbor Search", 2024; J. Gao et al., "Practical and Asymptotically Optimal
+        Quantization of High-Dimensional Vectors in Euclidean Space for Approximate Nearest Neighbor Search",
+        2025; P. Gong et al., "HATA: Trainable and Hardware-Efficient Hash-Aware Top-k Attention for Scalable
+        Large Model Inference", 2025.
+    """
+
+    __slots__ = ("_handle", "_store", "bits", "estimates")
+
+    #: Bits per dimension.
+    bits: int
+    #: Whether the codes estimate logits; plain sign codes only rank.
+    estimates: bool
+
+    def __init__(
+        self,
+        store: KVStore,
+        bits: int = 4,
+        *,
+        seed: int = 0,
+        hash_weights: Array | None = None,
+        use_norm: bool = False,
+    ) -> None:
+        if not isinstance(store, KVStore):
+            raise TypeError(f"store: got {type(store).__name__}, expected a KVStore")
+        self.bits = _integer(bits, "bits")
+        if self.bits not in (1, 2, 4):
+            raise ValueError(f"bits: got {bits}, expected 1, 2 or 4")
+        seed = _integer(seed, "seed")
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed: got {seed}, expected 0 to 2**64 - 1")
+        weights: NDArray[np.float32] | None = None
+        if hash_weights is not None:
+            weights = np.ascontiguousarray(as_numpy(hash_weights, "hash_weights"), np.float32)
+            if weights.ndim != 3 or weights.shape[:2] != (store.kv_heads, store.head_dim):
+                raise ValueError(
+                    f"hash_weights: got shape {weights.shape}, expected "
+                    f"[{store.kv_heads}, {store.head_dim}, code_bits]"
+                )
+            if self.bits != 1:
+                raise ValueError(f"bits: got {bits}, expected 1 with hash_weights, whose codes are signs")
+        elif use_norm:
+            raise ValueError(
+                "use_norm: got True without hash_weights, expected weights: other codes use the norm"
+            )
+        self._store = store
+        self.estimates = weights is None
+        self._handle = _core.Signatures(store._handle, self.bits, seed, weights, bool(use_norm))
+
+    @property
+    def store(self) -> KVStore:
+        """The store that is indexed."""
+        return self._store
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes, clusters and matrices."""
+        return self._handle.nbytes
+
+    def update(self) -> None:
+        """Codes the rows appended since the last call; `retrieval_attention` does so by itself.
+
+        Raises:
+            ValueError: a key that is not finite.
+        """
+        self._handle.update()
+
+    def sigma(self) -> NDArray[np.float32]:
+        """Root mean square error of an estimated `q . k` per KV head, `[kv_heads]`, for a query of norm 1.
+
+        Times the norm of a query and the softmax scale: the error of its logits in nats. Empty before the first
+        codes, and for plain sign codes.
+        """
+        return np.asarray(self._handle.sigma(), np.float32)
+
+    def __len__(self) -> int:
+        """Rows coded so far."""
+        return len(self._handle)
+
+    def __repr__(self) -> str:
+        """The index in one line."""
+        return f"Signatures(bits={self.bits}, rows={len(self)}, nbytes={self.nbytes})"
+
+
+def _integer(value: object, name: str) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected an integer")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected an integer") from None

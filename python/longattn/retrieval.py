@@ -1,0 +1,232 @@
+"""Retrieval attention: each decode step reads the rows of a store that matter and estimates the rest."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longattn import _core
+from longattn._arrays import FLOATS, Array, as_numpy, like
+from longattn.index.signatures import Signatures
+from longattn.kv import KVStore
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalStats:
+    """What a call read, and what it may have missed.
+
+    Attributes:
+        keys_total: `[Hkv, Lq]`, rows that each query saw.
+        keys_scored: `[Hkv, Lq]`, rows whose codes were scanned.
+        keys_attended: `[Hkv, Lq]`, rows whose keys and values were read.
+        missed_mass: float32 `[Hq, Lq]`, estimated share of the softmax mass outside the rows that were read. With
+            `rest="values"` that mass is in the result, as an estimate; with `rest="none"` it is left out.
+        missed_mass_bound: float32 `[Hq, Lq]`, upper bound of the true share. It holds if no logit is
+            underestimated by more than 5.5 standard deviations of its code's error: useful with 4 bits, close
+            to 1 with fewer. 1 for plain sign codes, which estimate nothing.
+        selected: rows picked through the index, ascending, `[Hkv][Lq]` lists of uint32 arrays; empty lists
+            unless `return_selected` was set.
+    """
+
+    keys_total: NDArray[np.int64]
+    keys_scored: NDArray[np.int64]
+    keys_attended: NDArray[np.int64]
+    missed_mass: NDArray[np.float32]
+    missed_mass_bound: NDArray[np.float32]
+    selected: list[list[NDArray[np.uint32]]]
+
+    @property
+    def fraction_attended(self) -> float:
+        """Rows read over rows seen, all heads and queries together."""
+        return float(self.keys_attended.sum() / max(1, self.keys_total.sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalResult:
+    """Output of `retrieval_attention`.
+
+    Attributes:
+        out: `[Hq, Lq, Dv]` (with a leading 1 if `q` had one), kind and dtype of `q`.
+        lse: float32 `[Hq, Lq]` (likewise), natural log of the denominator: the rows read, the estimate of the
+            rest, and the sink logit. Use it with `merge`.
+        stats: what was read and missed; `None` with `return_stats=False`.
+    """
+
+    out: Array
+    lse: Array
+    stats: RetrievalStats | None
+
+
+def retrieval_attention(
+    q: Array,
+    store: KVStore,
+    index: Signatures,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    sinks: int = 4,
+    window: int = 512,
+    scale: float | None = None,
+    rest: Literal["values", "none"] | None = None,
+    sink_logits: Array | None = None,
+    return_stats: bool = True,
+    return_selected: bool = False,
+) -> RetrievalResult:
+    """Causal attention of the newest queries over a store, reading few of its rows.
+
+    The first `sinks` and the last `window` rows are read exactly. The codes of all rows between them are scanned
+    once per KV head for its whole query group; the rows of most estimated weight (the mean over the group's heads
+    of each row's share of the softmax) are then read exactly, where they lie. All other rows enter with their
+    code's weight times the mean value of their value cluster, so that flat heads come out right too: on those the
+    rows that a budget can afford hold only a small part of the mass.
+
+    Query row `i` sits at position `len(store) - Lq + i` and sees the rows up to its own: append a step's keys and
+    values before attending.
+
+    Args:
+        q: queries `[Hq, Lq, D]` or `[1, Hq, Lq, D]`; float32, float16 or bfloat16; at most 64 query heads per KV
+            head.
+        store: keys and values; at least `Lq` rows.
+        index: codes of that store. Brought up to date first.
+        top_k: rows to select per KV head, beside sinks and window. `None` without `top_p` is 1 % of the rows, at
+            least 64.
+        top_p: instead of `top_k`: the fewest rows that, with sinks and window, hold this share of every head's
+            estimated mass. Sensible with 4 bits; on flat heads it reads much of the store.
+        sinks: first rows that are always read.
+        window: last rows that are always read.
+        scale: factor of the logits; `None` is `D ** -0.5`.
+        rest: what becomes of the rows not read: `"values"` estimates them, `"none"` leaves them out. `None` is
+            `"values"` for codes that estimate logits, else `"none"`.
+        sink_logits: floating `[Hq]`: an extra logit per head that takes part in the denominator only.
+        return_stats: return what was read and missed.
+        return_selected: also list the selected rows in the statistics.
+
+    Returns:
+        A `RetrievalResult`.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes that do not fit the store, an index of another store, budgets out of range, or a store
+            with fewer rows than queries.
+
+    Cost:
+        `bits * D / 8 + 2` bytes per row and KV head for the scan, and the rows read. New rows are coded first, the
+        first call codes them all.
+
+    References:
+        D. Liu et al., "RetrievalAttention: Accelerating Long-Context LLM Inference via Vector Retrieval", 2024,
+        for the split into steady rows and rows retrieved from host memory. The codes are those of `Signatures`.
+    """
+    if not isinstance(store, KVStore):
+        raise TypeError(f"store: got {type(store).__name__}, expected a KVStore")
+    if not isinstance(index, Signatures):
+        raise TypeError(f"index: got {type(index).__name__}, expected a Signatures")
+    if index.store is not store:
+        raise ValueError("index: got the index of another store, expected one built on `store`")
+    qn = as_numpy(q, "q")
+    if qn.dtype not in FLOATS:
+        raise TypeError(f"q: got dtype {qn.dtype}, expected float32, float16 or bfloat16")
+    if qn.ndim not in (3, 4) or (qn.ndim == 4 and qn.shape[0] != 1):
+        raise ValueError(f"q: got shape {qn.shape}, expected [Hq, Lq, D] or [1, Hq, Lq, D]")
+    q3 = qn[0] if qn.ndim == 4 else qn
+    heads, rows, dim = q3.shape
+    kv_heads = store.kv_heads
+    if heads == 0 or heads % kv_heads or dim != store.head_dim:
+        raise ValueError(
+            f"q: got {heads} heads of width {dim}, expected a positive multiple of the {kv_heads} heads of the "
+            f"store, of width {store.head_dim}"
+        )
+    if len(store) == 0:
+        raise ValueError("store: got an empty store, expected at least one row")
+    if rows > len(store):
+        raise ValueError(f"q: got {rows} queries, expected at most the {len(store)} rows of the store")
+    top_k, top_p = _budget(top_k, top_p, len(store))
+    sinks, window = _count(sinks, "sinks"), _count(window, "window")
+    factor = dim**-0.5 if scale is None else _finite(scale, "scale")
+    if rest not in ("values", "none", None):
+        raise ValueError(f"rest: got {rest!r}, expected 'values', 'none' or None")
+    estimate = index.estimates if rest is None else rest == "values"
+    logits = None
+    if sink_logits is not None:
+        logits = np.ascontiguousarray(as_numpy(sink_logits, "sink_logits"), np.float32)
+        if logits.shape != (heads,):
+            raise ValueError(f"sink_logits: got shape {logits.shape}, expected ({heads},)")
+
+    out = np.empty((heads, rows, store.value_dim), qn.dtype)
+    lse = np.empty((heads, rows), np.float32)
+    total, scored, attended, missed, bound, picked = _core.retrieval_attention(
+        q3,
+        index._handle,
+        out,
+        lse,
+        top_k,
+        0.0 if top_p is None else top_p,
+        sinks,
+        window,
+        factor,
+        estimate,
+        logits,
+        return_selected,
+    )
+    stats = None
+    if return_stats:
+        shape = (kv_heads, rows)
+
+        def mass(flat: list[float]) -> NDArray[np.float32]:
+            by_group = np.asarray(flat, np.float32).reshape(kv_heads, rows, heads // kv_heads)
+            return np.ascontiguousarray(by_group.transpose(0, 2, 1)).reshape(heads, rows)
+
+        lists = [np.asarray(p, np.uint32) for p in picked] if return_selected else []
+        stats = RetrievalStats(
+            np.asarray(total, np.int64).reshape(shape),
+            np.asarray(scored, np.int64).reshape(shape),
+            np.asarray(attended, np.int64).reshape(shape),
+            mass(missed),
+            mass(bound),
+            [lists[h * rows : (h + 1) * rows] for h in range(kv_heads)],
+        )
+    batch = qn.shape[:-3]
+    return RetrievalResult(
+        like(q, out.reshape(*batch, *out.shape)), like(q, lse.reshape(*batch, *lse.shape)), stats
+    )
+
+
+def _budget(top_k: int | None, top_p: float | None, length: int) -> tuple[int | None, float | None]:
+    if top_k is not None and top_p is not None:
+        raise ValueError(f"top_p: got {top_p} beside top_k={top_k}, expected one of the two")
+    if top_p is not None:
+        p = _finite(top_p, "top_p")
+        if not 0 < p < 1:
+            raise ValueError(f"top_p: got {top_p}, expected a number between 0 and 1")
+        return None, p
+    if top_k is None:
+        return max(64, length // 100), None
+    k = _count(top_k, "top_k")
+    if k == 0:
+        raise ValueError("top_k: got 0, expected at least 1")
+    return k, None
+
+
+def _count(value: object, name: str) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected an integer")
+    try:
+        n = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected an integer") from None
+    if n < 0:
+        raise ValueError(f"{name}: got {n}, expected 0 or more")
+    return n
+
+
+def _finite(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+    return float(value)

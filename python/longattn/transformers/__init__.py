@@ -1,0 +1,51 @@
+"""transformers 5 models over a KV cache in host memory.
+
+Importing this module registers the attention implementation `"longattn"`. A model loaded with it runs
+unchanged:
+
+    from transformers import AutoModelForCausalLM
+    from longattn.transformers import LongAttnCache, RetrievalConfig
+
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="longattn")
+    cache = LongAttnCache(model.config, retrieval=RetrievalConfig(top_k=256))
+    model.generate(**inputs, past_key_values=cache, prefill_chunk_size=4096)
+    print(cache.stats())
+
+How a forward pass flows: transformers asks `masks.longattn_mask` once per kind of layer and gets a small
+`MaskSpec`, never an L x L matrix; every attention layer hands its new keys and values to
+`layer.HostLayer.update`, which gives them back as `HostKV` tensors that name their layer;
+`attention.longattn_attention` receives queries, `HostKV` and `MaskSpec`, stores the rows and attends to the
+store. Without a `LongAttnCache` (no cache, or one of transformers' own) the same function runs
+`longattn.attention` on the tensors it is given.
+"""
+
+from __future__ import annotations
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise ImportError(
+        "longattn.transformers needs torch and transformers 5: pip install 'longattn[transformers]'"
+    ) from error
+
+from longattn.transformers.attention import longattn_attention
+from longattn.transformers.cache import CacheStats, LayerStats, LongAttnCache
+from longattn.transformers.layer import HostLayer
+from longattn.transformers.masks import MaskSpec, longattn_mask
+from longattn.transformers.retrieval import RetrievalConfig
+
+# Both, always: with an attention function but no mask function transformers drops the padding mask without a
+# word.
+AttentionInterface.register("longattn", longattn_attention)
+AttentionMaskInterface.register("longattn", longattn_mask)
+
+__all__ = [
+    "CacheStats",
+    "HostLayer",
+    "LayerStats",
+    "LongAttnCache",
+    "MaskSpec",
+    "RetrievalConfig",
+    "longattn_attention",
+    "longattn_mask",
+]

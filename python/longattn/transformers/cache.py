@@ -1,0 +1,225 @@
+"""The cache that `generate(..., past_key_values=...)` takes, and what it tells about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+
+from longattn.transformers.layer import HostLayer
+from longattn.transformers.retrieval import RetrievalConfig
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One layer of a `LongAttnCache`.
+
+    Counts are of decoding steps, summed over sequences, query rows and KV heads.
+
+    Attributes:
+        layer_idx: number of the layer in the model.
+        sliding_window: its window, `None` for full attention.
+        length: tokens that arrived, padding included.
+        sequences: sequences of the batch.
+        keys_visible: keys that exact attention would have read.
+        keys_read: keys that were read exactly.
+        missed_mass: mean estimated share of the softmax mass outside the keys read.
+        store_nbytes: host memory of the keys and values.
+        index_nbytes: host memory of the key signatures.
+    """
+
+    layer_idx: int
+    sliding_window: int | None
+    length: int
+    sequences: int
+    keys_visible: int
+    keys_read: int
+    missed_mass: float
+    store_nbytes: int
+    index_nbytes: int
+
+    @property
+    def fraction_read(self) -> float:
+        """Share of the visible keys that were read; 1.0 before the first decoding step."""
+        return self.keys_read / self.keys_visible if self.keys_visible else 1.0
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """All layers of a `LongAttnCache` at one moment. `str()` gives a table."""
+
+    layers: tuple[LayerStats, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of all keys, values and signatures."""
+        return sum(layer.store_nbytes + layer.index_nbytes for layer in self.layers)
+
+    @property
+    def keys_visible(self) -> int:
+        """Keys that exact attention would have read in all decoding steps."""
+        return sum(layer.keys_visible for layer in self.layers)
+
+    @property
+    def keys_read(self) -> int:
+        """Keys that were read exactly in all decoding steps."""
+        return sum(layer.keys_read for layer in self.layers)
+
+    @property
+    def fraction_read(self) -> float:
+        """Share of the visible keys that were read; 1.0 before the first decoding step."""
+        return self.keys_read / self.keys_visible if self.keys_visible else 1.0
+
+    def __str__(self) -> str:
+        lines = ["layer  attention      length  keys read  missed mass  store MiB  index MiB"]
+        for layer in self.layers:
+            kind = "full" if layer.sliding_window is None else f"window {layer.sliding_window}"
+            lines.append(
+                f"{layer.layer_idx:5d}  {kind:12s} {layer.length:8d}  {layer.fraction_read:9.2%}"
+                f"  {layer.missed_mass:11.2e}  {layer.store_nbytes / 2**20:9.2f}"
+                f"  {layer.index_nbytes / 2**20:9.2f}"
+            )
+        return "\n".join(
+            [*lines, f"all layers: {self.fraction_read:.2%} of the keys read, {self.nbytes / 2**20:.1f} MiB"]
+        )
+
+
+class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types to check against
+    """A KV cache in host memory for a decoder model loaded with `attn_implementation="longattn"`.
+
+    Full and sliding-window attention layers keep every sequence of the batch in a `longattn.KVStore`; sliding
+    layers let go of rows that have left the window. Other kinds of layers (linear attention, convolutions)
+    get transformers' own cache layers. The cache serves several `generate` calls in a row, beam search,
+    assisted decoding and padded batches.
+
+    Forward passes of more than `decode_length` new tokens are prefill and exact. Shorter ones onto a cache
+    that is not empty are decoding steps: full-attention layers with a `RetrievalConfig` then read a part of
+    their keys.
+
+    Args:
+        config: the model's config (`model.config`).
+        dtype: storage dtype `"float32"`, `"float16"`, `"bfloat16"` or the torch dtype; default the dtype of
+            the keys.
+        capacity: tokens per sequence. Address space is reserved for them, memory is used as they come.
+        retrieval: one `RetrievalConfig` for all full-attention layers, or a mapping from layer number to
+            `RetrievalConfig` or `None`; layers left out, and all by default, decode exactly.
+        decode_length: new tokens per forward pass up to which it counts as a decoding step (candidate tokens
+            of assisted decoding are several).
+
+    Raises:
+        ValueError: an argument out of range, or a model this cache cannot hold: encoder-decoder, chunked
+            attention (Llama 4), multi-head latent attention (DeepSeek), layers that share keys (Gemma 4).
+        TypeError: an argument of another type.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        dtype: str | torch.dtype | None = None,
+        capacity: int = 131072,
+        retrieval: RetrievalConfig | Mapping[int, RetrievalConfig | None] | None = None,
+        decode_length: int = 16,
+    ) -> None:
+        for name, count in (("capacity", capacity), ("decode_length", decode_length)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name}: got {count!r}, expected an integer >= 1")
+        store_dtype = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+        if dtype is not None and store_dtype not in _DTYPES.values():
+            raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(_DTYPES)}")
+        text_config = config.get_text_config(decoder=True)
+        kinds, arguments = get_layer_types_and_kwargs(text_config)
+        _refuse_unsupported(text_config, kinds)
+        chosen = _retrieval_by_layer(retrieval, kinds)
+        layers = []
+        for layer_idx, (kind, kwargs) in enumerate(zip(kinds, arguments, strict=True)):
+            if kind in ("full_attention", "sliding_attention"):
+                layer = HostLayer(
+                    sliding_window=kwargs.get("sliding_window"),
+                    dtype=store_dtype,
+                    capacity=capacity,
+                    retrieval=chosen.get(layer_idx),
+                    decode_length=decode_length,
+                )
+                layers.append(layer)
+            else:
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
+        super().__init__(layers=layers)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens of every sequence; on an error, in no layer.
+
+        Raises:
+            ValueError: a positive count, more tokens than arrived, or further back than a sliding layer
+                remembers.
+        """
+        for layer in self.layers:
+            if isinstance(layer, HostLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def stats(self) -> CacheStats:
+        """What decoding has read since the cache was made or reset, and the host memory in use."""
+        return CacheStats(
+            tuple(
+                LayerStats(
+                    layer_idx=layer_idx,
+                    sliding_window=layer.sliding_window,
+                    length=layer.get_seq_length(),
+                    sequences=len(layer.sequences),
+                    keys_visible=layer.counts.keys_visible,
+                    keys_read=layer.counts.keys_read,
+                    missed_mass=layer.counts.missed_mass / max(layer.counts.query_rows, 1),
+                    store_nbytes=sum(s.store.nbytes for s in layer.sequences),
+                    index_nbytes=sum(s.index.nbytes for s in layer.sequences if s.index is not None),
+                )
+                for layer_idx, layer in enumerate(self.layers)
+                if isinstance(layer, HostLayer)
+            )
+        )
+
+
+def _refuse_unsupported(config: Any, kinds: list[str]) -> None:
+    name = type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"config: {name} is an encoder-decoder model, expected a decoder")
+    if "chunked_attention" in kinds:
+        raise ValueError(
+            f"config: {name} has chunked_attention layers (as Llama 4 has), which LongAttnCache cannot hold"
+        )
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            f"config: {name} uses multi-head latent attention (kv_lora_rank), which LongAttnCache cannot hold"
+        )
+    if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
+        raise ValueError(f"config: {name} has layers that share the keys of others, which LongAttnCache cannot hold")
+    unknown = sorted(set(kinds) - DYNAMIC_LAYER_TYPE_MAPPING.keys())
+    if unknown:
+        raise ValueError(
+            f"config: {name} has layers of kind {', '.join(unknown)}, expected kinds transformers can cache"
+        )
+
+
+def _retrieval_by_layer(
+    retrieval: RetrievalConfig | Mapping[int, RetrievalConfig | None] | None, kinds: list[str]
+) -> Mapping[int, RetrievalConfig | None]:
+    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    if retrieval is None:
+        return {}
+    if isinstance(retrieval, RetrievalConfig):
+        return dict.fromkeys(full, retrieval)
+    if not isinstance(retrieval, Mapping):
+        raise TypeError(
+            f"retrieval: got {type(retrieval).__name__}, expected a RetrievalConfig or a mapping from layers"
+        )
+    for layer_idx, how in retrieval.items():
+        if how is not None and not isinstance(how, RetrievalConfig):
+            raise TypeError(f"retrieval[{layer_idx}]: got {type(how).__name__}, expected a RetrievalConfig or None")
+        if how is not None and layer_idx not in full:
+            raise ValueError(f"retrieval: got layer {layer_idx!r}, expected full-attention layers, which are {full}")
+    return retrieval

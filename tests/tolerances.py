@@ -1,0 +1,94 @@
+"""How far a result may be from its float64 reference: the one place where tolerances are stated.
+
+Kernels read storage dtypes exactly and compute in float32, whose unit roundoff is `U`. Rounding errors have
+either sign and mostly cancel, so sums are held to what their terms' size allows, not to the worst case:
+
+- A logit is a sum of products that never exceeds `S`, the largest `scale * |q| |k|`, and errs by `U * S`;
+  what is added to it, and `exp`, err by `U` of their own size.
+- An error `e` of the logits changes softmax weights by a factor within `1 +- 2 e`, hence the output by at
+  most `2 e * max |v|`.
+- Sums over `n` keys, of weights and of weighted values, err by `sqrt(n) * U` of the result.
+- Rounding to the output's dtype comes on top.
+
+`SAFETY` covers what this leaves out.
+"""
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+U = 2.0**-24
+SAFETY = 4.0
+
+#: Unit roundoff and half the smallest subnormal of each storage dtype.
+ROUNDOFF = {
+    np.dtype(np.float32): (2.0**-24, 2.0**-150),
+    np.dtype(np.float16): (2.0**-11, 2.0**-25),
+    np.dtype(ml_dtypes.bfloat16): (2.0**-8, 2.0**-134),
+}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Allowed `|actual - expected| <= atol + rtol * |expected|` of an output and of its lse."""
+
+    atol: float
+    rtol: float
+    lse_atol: float
+    lse_rtol: float = 2 * U
+
+    def check(self, actual, expected, actual_lse=None, expected_lse=None):
+        """Assert that an output and, where given, its lse are close; NaN and infinities must be the same."""
+        actual = np.asarray(actual, np.float64)
+        np.testing.assert_allclose(actual, expected, rtol=self.rtol, atol=self.atol, err_msg="output")
+        if actual_lse is not None:
+            actual_lse = np.asarray(actual_lse, np.float64)
+            np.testing.assert_allclose(actual_lse, expected_lse, rtol=self.lse_rtol, atol=self.lse_atol, err_msg="lse")
+
+
+def attention(q, k, v, *, scale=None, offset=0.0):
+    """Tolerance of attention over these numpy arrays.
+
+    Args:
+        q: queries `[..., D]`.
+        k: keys `[..., Lk, D]`.
+        v: values.
+        scale: as in the call.
+        offset: the largest magnitude of what is added to the logits (bias, ALiBi).
+    """
+    dim = q.shape[-1]
+    scale = dim**-0.5 if scale is None else abs(scale)
+    largest = scale * _row_norm(q) * _row_norm(k)
+    logit = SAFETY * U * (largest + 2 * offset + 4)
+    summed = SAFETY * U * np.sqrt(k.shape[-2])
+    roundoff, smallest = ROUNDOFF[q.dtype]
+    return Tolerance(atol=2 * logit * _largest(v) + smallest, rtol=roundoff + summed + 2 * U, lse_atol=logit + summed)
+
+
+def merge(outs, lses):
+    """Tolerance of merging parts: storage rounding and a few float32 operations per part."""
+    roundoff, smallest = ROUNDOFF[outs[0].dtype]
+    weight = SAFETY * U * (4 + len(outs) + max(_largest(lse) for lse in lses))
+    largest = max(_largest(o) for o in outs)
+    return Tolerance(atol=2 * weight * largest + smallest, rtol=roundoff + 2 * U, lse_atol=weight)
+
+
+def same_storage(q, k, v, **options):
+    """Tolerance between two results of ours for one formula: each has its own rounding."""
+    one = attention(q, k, v, **options)
+    roundoff, _ = ROUNDOFF[q.dtype]
+    return Tolerance(atol=2 * one.atol + 2 * roundoff * _largest(v), rtol=2 * one.rtol, lse_atol=2 * one.lse_atol)
+
+
+def _row_norm(x):
+    x = np.asarray(x, np.float64)
+    return float(np.sqrt((_finite(x) ** 2).sum(axis=-1)).max(initial=0.0))
+
+
+def _largest(x):
+    return float(np.abs(_finite(np.asarray(x, np.float64))).max(initial=0.0))
+
+
+def _finite(x):
+    return np.where(np.isfinite(x), x, 0.0)

@@ -1,0 +1,137 @@
+"""Decoding that reads a part of the keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+from longattn.transformers import LongAttnCache, RetrievalConfig  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
+
+WITHOUT_SOFTCAP = ("llama", "qwen3", "smollm3", "gpt_oss")
+
+
+def prompts(batch: int, length: int) -> Any:
+    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("name", WITHOUT_SOFTCAP)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=["plain", "beams", "lookup"]
+)
+def test_all_keys_selected_equals_dense(build_model: Any, generate: Any, name: str, arguments: dict[str, int]) -> None:
+    model = build_model(name)
+    input_ids = prompts(1, 600)  # long enough for keys to have signatures
+    expected = generate(model, "eager", DynamicCache(config=model.config), input_ids, **arguments)
+    how = RetrievalConfig(top_k=4096, sinks=1, window=4, min_length=0)
+    cache = LongAttnCache(model.config, retrieval=how)
+    got = generate(model, "longattn", cache, input_ids, **arguments)
+    assert torch.equal(got.sequences, expected.sequences)
+    for ours, theirs in zip(got.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+    stats = cache.stats()
+    assert stats.keys_read == stats.keys_visible > 0
+    assert all((layer.index_nbytes > 0) == (layer.sliding_window is None) for layer in stats.layers)
+
+
+@pytest.mark.parametrize("name", WITHOUT_SOFTCAP)
+def test_reads_a_part_and_stays_close(build_model: Any, name: str) -> None:
+    model = build_model(name)
+    text = prompts(2, 1500)
+    mask = torch.ones_like(text)
+    mask[0, :200] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def logits(retrieval: RetrievalConfig | None) -> tuple[Any, Any]:
+        model.set_attn_implementation("longattn")
+        cache = LongAttnCache(model.config, retrieval=retrieval)
+        with torch.no_grad():
+            for start in range(0, 1480, 370):
+                stop = start + 370
+                model(
+                    text[:, start:stop],
+                    attention_mask=mask[:, :stop],
+                    position_ids=positions[:, start:stop],
+                    past_key_values=cache,
+                )
+            steps = [
+                model(
+                    text[:, i : i + 4],
+                    attention_mask=mask[:, : i + 4],
+                    position_ids=positions[:, i : i + 4],
+                    past_key_values=cache,
+                ).logits
+                for i in range(1480, 1500, 4)
+            ]
+        return torch.cat(steps, dim=1), cache.stats()
+
+    exact, exact_stats = logits(None)
+    assert exact_stats.fraction_read == 1.0 and exact_stats.keys_visible > 0
+    got, stats = logits(RetrievalConfig(top_k=128, window=64, min_length=0))
+    only_window, _ = logits(RetrievalConfig(top_k=1, window=64, rest="none", min_length=0))
+    full = [layer for layer in stats.layers if layer.sliding_window is None]
+    assert all(0 < layer.fraction_read < 0.2 for layer in full)
+    assert all(layer.fraction_read == 1.0 for layer in stats.layers if layer.sliding_window is not None)
+    error, window_error = ((part - exact).norm() / exact.norm() for part in (got, only_window))
+    assert 0 < error < 0.5 * window_error
+    assert all(0 < layer.missed_mass < 1 for layer in full)
+
+
+def test_per_layer_choice_min_length_and_prefill_stay_exact(build_model: Any) -> None:
+    model = build_model("llama")
+    model.set_attn_implementation("longattn")
+    how = RetrievalConfig(top_k=8, window=8, min_length=1000)
+    cache = LongAttnCache(model.config, retrieval={1: how, 2: None})
+    text = prompts(1, 1100)
+    with torch.no_grad():
+        model(text[:, :600], past_key_values=cache)
+        model(text[:, 600:601], past_key_values=cache)  # a decoding step, too short for retrieval
+        assert cache.stats().fraction_read == 1.0
+        model(text[:, 601:1099], past_key_values=cache)  # long enough, but prefill
+        assert cache.stats().fraction_read == 1.0
+        model(text[:, 1099:], past_key_values=cache)
+    read = [layer.fraction_read for layer in cache.stats().layers]
+    assert read[0] == read[2] == read[3] == 1.0 and read[1] < 0.6  # of 601 and 1100 keys all and a few
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"top_k": 4, "top_p": 0.5}, "one of the two"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 1.0}, "top_p"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"top_k": 4, "bits": 3}, "bits"),
+        ({"top_k": 4, "rest": "some"}, "rest"),
+        ({"top_k": 4, "window": -1}, "window"),
+        ({"top_k": 4, "sinks": -1}, "sinks"),
+        ({"top_k": 4, "min_length": 1.5}, "min_length"),
+    ],
+)
+def test_config_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RetrievalConfig(**arguments)
+
+
+def test_retrieval_refuses_what_it_cannot_do(build_model: Any) -> None:
+    how = RetrievalConfig(top_k=4, min_length=0)
+    gemma = build_model("gemma2")
+    gemma.set_attn_implementation("longattn")
+    with torch.no_grad(), pytest.raises(ValueError, match="softcap"):
+        gemma(prompts(1, 5), past_key_values=LongAttnCache(gemma.config, retrieval=how))
+    smollm3 = build_model("smollm3")
+    with pytest.raises(ValueError, match="full-attention"):
+        LongAttnCache(smollm3.config, retrieval={1: how})
+    with pytest.raises(TypeError, match="retrieval"):
+        LongAttnCache(smollm3.config, retrieval=8)  # type: ignore[arg-type]
+    llama = build_model("llama")
+    llama.set_attn_implementation("longattn")
+    cache = LongAttnCache(llama.config, retrieval=how)
+    with torch.no_grad():
+        llama(prompts(1, 5), past_key_values=cache)
+        with pytest.raises(ValueError, match="4-D"):
+            llama(prompts(1, 1), attention_mask=torch.ones(1, 1, 1, 6, dtype=torch.bool), past_key_values=cache)
