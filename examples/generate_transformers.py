@@ -27,13 +27,9 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=64, help="keys selected per KV head; 0 reads all keys")
     arguments = parser.parse_args()
 
-    model = AutoModelForCausalLM.from_pretrained(
-        MODEL, dtype=torch.float32, attn_implementation="longattn"
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="longattn").eval()
     retrieval = RetrievalConfig(top_k=arguments.top_k, window=64) if arguments.top_k else None
-    cache = LongAttnCache(
-        model.config, dtype="bfloat16", capacity=arguments.context + 64, retrieval=retrieval
-    )
+    cache = LongAttnCache(model.config, dtype="bfloat16", capacity=arguments.context + 64, retrieval=retrieval)
 
     hay = haystack(arguments.context, arguments.questions, clear_head=64, clear_tail=1024)
     text = torch.from_numpy(hay.tokens)[None]

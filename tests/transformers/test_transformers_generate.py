@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", minversion="5.0")
+transformers = pytest.importorskip("transformers", minversion="5.19")
 
 from longattn.transformers import LongAttnCache  # noqa: E402
 from transformers import DynamicCache  # noqa: E402

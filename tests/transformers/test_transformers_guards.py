@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", minversion="5.0")
+transformers = pytest.importorskip("transformers", minversion="5.19")
 
 from longattn.transformers import LongAttnCache, MaskSpec, longattn_attention, longattn_mask  # noqa: E402
 from transformers import DynamicCache, StaticCache  # noqa: E402

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", minversion="5.0")
+transformers = pytest.importorskip("transformers", minversion="5.19")
 
 from longattn.transformers import LongAttnCache, RetrievalConfig  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
@@ -135,3 +137,12 @@ def test_retrieval_refuses_what_it_cannot_do(build_model: Any) -> None:
         llama(prompts(1, 5), past_key_values=cache)
         with pytest.raises(ValueError, match="4-D"):
             llama(prompts(1, 1), attention_mask=torch.ones(1, 1, 1, 6, dtype=torch.bool), past_key_values=cache)
+
+
+def test_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = Path(__file__).parents[2] / "examples" / "generate_transformers.py"
+    monkeypatch.setattr("sys.argv", [example.name, "--context", "6000", "--questions", "3", "--top-k", "32"])
+    runpy.run_path(str(example), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.count("code for") == 3 and printed.count("  right  ") >= 2
+    assert "of the keys read" in printed

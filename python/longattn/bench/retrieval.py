@@ -46,7 +46,6 @@ COLUMNS: tuple[Column, ...] = (
     Column("est.", "missed_estimate", ".3f"),
 )
 EXACT = "longattn.attention"
-SINKS, WINDOW = 4, 512
 QUICK_LENGTH, QUICK_WINDOW = 4096, 64
 Rest = Literal["values", "none"]
 
@@ -67,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="bfloat16", help="of keys and values (default %(default)s)"
     )
+    parser.add_argument("--sinks", type=int, default=4, help="first rows that are always read (default %(default)s)")
+    parser.add_argument("--window", type=int, default=512, help="last rows that are always read (default %(default)s)")
     parser.add_argument("--no-sweep", action="store_true", help="do not time shorter stores")
 
 
@@ -78,6 +79,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         else (["synthetic"] if bench.quick else ["synthetic", *vectors.RECORDED])
     )
     length, groups = (min(args.length, QUICK_LENGTH), 4) if bench.quick else (args.length, args.groups)
+    window = min(args.window, QUICK_WINDOW) if bench.quick else args.window
     top_ks = args.top_k or ([64] if bench.quick else [256, 2048])
     heads = args.heads.split(",") if args.heads else None
     rows: list[dict[str, Any]] = []
@@ -93,7 +95,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
             continue
         bench.say(f"retrieval on {name}, {length} keys: loading")
         data = vectors.load(name, length=length, groups=groups, heads=heads)
-        case = _Case(bench, data, args.dtype, args.bits, QUICK_WINDOW if bench.quick else WINDOW)
+        case = _Case(bench, data, args.dtype, args.bits, args.sinks, window)
         indexes[name] = figures = case.index_figures()
         share = figures["index_bytes"] / figures["store_bytes"]
         bench.notes.append(
@@ -104,7 +106,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         if not bench.quick and not args.no_sweep:
             swept = [row for row in rows if row["vectors"] == name]
             for shorter in (length // 8, length // 4, length // 2):
-                case = _Case(bench, _shortened(data, shorter), args.dtype, args.bits, WINDOW)
+                case = _Case(bench, _shortened(data, shorter), args.dtype, args.bits, args.sinks, window)
                 swept += case.rows(top_ks[:1], with_quality=False)
             rows += [row for row in swept if row["keys"] < length]
             growth |= slopes(swept, lambda row: f"{row['method']}, {row['vectors']}")
@@ -114,8 +116,10 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
 class _Case:
     """One data set in a store with its index."""
 
-    def __init__(self, bench: Bench, data: vectors.Vectors, dtype: str, bits: int, window: int) -> None:
-        self.bench, self.data, self.window = bench, data, window
+    def __init__(
+        self, bench: Bench, data: vectors.Vectors, dtype: str, bits: int, sinks: int, window: int
+    ) -> None:
+        self.bench, self.data, self.sinks, self.window = bench, data, sinks, window
         self.dtype = DTYPES[dtype]
         self.store = la.KVStore(
             kv_heads=data.kv_heads,
@@ -185,7 +189,7 @@ class _Case:
             self.store,
             self.index,
             top_k=top_k,
-            sinks=SINKS,
+            sinks=self.sinks,
             window=self.window,
             rest=rest,
             return_selected=listed,
@@ -211,7 +215,7 @@ class _Case:
 
         queries, keys, values = self.queries.astype(np.float32), self.store.keys, self.store.values
         heads = self.data.heads
-        return quality.assess(queries, keys, values, retrieve, sinks=SINKS, window=self.window, heads=heads)
+        return quality.assess(queries, keys, values, retrieve, sinks=self.sinks, window=self.window, heads=heads)
 
 
 def _shortened(data: vectors.Vectors, length: int) -> vectors.Vectors:

@@ -22,11 +22,15 @@ store. Without a `LongAttnCache` (no cache, or one of transformers' own) the sam
 from __future__ import annotations
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    import transformers as _transformers
 except ImportError as error:
     raise ImportError(
-        "longattn.transformers needs torch and transformers 5: pip install 'longattn[transformers]'"
+        "longattn.transformers needs torch and transformers: pip install 'longattn[transformers]'"
     ) from error
+
+# The cache and mask interfaces below took their present form in 5.19.
+if tuple(int(part) for part in _transformers.__version__.split(".")[:2]) < (5, 19):
+    raise ImportError(f"longattn.transformers needs transformers 5.19 or newer, found {_transformers.__version__}")
 
 from longattn.transformers.attention import longattn_attention
 from longattn.transformers.cache import CacheStats, LayerStats, LongAttnCache
@@ -36,8 +40,8 @@ from longattn.transformers.retrieval import RetrievalConfig
 
 # Both, always: with an attention function but no mask function transformers drops the padding mask without a
 # word.
-AttentionInterface.register("longattn", longattn_attention)
-AttentionMaskInterface.register("longattn", longattn_mask)
+_transformers.AttentionInterface.register("longattn", longattn_attention)
+_transformers.AttentionMaskInterface.register("longattn", longattn_mask)
 
 __all__ = [
     "CacheStats",

@@ -283,13 +283,19 @@ impl Kernel for Item<'_, '_> {
         let n = block.rows.len();
         let few = n <= MAX_QUERY_ROWS;
         let padded_rows = if few { n } else { n.next_multiple_of(S::ROWS) };
-        let dp = problem.dim.next_multiple_of(S::LANES);
+        let pairs = !few && tile::multiplies_pairs::<S>(problem);
+        let dp = if pairs { problem.dim / 2 } else { problem.dim }.next_multiple_of(S::LANES);
         let vp = problem.value_dim.next_multiple_of(if few { S::LANES } else { tile::panel::<S>() });
         let queries = scratch.queries.take(padded_rows * dp);
         let mut ids = [RowId { batch: 0, head: 0, row: 0 }; QUERY_ROWS];
         for (r, id) in ids.iter_mut().enumerate().take(n) {
             *id = problem.id(block.batch, block.kv_head, block.rows.start + r);
-            load_query(s, problem, *id, &mut queries[r * dp..(r + 1) * dp]);
+            let to = &mut queries[r * dp..(r + 1) * dp];
+            if pairs {
+                load_query_pairs(problem, *id, to);
+            } else {
+                load_query(s, problem, *id, to);
+            }
         }
         queries[n * dp..padded_rows * dp].fill(0.0);
         let outputs = scratch.outputs.take(padded_rows * vp);
@@ -309,7 +315,7 @@ impl Kernel for Item<'_, '_> {
                     stream::attend(s, problem, ids, k, v, keys, None, &mut state, scores, false);
                 } else {
                     let mut state =
-                        TileState { queries, padded_dim: dp, outputs, padded_value_dim: vp, running };
+                        TileState { queries, padded_dim: dp, pairs, outputs, padded_value_dim: vp, running };
                     let Scratch { keys: kb, values: vb, scores: sb, extra, .. } = scratch;
                     tile::attend::<S, T>(s, problem, ids, k, v, keys, &mut state, kb, vb, sb, extra);
                 }
@@ -334,6 +340,17 @@ fn load_query<S: Simd>(s: S, problem: &Problem, id: RowId, to: &mut [f32]) {
         unsafe { widen_row(s, row.as_ptr(), row.len(), to.as_mut_ptr(), to.len()) };
     });
     scale_row(s, to, problem.scale);
+}
+
+/// Copies one query row of bf16 as it is, two numbers to a float's four bytes; `to` is padded with zeros.
+#[inline(always)]
+fn load_query_pairs(problem: &Problem, id: RowId, to: &mut [f32]) {
+    let row = problem.q.row::<half::bf16>(id.batch, id.head, id.row);
+    to.fill(0.0);
+    for (to, pair) in to.iter_mut().zip(row.as_chunks::<2>().0) {
+        let [a, b] = pair.map(|x| x.to_ne_bytes());
+        *to = f32::from_ne_bytes([a[0], a[1], b[0], b[1]]);
+    }
 }
 
 /// Normalises a row, adds the sink logit to its denominator, and writes output and lse.

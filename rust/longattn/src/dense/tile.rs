@@ -3,7 +3,8 @@
 //! ```text
 //! for each block of keys:
 //!     pack K^T and V into panels of PANEL columns, widened to f32    (once for all query rows of the item)
-//!     S = Q K^T           ROWS x PANEL micro-kernel, panel by panel, only where a row of the tile sees a key of the panel
+//!     S = Q K^T           ROWS x PANEL micro-kernel, panel by panel, only where a row of the tile sees a key of the panel;
+//!                         bf16 queries and keys stay pairs of bf16 where the CPU multiplies those (exactly, sums in f32)
 //!     modify, mask, online softmax, row by row                       (scores.rs)
 //!     O = O * factor + P V                                            the same micro-kernel
 //! ```
@@ -15,7 +16,7 @@ use super::scratch::Buffer;
 use super::stream::scale_row;
 use crate::dense::rows::Rows;
 use crate::simd::{MAX_ROWS, PANEL_VECTORS, Simd};
-use crate::tensor::Element;
+use crate::tensor::{DType, Element};
 use std::ops::Range;
 
 /// Keys per block.
@@ -75,6 +76,42 @@ unsafe fn micro<S: Simd, const R: usize>(
     }
 }
 
+/// `c[r][0..PANEL] = scale * sum_k a[r][k] . b[k][0..PANEL]` for `R` rows, where `a` and `b` hold pairs of bf16.
+///
+/// # Safety
+/// As [`micro`], `k` counting pairs.
+#[inline(always)]
+unsafe fn micro_pairs<S: Simd, const R: usize>(
+    s: S,
+    k: usize,
+    a: *const f32,
+    lda: usize,
+    b: *const f32,
+    c: *mut f32,
+    ldc: usize,
+    scale: f32,
+) {
+    let mut acc = [[s.zero(); PANEL_VECTORS]; R];
+    // SAFETY: the caller's promise on a, b and c; an f32 and a pair of bf16 are both four plain bytes.
+    unsafe {
+        for i in 0..k {
+            let row = b.add(i * panel::<S>()).cast::<u8>();
+            let columns: [S::I32; PANEL_VECTORS] = [s.load_bytes(row), s.load_bytes(row.add(4 * S::LANES))];
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let x = s.splat_i32(*a.add(r * lda + i).cast::<i32>());
+                for (acc, &column) in acc.iter_mut().zip(&columns) {
+                    *acc = s.dot2_bf16(*acc, x, column);
+                }
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            for (v, &acc) in acc.iter().enumerate() {
+                s.store(c.add(r * ldc + v * S::LANES), s.mul(acc, s.splat(scale)));
+            }
+        }
+    }
+}
+
 /// [`micro`] with the instruction set's own number of rows.
 ///
 /// # Safety
@@ -98,6 +135,35 @@ pub(crate) unsafe fn multiply<S: Simd>(
             _ => micro::<S, 4>(s, k, a, lda, b, c, ldc, add),
         }
     }
+}
+
+/// [`micro_pairs`] with the instruction set's own number of rows.
+///
+/// # Safety
+/// As [`micro_pairs`], with `S::ROWS` rows.
+#[inline(always)]
+unsafe fn multiply_pairs<S: Simd>(
+    s: S,
+    k: usize,
+    a: *const f32,
+    lda: usize,
+    b: *const f32,
+    c: *mut f32,
+    ldc: usize,
+    scale: f32,
+) {
+    // SAFETY: the caller's promise. Only AVX-512 has the instruction, with 12 rows.
+    unsafe { micro_pairs::<S, 12>(s, k, a, lda, b, c, ldc, scale) }
+}
+
+/// Whether queries and keys of a problem can stay pairs of bf16.
+#[inline(always)]
+pub(crate) fn multiplies_pairs<S: Simd>(problem: &Problem) -> bool {
+    S::DOT2_BF16
+        && S::ROWS == 12
+        && (problem.q.dtype(), problem.k.dtype()) == (DType::BF16, DType::BF16)
+        && problem.dim.is_multiple_of(2)
+        && problem.k.row_stride() % 2 == 0
 }
 
 /// Packs K^T of `keys` into panels `[panel][padded_dim][PANEL]`, zeros in the columns beyond the last key.
@@ -178,6 +244,8 @@ pub(crate) struct TileState<'a> {
     /// Scaled queries, `[padded rows, padded_dim]`, zeros beyond `dim` and beyond the last row.
     pub(crate) queries: &'a [f32],
     pub(crate) padded_dim: usize,
+    /// The queries are unscaled pairs of bf16 (`dim / 2` of them a row), and so are the keys.
+    pub(crate) pairs: bool,
     /// `[padded rows, padded_value_dim]`, the width a multiple of the panel.
     pub(crate) outputs: &'a mut [f32],
     pub(crate) padded_value_dim: usize,
@@ -231,7 +299,12 @@ pub(crate) unsafe fn attend<S: Simd, T: Element>(
         }
         // SAFETY: the buffers were sized above for KEYS keys; the caller vouches for the keys and values of `keys`.
         unsafe {
-            pack_transposed::<S, T, _>(s, k, start..end, problem.dim, dp, wide, packed_keys.as_mut_ptr());
+            if state.pairs {
+                let k = Strided { base: k.base.cast::<f32>(), stride: k.stride / 2 };
+                pack_transposed(s, k, start..end, problem.dim / 2, dp, wide, packed_keys.as_mut_ptr());
+            } else {
+                pack_transposed(s, k, start..end, problem.dim, dp, wide, packed_keys.as_mut_ptr());
+            }
             pack_values::<S, T, _>(s, v, start..end, problem.value_dim, vp, wide, packed_values.as_mut_ptr());
             for p in 0..columns / panel {
                 let b = packed_keys.as_ptr().add(p * dp * panel);
@@ -239,7 +312,11 @@ pub(crate) unsafe fn attend<S: Simd, T: Element>(
                     if low < (p + 1) * panel && p * panel < high {
                         let a = state.queries.as_ptr().add(t * S::ROWS * dp);
                         let c = scores.as_mut_ptr().add(t * S::ROWS * KEYS + p * panel);
-                        multiply(s, problem.dim, a, dp, b, c, KEYS, false);
+                        if state.pairs {
+                            multiply_pairs(s, problem.dim / 2, a, dp, b, c, KEYS, problem.scale);
+                        } else {
+                            multiply(s, problem.dim, a, dp, b, c, KEYS, false);
+                        }
                     }
                 }
             }

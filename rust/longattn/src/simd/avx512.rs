@@ -1,30 +1,37 @@
-//! AVX-512 (F, BW, DQ, VL): sixteen floats; byte dot products through VNNI where the CPU has it.
+//! AVX-512 (F, BW, DQ, VL): sixteen floats; dot products of bytes (VNNI) and of bf16 pairs where the CPU has them.
 
 use super::{Kernel, Simd};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
-pub(super) struct Avx512<const VNNI: bool>(());
+pub(super) struct Avx512<const VNNI: bool, const BF16: bool>(());
 
 /// # Safety
 /// The CPU has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run(Avx512::<false>(()))
+    kernel.run(Avx512::<false, false>(()))
 }
 
 /// # Safety
 /// As [`run`], and the CPU has AVX-512 VNNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) unsafe fn run_vnni<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run(Avx512::<true>(()))
+    kernel.run(Avx512::<true, false>(()))
 }
 
-// SAFETY of every block below: an `Avx512` only exists inside `run` or `run_vnni`, so the CPU has the instructions; memory is
+/// # Safety
+/// As [`run_vnni`], and the CPU has AVX-512 BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
+pub(super) unsafe fn run_bf16<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx512::<true, true>(()))
+}
+
+// SAFETY of every block below: an `Avx512` only exists inside the `run` of its parameters, so the CPU has the instructions; memory is
 // vouched for by the caller of the trait's unsafe methods.
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one reason for all, stated above")]
-impl<const VNNI: bool> Simd for Avx512<VNNI> {
+impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
     type F32 = __m512;
     type I32 = __m512i;
     const LANES: usize = 16;
@@ -155,6 +162,17 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
             }
         }
     }
+    const DOT2_BF16: bool = BF16;
+    #[inline(always)]
+    fn dot2_bf16(self, acc: __m512, a: __m512i, b: __m512i) -> __m512 {
+        if BF16 {
+            // Both types are 512 plain bits.
+            unsafe { _mm512_dpbf16_ps(acc, std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b)) }
+        } else {
+            acc
+        }
+    }
+
     #[inline(always)]
     fn to_f32(self, a: __m512i) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(a) }

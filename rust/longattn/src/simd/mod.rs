@@ -86,6 +86,15 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn dot4(self, acc: Self::I32, a: Self::I32, b: Self::I32) -> Self::I32;
     fn to_f32(self, a: Self::I32) -> Self::F32;
 
+    /// Whether [`Self::dot2_bf16`] is an instruction.
+    const DOT2_BF16: bool = false;
+    /// `acc + a0 b0 + a1 b1` in each lane, `a` and `b` pairs of bf16: exact products, accumulated in f32. Only where
+    /// [`Self::DOT2_BF16`] says so.
+    fn dot2_bf16(self, acc: Self::F32, a: Self::I32, b: Self::I32) -> Self::F32 {
+        let _ = (a, b);
+        acc
+    }
+
     /// Widening load of `LANES` elements.
     ///
     /// # Safety
@@ -171,10 +180,13 @@ pub enum Isa {
     Avx512,
     /// AVX-512 with VNNI dot products.
     Avx512Vnni,
+    /// AVX-512 with VNNI and BF16 dot products.
+    Avx512Bf16,
 }
 
 impl Isa {
-    const ALL: [Self; 5] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Vnni];
+    const ALL: [Self; 6] =
+        [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Bf16];
 
     /// Name, as `LONGATTN_ISA` spells it.
     pub const fn name(self) -> &'static str {
@@ -184,6 +196,7 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512vnni",
+            Self::Avx512Bf16 => "avx512bf16",
         }
     }
 
@@ -205,6 +218,8 @@ impl Isa {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => Self::Avx512.is_available() && is_x86_feature_detected!("avx512vnni"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => Self::Avx512Vnni.is_available() && is_x86_feature_detected!("avx512bf16"),
             #[allow(unreachable_patterns, reason = "the arms above depend on the architecture")]
             _ => false,
         }
@@ -304,6 +319,9 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx512Vnni => unsafe { avx512::run_vnni(kernel) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx512Bf16 => unsafe { avx512::run_bf16(kernel) },
         #[allow(unreachable_patterns, reason = "the arms above depend on the architecture")]
         _ => unreachable!("{} is not of this architecture", isa.name()),
     }
