@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -221,7 +222,7 @@ def _count(value: object, name: str) -> int:
         raise TypeError(f"{name}: got {value!r}, expected an integer") from None
     if n < 0:
         raise ValueError(f"{name}: got {n}, expected 0 or more")
-    return n
+    return min(n, sys.maxsize)  # more than any store holds
 
 
 def _finite(value: object, name: str) -> float:

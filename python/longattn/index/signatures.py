@@ -106,6 +106,23 @@ class Signatures:
         """Bytes of the codes, clusters and matrices."""
         return self._handle.nbytes
 
+    def fork(self, store: KVStore) -> Signatures:
+        """Index of a fork of the store, with the codes of the rows they share: a copy instead of coding anew.
+
+        Args:
+            store: `index.store.fork()`, with whatever was appended or truncated since.
+
+        Raises:
+            TypeError: `store` is no KVStore.
+            ValueError: `store` is not a fork of the indexed store.
+        """
+        if not isinstance(store, KVStore):
+            raise TypeError(f"store: got {type(store).__name__}, expected a KVStore")
+        copy = object.__new__(Signatures)
+        copy._handle = self._handle.fork(store._handle)
+        copy._store, copy.bits, copy.estimates = store, self.bits, self.estimates
+        return copy
+
     def update(self) -> None:
         """Codes the rows appended since the last call; `retrieval_attention` does so by itself.
 

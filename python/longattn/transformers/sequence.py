@@ -86,8 +86,9 @@ class Sequence:
         self.store.truncate(len(self.store) - rows)
 
     def fork(self) -> Sequence:
-        """A copy of its own. Its signatures are made anew when they are needed."""
-        return replace(self, store=self.store.fork(), index=None)
+        """A copy of its own, with the codes made so far."""
+        store = self.store.fork()
+        return replace(self, store=store, index=None if self.index is None else self.index.fork(store))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sequence:
         return self.fork()

@@ -37,6 +37,10 @@ impl Signatures {
         Ok(Self(Arc::new(index::Signatures::new(store.inner().clone(), options).map_err(to_py)?)))
     }
 
+    fn fork(&self, store: &KVStore) -> PyResult<Self> {
+        Ok(Self(Arc::new(self.0.fork(store.inner().clone()).map_err(to_py)?)))
+    }
+
     fn __len__(&self) -> usize {
         self.0.len()
     }

@@ -16,7 +16,6 @@ pub(crate) struct KVStore(Arc<KvStore>);
 
 impl KVStore {
     /// The store itself, for other bindings.
-    #[allow(dead_code)] // Indexes and retrieval are to come.
     pub(crate) fn inner(&self) -> &Arc<KvStore> {
         &self.0
     }

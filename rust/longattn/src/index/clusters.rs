@@ -24,7 +24,7 @@ pub(crate) struct Clusters {
     /// `[clusters, dim]`, what rows are assigned by; fixed until the next fit.
     centroids: Vec<f32>,
     /// `[clusters, dim]` and `[clusters]` of the rows summed so far.
-    sums: Vec<f32>,
+    sums: Vec<f64>,
     counts: Vec<u32>,
     /// `[clusters, dim]`.
     means: Vec<f32>,
@@ -79,7 +79,7 @@ impl Clusters {
     }
 
     pub(crate) fn nbytes(&self) -> usize {
-        4 * (self.centroids.len() + self.sums.len() + self.means.len() + self.counts.len())
+        4 * (self.centroids.len() + 2 * self.sums.len() + self.means.len() + self.counts.len())
     }
 
     /// k-means on an evenly spaced sample of the rows `0..n`; the sums are empty afterwards.
@@ -142,14 +142,14 @@ impl Clusters {
             let row = unsafe { std::slice::from_raw_parts(rows.row(first + i), self.dim) };
             self.counts[id] += 1;
             for (sum, x) in self.sums[id * self.dim..(id + 1) * self.dim].iter_mut().zip(row) {
-                *sum += x.to_f32();
+                *sum += f64::from(x.to_f32());
             }
         }
         for (c, &count) in self.counts.iter().enumerate() {
             if count > 0 {
                 let range = c * self.dim..(c + 1) * self.dim;
                 for (mean, sum) in self.means[range.clone()].iter_mut().zip(&self.sums[range]) {
-                    *mean = sum / count as f32;
+                    *mean = (sum / f64::from(count)) as f32;
                 }
             }
         }

@@ -20,11 +20,17 @@ const FIRST_FIT: usize = 512;
 /// Mean key, scale and value clusters are fitted anew when the store has grown by this factor since.
 const REFIT_GROWTH: usize = 4;
 
-/// Rows that join the value clusters' means at a time.
+/// Rows that join the value clusters' means at a time. The newest so many stay out, so that a truncate of a few rows undoes nothing.
 const SUM_STEP: usize = 4096;
 
 /// Rows that one item codes.
 const CHUNK: usize = 2048;
+
+/// Widest keys: the rotation takes `head_dim^2` numbers and `head_dim^3` operations to make.
+const MAX_DIM: usize = 1024;
+
+/// The longest key of a fit is this many units long: its factor, at most 3 times that, is far from both ends of f16.
+const UNITS: f64 = 256.0;
 
 /// What the codes are made of.
 #[derive(Clone, Debug)]
@@ -49,15 +55,15 @@ pub struct Hash {
 }
 
 /// Codes, statistics and value clusters of one KV head.
+#[derive(Clone)]
 pub(crate) struct HeadCodes {
     /// Blocks of [`BLOCK`] keys.
     pub(crate) codes: Vec<u8>,
     centre: Vec<f32>,
     /// Factors are stored in units of this power of two.
     unit: f32,
-    /// Sum of squares, and largest, of the factors and of `kappa` (see [`Encode`]).
-    factor: Moments,
-    kappa: Moments,
+    /// Standard deviations of the keys' estimates for a query of norm 1, with those of rows that were cut since.
+    deviations: Moments,
     /// Cluster of each row's value.
     pub(crate) value_ids: Vec<u8>,
     pub(crate) values: Clusters,
@@ -65,19 +71,26 @@ pub(crate) struct HeadCodes {
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Moments {
+    count: u64,
     squares: f64,
     largest: f32,
 }
 
 impl Moments {
     fn add(&mut self, x: f32) {
+        self.count += 1;
         self.squares += f64::from(x) * f64::from(x);
         self.largest = self.largest.max(x);
     }
 
     fn join(&mut self, other: Self) {
+        self.count += other.count;
         self.squares += other.squares;
         self.largest = self.largest.max(other.largest);
+    }
+
+    fn rms(&self) -> f32 {
+        (self.squares / self.count.max(1) as f64).sqrt() as f32
     }
 }
 
@@ -152,11 +165,31 @@ impl Signatures {
                 if ![1, 2, 4].contains(&options.bits) {
                     return Err(Error::value("bits", options.bits, "1, 2 or 4"));
                 }
+                if dim > MAX_DIM {
+                    return Err(Error::value("store", format!("head_dim {dim}"), format!("at most {MAX_DIM}")));
+                }
                 (Format { bits: options.bits, dim }, orthogonal(dim, options.seed))
             }
         };
         let state = State { coded: 0, fitted: 0, summed: 0, epoch: store.epoch(), heads: Vec::new() };
         Ok(Self { store, options, format, map, state: RwLock::new(state) })
+    }
+
+    /// The codes of a fork of the store, as far as its rows are those that were coded here: a copy instead of coding anew.
+    pub fn fork(&self, store: Arc<KvStore>) -> Result<Self> {
+        let Some(origin) = store.origin().filter(|origin| origin.id == self.store.id()) else {
+            return Err(Error::value("store", "a store of its own", "a fork of the indexed store"));
+        };
+        let epoch = store.epoch();
+        let state = self.state();
+        let changed = [self.store.low_water(state.epoch.min(origin.epoch)), store.low_water(0), Some(origin.len)];
+        let limit = changed.into_iter().flatten().min().unwrap_or(0);
+        let State { coded, fitted, summed, .. } = *state;
+        let mut copy = State { coded, fitted, summed, epoch, heads: state.heads.clone() };
+        drop(state);
+        copy.cut(limit, self.format);
+        let (options, map) = (self.options.clone(), self.map.clone());
+        Ok(Self { store, options, format: self.format, map, state: RwLock::new(copy) })
     }
 
     /// The store that is indexed.
@@ -238,12 +271,19 @@ impl Signatures {
             return Ok(());
         }
         let isa = simd::current();
-        if state.fitted == 0 || target >= REFIT_GROWTH * state.fitted {
-            let fresh = self.fit(isa, reader, target, execution)?;
-            state.heads = fresh;
-            (state.coded, state.fitted, state.summed) = (0, target, 0);
+        let grown = state.fitted == 0 || target >= REFIT_GROWTH * state.fitted;
+        if !grown && self.code(isa, state, reader, target, execution)? {
+            return Ok(());
         }
-        self.code(isa, state, reader, target, execution)
+        state.heads = self.fit(isa, reader, target, execution)?;
+        (state.coded, state.fitted, state.summed) = (0, target, 0);
+        let coded = self.code(isa, state, reader, target, execution);
+        if coded.is_err() {
+            // The fit may rest on the very rows that could not be coded.
+            state.forget();
+        }
+        assert!(coded?, "a fresh unit fits every key");
+        Ok(())
     }
 
     /// Centres, scales and value clusters of the rows `0..n`.
@@ -259,14 +299,18 @@ impl Signatures {
                     }
                 }
                 let centre: Vec<f32> = centre.iter().map(|c| (c / n as f64) as f32).collect();
-                let spread: f64 = (0..n)
-                    .step_by((n / 1024).max(1))
+                if !centre.iter().all(|x| x.is_finite()) {
+                    let finite = |j: &usize| keys.row::<T>(0, h, *j).iter().all(|x| x.to_f32().is_finite());
+                    return Err(not_finite((0..n).find(|j| !finite(j)).unwrap_or(0), h));
+                }
+                let longest = (0..n)
                     .map(|j| {
                         let row = keys.row::<T>(0, h, j).iter().zip(&centre);
                         row.map(|(x, c)| f64::from(x.to_f32() - c).powi(2)).sum::<f64>()
                     })
-                    .fold(0.0, f64::max);
-                let unit = if spread.is_finite() && spread > 0.0 { spread.sqrt().log2().round().exp2() as f32 } else { 1.0 };
+                    .fold(0.0, f64::max)
+                    .sqrt();
+                let unit = if longest.is_finite() { (longest / UNITS).log2().round().clamp(-100.0, 100.0).exp2() } else { 1.0 };
                 let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
                 let values = if self.estimates() {
                     // SAFETY: the view has n or more rows of value_dim elements.
@@ -274,59 +318,62 @@ impl Signatures {
                 } else {
                     Clusters::default()
                 };
-                HeadCodes {
+                Ok(HeadCodes {
                     codes: Vec::new(),
                     centre,
-                    unit,
-                    factor: Moments::default(),
-                    kappa: Moments::default(),
+                    unit: unit as f32,
+                    deviations: Moments::default(),
                     value_ids: Vec::new(),
                     values,
-                }
-            })
+                })
+            })?
+            .into_iter()
+            .collect()
         })
     }
 
-    /// Codes the rows `state.coded..target`.
-    fn code(&self, isa: Isa, state: &mut State, reader: &Reader, target: usize, execution: &Execution) -> Result<()> {
+    /// Codes the rows `state.coded..target`. Returns false, and changes nothing, where a key is too long for the head's unit.
+    fn code(&self, isa: Isa, state: &mut State, reader: &Reader, target: usize, execution: &Execution) -> Result<bool> {
         let (keys, values) = (reader.keys(), reader.values());
         let heads = keys.shape()[1];
         let first = state.coded;
         let chunks = (target - first).div_ceil(CHUNK);
-        let coded = map(execution, heads * chunks, |i| {
+        let coded: Option<Vec<_>> = map(execution, heads * chunks, |i| {
             let (h, chunk) = (i / chunks, i % chunks);
             let start = first + chunk * CHUNK;
             let range = start..(start + CHUNK).min(target);
             with_element!(keys.dtype(), T => {
                 let rows = Strided { base: keys.head::<T>(0, h), stride: keys.row_stride() };
                 let coded = dispatch(isa, CodeRows { index: self, head: h, state, rows, range: range.clone() })?;
+                let Some(coded) = coded else { return Ok(None) };
                 let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
                 // SAFETY: the range lies inside the reader's rows.
                 let ids = if self.estimates() { unsafe { state.heads[h].values.assign(isa, rows, range) } } else { vec![] };
-                Ok((coded, ids))
+                Ok(Some((coded, ids)))
             })
         })?
         .into_iter()
-        .collect::<Result<Vec<_>>>()?;
-        for (i, ((codes, factor, kappa), ids)) in coded.into_iter().enumerate() {
+        .collect::<Result<_>>()?;
+        let Some(coded) = coded else { return Ok(false) };
+        for (i, ((codes, deviations), ids)) in coded.into_iter().enumerate() {
             let head = &mut state.heads[i / chunks.max(1)];
             head.codes.extend_from_slice(&codes);
-            head.factor.join(factor);
-            head.kappa.join(kappa);
+            head.deviations.join(deviations);
             head.value_ids.extend_from_slice(&ids);
         }
         state.coded = target;
-        if self.estimates() && (state.summed == 0 || target - state.summed >= SUM_STEP) {
+        let settled = target.saturating_sub(SUM_STEP).max(target / 2) / BLOCK * BLOCK;
+        if self.estimates() && (state.summed == 0 || settled >= state.summed + SUM_STEP) {
             for (h, head) in state.heads.iter_mut().enumerate() {
                 with_element!(values.dtype(), T => {
                     let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
-                    // SAFETY: rows up to `target` lie inside the reader's rows.
-                    unsafe { head.values.add(rows, state.summed, &head.value_ids[state.summed..target]) };
+                    // SAFETY: rows up to `settled` lie inside the reader's rows.
+                    unsafe { head.values.add(rows, state.summed, &head.value_ids[state.summed..settled]) };
                 });
             }
-            state.summed = target;
+            state.summed = settled;
         }
-        Ok(())
+        Ok(true)
     }
 
     fn map_of(&self, head: usize) -> &[f32] {
@@ -336,9 +383,14 @@ impl Signatures {
     }
 }
 
-type Coded = (Vec<u8>, Moments, Moments);
+fn not_finite(row: usize, head: usize) -> Error {
+    let got = format!("NaN or infinity in key {row} of head {head}");
+    Error::value("store", got, "finite keys: an index cannot rank others")
+}
 
-/// Codes the rows of one head.
+type Coded = (Vec<u8>, Moments);
+
+/// Codes the rows of one head; `None` where a factor is beyond f16.
 struct CodeRows<'a, T> {
     index: &'a Signatures,
     head: usize,
@@ -348,10 +400,10 @@ struct CodeRows<'a, T> {
 }
 
 impl<T: Element> Kernel for CodeRows<'_, T> {
-    type Output = Result<Coded>;
+    type Output = Result<Option<Coded>>;
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Result<Coded> {
+    fn run<S: Simd>(self, s: S) -> Result<Option<Coded>> {
         let Self { index, head, state, rows, range } = self;
         let (format, codes) = (index.format, &state.heads[head]);
         let hash = index.options.hash.as_ref();
@@ -359,7 +411,7 @@ impl<T: Element> Kernel for CodeRows<'_, T> {
         let (mut out, mut wide) = (vec![0f32; matrix.result_len::<S>()], Buffer::default());
         let mut packed = vec![0u8; range.len() / BLOCK * format.block_bytes()];
         let mut levels = vec![0u8; format.padded_dim()];
-        let (mut factors, mut kappas) = (Moments::default(), Moments::default());
+        let mut deviations = Moments::default();
         let width = format.dim.next_multiple_of(S::LANES);
         for first in range.clone().step_by(ROWS) {
             let count = ROWS.min(range.end - first);
@@ -371,8 +423,7 @@ impl<T: Element> Kernel for CodeRows<'_, T> {
                 let factor = match hash {
                     None => {
                         let (f, kappa) = Encode { format, x, levels: &mut levels }.run(s);
-                        factors.add(f);
-                        kappas.add(kappa);
+                        deviations.add(f * kappa);
                         f / codes.unit
                     }
                     Some(hash) => {
@@ -389,15 +440,18 @@ impl<T: Element> Kernel for CodeRows<'_, T> {
                     }
                 };
                 if !factor.is_finite() || x[..format.dim].iter().any(|x| !x.is_finite()) {
-                    let got = format!("NaN or infinity in key {} of head {head}", first + r);
-                    return Err(Error::value("store", got, "finite keys: an index cannot rank others"));
+                    return Err(not_finite(first + r, head));
+                }
+                let factor = f16::from_f32(factor);
+                if factor.is_infinite() {
+                    return Ok(None);
                 }
                 let at = first - range.start + r;
                 let block = &mut packed[at / BLOCK * format.block_bytes()..][..format.block_bytes()];
-                format.write(block, at % BLOCK, &levels, f16::from_f32(factor));
+                format.write(block, at % BLOCK, &levels, factor);
             }
         }
-        Ok((packed, factors, kappas))
+        Ok(Some((packed, deviations)))
     }
 }
 
@@ -415,9 +469,7 @@ impl State {
         }
         if keep < self.summed {
             // The clusters' sums hold rows that are gone.
-            (self.coded, self.fitted, self.summed) = (0, 0, 0);
-            self.heads.clear();
-            return;
+            return self.forget();
         }
         self.coded = keep;
         for head in &mut self.heads {
@@ -426,10 +478,15 @@ impl State {
         }
     }
 
+    /// Forgets everything.
+    fn forget(&mut self) {
+        (self.coded, self.fitted, self.summed) = (0, 0, 0);
+        self.heads.clear();
+    }
+
     fn stats(&self, head: usize) -> HeadStats {
-        let (head, n) = (&self.heads[head], self.coded.max(1) as f64);
-        let (factor, kappa) = ((head.factor.squares / n).sqrt() as f32, (head.kappa.squares / n).sqrt() as f32);
-        HeadStats { sigma: factor * kappa, sigma_max: head.factor.largest * head.kappa.largest }
+        let deviations = &self.heads[head].deviations;
+        HeadStats { sigma: deviations.rms(), sigma_max: deviations.largest }
     }
 }
 
@@ -461,17 +518,19 @@ impl Snapshot<'_> {
         let dim = query.len();
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
         let mapped: Vec<f32> = map.chunks_exact(dim).map(|row| dot(row, query)).collect();
-        if self.estimates() {
+        let Some(hash) = &self.index.options.hash else {
             let mut scan = ScanQuery::new(self.format(), &mapped, dot(query, &codes.centre));
             scan.scale *= codes.unit;
-            scan
-        } else {
-            // Signs: the score is the number of agreeing bits, times the norm where that was asked for.
-            let signs: Vec<f32> = mapped.iter().map(|&x| if x > 0.0 { 1.0 } else { -1.0 }).collect();
-            let mut scan = ScanQuery::new(self.format(), &signs, 0.0);
-            // dot - offset * sum runs from -n / 2 to n / 2 in units of the byte 127; + n / 2 counts agreements.
+            return scan;
+        };
+        // Signs: the score is the number of agreeing bits; with norms, agreeing less differing bits (times a half), which stand for
+        // the cosine, times the norm.
+        let signs: Vec<f32> = mapped.iter().map(|&x| if x > 0.0 { 1.0 } else { -1.0 }).collect();
+        let mut scan = ScanQuery::new(self.format(), &signs, 0.0);
+        // dot - offset * sum runs from -n / 2 to n / 2 in units of the byte 127; + n / 2 counts agreements.
+        if !hash.use_norm {
             scan.shift -= 127.0 * self.format().dim as f32 / 2.0;
-            scan
         }
+        scan
     }
 }

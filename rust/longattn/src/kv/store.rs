@@ -23,6 +23,18 @@ pub struct KvStore {
     writer: Mutex<()>,
     gate: Mutex<Gate>,
     gate_changed: Condvar,
+    origin: Option<Origin>,
+}
+
+/// The store that a fork was copied from, and how that was at that moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin {
+    /// [`KvStore::id`].
+    pub id: u64,
+    /// Rows copied.
+    pub len: usize,
+    /// [`KvStore::epoch`].
+    pub epoch: u64,
 }
 
 /// How long a new reader lets a waiting truncate go first.
@@ -91,6 +103,7 @@ impl KvStore {
             writer: Mutex::new(()),
             gate: Mutex::default(),
             gate_changed: Condvar::new(),
+            origin: None,
         })
     }
 
@@ -225,10 +238,16 @@ impl KvStore {
 
     /// A copy of the store with the same rows and capacity. The rows are copied, so the two share nothing.
     pub fn fork(&self) -> Result<Self> {
-        let copy = Self::new(self.kv_heads, self.head_dim(), self.value_dim(), self.dtype, self.capacity)?;
+        let mut copy = Self::new(self.kv_heads, self.head_dim(), self.value_dim(), self.dtype, self.capacity)?;
         let reader = self.read();
         copy.append(&reader.keys(), &reader.values())?;
+        copy.origin = Some(Origin { id: self.id, len: reader.len(), epoch: reader.epoch() });
         Ok(copy)
+    }
+
+    /// Of a fork: the store it was copied from, as that was then.
+    pub fn origin(&self) -> Option<Origin> {
+        self.origin
     }
 
     /// Counts the truncates that dropped rows. An index built at some length is valid as long as the epoch is the same.

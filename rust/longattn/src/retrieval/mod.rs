@@ -30,6 +30,9 @@ use std::sync::Arc;
 /// Standard deviations of a code's error that the bound of the missed mass allows for.
 const BOUND_SIGMAS: f32 = 5.5;
 
+/// Relative error of a sum of weights.
+const SUM_ROUNDING: f64 = 1e-6;
+
 /// Candidates that one item scans, a multiple of [`BLOCK`].
 const CHUNK: usize = 16 * 1024;
 
@@ -243,8 +246,7 @@ impl Call<'_> {
             };
             let left_out = selection.as_ref().is_some_and(|s| s.rows.len() < candidates.len());
             let (missed, bound) = if self.snapshot.estimates() {
-                let slack = selection.as_ref().map_or(0.0, |s| s.bound_slack[g]);
-                (share(rest.lse()), share(rest.lse() + slack))
+                (share(rest.lse()), share(selection.as_ref().map_or(f32::NEG_INFINITY, |s| s.bound[g])))
             } else {
                 let all = if left_out { 1.0 } else { 0.0 };
                 (all, all)
@@ -349,12 +351,22 @@ impl Call<'_> {
             }
         };
         let inside = candidates.start - base..candidates.end - base;
+        if let Budget::Rows(k) = budget
+            && estimates
+            && totals.positive() < k.min(inside.len())
+        {
+            // Shares below the smallest float are all 0. There the logits keep the order; they stay below every share.
+            for (j, weight) in weights[inside.clone()].iter_mut().enumerate().filter(|(_, weight)| **weight == 0.0) {
+                let logits = heads.iter().enumerate().map(|(g, head)| score(g, candidates.start + j) - head.log_total);
+                *weight = logits.fold(f32::NEG_INFINITY, f32::max);
+            }
+        }
         let mut rows = select::select(weights, &totals, inside, &budget);
         rows.iter_mut().for_each(|row| *row += base as u32);
 
         // What is left: all weights less those of the selected rows.
         let mut rest = vec![Running::EMPTY; group];
-        let mut bound_slack = vec![0f32; group];
+        let mut bound = vec![f32::NEG_INFINITY; group];
         if estimates && rows.len() < candidates.len() {
             let sigma_max = self.snapshot.stats(head).sigma_max;
             for (g, head) in heads.iter().enumerate() {
@@ -370,15 +382,17 @@ impl Call<'_> {
                 }
                 let left = left.max(0.0) as f32;
                 rest[g] = Running { max: head.log_total, sum: left };
-                // From the corrected weights back to plain exp(s), then up by what a code may be wrong.
-                let plain = (mass.max(0.0) as f32).max(f32::MIN_POSITIVE);
+                // Plain exp(s), up by what a code may be wrong; with what the difference of the sums may have rounded away, and what
+                // lies below the smallest float.
+                let unread = (candidates.len() - rows.len()) as f64;
+                let lost = SUM_ROUNDING * totals.mass[g] + unread * f64::from(f32::MIN_POSITIVE);
                 let wrong = BOUND_SIGMAS * sigma_max * steady.query_norm(g);
-                bound_slack[g] = (plain / left.max(f32::MIN_POSITIVE)).ln() + wrong;
+                bound[g] = head.log_total + (mass.max(0.0) + lost).ln() as f32 + wrong;
             }
         }
         let log_total = heads.iter().map(|h| h.log_total).collect();
         with_scratch(|scratch| (scratch.extra, scratch.values) = (memory, memory2));
-        Selection { rows, rest, bound_slack, sums, clusters, log_total }
+        Selection { rows, rest, bound, sums, clusters, log_total }
     }
 
     /// Adds the estimate of the rest, normalises and writes.
@@ -416,7 +430,7 @@ impl Call<'_> {
                 }
                 total = Running { max, sum: total.sum * old + new * selection.rest[g].sum };
             }
-            let mut scale = 1.0 / total.sum;
+            let mut scale = if total.sum == 0.0 { 0.0 } else { 1.0 / total.sum };
             if let Some(sinks) = self.options.sink_logits {
                 let max = total.max.max(sinks[id.head]);
                 let sum = total.sum * exp_difference(total.max, max) + exp_difference(sinks[id.head], max);
@@ -474,7 +488,8 @@ impl HeadWeight {
         } else {
             let signal = (variance - noise).max(0.05 * variance);
             let slope = signal / (signal + noise);
-            (slope, mean * (1.0 - slope) + slope * noise / 2.0)
+            // Above ln n the correction would stand for errors rarer than one row in n.
+            (slope, mean * (1.0 - slope) + (slope * noise / 2.0).min((n as f64).ln()))
         };
         Self {
             log_total,
@@ -500,8 +515,8 @@ struct Selection {
     rows: Vec<u32>,
     /// Mass of the unread rows of each head, corrected for the codes' error.
     rest: Vec<Running>,
-    /// Logarithm of the factor between that mass and its bound.
-    bound_slack: Vec<f32>,
+    /// Logarithm of the most mass that they can have.
+    bound: Vec<f32>,
     /// `[clusters, group]`: shares of the unread rows by value cluster, in units of `exp(log_total)`.
     sums: Vec<f32>,
     clusters: usize,
@@ -733,8 +748,8 @@ impl Kernel for Weigh<'_> {
                             s.store(rest.as_mut_ptr().add(g * STEP + j), other);
                             s.store(weight, s.fma(share, mean, s.load(weight)));
                         } else {
-                            // Counts of agreeing bits; hidden rows stay below every count.
-                            s.store(weight, s.add(s.load(weight), s.max(s.splat(-1.0), x)));
+                            // Agreeing bits.
+                            s.store(weight, s.add(s.load(weight), x));
                         }
                     }
                 }

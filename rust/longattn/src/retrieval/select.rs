@@ -71,6 +71,11 @@ impl Weights {
         }
     }
 
+    /// Rows of a weight above 0 (of those too small for a bin of their own, none).
+    pub(super) fn positive(&self) -> usize {
+        self.counts.iter().flat_map(|counts| &counts[1..]).map(|&n| n as usize).sum()
+    }
+
     /// The bin that fills the budget, and how many rows to take of it (`None`: all).
     fn threshold(&self, budget: &Budget) -> (usize, Option<usize>) {
         match budget {
@@ -106,7 +111,11 @@ pub(super) fn select(weights: &[f32], totals: &Weights, range: Range<usize>, bud
         return (range.start as u32..range.end as u32).collect();
     }
     let (threshold, of_bin) = totals.threshold(budget);
-    let lowest = if threshold == 0 { f32::NEG_INFINITY } else { f32::from_bits((threshold as u32) << SHIFT) };
+    let lowest = match threshold {
+        0 => f32::NEG_INFINITY,
+        BINS => f32::INFINITY,
+        b => f32::from_bits((b as u32) << SHIFT),
+    };
     let mut picked = Vec::new();
     let mut tied = Vec::new();
     const STEP: usize = 32;
