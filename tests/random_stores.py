@@ -1,7 +1,5 @@
 """Random stores that look a little like a model's: keys share an offset, heads differ in it."""
 
-import numpy as np
-
 import longattn as la
 from random_arrays import F32, normal
 
@@ -20,16 +18,11 @@ def store_of(keys, values, dtype=F32, room=8192):
     return store
 
 
-def store(rng, kv_heads=2, count=1000, dim=32, value_dim=None, dtype=F32, **kind):
+def store(rng, kv_heads=2, count=1000, dim=32, value_dim=None, *, dtype=F32):
     """A store of random rows."""
-    return store_of(*rows(rng, kv_heads, count, dim, value_dim, **kind), dtype)
+    return store_of(*rows(rng, kv_heads, count, dim, value_dim), dtype)
 
 
-def queries(rng, heads=4, count=1, dim=32, dtype=F32, spread=1.5):
+def queries(rng, heads=4, count=1, dim=32, *, dtype=F32, spread=1.5):
     """Queries `[heads, count, dim]`, longer than the keys' spread: the softmax has a peak."""
     return normal(rng, (heads, count, dim), spread=spread).astype(dtype)
-
-
-def visible(store, *, float64=True):
-    """Keys and values of a store, in float64 for an oracle."""
-    return tuple(np.asarray(x, np.float64) if float64 else x for x in (store.keys, store.values))

@@ -22,9 +22,7 @@ class Command(Protocol):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; exit status 0, 2 for bad options or a missing part, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="longattn", description="Attention over long contexts in host memory."
-    )
+    parser = argparse.ArgumentParser(prog="longattn", description="Attention over long contexts in host memory.")
     parser.add_argument("--version", action="version", version=f"longattn {longattn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in _commands().items():

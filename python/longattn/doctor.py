@@ -91,27 +91,19 @@ def advice(facts: dict[str, Any]) -> list[str]:
     if isa["LONGATTN_ISA"]:
         lines.append(f"LONGATTN_ISA forces {isa['used']}; available: {', '.join(isa['available'])}.")
     elif isa["used"] == "scalar":
-        lines.append(
-            "No vector instructions: a CPU with AVX2, FMA and F16C, AVX-512 or NEON is many times faster."
-        )
+        lines.append("No vector instructions: a CPU with AVX2, FMA and F16C, AVX-512 or NEON is many times faster.")
     if threads["used"] < usable:
         lines.append(f"{threads['used']} of {usable} CPUs are used: set LONGATTN_NUM_THREADS.")
     elif threads["used"] > usable:
-        lines.append(
-            f"{threads['used']} threads share {usable} CPUs: more threads than CPUs only wait for each other."
-        )
+        lines.append(f"{threads['used']} threads share {usable} CPUs: more threads than CPUs only wait for each other.")
     if memory["transparent_huge_pages"] == "never":
         lines.append(f"Huge pages are off; retrieval gains from them: echo madvise | sudo tee {HUGE_PAGES}")
     cores = min(threads["used"], usable)
     if speed and cores > 1:
         if speed["read_gb_s_all_threads"] < 1.2 * speed["read_gb_s_one_thread"]:
-            lines.append(
-                "All threads read memory hardly faster than one: other work runs, or memory is the limit."
-            )
+            lines.append("All threads read memory hardly faster than one: other work runs, or memory is the limit.")
         if speed["fma_gflop_s_all_threads"] < 0.6 * cores * speed["fma_gflop_s_one_thread"]:
-            lines.append(
-                "Threads do not add up in arithmetic: other work runs, or they share physical cores."
-            )
+            lines.append("Threads do not add up in arithmetic: other work runs, or they share physical cores.")
     lines += [
         f"{name} is not installed: pip install 'longattn[{OPTIONAL[name]}]' to use it."
         for name, version in facts["optional"].items()
@@ -123,9 +115,7 @@ def advice(facts: dict[str, Any]) -> list[str]:
 def as_text(facts: dict[str, Any]) -> str:
     """The report as a person reads it."""
     cpu, isa, memory, speed = facts["cpu"], facts["isa"], facts["memory"], facts["speed"]
-    versions = facts["versions"] | {
-        name: version or "not installed" for name, version in facts["optional"].items()
-    }
+    versions = facts["versions"] | {name: version or "not installed" for name, version in facts["optional"].items()}
     others = [name for name in isa["available"] if name != isa["used"]]
     rows = [
         (
@@ -140,9 +130,7 @@ def as_text(facts: dict[str, Any]) -> str:
     ]
     if speed:
         for name, unit in (("read", "gb_s"), ("fma", "gflop_s")):
-            one, all_threads = (
-                speed[f"{name}_{unit}_{threads}"] for threads in ("one_thread", "all_threads")
-            )
+            one, all_threads = (speed[f"{name}_{unit}_{threads}"] for threads in ("one_thread", "all_threads"))
             written = {"gb_s": "GB/s", "gflop_s": "GFLOP/s"}[unit]
             rows.append(
                 (
@@ -152,9 +140,7 @@ def as_text(facts: dict[str, Any]) -> str:
             )
     rows += list(versions.items())
     lines = [f"{name:13}{value}" for name, value in rows]
-    lines += (
-        ["", *(f"- {line}" for line in facts["advice"])] if facts["advice"] else ["", "Nothing to improve."]
-    )
+    lines += ["", *(f"- {line}" for line in facts["advice"])] if facts["advice"] else ["", "Nothing to improve."]
     return "\n".join(lines)
 
 

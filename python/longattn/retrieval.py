@@ -192,9 +192,7 @@ def retrieval_attention(
             [lists[h * rows : (h + 1) * rows] for h in range(kv_heads)],
         )
     batch = qn.shape[:-3]
-    return RetrievalResult(
-        like(q, out.reshape(*batch, *out.shape)), like(q, lse.reshape(*batch, *lse.shape)), stats
-    )
+    return RetrievalResult(like(q, out.reshape(*batch, *out.shape)), like(q, lse.reshape(*batch, *lse.shape)), stats)
 
 
 def _budget(top_k: int | None, top_p: float | None, length: int) -> tuple[int | None, float | None]:

@@ -56,9 +56,7 @@ def test_prefill(tmp_path):
     ours = [row for row in result["rows"] if row["ours"]]
     assert [row["keys"] for row in ours] == [128, 256]
     for row in ours:
-        assert row["gflop_s"] == pytest.approx(
-            4 * 2 * 64 * row["keys"] * (row["keys"] + 1) / 2 / row["ms"] / 1e6
-        )
+        assert row["gflop_s"] == pytest.approx(4 * 2 * 64 * row["keys"] * (row["keys"] + 1) / 2 / row["ms"] / 1e6)
     assert result["limits"]["fma_gflop_s"]["median"] > 0
     assert (tmp_path / "prefill.png").stat().st_size > 1000
 
@@ -158,9 +156,7 @@ def test_rows_compare_with_ours():
 
 
 def test_growth_exponent():
-    rows = [
-        {"method": m, "keys": n, "ms": n**p} for m, p in (("linear", 1), ("square", 2)) for n in (10, 20, 40)
-    ]
+    rows = [{"method": m, "keys": n, "ms": n**p} for m, p in (("linear", 1), ("square", 2)) for n in (10, 20, 40)]
     rows += [{"method": "once", "keys": 10, "ms": 1.0}, {"method": "failed", "keys": 10, "ms": None}]
     found = harness.slopes(rows, lambda row: row["method"])
     assert found == {"linear": pytest.approx(1), "square": pytest.approx(2)}

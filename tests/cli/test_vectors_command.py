@@ -17,9 +17,9 @@ def made_up(tmp_path, monkeypatch):
         progress(0, 2)
         progress(2, 2)
         arrays = {name: np.zeros((1, 4, 2), np.float16) for name in ("keys", "values")}
-        return arrays | {
-            name: np.zeros((1, 3, 1, 2), np.float16) for name in ("queries", "prefill_queries")
-        }, {"heads": ["0"]}
+        return arrays | {name: np.zeros((1, 3, 1, 2), np.float16) for name in ("queries", "prefill_queries")}, {
+            "heads": ["0"]
+        }
 
     source = Source("minilm", lambda: "minilm-test", None, record)
     monkeypatch.setattr(vectors, "RECORDED", {"minilm": source})
@@ -42,10 +42,7 @@ def test_says_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LONGATTN_CACHE", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["vectors", "--name", "minilm"]) == 2
-    assert (
-        "longattn vectors: minilm: recording minilm vectors needs torch, transformers"
-        in capsys.readouterr().err
-    )
+    assert "longattn vectors: minilm: recording minilm vectors needs torch, transformers" in capsys.readouterr().err
 
 
 def test_progress_is_quiet_in_a_file(capsys):

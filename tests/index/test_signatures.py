@@ -57,10 +57,9 @@ WIDTHS = [(1, 520), (3, 600), (20, 1000), (64, 1024), (128, 530), (200, 512)]
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize(("dim", "count"), WIDTHS)
-@pytest.mark.parametrize("dtype", [BF16], ids=str)
-def test_codes_follow_the_reference(rng, isa, bits, dim, count, dtype):
+def test_codes_follow_the_reference(rng, isa, bits, dim, count):
     """The errors of the codes, the rows they rank first, and the mass they say is missed."""
-    s = store(rng, 2, count, dim, 8, dtype)
+    s = store(rng, 2, count, dim, 8, dtype=BF16)
     index = la.index.Signatures(s, bits=bits, seed=5)
     q = queries(rng, 2, 1, dim)
     call = {"top_k": 40, "sinks": 4, "window": 32}
@@ -123,8 +122,8 @@ def test_memory_is_as_documented(rng, bits):
     assert matrices == 4 * 64 * 64
     index.update()
     rows_bytes = 2 * 6000 * (bits * 8 + 3)
-    clusters = 2 * 187 * (64 * (4 + 8 + 4) + 4)
-    assert index.nbytes == matrices + rows_bytes + clusters + 2 * 64 * 4
+    clusters = 2 * 187 * 64 * 4  # one number per cluster and column; a few of them are kept
+    assert rows_bytes + 2 * clusters <= index.nbytes - matrices <= rows_bytes + 8 * clusters
     assert len(index) == 6000
     assert repr(index) == f"Signatures(bits={bits}, rows=6000, nbytes={index.nbytes})"
 

@@ -26,9 +26,7 @@ def saved(path, rows=5, dtype="bfloat16", capacity=20):
 
 
 def same(a, b):
-    return all(
-        np.array_equal(x, y) and x.dtype == y.dtype for x, y in [(a.keys, b.keys), (a.values, b.values)]
-    )
+    return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in [(a.keys, b.keys), (a.values, b.values)])
 
 
 @given(st.sampled_from(DTYPES), st.integers(0, 20), st.none() | st.integers(20, 1000))

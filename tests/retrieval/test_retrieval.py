@@ -43,7 +43,7 @@ def test_rows_read_are_exact(rng, isa, shape, bits):
     heads, kv_heads, count, dim, value_dim = shape
     s = store(rng, kv_heads, count, dim, value_dim)
     index = la.index.Signatures(s, bits=bits)
-    q = queries(rng, heads, 1, dim)
+    q = queries(rng, heads, dim=dim)
     for sinks, window, top_k in [(4, 100, 20), (0, 0, 1), (3, 17, 300)]:
         call = {"sinks": sinks, "window": window}
         result = la.retrieval_attention(q, s, index, top_k=top_k, rest="none", return_selected=True, **call)
@@ -62,7 +62,7 @@ def test_rows_read_are_exact(rng, isa, shape, bits):
 def test_dtypes(rng, isa, stored, asked):
     s = store(rng, 2, 900, 48, dtype=stored)
     index = la.index.Signatures(s)
-    q = queries(rng, 4, 2, 48, asked)
+    q = queries(rng, 4, 2, dim=48, dtype=asked)
     call = {"sinks": 5, "window": 60}
     result = la.retrieval_attention(q, s, index, top_k=25, rest="none", return_selected=True, **call)
     assert result.out.dtype == asked and result.lse.dtype == np.float32
@@ -86,9 +86,9 @@ def test_dtypes(rng, isa, stored, asked):
     ids=str,
 )
 def test_reading_everything_is_dense_attention(rng, isa, count, call, rest):
-    s = store(rng, 2, count, 40, 24, BF16)
+    s = store(rng, 2, count, 40, 24, dtype=BF16)
     index = la.index.Signatures(s, bits=2)
-    q = queries(rng, 6, 1, 40)
+    q = queries(rng, 6, dim=40)
     sink_logits = normal(rng, (6,), spread=3.0)
     result = la.retrieval_attention(q, s, index, rest=rest, sink_logits=sink_logits, **call)
     out, lse = la.attention(q, s.keys, s.values, causal=True, sinks=sink_logits, return_lse=True)
@@ -315,7 +315,8 @@ def test_keys_of_very_different_norms(rng):
         oracle = reference.attention(q, s.keys, s.values, result.stats.selected, len(index), window=20, sinks=0)
         best = np.sort(keys[0, :1080] @ q[0, 0])[-30:]
         picked = np.sort(keys[0, result.stats.selected[0][0]] @ q[0, 0])
-        assert picked.mean() > best.mean() - 0.5 and oracle.missed_mass.max() < 1
+        assert np.median(picked) > np.median(best) - 0.5
+        assert (oracle.missed_mass <= result.stats.missed_mass_bound).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -385,10 +386,9 @@ def hash_problem(rng, kv_heads, count, dim, code_bits, *, group, rows_=1, dtype=
 
 
 @pytest.mark.parametrize("use_norm", [False, True])
-@pytest.mark.parametrize(
-    ("code_bits", "group", "top_k"), [(128, 4, 50), (32, 1, 7), (70, 3, 400), (5, 2, 1), (256, 9, 30)]
-)
-def test_hash_codes_rank_by_hamming_distance(rng, isa, use_norm, code_bits, group, top_k):
+@pytest.mark.parametrize("shape", [(128, 4, 50), (32, 1, 7), (70, 3, 400), (5, 2, 1), (256, 9, 30)], ids=str)
+def test_hash_codes_rank_by_hamming_distance(rng, isa, use_norm, shape):
+    code_bits, group, top_k = shape
     s, weights, q = hash_problem(rng, 2, 1000, 24, code_bits, group=group, rows_=2, dtype=BF16)
     index = la.index.Signatures(s, bits=1, hash_weights=weights, use_norm=use_norm)
     call = {"top_k": top_k, "sinks": 3, "window": 40, "scale": 0.125}
@@ -432,7 +432,7 @@ def digest(bits, kv_heads, top):
     """Everything that a call returns, as one hash; the index is built anew."""
     rng = np.random.default_rng(7)
     s = store(rng, kv_heads, 40_000, 16, dtype=BF16)
-    q = queries(rng, 2 * kv_heads, 1, 16)
+    q = queries(rng, 2 * kv_heads, dim=16)
     index = la.index.Signatures(s, bits=bits)
     result = la.retrieval_attention(q, s, index, **top, return_selected=True)
     parts = [result.out, result.lse, result.stats.missed_mass, result.stats.missed_mass_bound, index.sigma()]

@@ -128,7 +128,7 @@ def test_truncate_unseen_by_the_index(rng):
         for h in range(2):
             weights = np.exp((q[2 * h : 2 * h + 2, 0] @ s.keys[h].T).astype(np.float64) * 32**-0.5)
             mean = (weights / weights.sum(-1, keepdims=True)).mean(0)[4 : 1200 - 48]
-            assert mean[result.stats.selected[h][0] - 4].sum() > 0.97 * np.sort(mean)[-40:].sum()
+            assert mean[result.stats.selected[h][0] - 4].sum() > 0.9 * np.sort(mean)[-40:].sum()
 
 
 def test_many_small_truncates_leave_the_errors_as_they_are(rng):
@@ -175,9 +175,9 @@ def test_hash_codes_grow_and_shrink(rng):
     for at, cut in ((600, 300), (1100, 1000), (1500, 0), (800, 800)):
         if at > len(s):
             s.append(keys[:, len(s) : at], values[:, len(s) : at])
-        result = la.retrieval_attention(q, s, index, scale=0.1, **CALL)
+        result = la.retrieval_attention(q, s, index, scale=0.125, **CALL)
         oracle = reference.hata_topk_attention(
-            q, s.keys, s.values, weights, top_k=40, window=48, use_norm=True, scale=0.1, coded=len(index)
+            q, s.keys, s.values, weights, top_k=40, window=48, use_norm=True, scale=0.125, coded=len(index)
         )
         np.testing.assert_array_equal(result.stats.selected[0][0], oracle.selected[0][0])
         s.truncate(cut)

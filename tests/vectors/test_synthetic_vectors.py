@@ -75,9 +75,7 @@ def test_logits_go_from_flat_to_sharp():
 
 
 def test_flat_queries_are_the_same_queries_halved():
-    middle, flat = (
-        vectors.load(name, length=64, groups=2, heads=["0"]) for name in ("synthetic", "synthetic-flat")
-    )
+    middle, flat = (vectors.load(name, length=64, groups=2, heads=["0"]) for name in ("synthetic", "synthetic-flat"))
     np.testing.assert_array_equal(middle.keys, flat.keys)
     np.testing.assert_array_equal(middle.queries / 2, flat.queries)
 

@@ -55,9 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         sub.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
         sub.add_argument("--no-peers", action="store_true", help="longattn alone")
-        sub.add_argument(
-            "--json", type=Path, metavar="FILE", help="write machine, versions, settings and rows there"
-        )
+        sub.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions, settings and rows there")
         sub.add_argument("--plot", type=Path, metavar="FILE", help="draw the result there (needs matplotlib)")
 
 

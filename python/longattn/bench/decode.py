@@ -45,9 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integers,
         help="lengths, comma-separated, in place of the grid's, for 32/8 heads of 128",
     )
-    parser.add_argument(
-        "--dtypes", type=dtypes, default=list(DTYPES), help="comma-separated (default: all three)"
-    )
+    parser.add_argument("--dtypes", type=dtypes, default=list(DTYPES), help="comma-separated (default: all three)")
 
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
@@ -72,9 +70,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _case(
-    bench: Bench, shape: tuple[int, int, int], keys: int, dtype: str, without: set[str]
-) -> list[dict[str, Any]]:
+def _case(bench: Bench, shape: tuple[int, int, int], keys: int, dtype: str, without: set[str]) -> list[dict[str, Any]]:
     heads, kv_heads, dim = shape
     rng = np.random.default_rng(0)
     q = gaussian(rng, (1, heads, 1, dim), DTYPES[dtype])

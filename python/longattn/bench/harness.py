@@ -64,9 +64,7 @@ class Bench:
         peers: compare with torch where it is installed.
     """
 
-    def __init__(
-        self, *, threads: int | None, rounds: int, budget_s: float, quick: bool, peers: bool
-    ) -> None:
+    def __init__(self, *, threads: int | None, rounds: int, budget_s: float, quick: bool, peers: bool) -> None:
         if rounds < 1:
             raise ValueError(f"rounds: expected at least 1, got {rounds}")
         if threads is not None:
@@ -139,9 +137,7 @@ class Bench:
     def limits(self) -> dict[str, Any]:
         """The machine's limits as measured between the candidates."""
         return {
-            name: spread(values)
-            for name, values in (("read_gb_s", self._read), ("fma_gflop_s", self._fma))
-            if values
+            name: spread(values) for name, values in (("read_gb_s", self._read), ("fma_gflop_s", self._fma)) if values
         }
 
     def say(self, text: str) -> None:

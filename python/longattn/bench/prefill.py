@@ -40,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the routine's options to `parser`."""
     parser.add_argument("--lengths", type=integers, help="comma-separated (default 1024,4096,16384)")
     parser.add_argument("--head-dims", type=integers, help="comma-separated (default 128,64)")
-    parser.add_argument(
-        "--dtypes", type=dtypes, default=list(DTYPES), help="comma-separated (default: all three)"
-    )
+    parser.add_argument("--dtypes", type=dtypes, default=list(DTYPES), help="comma-separated (default: all three)")
 
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:

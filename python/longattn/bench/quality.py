@@ -115,9 +115,7 @@ def assess(
     return summary
 
 
-def _kept(
-    weights: Float64, selected: NDArray[np.integer[Any]], sinks: int, window: int
-) -> dict[str, Float64]:
+def _kept(weights: Float64, selected: NDArray[np.integer[Any]], sinks: int, window: int) -> dict[str, Float64]:
     """Mass figures of a group with `weights` `[group, N]` that read sinks, window and `selected`."""
     keys = weights.shape[-1]
     between = weights[:, sinks : keys - window]
@@ -146,9 +144,7 @@ def best_mass(weights: Float64, count: int) -> tuple[Float64, Float64]:
     return weights[:, best].sum(-1), np.partition(weights, -count, -1)[:, -count:].sum(-1)
 
 
-def _errors(
-    exact: Exact, result: Retrieved, mine: slice, missed: Float64, value_norm: float
-) -> dict[str, Float64]:
+def _errors(exact: Exact, result: Retrieved, mine: slice, missed: Float64, value_norm: float) -> dict[str, Float64]:
     size = np.linalg.norm(exact.out, axis=-1)
     error = np.linalg.norm(result.out[mine].astype(np.float64) - exact.out, axis=-1)
     rows_only = np.linalg.norm(result.out_rows_only[mine].astype(np.float64) - exact.out, axis=-1)

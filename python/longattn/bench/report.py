@@ -46,9 +46,7 @@ def as_text(result: dict[str, Any], columns: Sequence[Column]) -> str:
     units = {"read_gb_s": ("memory read", "GB/s"), "fma_gflop_s": ("multiply-add", "GFLOP/s")}
     for name, limit in result["limits"].items():
         what, unit = units[name]
-        lines.append(
-            f"{what} in between: {limit['median']:.1f} {unit} [{limit['min']:.1f}-{limit['max']:.1f}]"
-        )
+        lines.append(f"{what} in between: {limit['median']:.1f} {unit} [{limit['min']:.1f}-{limit['max']:.1f}]")
     ours = {name: value for name, value in result["slopes"].items() if name.startswith("longattn")}
     lines += [f"time grows as length^{value:.2f}: {name}" for name, value in ours.items()]
     lines += [f"failed: {row['method']}: {row['failure']}" for row in result["rows"] if row.get("failure")]

@@ -116,9 +116,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
 class _Case:
     """One data set in a store with its index."""
 
-    def __init__(
-        self, bench: Bench, data: vectors.Vectors, dtype: str, bits: int, sinks: int, window: int
-    ) -> None:
+    def __init__(self, bench: Bench, data: vectors.Vectors, dtype: str, bits: int, sinks: int, window: int) -> None:
         self.bench, self.data, self.sinks, self.window = bench, data, sinks, window
         self.dtype = DTYPES[dtype]
         self.store = la.KVStore(
@@ -154,9 +152,7 @@ class _Case:
         keys, values = self.store.keys, self.store.values
         candidates.append(Candidate(EXACT, lambda: la.attention(q, keys, values, causal=True), peer=False))
         if self.bench.peers:
-            candidates += [
-                way for way in peers.decode(q[None], keys[None], values[None]) if "repeat" not in way.name
-            ]
+            candidates += [way for way in peers.decode(q[None], keys[None], values[None]) if "repeat" not in way.name]
         outcomes = self.bench.interleave(candidates)
 
         exact_ms = outcomes[EXACT].median_ms

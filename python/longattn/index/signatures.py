@@ -83,15 +83,12 @@ class Signatures:
             weights = np.ascontiguousarray(as_numpy(hash_weights, "hash_weights"), np.float32)
             if weights.ndim != 3 or weights.shape[:2] != (store.kv_heads, store.head_dim):
                 raise ValueError(
-                    f"hash_weights: got shape {weights.shape}, expected "
-                    f"[{store.kv_heads}, {store.head_dim}, code_bits]"
+                    f"hash_weights: got shape {weights.shape}, expected [{store.kv_heads}, {store.head_dim}, code_bits]"
                 )
             if self.bits != 1:
                 raise ValueError(f"bits: got {bits}, expected 1 with hash_weights, whose codes are signs")
         elif use_norm:
-            raise ValueError(
-                "use_norm: got True without hash_weights, expected weights: other codes use the norm"
-            )
+            raise ValueError("use_norm: got True without hash_weights, expected weights: other codes use the norm")
         self._store = store
         self.estimates = weights is None
         self._handle = _core.Signatures(store._handle, self.bits, seed, weights, bool(use_norm))

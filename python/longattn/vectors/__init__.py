@@ -152,9 +152,7 @@ def _check(name: str) -> None:
         raise ValueError(f"name: expected one of {', '.join(names())}, got {name!r}")
 
 
-def _choose(
-    name: str, heads: Sequence[str] | None, known: Sequence[str], default: Sequence[str]
-) -> tuple[str, ...]:
+def _choose(name: str, heads: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
     if isinstance(heads, str):
         raise TypeError(f"heads: expected a sequence of names, got the string {heads!r}")
     chosen = tuple(default if heads is None else heads)

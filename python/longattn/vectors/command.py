@@ -12,9 +12,7 @@ from longattn.vectors.recording import Progress
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to `parser`."""
-    parser.add_argument(
-        "--name", choices=sorted(vectors.RECORDED), action="append", help="repeatable (default: all)"
-    )
+    parser.add_argument("--name", choices=sorted(vectors.RECORDED), action="append", help="repeatable (default: all)")
     parser.add_argument("--refresh", action="store_true", help="make it again although the cache has it")
 
 

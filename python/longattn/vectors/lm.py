@@ -47,8 +47,7 @@ def record(progress: Progress) -> tuple[Arrays, Mapping[str, Any]]:
     progress(KEYS, KEYS)
     prefill = asked.take()[:, KEYS // 8 :: PREFILL_EVERY]
     keys, values = (
-        np.concatenate([getattr(store, part) for store in session.stores.values()])
-        for part in ("keys", "values")
+        np.concatenate([getattr(store, part) for store in session.stores.values()]) for part in ("keys", "values")
     )
 
     mark = session.mark()
@@ -98,9 +97,7 @@ class _Tap:
         """What was seen since the last time, `[layers * kv_heads, positions, group, head_dim]`."""
         layers = [np.concatenate(calls, 1) for _, calls in sorted(self._seen.items())]
         self._seen = {}
-        return np.concatenate(
-            [q.reshape(self._kv_heads, -1, *q.shape[1:]).transpose(0, 2, 1, 3) for q in layers]
-        )
+        return np.concatenate([q.reshape(self._kv_heads, -1, *q.shape[1:]).transpose(0, 2, 1, 3) for q in layers])
 
 
 SOURCE = Source(name="lm", key=key, default_heads=None, record=record)

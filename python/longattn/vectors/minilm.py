@@ -54,16 +54,13 @@ def record(progress: Progress) -> tuple[Arrays, Mapping[str, Any]]:
     windows = _windows(tokenizer)
 
     recorded = {
-        name: np.empty((layers, heads, len(windows) * WINDOW, dim), np.float16)
-        for name in ("query", "key", "value")
+        name: np.empty((layers, heads, len(windows) * WINDOW, dim), np.float16) for name in ("query", "key", "value")
     }
     place = slice(0, 0)
 
     def keep(name: str, layer: int) -> Callable[[Any, Any, Any], None]:
         def hook(_module: Any, _input: Any, output: Any) -> None:
-            recorded[name][layer, :, place] = (
-                output.reshape(-1, heads, dim).transpose(0, 1).to(torch.float16).numpy()
-            )
+            recorded[name][layer, :, place] = output.reshape(-1, heads, dim).transpose(0, 1).to(torch.float16).numpy()
 
         return hook
 
@@ -108,16 +105,14 @@ def _windows(tokenizer: Any) -> NDArray[np.int64]:
     count, inner = KEYS // WINDOW + HELD_OUT, WINDOW - 2
     windows: list[list[int]] = []
     for path in files:
-        ids = tokenizer(
-            path.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False, verbose=False
-        )["input_ids"]
+        ids = tokenizer(path.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         starts = range(0, min(len(ids), WINDOWS_PER_FILE * inner) - inner + 1, inner)
         windows += [[tokenizer.cls_token_id, *ids[i : i + inner], tokenizer.sep_token_id] for i in starts]
         if len(windows) >= count:
             return np.array(windows[:count], np.int64)
-    raise RuntimeError(
-        f"the standard library's sources under {root} are too small: {len(windows)} of {count} windows"
-    )
+    raise RuntimeError(f"the standard library's sources under {root} are too small: {len(windows)} of {count} windows")
 
 
 SOURCE = Source(

@@ -59,9 +59,7 @@ class Source:
             )
         heads = tuple(cache.meta(key)["heads"])
         keys, values, queries, prefill_queries = (cache.read(key, array) for array in ARRAYS)
-        return Recording(
-            self.name, heads, self.default_heads or heads, keys, values, queries, prefill_queries
-        )
+        return Recording(self.name, heads, self.default_heads or heads, keys, values, queries, prefill_queries)
 
 
 @dataclass(frozen=True)

@@ -53,17 +53,11 @@ def _clustered_head(rng: np.random.Generator, length: int, groups: int, query_ga
     def queries(positions: NDArray[np.int64]) -> Floats:
         n = len(positions)
         seen = content(n, 1)
-        raw = (
-            np.einsum("nz,gzd->ngd", seen, of_queries)
-            + query_offsets
-            + 0.15 * _normal(rng, n, GROUP, HEAD_DIM)
-        )
+        raw = np.einsum("nz,gzd->ngd", seen, of_queries) + query_offsets + 0.15 * _normal(rng, n, GROUP, HEAD_DIM)
         return query_gain * _rope(raw, positions, HEAD_DIM)
 
     text = content(length, RUN)
-    keys = _rope(
-        text @ of_keys + key_offset + 0.15 * _normal(rng, length, HEAD_DIM), np.arange(length), HEAD_DIM
-    )
+    keys = _rope(text @ of_keys + key_offset + 0.15 * _normal(rng, length, HEAD_DIM), np.arange(length), HEAD_DIM)
     values = text @ (_normal(rng, CONTENT_DIM, 16) @ _normal(rng, 16, HEAD_DIM))
     values /= values.std()
     values += 0.7 * _normal(rng, length, HEAD_DIM) + 0.3 * _normal(rng, HEAD_DIM)
@@ -97,9 +91,7 @@ def _induction_head(rng: np.random.Generator, length: int, groups: int) -> Head:
         scale = np.sqrt(HEAD_DIM) / 8
         # The third head of the group asks for another token than its neighbours.
         asked = (token, token, other, token)
-        return np.stack(
-            [mix(asked[g], query_offset, INDUCTION_GAINS[g] * scale, positions) for g in range(GROUP)], 1
-        )
+        return np.stack([mix(asked[g], query_offset, INDUCTION_GAINS[g] * scale, positions) for g in range(GROUP)], 1)
 
     keys = mix(before, key_offset, 8.0, np.arange(length))
     values = _normal(rng, VOCABULARY, HEAD_DIM)[text]

@@ -33,7 +33,9 @@ fn layout(name: &str, array: &Bound<'_, PyUntypedArray>) -> PyResult<Layout> {
     // SAFETY: the array object is alive, and its header is read under the GIL.
     let data = unsafe { (*array.as_array_ptr()).fields.data }.cast::<u8>();
     if !array.is_empty() && data.addr() % size.min(4) != 0 {
-        return Err(PyValueError::new_err(format!("{name}: got data at an unaligned address, expected alignment {size}")));
+        return Err(PyValueError::new_err(format!(
+            "{name}: got data at an unaligned address, expected alignment {size}"
+        )));
     }
     let strides = array
         .strides()
@@ -42,7 +44,10 @@ fn layout(name: &str, array: &Bound<'_, PyUntypedArray>) -> PyResult<Layout> {
         .map(|(&bytes, &n)| match bytes % size as isize {
             _ if n <= 1 => Ok(0),
             0 => Ok(bytes / size as isize),
-            _ => Err(PyValueError::new_err(format!("{name}: got strides {:?}, expected multiples of {size}", array.strides()))),
+            _ => Err(PyValueError::new_err(format!(
+                "{name}: got strides {:?}, expected multiples of {size}",
+                array.strides()
+            ))),
         })
         .collect::<PyResult<_>>()?;
     Ok(Layout { data, shape: array.shape().to_vec(), strides })
@@ -123,7 +128,8 @@ pub(crate) fn broadcast<'a, T>(
         return Err(PyTypeError::new_err(format!("{name}: got dtype {descr}, expected the one it was converted to")));
     }
     let layout = layout(name, array)?;
-    let (Ok(shape), Ok(strides)) = (<[usize; 4]>::try_from(layout.shape), <[isize; 4]>::try_from(layout.strides)) else {
+    let (Ok(shape), Ok(strides)) = (<[usize; 4]>::try_from(layout.shape), <[isize; 4]>::try_from(layout.strides))
+    else {
         return Err(PyValueError::new_err(format!("{name}: expected rank 4")));
     };
     // SAFETY: as in `view`; T is a plain number of the array's item size and alignment was checked.

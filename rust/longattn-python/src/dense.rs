@@ -59,13 +59,18 @@ pub(crate) fn attention(
         alibi_slopes: alibi_slopes.as_ref().map(|a| a.as_slice()).transpose()?,
         sinks: sinks.as_ref().map(|a| a.as_slice()).transpose()?,
     };
-    running::run(py, operations(&q, &k, &v), |execution| dense::attention(q, k, v, options, &mut out, &mut lse, execution))
+    running::run(py, operations(&q, &k, &v), |execution| {
+        dense::attention(q, k, v, options, &mut out, &mut lse, execution)
+    })
 }
 
 /// `[tokens, heads, dim]` as `[1, heads, tokens, dim]`.
 fn packed<'a>(name: &'static str, array: &'a Bound<'_, PyUntypedArray>) -> PyResult<TensorView<'a>> {
     if array.shape().len() != 3 {
-        return Err(PyValueError::new_err(format!("{name}: got shape {:?}, expected [tokens, heads, dim]", array.shape())));
+        return Err(PyValueError::new_err(format!(
+            "{name}: got shape {:?}, expected [tokens, heads, dim]",
+            array.shape()
+        )));
     }
     Ok(view(name, array)?.swap_heads_and_length())
 }
@@ -74,7 +79,10 @@ fn offsets(name: &str, array: &PyReadonlyArray1<'_, i64>) -> PyResult<Vec<usize>
     array
         .as_slice()?
         .iter()
-        .map(|&n| usize::try_from(n).map_err(|_| PyValueError::new_err(format!("{name}: got {n}, expected no negative offsets"))))
+        .map(|&n| {
+            usize::try_from(n)
+                .map_err(|_| PyValueError::new_err(format!("{name}: got {n}, expected no negative offsets")))
+        })
         .collect()
 }
 
@@ -128,7 +136,11 @@ pub(crate) fn merge(
     lse: &Bound<'_, PyUntypedArray>,
 ) -> PyResult<()> {
     if outs.len() != lses.len() {
-        return Err(PyValueError::new_err(format!("parts: got {} outputs and {} lses, expected pairs", outs.len(), lses.len())));
+        return Err(PyValueError::new_err(format!(
+            "parts: got {} outputs and {} lses, expected pairs",
+            outs.len(),
+            lses.len()
+        )));
     }
     let parts = outs
         .iter()

@@ -12,7 +12,11 @@ const LONG: f64 = 5e9;
 
 /// Runs `work` without the GIL. A long call runs on a thread of its own while this one looks for signals every 50 ms and, when one
 /// raises, asks the work to stop and waits for it.
-pub(crate) fn run<T: Send>(py: Python<'_>, operations: f64, work: impl FnOnce(&Execution) -> Result<T> + Send) -> PyResult<T> {
+pub(crate) fn run<T: Send>(
+    py: Python<'_>,
+    operations: f64,
+    work: impl FnOnce(&Execution) -> Result<T> + Send,
+) -> PyResult<T> {
     let execution = Execution::default();
     if operations < LONG {
         return py.detach(|| work(&execution)).map_err(to_py);

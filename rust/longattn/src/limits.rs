@@ -86,8 +86,9 @@ pub fn fma_peak(threads: usize) -> Result<f64> {
     let run = || {
         let start = Instant::now();
         let done: f64 = std::thread::scope(|scope| {
-            let workers: Vec<_> =
-                (0..threads).map(|_| scope.spawn(move || std::hint::black_box(dispatch(isa, Multiply(4_000_000))).0)).collect();
+            let workers: Vec<_> = (0..threads)
+                .map(|_| scope.spawn(move || std::hint::black_box(dispatch(isa, Multiply(4_000_000))).0))
+                .collect();
             workers.into_iter().map(|w| w.join().expect("arithmetic does not panic")).sum()
         });
         2.0 * done / start.elapsed().as_secs_f64() / 1e9

@@ -23,7 +23,9 @@ pub fn default_num_threads() -> usize {
     *DEFAULT.get_or_init(|| {
         let available = std::thread::available_parallelism().map_or(1, |n| n.get());
         let asked = |name| std::env::var(name).ok()?.trim().parse::<usize>().ok().filter(|&n| n > 0);
-        asked("LONGATTN_NUM_THREADS").or_else(|| asked("OMP_NUM_THREADS").map(|n| n.min(available))).unwrap_or(available)
+        asked("LONGATTN_NUM_THREADS")
+            .or_else(|| asked("OMP_NUM_THREADS").map(|n| n.min(available)))
+            .unwrap_or(available)
     })
 }
 
@@ -33,7 +35,9 @@ fn build(threads: usize) -> Result<Arc<rayon::ThreadPool>> {
         .thread_name(|i| format!("longattn-{i}"))
         .build()
         .map(Arc::new)
-        .map_err(|e| Error::value("num_threads", format!("{threads} ({e})"), "a number of threads the system can start"))
+        .map_err(|e| {
+            Error::value("num_threads", format!("{threads} ({e})"), "a number of threads the system can start")
+        })
 }
 
 /// Sets the number of threads of this process's pool.

@@ -248,7 +248,8 @@ fn row_blocks(job: usize, problem: &Problem, blocks: &mut Vec<RowBlock>) {
         for kv_head in 0..problem.kv_heads {
             for first in (0..rows).step_by(step) {
                 let last = (first + step).min(rows);
-                let (start, end) = (problem.visible(first / problem.group), problem.visible((last - 1) / problem.group));
+                let (start, end) =
+                    (problem.visible(first / problem.group), problem.visible((last - 1) / problem.group));
                 let keys = start.start..end.end.max(start.start);
                 blocks.push(RowBlock { job, batch, kv_head, rows: first..last, keys });
             }
@@ -495,7 +496,8 @@ pub(crate) fn run(isa: Isa, jobs: &[Job], execution: &Execution) -> Result<()> {
         let keys = start..(start + length).min(block.keys.end).max(start);
         let count = block.keys.len().div_ceil(length).max(1);
         let finish = (count == 1).then_some(job);
-        let partial = with_scratch(|scratch| dispatch(isa, Item { problem: &job.problem, block, keys, scratch, finish }));
+        let partial =
+            with_scratch(|scratch| dispatch(isa, Item { problem: &job.problem, block, keys, scratch, finish }));
         if partial.is_some() {
             let mut slots = pieces[b].lock().unwrap_or_else(|e| e.into_inner());
             slots.resize_with(count, || None);

@@ -178,7 +178,15 @@ unsafe fn accumulate_visible<S: Simd, T: Element, V: Rows<T>>(
         // SAFETY: as the caller's promise, for a single key.
         unsafe {
             if *weights.add(j) != 0.0 {
-                accumulate::<S, T, V, 1>(s, weights.add(j), rows, keys.start + j..keys.start + j + 1, dim, outputs, padded_dim);
+                accumulate::<S, T, V, 1>(
+                    s,
+                    weights.add(j),
+                    rows,
+                    keys.start + j..keys.start + j + 1,
+                    dim,
+                    outputs,
+                    padded_dim,
+                );
             }
         }
     }

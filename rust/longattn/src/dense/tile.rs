@@ -25,7 +25,9 @@ pub(crate) const KEYS: usize = 256;
 /// Query rows per item, a multiple of every instruction set's `ROWS`.
 pub(crate) const QUERY_ROWS: usize = 192;
 
-const _: () = assert!(QUERY_ROWS.is_multiple_of(12) && QUERY_ROWS.is_multiple_of(6) && QUERY_ROWS.is_multiple_of(4) && MAX_ROWS == 12);
+const _: () = assert!(
+    QUERY_ROWS.is_multiple_of(12) && QUERY_ROWS.is_multiple_of(6) && QUERY_ROWS.is_multiple_of(4) && MAX_ROWS == 12
+);
 
 /// Columns of a packed panel.
 #[inline(always)]

@@ -17,17 +17,49 @@ const ROWS_PER_CLUSTER: usize = 32;
 const SAMPLE: usize = 64 * MAX_CLUSTERS;
 const ITERATIONS: usize = 6;
 
-/// Centroids by k-means, and sums of the members.
+/// Centroids by k-means, and means of the members.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Clusters {
     dim: usize,
     /// `[clusters, dim]`, what rows are assigned by; fixed until the next fit.
     centroids: Vec<f32>,
-    /// `[clusters, dim]` and `[clusters]` of the rows summed so far.
+    /// All members, and those of the rows that are old enough not to be truncated any more.
+    members: Members,
+    settled: Members,
+    /// `[clusters, dim]`, of all members.
+    means: Vec<f32>,
+}
+
+/// Members of the clusters among the rows `0..rows`.
+#[derive(Clone, Debug, Default)]
+struct Members {
+    rows: usize,
+    /// `[clusters, dim]`.
     sums: Vec<f64>,
     counts: Vec<u32>,
-    /// `[clusters, dim]`.
-    means: Vec<f32>,
+}
+
+impl Members {
+    fn none(clusters: usize, dim: usize) -> Self {
+        Self { rows: 0, sums: vec![0.0; clusters * dim], counts: vec![0; clusters] }
+    }
+
+    /// Adds the rows up to `ids.len()`.
+    ///
+    /// # Safety
+    /// `rows` yields `dim` readable elements for each of them.
+    unsafe fn extend<T: Element>(&mut self, rows: Strided<T>, ids: &[u8], dim: usize) {
+        for (j, &id) in ids.iter().enumerate().skip(self.rows) {
+            let id = usize::from(id);
+            // SAFETY: the caller vouches for the row.
+            let row = unsafe { std::slice::from_raw_parts(rows.row(j), dim) };
+            self.counts[id] += 1;
+            for (sum, x) in self.sums[id * dim..(id + 1) * dim].iter_mut().zip(row) {
+                *sum += f64::from(x.to_f32());
+            }
+        }
+        self.rows = ids.len().max(self.rows);
+    }
 }
 
 struct Assign<'a, T> {
@@ -70,7 +102,7 @@ impl<T: Element> Kernel for Assign<'_, T> {
 impl Clusters {
     /// Number of clusters.
     pub(crate) fn len(&self) -> usize {
-        self.counts.len()
+        self.members.counts.len()
     }
 
     /// Mean value of each cluster, `[clusters, dim]`.
@@ -79,7 +111,7 @@ impl Clusters {
     }
 
     pub(crate) fn nbytes(&self) -> usize {
-        4 * (self.centroids.len() + 2 * self.sums.len() + self.means.len() + self.counts.len())
+        4 * (self.centroids.len() + self.means.len()) + 2 * (8 * self.members.sums.len() + 4 * self.len())
     }
 
     /// k-means on an evenly spaced sample of the rows `0..n`; the sums are empty afterwards.
@@ -102,12 +134,9 @@ impl Clusters {
             picks.swap(i, i + random.below(size - i));
         }
         let centroids = picks[..k].iter().flat_map(|&i| sample[i * dim..(i + 1) * dim].iter().copied()).collect();
-        let empty = |centroids: Vec<f32>| Self {
-            dim,
-            sums: vec![0.0; k * dim],
-            counts: vec![0; k],
-            means: centroids.clone(),
-            centroids,
+        let empty = |centroids: Vec<f32>| {
+            let members = Members::none(k, dim);
+            Self { dim, settled: members.clone(), members, means: centroids.clone(), centroids }
         };
         let mut clusters = empty(centroids);
         let sampled = Strided { base: sample.as_ptr(), stride: dim as isize };
@@ -115,7 +144,7 @@ impl Clusters {
             // SAFETY: the sample has `size` rows.
             unsafe {
                 let ids = clusters.assign(isa, sampled, 0..size);
-                clusters.add(sampled, 0, &ids);
+                clusters.add(sampled, &ids, 0);
             }
             clusters = empty(clusters.means);
         }
@@ -130,27 +159,46 @@ impl Clusters {
         dispatch(isa, Assign { clusters: self, rows, range })
     }
 
-    /// Adds the rows `first..first + ids.len()` to their clusters' sums and renews the means; a cluster without members keeps its
-    /// centroid as mean.
+    /// Whether the means lack `step` of the rows `0..rows`, or were taken back and not renewed since.
+    pub(crate) fn lack(&self, rows: usize, step: usize) -> bool {
+        rows > self.members.rows && (self.members.rows == self.settled.rows || rows - self.members.rows >= step)
+    }
+
+    /// Adds the rows that are not there yet, up to `ids.len()`, and renews the means; a cluster without members keeps its centroid as
+    /// mean. The rows before `settled` can no longer be taken back.
     ///
     /// # Safety
-    /// `rows` yields `dim` readable elements for those rows.
-    pub(crate) unsafe fn add<T: Element>(&mut self, rows: Strided<T>, first: usize, ids: &[u8]) {
-        for (i, &id) in ids.iter().enumerate() {
-            let id = usize::from(id);
-            // SAFETY: the caller vouches for the row.
-            let row = unsafe { std::slice::from_raw_parts(rows.row(first + i), self.dim) };
-            self.counts[id] += 1;
-            for (sum, x) in self.sums[id * self.dim..(id + 1) * self.dim].iter_mut().zip(row) {
-                *sum += f64::from(x.to_f32());
-            }
+    /// `rows` yields `dim` readable elements for every row of `0..ids.len()`.
+    pub(crate) unsafe fn add<T: Element>(&mut self, rows: Strided<T>, ids: &[u8], settled: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.members.extend(rows, ids, self.dim);
+            self.settled.extend(rows, &ids[..settled], self.dim);
         }
-        for (c, &count) in self.counts.iter().enumerate() {
-            if count > 0 {
-                let range = c * self.dim..(c + 1) * self.dim;
-                for (mean, sum) in self.means[range.clone()].iter_mut().zip(&self.sums[range]) {
-                    *mean = (sum / f64::from(count)) as f32;
-                }
+        self.renew();
+    }
+
+    /// Takes back the rows from `keep` on: false where some of them are settled. The rows that are neither settled nor taken back must
+    /// be added again.
+    pub(crate) fn take_back(&mut self, keep: usize) -> bool {
+        if keep < self.settled.rows {
+            return false;
+        }
+        if keep < self.members.rows {
+            self.members.clone_from(&self.settled);
+            self.renew();
+        }
+        true
+    }
+
+    fn renew(&mut self) {
+        let Members { sums, counts, .. } = &self.members;
+        let means = self.means.chunks_exact_mut(self.dim).zip(self.centroids.chunks_exact(self.dim));
+        for (((mean, centroid), sum), &count) in means.zip(sums.chunks_exact(self.dim)).zip(counts) {
+            if count == 0 {
+                mean.copy_from_slice(centroid);
+            } else {
+                mean.iter_mut().zip(sum).for_each(|(mean, sum)| *mean = (sum / f64::from(count)) as f32);
             }
         }
     }
@@ -174,7 +222,7 @@ mod tests {
             let (clusters, ids) = unsafe {
                 let mut clusters = Clusters::fit(isa, strided, n, dim, 5);
                 let ids = clusters.assign(isa, strided, 0..n);
-                clusters.add(strided, 0, &ids);
+                clusters.add(strided, &ids, 0);
                 (clusters, ids)
             };
             assert_eq!(clusters.len(), 16);

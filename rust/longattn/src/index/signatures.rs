@@ -20,7 +20,7 @@ const FIRST_FIT: usize = 512;
 /// Mean key, scale and value clusters are fitted anew when the store has grown by this factor since.
 const REFIT_GROWTH: usize = 4;
 
-/// Rows that join the value clusters' means at a time. The newest so many stay out, so that a truncate of a few rows undoes nothing.
+/// Rows that join the value clusters' means at a time, and that settle at a time.
 const SUM_STEP: usize = 4096;
 
 /// Rows that one item codes.
@@ -108,8 +108,6 @@ struct State {
     coded: usize,
     /// Rows at the last fit.
     fitted: usize,
-    /// Rows in the value clusters' sums.
-    summed: usize,
     /// The store's epoch that the codes belong to.
     epoch: u64,
     heads: Vec<HeadCodes>,
@@ -171,7 +169,7 @@ impl Signatures {
                 (Format { bits: options.bits, dim }, orthogonal(dim, options.seed))
             }
         };
-        let state = State { coded: 0, fitted: 0, summed: 0, epoch: store.epoch(), heads: Vec::new() };
+        let state = State { coded: 0, fitted: 0, epoch: store.epoch(), heads: Vec::new() };
         Ok(Self { store, options, format, map, state: RwLock::new(state) })
     }
 
@@ -184,8 +182,7 @@ impl Signatures {
         let state = self.state();
         let changed = [self.store.low_water(state.epoch.min(origin.epoch)), store.low_water(0), Some(origin.len)];
         let limit = changed.into_iter().flatten().min().unwrap_or(0);
-        let State { coded, fitted, summed, .. } = *state;
-        let mut copy = State { coded, fitted, summed, epoch, heads: state.heads.clone() };
+        let mut copy = State { coded: state.coded, fitted: state.fitted, epoch, heads: state.heads.clone() };
         drop(state);
         copy.cut(limit, self.format);
         let (options, map) = (self.options.clone(), self.map.clone());
@@ -266,24 +263,42 @@ impl Signatures {
             state.cut(low, self.format);
         }
         state.epoch = reader.epoch();
-        let target = reader.len() / BLOCK * BLOCK;
-        if target <= state.coded || (state.fitted == 0 && target < FIRST_FIT) {
+        let target = (reader.len() / BLOCK * BLOCK).max(state.coded);
+        if state.fitted == 0 && target < FIRST_FIT {
             return Ok(());
         }
         let isa = simd::current();
         let grown = state.fitted == 0 || target >= REFIT_GROWTH * state.fitted;
-        if !grown && self.code(isa, state, reader, target, execution)? {
-            return Ok(());
+        if grown || !self.code(isa, state, reader, target, execution)? {
+            state.heads = self.fit(isa, reader, target, execution)?;
+            (state.coded, state.fitted) = (0, target);
+            let coded = self.code(isa, state, reader, target, execution);
+            if coded.is_err() {
+                // The fit may rest on the very rows that could not be coded.
+                state.forget();
+            }
+            assert!(coded?, "a fresh unit fits every key");
         }
-        state.heads = self.fit(isa, reader, target, execution)?;
-        (state.coded, state.fitted, state.summed) = (0, target, 0);
-        let coded = self.code(isa, state, reader, target, execution);
-        if coded.is_err() {
-            // The fit may rest on the very rows that could not be coded.
-            state.forget();
-        }
-        assert!(coded?, "a fresh unit fits every key");
+        self.average(state, reader);
         Ok(())
+    }
+
+    /// Brings the value clusters' means up to the rows coded.
+    fn average(&self, state: &mut State, reader: &Reader) {
+        if !self.estimates() {
+            return;
+        }
+        let values = reader.values();
+        // The newest rows stay out of what is settled, so that a truncate of a few undoes little.
+        let settled = state.coded.saturating_sub(SUM_STEP) / SUM_STEP * SUM_STEP;
+        for (h, head) in state.heads.iter_mut().enumerate().filter(|(_, head)| head.values.lack(state.coded, SUM_STEP))
+        {
+            with_element!(values.dtype(), T => {
+                let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
+                // SAFETY: the rows coded lie inside the reader's rows.
+                unsafe { head.values.add(rows, &head.value_ids, settled) };
+            });
+        }
     }
 
     /// Centres, scales and value clusters of the rows `0..n`.
@@ -362,17 +377,6 @@ impl Signatures {
             head.value_ids.extend_from_slice(&ids);
         }
         state.coded = target;
-        let settled = target.saturating_sub(SUM_STEP).max(target / 2) / BLOCK * BLOCK;
-        if self.estimates() && (state.summed == 0 || settled >= state.summed + SUM_STEP) {
-            for (h, head) in state.heads.iter_mut().enumerate() {
-                with_element!(values.dtype(), T => {
-                    let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
-                    // SAFETY: rows up to `settled` lie inside the reader's rows.
-                    unsafe { head.values.add(rows, state.summed, &head.value_ids[state.summed..settled]) };
-                });
-            }
-            state.summed = settled;
-        }
         Ok(true)
     }
 
@@ -467,8 +471,8 @@ impl State {
         if keep >= self.coded {
             return;
         }
-        if keep < self.summed {
-            // The clusters' sums hold rows that are gone.
+        if keep < self.fitted / 2 || self.heads.iter_mut().any(|head| !head.values.take_back(keep)) {
+            // Most of what was fitted is gone, or values that are gone have a part in the means.
             return self.forget();
         }
         self.coded = keep;
@@ -480,7 +484,7 @@ impl State {
 
     /// Forgets everything.
     fn forget(&mut self) {
-        (self.coded, self.fitted, self.summed) = (0, 0, 0);
+        (self.coded, self.fitted) = (0, 0);
         self.heads.clear();
     }
 

@@ -116,12 +116,7 @@ pub fn retrieval_attention(
     let store = Arc::clone(index.store());
     let reader = store.read();
     check(&q, index, &reader, &options, out, lse)?;
-    let dense = Options {
-        scale: options.scale,
-        causal: true,
-        sinks: options.sink_logits,
-        ..Options::default()
-    };
+    let dense = Options { scale: options.scale, causal: true, sinks: options.sink_logits, ..Options::default() };
     let problem = Problem::new(q, reader.keys(), reader.values(), dense)?;
     if problem.queries == 0 {
         return Ok(Vec::new());
@@ -322,7 +317,8 @@ impl Call<'_> {
         run(&|c| {
             let range = chunk_rows(c);
             // SAFETY: chunk c is this worker's own.
-            let (scores, weights) = unsafe { (scores.part(c * group * CHUNK, group * CHUNK), weights.part(c * CHUNK, CHUNK)) };
+            let (scores, weights) =
+                unsafe { (scores.part(c * group * CHUNK, group * CHUNK), weights.part(c * CHUNK, CHUNK)) };
             let ids: &[u8] = if clusters > 0 { &codes.value_ids[range.clone()] } else { &[] };
             let work = Weigh { scores, weights, heads: &heads, len: range.len(), estimates, ids, clusters, by_mass };
             parts.set(c, dispatch(self.isa, work));
@@ -503,8 +499,11 @@ impl HeadWeight {
     #[inline]
     fn weights(&self, s: f32) -> (f32, f32) {
         let share = (s - self.log_total).exp();
-        let corrected =
-            if self.slope == 1.0 { share * (self.shift + self.log_total).exp() } else { (self.slope * s + self.shift).exp() };
+        let corrected = if self.slope == 1.0 {
+            share * (self.shift + self.log_total).exp()
+        } else {
+            (self.slope * s + self.shift).exp()
+        };
         (share, corrected)
     }
 }
@@ -559,7 +558,10 @@ impl GroupRows {
         let padded = |n: usize| n.next_multiple_of(simd::MAX_LANES);
         let (padded_dim, padded_value_dim) = (padded(problem.dim), padded(problem.value_dim));
         let mut queries = Buffer::default();
-        dispatch(isa, Load(problem, ids, &mut queries.take(ids.len() * padded_dim)[..ids.len() * padded_dim], padded_dim));
+        dispatch(
+            isa,
+            Load(problem, ids, &mut queries.take(ids.len() * padded_dim)[..ids.len() * padded_dim], padded_dim),
+        );
         Self {
             queries,
             padded_dim,

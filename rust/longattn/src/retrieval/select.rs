@@ -66,7 +66,9 @@ impl Weights {
         for (to, from) in self.counts.iter_mut().zip(&other.counts) {
             to.iter_mut().zip(from).for_each(|(a, b)| *a += b);
         }
-        for (a, b) in [(&mut self.bin_mass, &other.bin_mass), (&mut self.mass, &other.mass), (&mut self.rest, &other.rest)] {
+        for (a, b) in
+            [(&mut self.bin_mass, &other.bin_mass), (&mut self.mass, &other.mass), (&mut self.rest, &other.rest)]
+        {
             a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
         }
     }
@@ -151,7 +153,9 @@ mod tests {
     fn weights(n: usize, seed: u64) -> Vec<f32> {
         let mut random = Random::new(seed);
         // Many ties, zeros and a wide range.
-        (0..n).map(|_| ((random.below(40) as f32) * 0.7 - 14.0).exp() * if random.below(5) == 0 { 0.0 } else { 1.0 }).collect()
+        (0..n)
+            .map(|_| ((random.below(40) as f32) * 0.7 - 14.0).exp() * if random.below(5) == 0 { 0.0 } else { 1.0 })
+            .collect()
     }
 
     #[test]
@@ -189,7 +193,8 @@ mod tests {
             assert!(held >= p * total * (1.0 - 1e-6));
             // Whole bins are taken: the lightest bin could be left out only by falling short.
             let least = rows.iter().map(|&j| bin(w[j as usize])).min().unwrap();
-            let without: f64 = rows.iter().filter(|&&j| bin(w[j as usize]) > least).map(|&j| f64::from(w[j as usize])).sum();
+            let without: f64 =
+                rows.iter().filter(|&&j| bin(w[j as usize]) > least).map(|&j| f64::from(w[j as usize])).sum();
             assert!(without < p * total);
         }
         assert!(select(&w, &totals, 0..w.len(), &Budget::Mass(vec![-0.1])).is_empty());

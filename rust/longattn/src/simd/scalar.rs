@@ -86,7 +86,11 @@ impl Simd for Scalar {
         zip(a, n, |x, n| {
             // NaN converts to 0, which leaves the NaN in x alone.
             let e = n as i32;
-            if e < -126 { 0.0 } else { x * f32::from_bits(((e.min(127) + 127) as u32) << 23) * if e > 127 { 2.0 } else { 1.0 } }
+            if e < -126 {
+                0.0
+            } else {
+                x * f32::from_bits(((e.min(127) + 127) as u32) << 23) * if e > 127 { 2.0 } else { 1.0 }
+            }
         })
     }
     #[inline(always)]

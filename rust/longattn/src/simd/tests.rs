@@ -91,7 +91,8 @@ impl Kernel for Bytes<'_> {
         for i in (0..MAX_LANES).step_by(S::LANES) {
             // SAFETY: both arrays hold 4 * MAX_LANES bytes, out MAX_LANES floats.
             unsafe {
-                let nibbles = s.and(s.shift_right_16::<4>(s.load_bytes(self.0.as_ptr().add(4 * i))), s.splat_i32(0x0f0f_0f0f));
+                let nibbles =
+                    s.and(s.shift_right_16::<4>(s.load_bytes(self.0.as_ptr().add(4 * i))), s.splat_i32(0x0f0f_0f0f));
                 let dots = s.dot4(s.splat_i32(7), nibbles, s.load_bytes(self.1.as_ptr().add(4 * i)));
                 s.store(out.as_mut_ptr().add(i), s.to_f32(dots));
             }

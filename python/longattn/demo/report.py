@@ -1,0 +1,101 @@
+"""How the demo talks: progress on stderr, a table on stdout, a plot in a file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+T = TypeVar("T")
+
+NAMES = {"exact": "exact", "retrieval": "retrieval", "window": "sinks + window", "sdpa": "transformers sdpa"}
+
+
+class Progress:
+    """A bar that redraws itself on a terminal, a line every five seconds elsewhere; None is silent."""
+
+    WIDTH, PAUSE = 30, 5.0
+
+    def __init__(self, stream: TextIO | None = sys.stderr) -> None:
+        self._stream = stream
+        self._terminal = stream is not None and stream.isatty()
+
+    def over(self, name: str, items: Sequence[T], total: int) -> Iterator[T]:
+        """Yields the items; `total` is what all of them count for in the reader's units."""
+        start = shown = time.monotonic()
+        for i, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            if self._terminal or now - shown > self.PAUSE:
+                self._show(name, i / len(items), total, now - start)
+                shown = now
+        if self._terminal and self._stream is not None:
+            print(file=self._stream)
+
+    def _show(self, name: str, share: float, total: int, seconds: float) -> None:
+        if self._stream is None:
+            return
+        bar = "#" * round(self.WIDTH * share)
+        line = f"{name} [{bar:<{self.WIDTH}}] {round(share * total):,} of {total:,}, {seconds:.0f} s"
+        print(
+            f"\r{line}\x1b[K" if self._terminal else line,
+            end="" if self._terminal else "\n",
+            file=self._stream,
+            flush=True,
+        )
+
+
+def introduction(settings: dict[str, Any], parameters: int) -> str:
+    return (
+        f"{settings['questions']} facts are hidden in {settings['context']:,} bytes of Python source; a "
+        f"model of {parameters / 1e6:.2f} M parameters, which never saw that text, is asked for each.\n"
+        "Each line of the table is the same model on the same prompt; what differs is how many keys "
+        "its full-attention layers read per token."
+    )
+
+
+def table(result: dict[str, Any]) -> str:
+    """One line per contestant; times are medians over the decoded tokens."""
+    lines = [f"{'':18}{'right answers':>15}{'keys read':>12}{'ms/token':>11}{'attention ms/token':>21}"]
+    for name, row in result["contestants"].items():
+        right = f"{round(row['accuracy'] * result['questions'])} of {result['questions']}"
+        share = f"{100 * row['keys_read_fraction']:.2f} %"
+        lines.append(
+            f"{NAMES[name]:18}{right:>15}{share:>12}{row['ms_per_token']:>11.2f}{row['attention_ms_per_token']:>21.2f}"
+        )
+    megabytes = {name: result[f"{name}_bytes"] / 1e6 for name in ("store", "index")}
+    lines.append(
+        f"\nPrefill {result['prefill_s']:.1f} s, index {result['index_s']:.1f} s; keys and values "
+        f"{megabytes['store']:.0f} MB, index {megabytes['index']:.0f} MB; {result['threads']} threads. "
+        "Attention: that of the full layers, cache update included."
+    )
+    if result["peer"]:
+        lines.append(f"Prefill of transformers {result['peer']['prefill_s']:.1f} s.")
+    if result["text_copies"] > 1:
+        lines.append(f"This Python has too little source text: the haystack repeats it {result['text_copies']} times.")
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of accuracy, keys read and attention time; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    rows = result["contestants"]
+    labels = [NAMES[name].replace(" ", "\n", 1) for name in rows]
+    panels = (
+        ("right answers, %", "accuracy", 100),
+        ("keys read, %", "keys_read_fraction", 100),
+        ("attention, ms per token", "attention_ms_per_token", 1),
+    )
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axes, (title, key, factor) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        bars = axes.bar(labels, [factor * row[key] for row in rows.values()], color=[f"C{i}" for i in range(len(rows))])
+        axes.bar_label(bars, fmt="{:.3g}")
+        axes.set_title(title)
+        axes.margins(y=0.15)  # room for the numbers on the bars
+        if key != "accuracy":
+            axes.set_yscale("log")
+    figure.suptitle(f"{result['context']:,} tokens, {result['questions']} questions")
+    figure.savefig(path, dpi=150)

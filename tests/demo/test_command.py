@@ -1,0 +1,110 @@
+"""`longattn demo` at a size that takes seconds: its figures, its files, its complaints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from longattn import demo
+from longattn.demo import driver
+
+SMALL = ["--context", "2048", "--questions", "8", "--top-k", "24", "--window", "64"]
+REQUIRED = {
+    "context",
+    "questions",
+    "accuracy",
+    "keys_read_fraction",
+    "attention_ms_per_token",
+    "prefill_s",
+    "versions",
+}
+
+
+def test_figures_of_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "demo.json"
+    assert demo.main([*SMALL, "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert result.keys() >= REQUIRED
+    assert (result["context"], result["questions"]) == (2048, 8)
+    accuracy = result["accuracy"]
+    assert accuracy.keys() == {"exact", "retrieval", "window"}
+    assert accuracy["exact"] >= 7 / 8
+    assert accuracy["retrieval"] >= accuracy["exact"] - 1 / 8
+    assert accuracy["window"] <= 1 / 8
+    assert (4 + 64) / 2048 < result["keys_read_fraction"] <= (4 + 64 + 24) / 2048
+    times = result["attention_ms_per_token"]
+    assert times.keys() == {"exact", "retrieval", "sdpa"}
+    assert times["exact"] > 0 < times["retrieval"]
+    assert times["sdpa"] is None
+    assert result["prefill_s"] > 0
+    assert {"longattn", "numpy", "python"} <= result["versions"].keys()
+    printed = capsys.readouterr().out
+    assert "sinks + window" in printed
+    assert "8 facts" in printed
+
+
+def test_peer_answers_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    file = tmp_path / "demo.json"
+    assert demo.main([*SMALL, "--peer", "transformers", "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert result["contestants"]["sdpa"]["accuracy"] == result["accuracy"]["exact"]
+    assert result["contestants"]["sdpa"]["wrong"] == result["contestants"]["exact"]["wrong"]
+    sdpa = result["attention_ms_per_token"]["sdpa"]
+    assert 0 < sdpa < result["contestants"]["sdpa"]["ms_per_token"]
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "demo.png"
+    assert demo.main([*SMALL, "--plot", str(file)]) == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    assert demo.main([*SMALL, "--plot", "demo.png"]) == 2
+    assert "matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--questions", "0"], "questions"),
+        (["--context", "512", "--questions", "64"], "context"),
+        (["--top-k", "0"], "top_k"),
+        (["--window", "-3"], "window"),
+        (["--sinks", "0"], "sinks"),
+        (["--seed", "-1"], "seed"),
+        (["--json", "no/such/folder/demo.json"], "--json"),
+    ],
+)
+def test_bad_sizes_are_refused(options: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(options) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(self: driver.Tally, needle: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver.Tally, "ask", interrupted)
+    assert demo.main(SMALL) == 130
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_demo_does_not_import_torch() -> None:
+    code = (
+        f"import sys; from longattn.demo import main; assert main({SMALL!r}) == 0; "
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
