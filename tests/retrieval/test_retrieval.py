@@ -112,19 +112,19 @@ def test_scale_and_sink_logits(rng, isa):
 
 
 def test_several_queries_are_steps_of_one_each(rng, isa):
-    """Each row sees the rows up to its own, selects on its own, and comes out with the same bits as alone."""
+    """Each row sees the rows up to its own, selects on its own, and what it reads comes out with the same bits as alone."""
     s = store(rng, count=1024)
     index = la.index.Signatures(s)
     index.update()
     s.append(*rows(rng, count=45))
     q = queries(rng, 4, 40)
     call = {"top_k": 12, "window": 64, "return_selected": True}
-    together = la.retrieval_attention(q, s, index, **call)
-    check = la.retrieval_attention(q, s, index, rest="none", **call)
-    check_read_rows(q, s, index, check, window=64)
+    together = la.retrieval_attention(q, s, index, rest="none", **call)
+    check_read_rows(q, s, index, together, window=64)
+    estimated = la.retrieval_attention(q, s, index, **call)
     for i in reversed(range(40)):
         s.truncate(1069 - 39 + i)
-        alone = la.retrieval_attention(q[:, i : i + 1], s, index, **call)
+        alone = la.retrieval_attention(q[:, i : i + 1], s, index, rest="none", **call)
         np.testing.assert_array_equal(together.out[:, i : i + 1], alone.out)
         np.testing.assert_array_equal(together.lse[:, i : i + 1], alone.lse)
         for h in range(2):
@@ -132,6 +132,10 @@ def test_several_queries_are_steps_of_one_each(rng, isa):
         np.testing.assert_array_equal(together.stats.keys_total[:, i], [s.keys.shape[1]] * 2)
         for name in ("keys_scored", "keys_attended", "missed_mass", "missed_mass_bound"):
             np.testing.assert_array_equal(getattr(together.stats, name)[:, i : i + 1], getattr(alone.stats, name))
+        # The mean values of clusters are those of all rows of the store.
+        one = la.retrieval_attention(q[:, i : i + 1], s, index, **call)
+        np.testing.assert_allclose(estimated.out[:, i : i + 1], one.out, atol=0.05)
+        np.testing.assert_array_equal(estimated.lse[:, i : i + 1], one.lse)
 
 
 def test_batch_axis_and_statistics_on_demand(rng):

@@ -108,7 +108,7 @@ def longattn_attention(
     return key.longattn_layer.attend(query, attention_mask, options), None
 
 
-def _attend(  # noqa: PLR0917  # one caller, which has them all by name
+def _attend(  # one caller, which has them all by name
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -41,7 +41,7 @@ class MaskSpec:
         return None if self.padding is None else self.padding[:, None, None, self.kv_offset :]
 
 
-def longattn_mask(  # noqa: PLR0917  # transformers' signature
+def longattn_mask(  # transformers' signature
     batch_size: int,
     q_length: int,
     kv_length: int,

@@ -1,1 +1,444 @@
+//! Exact attention against a direct computation in f64, on every instruction set of this CPU.
 
+use super::*;
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+/// Numbers like a normal distribution's, the same for the same seed.
+fn numbers(n: usize, seed: u64) -> Vec<f32> {
+    let mut random = crate::index::Random::new(seed);
+    (0..n).map(|_| random.normal() as f32).collect()
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    batch: usize,
+    kv_heads: usize,
+    group: usize,
+    queries: usize,
+    keys: usize,
+    dim: usize,
+    value_dim: usize,
+}
+
+/// Inputs of one call, rounded to their storage dtypes, each element also as f64.
+struct Case {
+    shape: Shape,
+    q: Array,
+    k: Array,
+    v: Array,
+}
+
+/// A rank-4 array with room between its rows where `gap` says so.
+struct Array {
+    storage: Storage,
+    shape: [usize; 4],
+    strides: [isize; 4],
+}
+
+enum Storage {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
+}
+
+impl Array {
+    fn new(values: &[f32], shape: [usize; 4], dtype: DType, gap: usize) -> Self {
+        let [_, h, l, d] = shape;
+        let strides = [h * l * (d + gap), l * (d + gap), d + gap, 1].map(|s| s as isize);
+        let mut wide = vec![f32::NAN; shape[0] * h * l * (d + gap)];
+        for (to, from) in wide.chunks_exact_mut(d + gap).zip(values.chunks_exact(d)) {
+            to[..d].copy_from_slice(from);
+        }
+        let storage = match dtype {
+            DType::F32 => Storage::F32(wide),
+            DType::F16 => Storage::F16(wide.into_iter().map(f16::from_f32).collect()),
+            DType::BF16 => Storage::BF16(wide.into_iter().map(bf16::from_f32).collect()),
+        };
+        Self { storage, shape, strides }
+    }
+
+    fn view(&self) -> TensorView<'_> {
+        match &self.storage {
+            Storage::F32(x) => TensorView::strided(x, self.shape, self.strides),
+            Storage::F16(x) => TensorView::strided(x, self.shape, self.strides),
+            Storage::BF16(x) => TensorView::strided(x, self.shape, self.strides),
+        }
+        .unwrap()
+    }
+
+    fn row(&self, b: usize, h: usize, l: usize) -> Vec<f64> {
+        let view = self.view();
+        with_element!(view.dtype(), T => view.row::<T>(b, h, l).iter().map(|x| f64::from(x.to_f32())).collect())
+    }
+}
+
+impl Case {
+    fn new(shape: Shape, q: DType, kv: DType, gap: usize, seed: u64) -> Self {
+        let Shape { batch, kv_heads, group, queries, keys, dim, value_dim } = shape;
+        let array =
+            |shape: [usize; 4], dtype, seed| Array::new(&numbers(shape.iter().product(), seed), shape, dtype, gap);
+        Self {
+            shape,
+            q: array([batch, kv_heads * group, queries, dim], q, seed),
+            k: array([batch, kv_heads, keys, dim], kv, seed + 1),
+            v: array([batch, kv_heads, keys, value_dim], kv, seed + 2),
+        }
+    }
+
+    /// Output and lse by the formula, row by row.
+    fn expected(&self, options: &Options) -> (Vec<f64>, Vec<f64>) {
+        let Shape { batch, kv_heads, group, queries, keys, dim, value_dim } = self.shape;
+        let heads = kv_heads * group;
+        let scale = options.scale.map_or_else(|| (dim as f64).powf(-0.5), f64::from);
+        let (mut out, mut lse) = (Vec::new(), Vec::new());
+        for b in 0..batch {
+            for h in 0..heads {
+                for i in 0..queries {
+                    let q = self.q.row(b, h, i);
+                    let position = keys as i64 - queries as i64 + i as i64;
+                    let visible = |j: i64| {
+                        (!options.causal || j <= position)
+                            && options.window_left.is_none_or(|w| j >= position - w as i64)
+                            && options.window_right.is_none_or(|w| j <= position + w as i64)
+                    };
+                    let mut seen: Vec<(f64, usize)> = Vec::new();
+                    for j in (0..keys).filter(|&j| visible(j as i64)) {
+                        let mut s: f64 =
+                            scale * q.iter().zip(self.k.row(b, h / group, j)).map(|(q, k)| q * k).sum::<f64>();
+                        if options.softcap > 0.0 {
+                            let cap = f64::from(options.softcap);
+                            s = cap * (s / cap).tanh();
+                        }
+                        if let Some(slopes) = options.alibi_slopes {
+                            s -= f64::from(slopes[b * heads + h]) * (position - j as i64).abs() as f64;
+                        }
+                        seen.push((s, j));
+                    }
+                    let sink = options.sinks.map(|sinks| f64::from(sinks[h]));
+                    let max = seen.iter().map(|&(s, _)| s).chain(sink).fold(f64::NEG_INFINITY, f64::max);
+                    let mut row = vec![0.0; value_dim];
+                    let mut sum = sink.map_or(0.0, |s| (s - max).exp());
+                    for (s, j) in seen {
+                        let weight = (s - max).exp();
+                        sum += weight;
+                        row.iter_mut().zip(self.v.row(b, h / group, j)).for_each(|(o, v)| *o += weight * v);
+                    }
+                    out.extend(row.iter().map(|o| if sum == 0.0 { 0.0 } else { o / sum }));
+                    lse.push(if sum == 0.0 { f64::NEG_INFINITY } else { max + sum.ln() });
+                }
+            }
+        }
+        (out, lse)
+    }
+
+    fn run(&self, isa: Isa, options: Options) -> (Vec<f32>, Vec<f32>) {
+        let Shape { batch, kv_heads, group, queries, value_dim, .. } = self.shape;
+        let rows = [batch, kv_heads * group, queries];
+        let (mut out, mut lse) =
+            (vec![f32::NAN; rows.iter().product::<usize>() * value_dim], vec![f32::NAN; rows.iter().product()]);
+        let problem = Problem::new(self.q.view(), self.k.view(), self.v.view(), options).unwrap();
+        {
+            let out = TensorViewMut::new(&mut out, [rows[0], rows[1], rows[2], value_dim]).unwrap();
+            let lse = TensorViewMut::new(&mut lse, [rows[0], rows[1], rows[2], 1]).unwrap();
+            run(isa, &[Job { problem, out: &out, lse: &lse }], &Execution::default()).unwrap();
+        }
+        (out, lse)
+    }
+
+    fn check(&self, options: Options) -> std::result::Result<(), TestCaseError> {
+        let (out, lse) = self.expected(&options);
+        for isa in Isa::available() {
+            let (got, got_lse) = self.run(isa, options);
+            for (kind, got, expected) in [("out", &got, &out), ("lse", &got_lse, &lse)] {
+                for (i, (&x, &y)) in got.iter().zip(expected).enumerate() {
+                    let close = (f64::from(x) - y).abs() <= 2e-5 + 2e-5 * y.abs() || f64::from(x) == y;
+                    prop_assert!(close, "{} {kind}[{i}]: {x} for {y}, {:?} {options:?}", isa.name(), self.shape);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn dtype() -> impl Strategy<Value = DType> {
+    prop_oneof![Just(DType::F32), Just(DType::F16), Just(DType::BF16)]
+}
+
+fn shape() -> impl Strategy<Value = Shape> {
+    let widths = (prop_oneof![1usize..20, Just(64), Just(130)], prop_oneof![1usize..20, Just(64), Just(130)]);
+    // Few rows take the streaming kernel, more the packed one; both sides of the blocks' edges.
+    let lengths = (prop_oneof![1usize..4, 5usize..60], prop_oneof![0usize..40, 120usize..300]);
+    (1usize..3, 1usize..3, 1usize..6, lengths, widths).prop_map(
+        |(batch, kv_heads, group, (queries, keys), (dim, value_dim))| Shape {
+            batch,
+            kv_heads,
+            group,
+            queries,
+            keys,
+            dim,
+            value_dim,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_shape_dtype_and_mask(
+        shape in shape(),
+        (q, kv) in (dtype(), dtype()),
+        gap in 0usize..3,
+        causal in any::<bool>(),
+        left in prop::option::of(0usize..50),
+        right in prop::option::of(0usize..50),
+        (softcap, scale) in (prop_oneof![Just(0f32), 1f32..20.0], prop::option::of(-1f32..1.0)),
+        (alibi, sinks) in (any::<bool>(), any::<bool>()),
+        seed in any::<u32>(),
+    ) {
+        let case = Case::new(shape, q, kv, gap, u64::from(seed));
+        let heads = shape.kv_heads * shape.group;
+        let (slopes, logits) = (numbers(shape.batch * heads, 5), numbers(heads, 6));
+        case.check(Options {
+            scale,
+            causal,
+            window_left: left,
+            window_right: right,
+            softcap,
+            alibi_slopes: alibi.then_some(&slopes),
+            sinks: sinks.then_some(&logits),
+            ..Options::default()
+        })?;
+    }
+}
+
+#[test]
+fn long_ranges_are_split_and_merged() {
+    // One query row over several pieces of keys, and rows whose window lies inside one piece.
+    let shape = Shape { batch: 1, kv_heads: 1, group: 3, queries: 2, keys: 5000, dim: 24, value_dim: 20 };
+    let case = Case::new(shape, DType::F32, DType::BF16, 1, 3);
+    let sinks = [0.5, -2.0, f32::NEG_INFINITY];
+    case.check(Options::default()).unwrap();
+    case.check(Options { causal: true, sinks: Some(&sinks), ..Options::default() }).unwrap();
+    case.check(Options { causal: true, window_left: Some(1500), ..Options::default() }).unwrap();
+    case.check(Options { window_left: Some(0), window_right: Some(0), ..Options::default() }).unwrap();
+}
+
+#[test]
+fn rows_that_see_nothing_are_zero() {
+    let shape = Shape { batch: 1, kv_heads: 2, group: 2, queries: 30, keys: 9, dim: 8, value_dim: 5 };
+    let case = Case::new(shape, DType::F16, DType::F32, 0, 8);
+    for isa in Isa::available() {
+        let (out, lse) = case.run(isa, Options { causal: true, ..Options::default() });
+        // The first 21 positions lie before every key.
+        assert!(out[..21 * 5].iter().all(|&x| x == 0.0) && lse[..21].iter().all(|&x| x == f32::NEG_INFINITY));
+        assert!(lse[21..30].iter().all(|x| x.is_finite()));
+    }
+    case.check(Options { causal: true, ..Options::default() }).unwrap();
+}
+
+#[test]
+fn values_of_hidden_keys_never_matter() {
+    for queries in [1, 40] {
+        let shape = Shape { batch: 1, kv_heads: 1, group: 2, queries, keys: 300, dim: 16, value_dim: 12 };
+        let mut case = Case::new(shape, DType::F32, DType::F32, 0, 11);
+        let options = Options { causal: true, window_left: Some(20), ..Options::default() };
+        let clean: Vec<_> = Isa::available().into_iter().map(|isa| case.run(isa, options)).collect();
+        // NaN and infinity in every key and value that no row sees.
+        let first = 300 - queries - 20;
+        for array in [&mut case.k, &mut case.v] {
+            let width = array.shape[3];
+            let Storage::F32(numbers) = &mut array.storage else { unreachable!() };
+            numbers[..first * width].iter_mut().enumerate().for_each(|(i, x)| *x = [f32::NAN, f32::INFINITY][i % 2]);
+        }
+        for (isa, (out, lse)) in Isa::available().into_iter().zip(clean) {
+            let dirty = case.run(isa, options);
+            assert_eq!(dirty.1, lse, "{} {queries}", isa.name());
+            assert!(dirty.0.iter().zip(&out).all(|(a, b)| (a - b).abs() <= 1e-6), "{} {queries}", isa.name());
+        }
+    }
+}
+
+#[test]
+fn broadcast_bias_and_mask() {
+    let shape = Shape { batch: 2, kv_heads: 1, group: 2, queries: 9, keys: 140, dim: 16, value_dim: 16 };
+    let case = Case::new(shape, DType::F32, DType::F32, 0, 21);
+    let bias = numbers(9 * 140, 22);
+    let mask: Vec<u8> = (0..140).map(|j| u8::from(j % 3 != 0)).collect();
+    let options = Options {
+        bias: Some(Broadcast::new(&bias, [1, 1, 9, 140]).unwrap()),
+        mask: Some(Broadcast::new(&mask, [1, 1, 1, 140]).unwrap()),
+        ..Options::default()
+    };
+    for isa in Isa::available() {
+        let (out, lse) = case.run(isa, options);
+        for b in 0..2 {
+            for h in 0..2 {
+                for i in 0..9 {
+                    let q = case.q.row(b, h, i);
+                    let weights: Vec<f64> = (0..140)
+                        .map(|j| {
+                            let dot: f64 = q.iter().zip(case.k.row(b, 0, j)).map(|(q, k)| q * k).sum();
+                            if mask[j] == 0 { 0.0 } else { (0.25 * dot + f64::from(bias[i * 140 + j])).exp() }
+                        })
+                        .collect();
+                    let sum: f64 = weights.iter().sum();
+                    let at = (b * 2 + h) * 9 + i;
+                    assert!((f64::from(lse[at]) - sum.ln()).abs() < 2e-5, "{}", isa.name());
+                    let first: f64 =
+                        weights.iter().enumerate().map(|(j, w)| w * case.v.row(b, 0, j)[0]).sum::<f64>() / sum;
+                    assert!((f64::from(out[at * 16]) - first).abs() < 2e-5, "{}", isa.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn packed_sequences_are_calls_of_their_own() {
+    let (heads, dim) = (2, 12);
+    let (query_ends, key_ends) = ([0, 3, 3, 20, 21], [0, 40, 45, 45, 300]);
+    let (q, k, v) = (numbers(heads * 21 * dim, 1), numbers(300 * dim, 2), numbers(300 * dim, 3));
+    let views = (
+        TensorView::new(&q, [1, heads, 21, dim]).unwrap(),
+        TensorView::new(&k, [1, 1, 300, dim]).unwrap(),
+        TensorView::new(&v, [1, 1, 300, dim]).unwrap(),
+    );
+    let options = Options { causal: true, ..Options::default() };
+    let (mut out, mut lse) = (vec![f32::NAN; heads * 21 * dim], vec![f32::NAN; heads * 21]);
+    attention_varlen(
+        views.0,
+        views.1,
+        views.2,
+        &query_ends,
+        &key_ends,
+        options,
+        &mut TensorViewMut::new(&mut out, [1, heads, 21, dim]).unwrap(),
+        &mut TensorViewMut::new(&mut lse, [1, heads, 21, 1]).unwrap(),
+        &Execution::default(),
+    )
+    .unwrap();
+    for s in 0..4 {
+        let (rows, keys) = (query_ends[s]..query_ends[s + 1], key_ends[s]..key_ends[s + 1]);
+        let n = rows.len();
+        let (mut one, mut one_lse) = (vec![f32::NAN; heads * n * dim], vec![f32::NAN; heads * n]);
+        attention(
+            views.0.rows(rows.clone()),
+            views.1.rows(keys.clone()),
+            views.2.rows(keys),
+            options,
+            &mut TensorViewMut::new(&mut one, [1, heads, n, dim]).unwrap(),
+            &mut TensorViewMut::new(&mut one_lse, [1, heads, n, 1]).unwrap(),
+            &Execution::default(),
+        )
+        .unwrap();
+        for h in 0..heads {
+            for (i, row) in rows.clone().enumerate() {
+                let (a, b) = (&out[(h * 21 + row) * dim..][..dim], &one[(h * n + i) * dim..][..dim]);
+                assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5), "sequence {s} head {h} row {i}");
+                let (a, b) = (lse[h * 21 + row], one_lse[h * n + i]);
+                assert!(a == b || (a - b).abs() < 1e-5);
+            }
+        }
+    }
+    let bad = attention_varlen(
+        views.0,
+        views.1,
+        views.2,
+        &[0, 22],
+        &[0, 300],
+        options,
+        &mut TensorViewMut::new(&mut out, [1, heads, 21, dim]).unwrap(),
+        &mut TensorViewMut::new(&mut lse, [1, heads, 21, 1]).unwrap(),
+        &Execution::default(),
+    );
+    assert!(matches!(bad, Err(Error::Value { .. })));
+}
+
+#[test]
+fn parts_of_the_keys_merge_to_the_whole() {
+    let shape = Shape { batch: 1, kv_heads: 2, group: 2, queries: 5, keys: 230, dim: 16, value_dim: 9 };
+    let case = Case::new(shape, DType::F32, DType::F32, 0, 31);
+    let (expected, expected_lse) = case.expected(&Options::default());
+    let rows = [1, 4, 5];
+    let mut parts = Vec::new();
+    for range in [0..100, 100..100, 100..230] {
+        let (mut out, mut lse) = (vec![f32::NAN; 4 * 5 * 9], vec![f32::NAN; 4 * 5]);
+        attention(
+            case.q.view(),
+            case.k.view().rows(range.clone()),
+            case.v.view().rows(range),
+            Options::default(),
+            &mut TensorViewMut::new(&mut out, [1, 4, 5, 9]).unwrap(),
+            &mut TensorViewMut::new(&mut lse, [1, 4, 5, 1]).unwrap(),
+            &Execution::default(),
+        )
+        .unwrap();
+        parts.push((out, lse));
+    }
+    // A part without keys adds nothing, whatever its output holds.
+    parts[1].0.fill(f32::NAN);
+    let views: Vec<_> = parts
+        .iter()
+        .map(|(out, lse)| {
+            let out = TensorView::new(out, [rows[0], rows[1], rows[2], 9]).unwrap();
+            (out, TensorView::new(lse, [rows[0], rows[1], rows[2], 1]).unwrap())
+        })
+        .collect();
+    let (mut out, mut lse) = (vec![f32::NAN; 4 * 5 * 9], vec![f32::NAN; 4 * 5]);
+    merge(
+        &views,
+        &mut TensorViewMut::new(&mut out, [1, 4, 5, 9]).unwrap(),
+        &mut TensorViewMut::new(&mut lse, [1, 4, 5, 1]).unwrap(),
+        &Execution::default(),
+    )
+    .unwrap();
+    assert!(out.iter().zip(&expected).all(|(&a, b)| (f64::from(a) - b).abs() < 1e-5));
+    assert!(lse.iter().zip(&expected_lse).all(|(&a, b)| (f64::from(a) - b).abs() < 1e-5));
+}
+
+#[test]
+fn wrong_arguments_are_named_and_nothing_is_written() {
+    let x = numbers(2 * 4 * 8, 1);
+    let (mut out, mut lse) = (vec![7f32; 2 * 4 * 8], vec![7f32; 2 * 4]);
+    let q = TensorView::new(&x, [1, 2, 4, 8]).unwrap();
+    let mut call = |q, k, v, options| {
+        let mut out = TensorViewMut::new(&mut out, [1, 2, 4, 8]).unwrap();
+        let mut lse = TensorViewMut::new(&mut lse, [1, 2, 4, 1]).unwrap();
+        attention(q, k, v, options, &mut out, &mut lse, &Execution::default()).unwrap_err().to_string()
+    };
+    let narrow = TensorView::new(&x, [1, 2, 8, 4]).unwrap();
+    let three = TensorView::new(&x[..96 / 2], [1, 3, 2, 8]).unwrap();
+    let plain = Options::default();
+    assert!(call(q, narrow, q, plain).starts_with("k:"));
+    assert!(call(q, q, narrow, plain).starts_with("v:"));
+    assert!(call(q, three, three, plain).starts_with("q:"));
+    assert!(call(q, q, q, Options { scale: Some(f32::NAN), ..plain }).starts_with("scale:"));
+    assert!(call(q, q, q, Options { softcap: -1.0, ..plain }).starts_with("softcap:"));
+    assert!(call(q, q, q, Options { sinks: Some(&[0.0]), ..plain }).starts_with("sinks:"));
+    assert!(call(q, q, q, Options { alibi_slopes: Some(&[0.0; 3]), ..plain }).starts_with("alibi_slopes:"));
+    let mask = [1u8; 5];
+    let mask = Some(Broadcast::new(&mask, [1, 1, 1, 5]).unwrap());
+    assert!(call(q, q, q, Options { mask, ..plain }).starts_with("mask:"));
+    assert!(out.iter().chain(&lse).all(|&x| x == 7.0));
+}
+
+#[test]
+fn a_cancelled_call_says_so() {
+    let shape = Shape { batch: 1, kv_heads: 1, group: 1, queries: 400, keys: 400, dim: 8, value_dim: 8 };
+    let case = Case::new(shape, DType::F32, DType::F32, 0, 41);
+    let execution = Execution::default();
+    execution.cancel.cancel();
+    let (mut out, mut lse) = (vec![0f32; 400 * 8], vec![0f32; 400]);
+    let result = attention(
+        case.q.view(),
+        case.k.view(),
+        case.v.view(),
+        Options::default(),
+        &mut TensorViewMut::new(&mut out, [1, 1, 400, 8]).unwrap(),
+        &mut TensorViewMut::new(&mut lse, [1, 1, 400, 1]).unwrap(),
+        &execution,
+    );
+    assert!(matches!(result, Err(Error::Cancelled)));
+}
