@@ -112,7 +112,7 @@ def test_scale_and_sink_logits(rng, isa):
 
 
 def test_several_queries_are_steps_of_one_each(rng, isa):
-    """Each row sees the rows up to its own, selects on its own, and what it reads comes out with the same bits as alone."""
+    """Each row sees the rows up to its own, selects on its own, and what it reads has the same bits as alone."""
     s = store(rng, count=1024)
     index = la.index.Signatures(s)
     index.update()

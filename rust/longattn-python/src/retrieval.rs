@@ -37,30 +37,33 @@ impl Signatures {
         Ok(Self(Arc::new(index::Signatures::new(store.inner().clone(), options).map_err(to_py)?)))
     }
 
-    fn fork(&self, store: &KVStore) -> PyResult<Self> {
-        Ok(Self(Arc::new(self.0.fork(store.inner().clone()).map_err(to_py)?)))
+    fn fork(&self, py: Python<'_>, store: &KVStore) -> PyResult<Self> {
+        let copy = py.detach(|| self.0.fork(store.inner().clone())).map_err(to_py)?;
+        Ok(Self(Arc::new(copy)))
     }
 
-    fn __len__(&self) -> usize {
-        self.0.len()
+    // Whoever codes rows holds the index's lock, so even a look at it waits without the GIL.
+    fn __len__(&self, py: Python<'_>) -> usize {
+        py.detach(|| self.0.len())
     }
 
     fn update(&self, py: Python<'_>) -> PyResult<()> {
         let store = self.0.store();
+        let coded = py.detach(|| self.0.len());
         // Coding costs about head_dim multiply-adds per number of the new keys, the clusters' fit a few times that.
-        let rows = store.len().saturating_sub(self.0.len()) * store.kv_heads();
+        let rows = store.len().saturating_sub(coded) * store.kv_heads();
         let operations = (rows * store.head_dim() * (store.head_dim() + 2048)) as f64;
         running::run(py, operations, |execution| self.0.update(execution))
     }
 
     #[getter]
-    fn nbytes(&self) -> usize {
-        self.0.nbytes()
+    fn nbytes(&self, py: Python<'_>) -> usize {
+        py.detach(|| self.0.nbytes())
     }
 
     /// Root mean square of the codes' error per KV head, for a query of norm 1 at scale 1.
-    fn sigma(&self) -> Vec<f32> {
-        self.0.head_stats().iter().map(|s| s.sigma).collect()
+    fn sigma(&self, py: Python<'_>) -> Vec<f32> {
+        py.detach(|| self.0.head_stats().iter().map(|s| s.sigma).collect())
     }
 }
 
