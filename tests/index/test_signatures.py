@@ -1,6 +1,8 @@
 """Codes of keys against their specification, what an index costs, and what it refuses."""
 
+import gc
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import longattn as la
 from longattn.reference import retrieval as reference
 from random_arrays import BF16, DTYPES, F16
 from random_stores import queries, rows, store, store_of
+from resident import resident
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**64 - 1])
@@ -126,6 +129,26 @@ def test_memory_is_as_documented(rng, bits):
     assert rows_bytes + 2 * clusters <= index.nbytes - matrices <= rows_bytes + 8 * clusters
     assert len(index) == 6000
     assert repr(index) == f"Signatures(bits={bits}, rows=6000, nbytes={index.nbytes})"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_million_tokens_stay_within_memory_computed_beforehand(rng):
+    heads, dim, rows_, chunk, bits = 2, 32, 1_000_000, 50_000, 4
+    s = la.KVStore(heads, dim, dtype="bfloat16", capacity=1 << 20)
+    k, v = rng.standard_normal((2, heads, chunk, dim), dtype=np.float32).astype(s.dtype)
+    index = la.index.Signatures(s, bits=bits)
+    gc.collect()
+    before = resident()
+    for _ in range(rows_ // chunk):
+        s.append(k, v)
+        index.update()
+    codes = heads * rows_ * (bits * dim // 8 + 3)
+    clusters = heads * 256 * (24 * dim + 8)
+    assert len(index) == rows_
+    assert codes <= index.nbytes <= codes + clusters + 4 * dim * dim + heads * dim * 4
+    # Codes grow by an eighth at a time, and 131,072 rows are coded at once.
+    planned = s.nbytes + codes * 9 // 8 + heads * 131_072 * (bits * dim // 8 + 3) + clusters
+    assert resident() - before < planned + (32 << 20)
 
 
 def test_an_index_waits_for_rows_worth_coding(rng):

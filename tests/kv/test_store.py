@@ -1,11 +1,9 @@
 """`KVStore`: rows in, the same rows out, at addresses that never change."""
 
 import gc
-import resource
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 import longattn as la
 from longattn.kv import KVStore
+from resident import resident
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), BF16]
@@ -282,10 +281,6 @@ def test_threads_append_in_turns():
     blocks = store.keys.astype(np.int64).reshape(2, 400, 10, 4)
     assert (blocks == blocks[:1, :, :1, :1]).all()
     np.testing.assert_array_equal(np.bincount(blocks[0, :, 0, 0]), [100] * 4)
-
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

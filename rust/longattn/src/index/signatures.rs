@@ -26,6 +26,9 @@ const SUM_STEP: usize = 4096;
 /// Rows that one item codes.
 const CHUNK: usize = 2048;
 
+/// Rows that are coded before their codes join the others: what a large store's codes need beside themselves.
+const ROUND: usize = 64 * CHUNK;
+
 /// Widest keys: the rotation takes `head_dim^2` numbers and `head_dim^3` operations to make.
 const MAX_DIM: usize = 1024;
 
@@ -347,8 +350,26 @@ impl Signatures {
         })
     }
 
-    /// Codes the rows `state.coded..target`. Returns false, and changes nothing, where a key is too long for the head's unit.
+    /// Codes the rows `state.coded..target`. Returns false where a key is too long for its head's unit.
     fn code(&self, isa: Isa, state: &mut State, reader: &Reader, target: usize, execution: &Execution) -> Result<bool> {
+        while state.coded < target {
+            let end = (state.coded + ROUND).min(target);
+            if !self.code_round(isa, state, reader, end, execution)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// As [`Self::code`], all rows or none.
+    fn code_round(
+        &self,
+        isa: Isa,
+        state: &mut State,
+        reader: &Reader,
+        target: usize,
+        execution: &Execution,
+    ) -> Result<bool> {
         let (keys, values) = (reader.keys(), reader.values());
         let heads = keys.shape()[1];
         let first = state.coded;
@@ -372,9 +393,9 @@ impl Signatures {
         let Some(coded) = coded else { return Ok(false) };
         for (i, ((codes, deviations), ids)) in coded.into_iter().enumerate() {
             let head = &mut state.heads[i / chunks.max(1)];
-            head.codes.extend_from_slice(&codes);
+            extend(&mut head.codes, &codes, (target - first) / BLOCK * self.format.block_bytes());
             head.deviations.join(deviations);
-            head.value_ids.extend_from_slice(&ids);
+            extend(&mut head.value_ids, &ids, target - first);
         }
         state.coded = target;
         Ok(true)
@@ -390,6 +411,14 @@ impl Signatures {
 fn not_finite(row: usize, head: usize) -> Error {
     let got = format!("NaN or infinity in key {row} of head {head}");
     Error::value("store", got, "finite keys: an index cannot rank others")
+}
+
+/// Appends to a long vector that grows by an eighth, not by doubling: `coming` bytes are on their way, these among them.
+fn extend(to: &mut Vec<u8>, bytes: &[u8], coming: usize) {
+    if to.capacity() - to.len() < bytes.len() {
+        to.reserve_exact(coming.max(to.len() / 8));
+    }
+    to.extend_from_slice(bytes);
 }
 
 type Coded = (Vec<u8>, Moments);
