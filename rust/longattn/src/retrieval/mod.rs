@@ -10,7 +10,9 @@
 //! ```
 //! The parts share one running softmax, so the result is the softmax over all rows with some logits and values estimated.
 
+mod chunks;
 mod select;
+mod weigh;
 
 use crate::dense::rows::{Indexed, Strided, widen_row};
 use crate::dense::scores::{RowId, Running, exp_difference};
@@ -23,9 +25,11 @@ use crate::kv::Reader;
 use crate::parallel::{Execution, for_each, map, num_threads};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
 use crate::tensor::{DType, Element, Error, Result, TensorView, TensorViewMut, with_element};
+use chunks::{Shared, Slots};
 use select::{Budget, Weights};
 use std::ops::Range;
 use std::sync::Arc;
+use weigh::{Bulk, HeadWeight, Summarise, Weigh};
 
 /// Standard deviations of a code's error that the bound of the missed mass allows for.
 const BOUND_SIGMAS: f32 = 5.5;
@@ -185,15 +189,6 @@ fn check(
 
 /// Query heads per KV head.
 const MAX_GROUP: usize = 64;
-
-/// Sums over candidates of one query head: what turns estimated logits into weights.
-#[derive(Clone, Copy, Debug)]
-struct Bulk {
-    /// Running softmax of the estimated logits.
-    softmax: Running,
-    sum: f64,
-    squares: f64,
-}
 
 impl Call<'_> {
     /// Attends from one query position of one KV head's group.
@@ -367,8 +362,8 @@ impl Call<'_> {
             let sigma_max = self.snapshot.stats(head).sigma_max;
             for (g, head) in heads.iter().enumerate() {
                 let (mut mass, mut left) = (totals.mass[g], totals.rest[g]);
-                for &row in &rows {
-                    let (share, weight) = head.weights(score(g, row as usize));
+                let (shares, weights) = head.weights(self.isa, rows.iter().map(|&row| score(g, row as usize)));
+                for ((&row, share), weight) in rows.iter().zip(shares).zip(weights) {
                     mass -= f64::from(share);
                     left -= f64::from(weight);
                     if clusters > 0 {
@@ -443,68 +438,6 @@ impl Call<'_> {
             // SAFETY: lse has one element per query row.
             unsafe { lse.row_ptr::<f32>(id.batch, id.head, id.row).write(total.lse()) };
         }
-    }
-}
-
-impl Bulk {
-    fn join(&mut self, other: Self) {
-        let max = self.softmax.max.max(other.softmax.max);
-        let sum = self.softmax.sum * exp_difference(self.softmax.max, max)
-            + other.softmax.sum * exp_difference(other.softmax.max, max);
-        self.softmax = Running { max, sum };
-        self.sum += other.sum;
-        self.squares += other.squares;
-    }
-}
-
-/// How one query head weighs candidates by their estimated logits, as shares of all its mass.
-#[derive(Clone, Copy, Debug)]
-struct HeadWeight {
-    /// Log of all mass: steady rows and candidates.
-    log_total: f32,
-    /// Share of the steady rows.
-    steady_share: f32,
-    /// An unread row's share is `exp(slope * s + shift)`: the mean of e^s given the estimate s.
-    slope: f32,
-    shift: f32,
-}
-
-impl HeadWeight {
-    fn new(bulk: &Bulk, steady: f32, sigma: f32, n: usize) -> Self {
-        let candidates = bulk.softmax.lse();
-        let max = steady.max(candidates);
-        let log_total = max + (exp_difference(steady, max) + exp_difference(candidates, max)).ln();
-        let mean = bulk.sum / n as f64;
-        let variance = (bulk.squares / n as f64 - mean * mean).max(0.0);
-        let noise = f64::from(sigma) * f64::from(sigma);
-        // Below a third of a nat the code's error hardly moves weights: the plain correction. Above it the mean given a Gaussian
-        // prior, which rows left unread because of their low estimate do not bias.
-        let (slope, shift) = if noise < 0.11 {
-            (1.0, -noise / 2.0)
-        } else {
-            let signal = (variance - noise).max(0.05 * variance);
-            let slope = signal / (signal + noise);
-            // Above ln n the correction would stand for errors rarer than one row in n.
-            (slope, mean * (1.0 - slope) + (slope * noise / 2.0).min((n as f64).ln()))
-        };
-        Self {
-            log_total,
-            steady_share: exp_difference(steady, log_total),
-            slope: slope as f32,
-            shift: shift as f32 - log_total,
-        }
-    }
-
-    /// Share of a row whose estimated logit is `s`: plain, and corrected for the code's error.
-    #[inline]
-    fn weights(&self, s: f32) -> (f32, f32) {
-        let share = (s - self.log_total).exp();
-        let corrected = if self.slope == 1.0 {
-            share * (self.shift + self.log_total).exp()
-        } else {
-            (self.slope * s + self.shift).exp()
-        };
-        (share, corrected)
     }
 }
 
@@ -633,207 +566,6 @@ impl Kernel for Exact<'_> {
                 }
             });
         }
-    }
-}
-
-/// Hides scores outside the candidates and sums what is inside.
-struct Summarise<'a> {
-    /// `[group, CHUNK]`.
-    scores: &'a mut [f32],
-    group: usize,
-    len: usize,
-    inside: Range<usize>,
-    estimates: bool,
-}
-
-impl Kernel for Summarise<'_> {
-    type Output = Vec<Bulk>;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Vec<Bulk> {
-        let Self { scores, group, len, inside, estimates } = self;
-        let hidden = f32::NEG_INFINITY;
-        let mut bulks = Vec::with_capacity(group);
-        for g in 0..group {
-            let row = &mut scores[g * CHUNK..g * CHUNK + len];
-            let mut bulk = Bulk { softmax: Running::EMPTY, sum: 0.0, squares: 0.0 };
-            if estimates {
-                // Moments of the differences from one score, so that nothing cancels.
-                let origin = row[inside.start];
-                row[..inside.start].fill(origin);
-                row[inside.end..].fill(origin);
-                let (mut max, mut sum, mut squares) = (s.splat(hidden), s.zero(), s.zero());
-                for chunk in row.chunks_exact(S::LANES) {
-                    // SAFETY: the chunk has LANES floats.
-                    let x = unsafe { s.load(chunk.as_ptr()) };
-                    let d = s.sub(x, s.splat(origin));
-                    max = s.max(x, max);
-                    sum = s.add(sum, d);
-                    squares = s.fma(d, d, squares);
-                }
-                let max = s.max_lane(max);
-                let (n, o) = (inside.len() as f64, f64::from(origin));
-                let (sum, squares) = (f64::from(s.sum(sum)), f64::from(s.sum(squares)));
-                bulk.sum = sum + n * o;
-                bulk.squares = squares + 2.0 * o * sum + n * o * o;
-                row[..inside.start].fill(hidden);
-                row[inside.end..].fill(hidden);
-                let mut total = s.zero();
-                for chunk in row.chunks_exact(S::LANES) {
-                    // SAFETY: as above.
-                    total = s.add(total, s.exp(s.sub(unsafe { s.load(chunk.as_ptr()) }, s.splat(max))));
-                }
-                bulk.softmax = Running { max, sum: s.sum(total) };
-            } else {
-                row[..inside.start].fill(hidden);
-                row[inside.end..].fill(hidden);
-            }
-            bulks.push(bulk);
-        }
-        bulks
-    }
-}
-
-/// Turns a chunk's scores into the group's weights, and sums the unread rows' weights by value cluster.
-struct Weigh<'a> {
-    /// `[group, CHUNK]`.
-    scores: &'a [f32],
-    /// `[CHUNK]`.
-    weights: &'a mut [f32],
-    heads: &'a [HeadWeight],
-    len: usize,
-    estimates: bool,
-    /// Value cluster of each row, empty if not asked for.
-    ids: &'a [u8],
-    clusters: usize,
-    by_mass: bool,
-}
-
-struct Weighed {
-    weights: Weights,
-    /// `[clusters, group]`.
-    sums: Vec<f32>,
-}
-
-impl Kernel for Weigh<'_> {
-    type Output = Weighed;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Weighed {
-        const STEP: usize = 256;
-        let Self { scores, weights, heads, len, estimates, ids, clusters, by_mass } = self;
-        let group = heads.len();
-        let mut totals = Weights::new(group, by_mass);
-        let mut sums = vec![0f32; (group * clusters).max(1)];
-        let mut rest = vec![0f32; group * STEP];
-        let mean = s.splat(1.0 / group as f32);
-        for start in (0..len).step_by(STEP) {
-            let n = STEP.min(len - start);
-            weights[start..start + n].fill(0.0);
-            for (g, head) in heads.iter().enumerate() {
-                let row = &scores[g * CHUNK + start..][..n];
-                let (mut mass, mut left) = (s.zero(), s.zero());
-                for j in (0..n).step_by(S::LANES) {
-                    // SAFETY: n is a multiple of the block of 16 and so of LANES; rows, weights and rest hold n floats from here.
-                    unsafe {
-                        let x = s.load(row.as_ptr().add(j));
-                        let weight = weights.as_mut_ptr().add(start + j);
-                        if estimates {
-                            let share = s.exp(s.sub(x, s.splat(head.log_total)));
-                            let other = if head.slope == 1.0 {
-                                s.mul(share, s.splat((head.shift + head.log_total).exp()))
-                            } else {
-                                s.exp(s.fma(x, s.splat(head.slope), s.splat(head.shift)))
-                            };
-                            mass = s.add(mass, share);
-                            left = s.add(left, other);
-                            s.store(rest.as_mut_ptr().add(g * STEP + j), other);
-                            s.store(weight, s.fma(share, mean, s.load(weight)));
-                        } else {
-                            // Agreeing bits.
-                            s.store(weight, s.add(s.load(weight), x));
-                        }
-                    }
-                }
-                totals.mass[g] += f64::from(s.sum(mass));
-                totals.rest[g] += f64::from(s.sum(left));
-            }
-            totals.count(&weights[start..start + n], &rest, STEP);
-            if clusters > 0 {
-                let ids = &ids[start..start + n];
-                match group {
-                    1 => add_by_cluster::<1, STEP>(ids, &rest, &mut sums),
-                    2 => add_by_cluster::<2, STEP>(ids, &rest, &mut sums),
-                    4 => add_by_cluster::<4, STEP>(ids, &rest, &mut sums),
-                    8 => add_by_cluster::<8, STEP>(ids, &rest, &mut sums),
-                    _ => {
-                        for (j, &id) in ids.iter().enumerate() {
-                            for (g, sum) in sums[usize::from(id) * group..][..group].iter_mut().enumerate() {
-                                *sum += rest[g * STEP + j];
-                            }
-                        }
-                    }
-                }
-            }
-        }
-        Weighed { weights: totals, sums }
-    }
-}
-
-/// `sums[id][g] += rest[g][j]` for each row j and its cluster, the group's size known to the compiler.
-#[inline(always)]
-fn add_by_cluster<const G: usize, const STEP: usize>(ids: &[u8], rest: &[f32], sums: &mut [f32]) {
-    let (sums, _) = sums.as_chunks_mut::<G>();
-    let rest: [&[f32]; G] = std::array::from_fn(|g| &rest[g * STEP..(g + 1) * STEP]);
-    assert!(ids.len() <= STEP);
-    for (j, &id) in ids.iter().enumerate() {
-        let sum = &mut sums[usize::from(id)];
-        for g in 0..G {
-            sum[g] += rest[g][j];
-        }
-    }
-}
-
-/// A buffer that several workers write disjoint parts of.
-struct Shared<'a> {
-    ptr: *mut f32,
-    len: usize,
-    memory: std::marker::PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: parts are handed out by an unsafe method whose callers take disjoint ones.
-unsafe impl Sync for Shared<'_> {}
-
-impl<'a> Shared<'a> {
-    fn new(memory: &'a mut [f32]) -> Self {
-        Self { ptr: memory.as_mut_ptr(), len: memory.len(), memory: std::marker::PhantomData }
-    }
-
-    /// # Safety
-    /// No two parts alive at once overlap.
-    #[allow(clippy::mut_from_ref, reason = "disjoint parts of one buffer, which is what this type is for")]
-    unsafe fn part(&self, start: usize, len: usize) -> &'a mut [f32] {
-        assert!(start + len <= self.len);
-        // SAFETY: inside the buffer, and disjoint by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(start), len) }
-    }
-}
-
-/// One value per chunk, set by whoever ran it.
-struct Slots<T>(Vec<std::sync::Mutex<Option<T>>>);
-
-impl<T> Slots<T> {
-    fn new(n: usize) -> Self {
-        Self((0..n).map(|_| std::sync::Mutex::new(None)).collect())
-    }
-
-    fn set(&self, i: usize, value: T) {
-        *self.0[i].lock().unwrap_or_else(|e| e.into_inner()) = Some(value);
-    }
-
-    /// The values that were set, in order; a cancelled call has fewer.
-    fn into_values(self) -> impl Iterator<Item = T> {
-        self.0.into_iter().filter_map(|slot| slot.into_inner().unwrap_or_else(|e| e.into_inner()))
     }
 }
 
