@@ -213,6 +213,11 @@ impl<'a> Problem<'a> {
         self.options.mask.is_some() || self.options.bias.is_some() || self.visible(row) != (0..self.keys)
     }
 
+    /// A row's softmax with the sink logit of its head, if there is one.
+    pub(crate) fn denominator(&self, id: RowId, running: Running) -> Running {
+        self.options.sinks.map_or(running, |sinks| running.with_sink(sinks[id.head]))
+    }
+
     fn id(&self, batch: usize, kv_head: usize, r: usize) -> RowId {
         RowId { batch, head: kv_head * self.group + r % self.group, row: r / self.group }
     }
@@ -358,16 +363,8 @@ fn load_query_pairs(problem: &Problem, id: RowId, to: &mut [f32]) {
 #[inline(always)]
 fn finish_row<S: Simd>(s: S, job: &Job, id: RowId, running: Running, outputs: &mut [f32]) {
     let problem = &job.problem;
-    let mut total = running;
-    if let Some(sinks) = problem.options.sinks {
-        let sink = sinks[id.head];
-        let max = running.max.max(sink);
-        if max > f32::NEG_INFINITY {
-            total = Running { max, sum: running.sum * exp_difference(running.max, max) + exp_difference(sink, max) };
-        }
-    }
-    let scale = exp_difference(running.max, total.max) / total.sum;
-    scale_row(s, outputs, if running.sum == 0.0 { 0.0 } else { scale });
+    let total = problem.denominator(id, running);
+    scale_row(s, outputs, running.normalise(total));
     let row = &outputs[..problem.value_dim];
     if row.iter().all(|x| x.is_finite()) || !problem.hides(id.row) {
         write_row(job, id, row, total.lse());
@@ -419,16 +416,8 @@ fn careful_row(job: &Job, id: RowId) {
                 // SAFETY: visible keys lie inside the views; the buffers are padded as RowState says.
                 unsafe { stream::attend(s, problem, &[id], k, v, keys, None, &mut state, &mut scores, true) };
             });
-            let mut total = running[0];
-            if let Some(sinks) = problem.options.sinks {
-                let max = total.max.max(sinks[id.head]);
-                if max > f32::NEG_INFINITY {
-                    let sum = total.sum * exp_difference(total.max, max) + exp_difference(sinks[id.head], max);
-                    total = Running { max, sum };
-                }
-            }
-            let scale = exp_difference(running[0].max, total.max) / total.sum;
-            scale_row(s, &mut outputs, if running[0].sum == 0.0 { 0.0 } else { scale });
+            let total = problem.denominator(id, running[0]);
+            scale_row(s, &mut outputs, running[0].normalise(total));
             write_row(job, id, &outputs[..problem.value_dim], total.lse());
         }
     }

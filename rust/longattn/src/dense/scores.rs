@@ -14,6 +14,20 @@ pub(crate) struct Running {
 impl Running {
     pub(crate) const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
 
+    /// The denominator with one more logit, which has no value.
+    pub(crate) fn with_sink(self, sink: f32) -> Self {
+        let max = self.max.max(sink);
+        if max == f32::NEG_INFINITY {
+            return self;
+        }
+        Self { max, sum: self.sum * exp_difference(self.max, max) + exp_difference(sink, max) }
+    }
+
+    /// What turns outputs accumulated with this state into those over the denominator `total`; 0 where nothing was seen.
+    pub(crate) fn normalise(self, total: Self) -> f32 {
+        if self.sum == 0.0 { 0.0 } else { exp_difference(self.max, total.max) / total.sum }
+    }
+
     /// ln sum_j exp(s_j).
     pub(crate) fn lse(self) -> f32 {
         if self.sum == 0.0 { f32::NEG_INFINITY } else { self.max + self.sum.ln() }

@@ -421,13 +421,9 @@ impl Call<'_> {
                 }
                 total = Running { max, sum: total.sum * old + new * selection.rest[g].sum };
             }
-            let mut scale = if total.sum == 0.0 { 0.0 } else { 1.0 / total.sum };
-            if let Some(sinks) = self.options.sink_logits {
-                let max = total.max.max(sinks[id.head]);
-                let sum = total.sum * exp_difference(total.max, max) + exp_difference(sinks[id.head], max);
-                scale = exp_difference(total.max, max) / sum;
-                total = Running { max, sum };
-            }
+            let seen = total;
+            let total = problem.denominator(id, seen);
+            let scale = seen.normalise(total);
             with_element!(out.dtype(), O => {
                 let to = out.row_ptr::<O>(id.batch, id.head, id.row);
                 for (d, x) in output.iter().enumerate() {
