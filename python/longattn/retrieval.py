@@ -28,7 +28,7 @@ class RetrievalStats:
         missed_mass: float32 `[Hq, Lq]`, estimated share of the softmax mass outside the rows that were read. With
             `rest="values"` that mass is in the result, as an estimate; with `rest="none"` it is left out.
         missed_mass_bound: float32 `[Hq, Lq]`, upper bound of the true share. It holds if no logit is
-            underestimated by more than 5.5 standard deviations of its code's error: useful with 4 bits, close
+            underestimated by more than 5.5 standard deviations of its code's error: loose with 4 bits (0.9 and more is common on heads that spread their mass), close
             to 1 with fewer. 1 for plain sign codes, which estimate nothing.
         selected: rows picked through the index, ascending, `[Hkv][Lq]` lists of uint32 arrays; empty lists
             unless `return_selected` was set.
@@ -87,7 +87,8 @@ def retrieval_attention(
     rows that a budget can afford hold only a small part of the mass.
 
     Query row `i` sits at position `len(store) - Lq + i` and sees the rows up to its own: append a step's keys and
-    values before attending.
+    values before attending. With several rows, `rest="values"` uses cluster means of all rows of the store, so the
+    result equals one call per row only approximately; the rows selected are the same.
 
     Args:
         q: queries `[Hq, Lq, D]` or `[1, Hq, Lq, D]`; float32, float16 or bfloat16; at most 64 query heads per KV

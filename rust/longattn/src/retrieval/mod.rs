@@ -106,7 +106,7 @@ struct Call<'a> {
 /// `lse` `[1, query heads, queries, 1]` in f32. Returns the statistics of `[kv_heads, queries]`, row-major.
 ///
 /// `missed_mass` comes from the codes' unbiased logits. `missed_mass_bound` holds if no unread row's logit is underestimated by
-/// more than 5.5 standard deviations of its code's error, a Gaussian event of 2e-8 per row: loose with 1 or 2 bits, useful with 4.
+/// more than 5.5 standard deviations of its code's error, a Gaussian event of 2e-8 per row: loose with 4 bits, near 1 with fewer.
 /// Hash codes estimate nothing: both are 1 whenever rows were left out.
 pub fn retrieval_attention(
     q: TensorView,
