@@ -28,8 +28,8 @@ class RetrievalStats:
         missed_mass: float32 `[Hq, Lq]`, estimated share of the softmax mass outside the rows that were read. With
             `rest="values"` that mass is in the result, as an estimate; with `rest="none"` it is left out.
         missed_mass_bound: float32 `[Hq, Lq]`, upper bound of the true share. It holds if no logit is
-            underestimated by more than 5.5 standard deviations of its code's error: loose with 4 bits
-            (0.9 and more on heads that spread their mass), close to 1 with fewer. 1 for plain sign codes, which estimate nothing.
+            underestimated by more than 5.5 standard deviations of its code's error: loose with 4 bits (0.9 and more
+            on heads that spread their mass), close to 1 with fewer. 1 for plain sign codes, which estimate nothing.
         selected: rows picked through the index, ascending, `[Hkv][Lq]` lists of uint32 arrays; empty lists
             unless `return_selected` was set.
     """
