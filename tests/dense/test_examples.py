@@ -1,11 +1,18 @@
 """The examples in the docstrings run and give what they show."""
 
 import doctest
+import importlib
+import pkgutil
 
-from longattn import dense
+import pytest
+
+import longattn.dense
+
+MODULES = [module.name for module in pkgutil.iter_modules(longattn.dense.__path__, "longattn.dense.")]
 
 
-def test_docstring_examples():
-    result = doctest.testmod(dense)
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
     assert result.failed == 0

@@ -8,20 +8,32 @@ whatever the number of threads.
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longattn import _core
-from longattn._arrays import BFLOAT16, FLOATS, Array, as_numpy, as_output, like
-
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
-_FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+from longattn._arrays import Array, as_numpy, like
+from longattn._checks import (
+    attention_inputs,
+    batched,
+    bias_scores,
+    check_float_storage,
+    check_floating,
+    check_heads,
+    flag,
+    mask_scores,
+    per_head,
+    result_array,
+    returned,
+    scale_factor,
+    sequence_bounds,
+    slopes_per_head,
+    softcap_value,
+    window_sides,
+)
 
 
 def attention(
@@ -89,23 +101,23 @@ def attention(
         >>> out.shape, lse.shape
         ((1, 8, 1, 64), (1, 8, 1))
     """
-    qn, kn, vn = _inputs(q, k, v, ranks=(3, 4))
+    qn, kn, vn = attention_inputs(q, k, v, ranks=(3, 4))
     for x, name in ((kn, "k"), (vn, "v")):
         if x.shape[:-3] != qn.shape[:-3]:
             raise ValueError(f"{name}: got batch {x.shape[0]}, expected {qn.shape[0]} as in q")
-    _check_heads(qn.shape[-3], kn.shape[-3], vn.shape[-3])
+    check_heads(qn.shape[-3], kn.shape[-3], vn.shape[-3])
     if vn.shape[-2] != kn.shape[-2]:
         raise ValueError(f"v: got length {vn.shape[-2]}, expected {kn.shape[-2]} as in k")
     *_, heads, rows, _ = qn.shape
     keys = kn.shape[-2]
     scores = (*qn.shape[:-1], keys)
-    left, right = _window(window, rows + keys)
-    bias_n = None if bias is None else _bias(bias, scores)
-    mask_n = None if mask is None else _mask(mask, scores)
-    slopes = None if alibi_slopes is None else _slopes(alibi_slopes, qn.shape[:-2])
-    sinks_n = None if sinks is None else _per_head(sinks, "sinks", heads)
-    causal, return_lse = _flag(causal, "causal"), _flag(return_lse, "return_lse")
-    scale, softcap = _scale(scale, qn.shape[-1]), _softcap(softcap)
+    left, right = window_sides(window, rows + keys)
+    bias_n = None if bias is None else bias_scores(bias, scores)
+    mask_n = None if mask is None else mask_scores(mask, scores)
+    slopes = None if alibi_slopes is None else slopes_per_head(alibi_slopes, qn.shape[:-2])
+    sinks_n = None if sinks is None else per_head(sinks, "sinks", heads)
+    causal, return_lse = flag(causal, "causal"), flag(return_lse, "return_lse")
+    scale, softcap = scale_factor(scale, qn.shape[-1]), softcap_value(softcap)
     shape = (*qn.shape[:-1], vn.shape[-1])
     inputs = {
         "q": qn,
@@ -116,17 +128,17 @@ def attention(
         "alibi_slopes": slopes,
         "sinks": sinks_n,
     }
-    result = _result(out, q, shape, qn.dtype, inputs)
+    result = result_array(out, q, shape, qn.dtype, inputs)
 
     lse = np.empty(qn.shape[:-1], np.float32)
     if lse.size:
-        q4, k4, v4, out4 = (_batched(x, 4) for x in (qn, kn, vn, result))
+        q4, k4, v4, out4 = (batched(x, 4) for x in (qn, kn, vn, result))
         _core.attention(
             q4,
             k4,
             v4,
             out4,
-            _batched(lse, 3),
+            batched(lse, 3),
             scale,
             causal,
             left,
@@ -137,7 +149,7 @@ def attention(
             slopes,
             sinks_n,
         )
-    return _returned(out, q, result, lse if return_lse else None)
+    return returned(out, q, result, lse if return_lse else None)
 
 
 def attention_varlen(
@@ -195,29 +207,29 @@ def attention_varlen(
         >>> la.attention_varlen(q, k, v, np.array([0, 2, 5]), np.array([0, 2, 5]), causal=True).shape
         (5, 2, 4)
     """
-    qn, kn, vn = _inputs(q, k, v, ranks=(3,))
+    qn, kn, vn = attention_inputs(q, k, v, ranks=(3,))
     total_q, heads, dim = qn.shape
-    _check_heads(heads, kn.shape[1], vn.shape[1])
+    check_heads(heads, kn.shape[1], vn.shape[1])
     if vn.shape[0] != kn.shape[0]:
         raise ValueError(f"v: got length {vn.shape[0]}, expected {kn.shape[0]} as in k")
-    cu_q = _bounds(cu_seqlens_q, "cu_seqlens_q", total_q)
-    cu_k = _bounds(cu_seqlens_k, "cu_seqlens_k", kn.shape[0])
+    cu_q = sequence_bounds(cu_seqlens_q, "cu_seqlens_q", total_q)
+    cu_k = sequence_bounds(cu_seqlens_k, "cu_seqlens_k", kn.shape[0])
     if len(cu_k) != len(cu_q):
         raise ValueError(f"cu_seqlens_k: got {len(cu_k) - 1} sequences, expected {len(cu_q) - 1} as in cu_seqlens_q")
-    left, right = _window(window, total_q + kn.shape[0])
-    slopes = None if alibi_slopes is None else _per_head(alibi_slopes, "alibi_slopes", heads)
-    sinks_n = None if sinks is None else _per_head(sinks, "sinks", heads)
-    causal, return_lse = _flag(causal, "causal"), _flag(return_lse, "return_lse")
-    scale, softcap = _scale(scale, dim), _softcap(softcap)
+    left, right = window_sides(window, total_q + kn.shape[0])
+    slopes = None if alibi_slopes is None else per_head(alibi_slopes, "alibi_slopes", heads)
+    sinks_n = None if sinks is None else per_head(sinks, "sinks", heads)
+    causal, return_lse = flag(causal, "causal"), flag(return_lse, "return_lse")
+    scale, softcap = scale_factor(scale, dim), softcap_value(softcap)
     inputs = {"q": qn, "k": kn, "v": vn, "alibi_slopes": slopes, "sinks": sinks_n}
-    result = _result(out, q, (total_q, heads, vn.shape[2]), qn.dtype, inputs)
+    result = result_array(out, q, (total_q, heads, vn.shape[2]), qn.dtype, inputs)
 
     lse = np.empty((heads, total_q), np.float32)
     if lse.size:
         _core.attention_varlen(
             qn, kn, vn, result, lse, cu_q, cu_k, scale, causal, left, right, softcap, slopes, sinks_n
         )
-    return _returned(out, q, result, lse if return_lse else None)
+    return returned(out, q, result, lse if return_lse else None)
 
 
 def merge(parts: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -259,8 +271,8 @@ def merge(parts: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"parts[{n}]: got {type(pair).__name__}, expected a pair (o, lse)")
         o, lse = as_numpy(pair[0], f"parts[{n}] o"), as_numpy(pair[1], f"parts[{n}] lse")
-        _check_dtype(o, f"parts[{n}] o")
-        _check_floating(lse, f"parts[{n}] lse")
+        check_float_storage(o, f"parts[{n}] o")
+        check_floating(lse, f"parts[{n}] lse")
         first = outs[0] if outs else o
         if o.ndim not in (3, 4) or o.shape != first.shape:
             expected = f"{first.shape} as in parts[0]" if outs else "[B, H, L, Dv] or [H, L, Dv]"
@@ -274,169 +286,9 @@ def merge(parts: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
     result, total = np.empty(outs[0].shape, outs[0].dtype), np.empty(lses[0].shape, np.float32)
     if total.size:
         _core.merge(
-            [_batched(o, 4) for o in outs],
-            [_batched(x, 3) for x in lses],
-            _batched(result, 4),
-            _batched(total, 3),
+            [batched(o, 4) for o in outs],
+            [batched(x, 3) for x in lses],
+            batched(result, 4),
+            batched(total, 3),
         )
     return like(pairs[0][0], result), like(pairs[0][0], total)
-
-
-def _inputs(q: Array, k: Array, v: Array, *, ranks: tuple[int, ...]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Queries, keys and values as numpy arrays of fitting rank, dtype and head_dim."""
-    qn, kn, vn = as_numpy(q, "q"), as_numpy(k, "k"), as_numpy(v, "v")
-    if qn.ndim not in ranks:
-        raise ValueError(f"q: got shape {qn.shape}, expected rank {' or '.join(map(str, ranks))}")
-    for x, name in ((kn, "k"), (vn, "v")):
-        if x.ndim != qn.ndim:
-            raise ValueError(f"{name}: got shape {x.shape}, expected rank {qn.ndim} as q")
-    for x, name in ((qn, "q"), (kn, "k"), (vn, "v")):
-        _check_dtype(x, name)
-        if x.shape[-1] == 0:
-            raise ValueError(f"{name}: got head_dim 0 in shape {x.shape}, expected at least 1")
-    if vn.dtype != kn.dtype:
-        raise TypeError(f"v: got dtype {vn.dtype}, expected {kn.dtype} as k")
-    if kn.shape[-1] != qn.shape[-1]:
-        raise ValueError(f"k: got head_dim {kn.shape[-1]}, expected {qn.shape[-1]} as in q")
-    return qn, kn, vn
-
-
-def _check_dtype(x: NDArray[Any], name: str) -> None:
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name}: got dtype {x.dtype}, expected float32, float16 or bfloat16")
-
-
-def _check_floating(x: NDArray[Any], name: str) -> None:
-    if x.dtype.kind != "f" and x.dtype != BFLOAT16:
-        raise TypeError(f"{name}: got dtype {x.dtype}, expected a floating dtype")
-
-
-def _check_heads(q_heads: int, k_heads: int, v_heads: int) -> None:
-    if k_heads == 0 or q_heads == 0 or q_heads % k_heads:
-        raise ValueError(f"q: got {q_heads} heads, expected a positive multiple of the {k_heads} heads of k")
-    if v_heads != k_heads:
-        raise ValueError(f"v: got {v_heads} heads, expected {k_heads} as in k")
-
-
-def _flag(value: object, name: str) -> bool:
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name}: got {value!r}, expected True or False")
-    return bool(value)
-
-
-def _real(value: object, name: str) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected a number")
-    return float(value)
-
-
-def _scale(scale: object, dim: int) -> float:
-    if scale is None:
-        return float(dim**-0.5)
-    number = _real(scale, "scale")
-    if not abs(number) <= _FLOAT32_MAX:  # NaN fails, too
-        raise ValueError(f"scale: got {scale}, expected a finite float32")
-    return number
-
-
-def _softcap(softcap: object) -> float:
-    number = _real(softcap, "softcap")
-    # Below the smallest normal float32 its reciprocal overflows.
-    if number != 0 and not _FLOAT32_TINY <= number <= _FLOAT32_MAX:
-        raise ValueError(f"softcap: got {softcap}, expected 0 (off) or a positive normal float32")
-    return number
-
-
-def _window(window: object, span: int) -> tuple[int, int]:
-    """Both sides, -1 where a side reaches past a span of `span` positions in any case."""
-    if not isinstance(window, tuple | list) or len(window) != 2:
-        raise TypeError(f"window: got {window!r}, expected a pair (left, right)")
-    try:
-        left, right = (operator.index(side) for side in window)
-    except TypeError:
-        raise TypeError(f"window: got {window!r}, expected a pair of integers (left, right)") from None
-    if left < -1 or right < -1:
-        raise ValueError(f"window: got {window!r}, expected sides of at least 0, or -1 for unbounded")
-    return (-1 if left >= span else left), (-1 if right >= span else right)
-
-
-def _broadcast(x: NDArray[Any], name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    try:
-        full = np.broadcast_to(x, shape)
-    except ValueError:
-        raise ValueError(f"{name}: got shape {x.shape}, expected one that broadcasts to {shape}") from None
-    return _batched(full, 4)
-
-
-def _bias(bias: Array, scores: tuple[int, ...]) -> NDArray[np.float32]:
-    x = as_numpy(bias, "bias", any_strides=True)
-    _check_floating(x, "bias")
-    with np.errstate(over="ignore"):  # float64's lowest number, a common "masked", becomes -inf
-        return _broadcast(x.astype(np.float32, copy=False), "bias", scores)
-
-
-def _mask(mask: Array, scores: tuple[int, ...]) -> NDArray[np.bool_]:
-    x = as_numpy(mask, "mask", any_strides=True)
-    if x.dtype != np.bool_:
-        raise TypeError(f"mask: got dtype {x.dtype}, expected bool (a mask to add goes to bias)")
-    return _broadcast(x, "mask", scores)
-
-
-def _slopes(alibi_slopes: Array, batch_heads: tuple[int, ...]) -> NDArray[np.float32]:
-    """Slopes as contiguous `[B, Hq]`."""
-    x = as_numpy(alibi_slopes, "alibi_slopes")
-    _check_floating(x, "alibi_slopes")
-    heads = batch_heads[-1]
-    batch = math.prod(batch_heads[:-1])
-    if x.shape not in ((heads,), (batch, heads)):
-        raise ValueError(f"alibi_slopes: got shape {x.shape}, expected {(heads,)} or {(batch, heads)}")
-    return np.ascontiguousarray(np.broadcast_to(x, (batch, heads)), np.float32)
-
-
-def _per_head(values: Array, name: str, heads: int) -> NDArray[np.float32]:
-    x = as_numpy(values, name)
-    _check_floating(x, name)
-    if x.shape != (heads,):
-        raise ValueError(f"{name}: got shape {x.shape}, expected {(heads,)}, one per query head")
-    return np.ascontiguousarray(x, np.float32)
-
-
-def _bounds(cu_seqlens: Array, name: str, total: int) -> NDArray[np.int64]:
-    x = as_numpy(cu_seqlens, name)
-    if x.dtype.kind not in "iu":
-        raise TypeError(f"{name}: got dtype {x.dtype}, expected integers")
-    if x.ndim != 1 or x.size == 0:
-        raise ValueError(f"{name}: got shape {x.shape}, expected [sequences + 1]")
-    bounds = np.ascontiguousarray(x, np.int64)
-    if bounds[0] != 0 or bounds[-1] != total:
-        raise ValueError(f"{name}: got bounds from {bounds[0]} to {bounds[-1]}, expected 0 to {total}")
-    falls = np.flatnonzero(np.diff(bounds) < 0)
-    if falls.size:
-        at = int(falls[0])
-        raise ValueError(
-            f"{name}: got {bounds[at]}, then {bounds[at + 1]} at {at + 1}, expected bounds that never fall"
-        )
-    return bounds
-
-
-def _batched(x: NDArray[Any], rank: int) -> NDArray[Any]:
-    """`x` with a batch axis of 1 in front where it has none."""
-    return x if x.ndim == rank else x[None]
-
-
-def _result(
-    out: Array | None,
-    q: Array,
-    shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    inputs: dict[str, NDArray[Any] | None],
-) -> NDArray[Any]:
-    """Where the result goes: the caller's `out`, or new memory."""
-    if out is None:
-        return np.empty(shape, dtype)
-    return as_output(out, like=q, shape=shape, dtype=dtype, inputs=inputs)
-
-
-def _returned(out: Array | None, q: Array, result: NDArray[Any], lse: NDArray[np.float32] | None) -> Any:
-    output = like(q, result) if out is None else out
-    return output if lse is None else (output, like(q, lse))

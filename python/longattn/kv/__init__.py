@@ -1,0 +1,5 @@
+"""Where keys and values live: the host store."""
+
+from longattn.kv.store import KVStore
+
+__all__ = ["KVStore"]
