@@ -1,6 +1,6 @@
 //! Rows times a small matrix, with the attention tiles' micro-kernel: projections of keys and distances to centroids.
 
-use super::rows::{Strided, widen_row};
+use super::rows::{Rows, Strided, widen_row};
 use super::scratch::Buffer;
 use super::tile::{multiply, pack_transposed, panel};
 use crate::simd::Simd;
@@ -28,7 +28,7 @@ impl PackedMatrix {
         let wide = wide.take(panel::<S>() * padded_dim).as_mut_ptr();
         let rows = Strided { base: matrix.as_ptr(), stride: dim as isize };
         // SAFETY: the matrix has `outputs` rows of `dim` floats, and both buffers were sized for their panels.
-        unsafe { pack_transposed::<S, f32, _>(s, rows, 0..outputs, dim, padded_dim, wide, to) };
+        unsafe { pack_transposed(s, rows, 0..outputs, dim, padded_dim, wide, to) };
         Self { panels, dim, padded_dim, outputs }
     }
 
@@ -66,7 +66,7 @@ impl PackedMatrix {
         for r in 0..count {
             let row = &mut wide[r * dp..(r + 1) * dp];
             // SAFETY: the caller vouches for the row; `row` has the padded length.
-            unsafe { widen_row(s, super::rows::Rows::row(rows, first + r), self.dim, row.as_mut_ptr(), dp) };
+            unsafe { widen_row(s, rows.row(first + r), self.dim, row.as_mut_ptr(), dp) };
             if let Some(centre) = centre {
                 row.iter_mut().zip(centre).for_each(|(x, c)| *x -= c);
             }

@@ -20,8 +20,8 @@ pub use merge::merge;
 
 use crate::parallel::{Execution, for_each};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
-use crate::tensor::{DType, Element, Error, Result, TensorView, TensorViewMut, with_element};
-use rows::{Strided, widen_row};
+use crate::tensor::{DType, Element, Error, KvView, Result, TensorView, TensorViewMut, with_element};
+use rows::{widen_row, with_rows};
 use scores::{RowId, Running, exp_difference};
 use scratch::{Scratch, with_scratch};
 use std::marker::PhantomData;
@@ -116,8 +116,8 @@ impl Options<'_> {
 #[derive(Clone, Copy)]
 pub(crate) struct Problem<'a> {
     pub(crate) q: TensorView<'a>,
-    pub(crate) k: TensorView<'a>,
-    pub(crate) v: TensorView<'a>,
+    pub(crate) k: KvView<'a>,
+    pub(crate) v: KvView<'a>,
     pub(crate) options: Options<'a>,
     pub(crate) scale: f32,
     pub(crate) batch: usize,
@@ -131,7 +131,7 @@ pub(crate) struct Problem<'a> {
 }
 
 impl<'a> Problem<'a> {
-    pub(crate) fn new(q: TensorView<'a>, k: TensorView<'a>, v: TensorView<'a>, options: Options<'a>) -> Result<Self> {
+    pub(crate) fn new(q: TensorView<'a>, k: KvView<'a>, v: KvView<'a>, options: Options<'a>) -> Result<Self> {
         let ([batch, query_heads, queries, dim], [bk, kv_heads, keys, dk], [bv, hv, kv, value_dim]) =
             (q.shape(), k.shape(), v.shape());
         if dim == 0 {
@@ -145,8 +145,8 @@ impl<'a> Problem<'a> {
             let expected = format!("batch, heads and length of k, {:?}", &k.shape()[..3]);
             return Err(Error::value("v", format!("shape {:?}", v.shape()), expected));
         }
-        if k.dtype() != v.dtype() {
-            return Err(Error::dtype("v", v.dtype(), format!("the dtype of k, {}", k.dtype())));
+        if k.storage() != v.storage() {
+            return Err(Error::dtype("v", v.storage(), format!("the dtype of k, {}", k.storage())));
         }
         if query_heads > 0 && (kv_heads == 0 || query_heads % kv_heads != 0) {
             let expected = format!("a multiple of the {kv_heads} heads of k");
@@ -309,24 +309,20 @@ impl Kernel for Item<'_, '_> {
         let mut running = [Running::EMPTY; QUERY_ROWS];
         let (ids, running) = (&ids[..n], &mut running[..n]);
 
-        with_element!(problem.k.dtype(), T => {
-            let k = Strided { base: problem.k.head::<T>(block.batch, block.kv_head), stride: problem.k.row_stride() };
-            let v = Strided { base: problem.v.head::<T>(block.batch, block.kv_head), stride: problem.v.row_stride() };
-            // SAFETY: `keys` lies inside the views' length; the buffers are padded as RowState and TileState say.
+        if few {
+            let scores = scratch.scores.take(n * stream::KEYS);
+            let mut state = RowState { queries, padded_dim: dp, outputs, padded_value_dim: vp, running };
+            // SAFETY: `keys` lies inside the views' length; the buffers are padded as RowState says.
             unsafe {
-                if few {
-                    let mut state =
-                        RowState { queries, padded_dim: dp, outputs, padded_value_dim: vp, running };
-                    let scores = scratch.scores.take(n * stream::KEYS);
-                    stream::attend(s, problem, ids, k, v, keys, None, &mut state, scores, false);
-                } else {
-                    let mut state =
-                        TileState { queries, padded_dim: dp, pairs, outputs, padded_value_dim: vp, running };
-                    let Scratch { keys: kb, values: vb, scores: sb, extra, .. } = scratch;
-                    tile::attend::<S, T>(s, problem, ids, k, v, keys, &mut state, kb, vb, sb, extra);
-                }
+                with_rows!(problem, block.batch, block.kv_head, |k, v| {
+                    stream::attend(s, problem, ids, k, v, keys, None, &mut state, scores, false)
+                });
             }
-        });
+        } else {
+            let mut state = TileState { queries, padded_dim: dp, pairs, outputs, padded_value_dim: vp, running };
+            let Scratch { keys: kb, values: vb, scores: sb, extra, .. } = scratch;
+            tile::attend(s, problem, ids, keys, &mut state, kb, vb, sb, extra);
+        }
         let Some(job) = finish else {
             return Some(Partial { running: running.to_vec(), outputs: outputs[..n * vp].to_vec() });
         };
@@ -346,6 +342,9 @@ fn load_query<S: Simd>(s: S, problem: &Problem, id: RowId, to: &mut [f32]) {
         unsafe { widen_row(s, row.as_ptr(), row.len(), to.as_mut_ptr(), to.len()) };
     });
     scale_row(s, to, problem.scale);
+    if let Some(channels) = problem.k.channels(id.head / problem.group) {
+        to.iter_mut().zip(channels).for_each(|(x, c)| *x *= c);
+    }
 }
 
 /// Copies one query row of bf16 as it is, two numbers to a float's four bytes; `to` is padded with zeros.
@@ -409,13 +408,13 @@ fn careful_row(job: &Job, id: RowId) {
                 running: &mut running,
             };
             let head = id.head / problem.group;
-            with_element!(problem.k.dtype(), T => {
-                let k = Strided { base: problem.k.head::<T>(id.batch, head), stride: problem.k.row_stride() };
-                let v = Strided { base: problem.v.head::<T>(id.batch, head), stride: problem.v.row_stride() };
-                let keys = problem.visible(id.row);
-                // SAFETY: visible keys lie inside the views; the buffers are padded as RowState says.
-                unsafe { stream::attend(s, problem, &[id], k, v, keys, None, &mut state, &mut scores, true) };
-            });
+            let keys = problem.visible(id.row);
+            // SAFETY: visible keys lie inside the views; the buffers are padded as RowState says.
+            unsafe {
+                with_rows!(problem, id.batch, head, |k, v| {
+                    stream::attend(s, problem, &[id], k, v, keys, None, &mut state, &mut scores, true)
+                });
+            }
             let total = problem.denominator(id, running[0]);
             scale_row(s, &mut outputs, running[0].normalise(total));
             write_row(job, id, &outputs[..problem.value_dim], total.lse());
@@ -517,16 +516,16 @@ fn check_outputs(problem: &Problem, out: &TensorViewMut, lse: &TensorViewMut) ->
 /// `q` is `[batch, query heads, queries, dim]`, `k` and `v` `[batch, kv heads, keys, dim or value_dim]`; query head h reads KV head
 /// `h / (query heads / kv heads)`. `lse` is `[batch, query heads, queries, 1]`, f32. Rows that see no key give 0 and minus infinity.
 /// Nothing is written when an argument is wrong.
-pub fn attention(
-    q: TensorView,
-    k: TensorView,
-    v: TensorView,
-    options: Options,
+pub fn attention<'a>(
+    q: TensorView<'a>,
+    k: impl Into<KvView<'a>>,
+    v: impl Into<KvView<'a>>,
+    options: Options<'a>,
     out: &mut TensorViewMut,
     lse: &mut TensorViewMut,
     execution: &Execution,
 ) -> Result<()> {
-    let problem = Problem::new(q, k, v, options)?;
+    let problem = Problem::new(q, k.into(), v.into(), options)?;
     check_outputs(&problem, out, lse)?;
     run(simd::current(), &[Job { problem, out, lse }], execution)
 }
@@ -556,6 +555,7 @@ pub fn attention_varlen(
             return Err(Error::value(name, format!("{ends:?}"), expected));
         }
     }
+    let (k, v) = (KvView::from(k), KvView::from(v));
     check_outputs(&Problem::new(q, k, v, options)?, out, lse)?;
     let parts: Vec<_> = (1..query_ends.len())
         .map(|s| {

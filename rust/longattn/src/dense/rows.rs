@@ -1,74 +1,251 @@
-//! Where the rows of one head lie: one after another, or picked by an index list.
+//! Rows of one head as kernels read them: numbers or codes, one after another or picked by an index list.
 
 use crate::simd::{Simd, prefetch};
-use crate::tensor::Element;
+use crate::tensor::{CODE_STEP, CodeFormat, Element, KvView};
 
-/// Rows of `dim` elements each.
-pub(crate) trait Rows<T: Element>: Copy {
-    /// Pointer to row `j`.
-    fn row(self, j: usize) -> *const T;
+/// One stored row, whose elements are floats once loaded.
+pub(crate) trait Row: Copy {
+    /// Elements `d..d + LANES`; `d` is a multiple of `LANES`.
+    ///
+    /// # Safety
+    /// The row has those elements.
+    unsafe fn load<S: Simd>(self, s: S, d: usize) -> S::F32;
+
+    /// Elements `d..d + n`, `n < LANES`. Beyond them are zeros (numbers) or what the padding of the row decodes to (codes), which is
+    /// finite where the row is.
+    ///
+    /// # Safety
+    /// The row has those elements.
+    unsafe fn load_first<S: Simd>(self, s: S, d: usize, n: usize) -> S::F32;
+
+    /// Asks for every cache line of the row, which has `dim` elements.
+    fn prefetch(self, dim: usize);
 }
 
-/// Rows a fixed number of elements apart.
+impl<T: Element> Row for *const T {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(self, s: S, d: usize) -> S::F32 {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_as(self.add(d)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_first<S: Simd>(self, s: S, d: usize, n: usize) -> S::F32 {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_first(self.add(d), n) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, dim: usize) {
+        prefetch_bytes(self.cast(), dim * size_of::<T>());
+    }
+}
+
+/// Asks for every cache line of `bytes` bytes.
+#[inline(always)]
+pub(crate) fn prefetch_bytes(start: *const u8, bytes: usize) {
+    let mut offset = 0;
+    while offset < bytes {
+        prefetch(start.wrapping_add(offset));
+        offset += 64;
+    }
+}
+
+/// Rows of one head.
+pub(crate) trait Rows: Copy {
+    type Row: Row;
+    /// Row `j`. Any `j` is fine as long as the row is not loaded from.
+    fn row(self, j: usize) -> Self::Row;
+    /// Bytes that a row takes in memory.
+    fn row_bytes(self, dim: usize) -> usize;
+}
+
+/// Rows of numbers, a fixed number of elements apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Strided<T> {
     pub(crate) base: *const T,
     pub(crate) stride: isize,
 }
 
-impl<T: Element> Rows<T> for Strided<T> {
+impl<T: Element> Rows for Strided<T> {
+    type Row = *const T;
+
     #[inline(always)]
     fn row(self, j: usize) -> *const T {
         self.base.wrapping_offset(j as isize * self.stride)
+    }
+
+    #[inline(always)]
+    fn row_bytes(self, dim: usize) -> usize {
+        dim * size_of::<T>()
     }
 }
 
 /// Row `j` is row `index[j]` of `rows`.
 #[derive(Clone, Copy)]
-pub(crate) struct Indexed<'a, T> {
-    pub(crate) rows: Strided<T>,
+pub(crate) struct Indexed<'a, R> {
+    pub(crate) rows: R,
     pub(crate) index: &'a [u32],
 }
 
-impl<T: Element> Rows<T> for Indexed<'_, T> {
+impl<R: Rows> Rows for Indexed<'_, R> {
+    type Row = R::Row;
+
     #[inline(always)]
-    fn row(self, j: usize) -> *const T {
+    fn row(self, j: usize) -> R::Row {
         // Prefetches run past the end of the list; the first row stands in for what is not there.
         self.rows.row(self.index.get(j).copied().unwrap_or(0) as usize)
     }
-}
 
-/// Asks for every cache line of a row of `dim` elements.
-#[inline(always)]
-pub(crate) fn prefetch_row<T>(row: *const T, dim: usize) {
-    let bytes = dim * size_of::<T>();
-    let mut offset = 0;
-    while offset < bytes {
-        prefetch(row.cast::<u8>().wrapping_add(offset));
-        offset += 64;
+    #[inline(always)]
+    fn row_bytes(self, dim: usize) -> usize {
+        self.rows.row_bytes(dim)
     }
 }
 
-/// Widens a row into `to`, padding with zeros up to `padded` floats.
+/// Loads a row's `dim` elements into `to`, padding numbers with zeros up to `padded` floats.
 ///
 /// # Safety
-/// `from` is readable for `dim` elements and `to` writable for `padded >= dim` floats, `padded` a multiple of `LANES`.
+/// The row has `dim` elements and `to` is writable for `padded >= dim` floats, `padded` a multiple of `LANES`.
 #[inline(always)]
-pub(crate) unsafe fn widen_row<S: Simd, T: Element>(s: S, from: *const T, dim: usize, to: *mut f32, padded: usize) {
+pub(crate) unsafe fn widen_row<S: Simd, R: Row>(s: S, from: R, dim: usize, to: *mut f32, padded: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { widen_part(s, from, 0, dim, to, padded) }
+}
+
+/// [`widen_row`] of the elements from `first` on, a multiple of `LANES`.
+///
+/// # Safety
+/// The row has elements up to `dim`, and `to` is writable for `padded >= dim - first` floats, a multiple of `LANES`.
+#[inline(always)]
+pub(crate) unsafe fn widen_part<S: Simd, R: Row>(s: S, from: R, first: usize, dim: usize, to: *mut f32, padded: usize) {
+    let n = dim - first;
     let mut d = 0;
-    // SAFETY: every access is at d + LANES <= dim, or to the ragged rest by its length, or to the padding of `to`.
+    // SAFETY: every access is at d + LANES <= n, or to the ragged rest by its length, or to the padding of `to`.
     unsafe {
-        while d + S::LANES <= dim {
-            s.store(to.add(d), s.load_as(from.add(d)));
+        while d + S::LANES <= n {
+            s.store(to.add(d), from.load(s, first + d));
             d += S::LANES;
         }
-        if d < dim {
-            s.store(to.add(d), s.load_first(from.add(d), dim - d));
+        if d < n {
+            s.store(to.add(d), from.load_first(s, first + d, n - d));
             d += S::LANES;
         }
         while d < padded {
             s.store(to.add(d), s.zero());
             d += S::LANES;
         }
+    }
+}
+
+/// Rows of codes of `BITS` bits (`tensor/coded.rs` has the layout), one after another.
+#[derive(Clone, Copy)]
+pub(crate) struct Coded<const BITS: usize> {
+    base: *const u8,
+    row_bytes: usize,
+    code_bytes: usize,
+    group_shift: u32,
+}
+
+impl<const BITS: usize> Coded<BITS> {
+    /// The rows of one head; `format` has codes of `BITS` bits.
+    pub(crate) fn new(base: *const u8, format: CodeFormat) -> Self {
+        assert!(format.bits() == BITS);
+        let (row_bytes, code_bytes) = (format.row_bytes(), format.code_bytes());
+        Self { base, row_bytes, code_bytes, group_shift: format.group_shift() }
+    }
+}
+
+impl<const BITS: usize> Rows for Coded<BITS> {
+    type Row = CodedRow<BITS>;
+
+    #[inline(always)]
+    fn row(self, j: usize) -> CodedRow<BITS> {
+        let codes = self.base.wrapping_add(j * self.row_bytes);
+        CodedRow { codes, parameters: codes.wrapping_add(self.code_bytes).cast(), group_shift: self.group_shift }
+    }
+
+    #[inline(always)]
+    fn row_bytes(self, _dim: usize) -> usize {
+        self.row_bytes
+    }
+}
+
+/// One row of codes.
+#[derive(Clone, Copy)]
+pub(crate) struct CodedRow<const BITS: usize> {
+    codes: *const u8,
+    /// Scale and offset of each group.
+    parameters: *const [f32; 2],
+    group_shift: u32,
+}
+
+impl<const BITS: usize> Row for CodedRow<BITS> {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(self, s: S, d: usize) -> S::F32 {
+        const { assert!((BITS == 4 || BITS == 8) && CODE_STEP == 32) };
+        // SAFETY: codes are padded to CODE_STEP channels, a multiple of LANES, so that LANES codes from a multiple of LANES exist;
+        // each group has its pair, and a group is a multiple of CODE_STEP.
+        unsafe {
+            let [scale, offset] = self.parameters.add(d >> self.group_shift).read_unaligned();
+            if BITS == 8 {
+                s.fma(s.load_u8(self.codes.add(d)), s.splat(scale), s.splat(offset))
+            } else {
+                let at = self.codes.add(d / 32 * 16 + d % 16);
+                // Two calls, so that each has a constant.
+                if d % 32 < 16 { s.decode4(at, false, scale, offset) } else { s.decode4(at, true, scale, offset) }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_first<S: Simd>(self, s: S, d: usize, _n: usize) -> S::F32 {
+        // SAFETY: the padding can be loaded as well.
+        unsafe { self.load(s, d) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, _dim: usize) {
+        prefetch_bytes(self.codes, self.parameters.addr() - self.codes.addr() + 8);
+    }
+}
+
+/// Runs `$body` with `$k` and `$v` bound to the rows of one KV head of a problem, in whatever form they are stored.
+macro_rules! with_rows {
+    ($problem:expr, $batch:expr, $head:expr, |$k:ident, $v:ident| $body:expr) => {{
+        use $crate::tensor::{DType, Storage};
+        let (problem, batch, head) = (&$problem, $batch, $head);
+        macro_rules! with {
+            ($rows:path) => {{
+                let ($k, $v) = ($rows(&problem.k, batch, head), $rows(&problem.v, batch, head));
+                $body
+            }};
+        }
+        match problem.k.storage() {
+            Storage::Numbers(DType::F32) => with!($crate::dense::rows::numbers::<f32>),
+            Storage::Numbers(DType::F16) => with!($crate::dense::rows::numbers::<half::f16>),
+            Storage::Numbers(DType::BF16) => with!($crate::dense::rows::numbers::<half::bf16>),
+            Storage::Codes(4) => with!($crate::dense::rows::codes::<4>),
+            Storage::Codes(_) => with!($crate::dense::rows::codes::<8>),
+        }
+    }};
+}
+pub(crate) use with_rows;
+
+/// The rows of a head of numbers of type `T`.
+#[inline(always)]
+pub(crate) fn numbers<T: Element>(view: &KvView, batch: usize, head: usize) -> Strided<T> {
+    match view {
+        KvView::Numbers(view) => Strided { base: view.head::<T>(batch, head), stride: view.row_stride() },
+        KvView::Codes(_) => unreachable!("the storage was asked before"),
+    }
+}
+
+/// The rows of a head of codes.
+#[inline(always)]
+pub(crate) fn codes<const BITS: usize>(view: &KvView, _batch: usize, head: usize) -> Coded<BITS> {
+    match view {
+        KvView::Codes(view) => Coded::new(view.head(head), view.format()),
+        KvView::Numbers(_) => unreachable!("the storage was asked before"),
     }
 }

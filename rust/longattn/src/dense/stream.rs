@@ -2,17 +2,18 @@
 //!
 //! ```text
 //! for each block of keys:
-//!     S = Q K^T          dot products along contiguous rows, up to 4 query rows x 2 keys in registers
+//!     S = Q K^T          dot products along contiguous rows, 16 accumulators (8 where registers are few): 4 query rows x 4 keys
 //!     modify, mask, online softmax                       (scores.rs)
-//!     O = O * factor + P V                                up to 4 query rows x 4 vectors in registers
+//!     O = O * factor + P V                                16 accumulators: 4 query rows x 4 vectors of columns
 //! ```
+//! While K is read, memory is asked for the rows of K to come and then for the first of V, and the other way round, so that it is
+//! never idle.
 //! All rows of a KV head's query group go together, so each K and V byte is read once per group.
 
 use super::Problem;
-use super::rows::{Rows, prefetch_row};
+use super::rows::{Row, Rows};
 use super::scores::{RowId, Running, modify, online_softmax};
-use crate::simd::Simd;
-use crate::tensor::Element;
+use crate::simd::{Kernel, Simd};
 use std::ops::Range;
 
 /// Keys per block: their scores, K and V stay in the L1 and L2 caches.
@@ -32,130 +33,211 @@ pub(crate) struct RowState<'a> {
     pub(crate) running: &'a mut [Running],
 }
 
-/// `scores[r][j] = q_r . k_j` for `R` rows and the keys `keys`; rows of scores are [`KEYS`] apart.
+/// Bytes of rows asked for ahead of their use: what memory delivers while a request for more is on its way.
+const AHEAD_BYTES: usize = 4096;
+
+/// Keys asked for ahead of their use.
+#[inline(always)]
+fn ahead(row_bytes: usize) -> usize {
+    (AHEAD_BYTES / row_bytes.max(1)).clamp(4, KEYS / 4)
+}
+
+/// `scores[r][j] = q_r . k_j` for `R` rows and the keys `keys`, `C` keys at a time; rows of scores are [`KEYS`] apart.
+///
+/// With `next`, the rows to come are asked for: those of the keys and, towards the end of the block, the first of `next`, whose
+/// turn it is then.
 ///
 /// # Safety
 /// `rows` yields `dim` readable elements for every key; queries are padded with zeros to a multiple of `LANES`.
 #[inline(always)]
-unsafe fn scores_of<S: Simd, T: Element, K: Rows<T>, const R: usize>(
+unsafe fn scores_of<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
     s: S,
     queries: *const f32,
     padded_dim: usize,
     dim: usize,
     rows: K,
     keys: Range<usize>,
+    next: Option<(V, usize)>,
     scores: *mut f32,
 ) {
-    const AHEAD: usize = 8;
-    let whole = dim / S::LANES * S::LANES;
-    let count = keys.len();
-    let mut j = 0;
-    while j < count {
-        let two = j + 1 < count;
-        let first = rows.row(keys.start + j);
-        let second = if two { rows.row(keys.start + j + 1) } else { first };
-        prefetch_row(rows.row(keys.start + j + AHEAD), dim);
-        prefetch_row(rows.row(keys.start + j + AHEAD + 1), dim);
-        let mut acc = [[s.zero(); 2]; R];
-        let mut d = 0;
-        // SAFETY: d + LANES <= dim in the loop, the rest is read by its length; queries are padded; scores holds KEYS per row.
-        unsafe {
-            while d < whole {
-                let (x, y) = (s.load_as(first.add(d)), s.load_as(second.add(d)));
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let q = s.load(queries.add(r * padded_dim + d));
-                    acc[0] = s.fma(q, x, acc[0]);
-                    acc[1] = s.fma(q, y, acc[1]);
-                }
-                d += S::LANES;
-            }
-            if d < dim {
-                let (x, y) = (s.load_first(first.add(d), dim - d), s.load_first(second.add(d), dim - d));
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let q = s.load(queries.add(r * padded_dim + d));
-                    acc[0] = s.fma(q, x, acc[0]);
-                    acc[1] = s.fma(q, y, acc[1]);
+    let ahead = ahead(rows.row_bytes(dim));
+    let mut j = keys.start;
+    // SAFETY: keys j.. are in `keys`; scores holds KEYS per row.
+    unsafe {
+        while j < keys.end {
+            if let Some((next, next_dim)) = next {
+                for c in 0..C {
+                    let coming = j + c + ahead;
+                    if coming < keys.end {
+                        rows.row(coming).prefetch(dim);
+                    } else {
+                        next.row(keys.start + (coming - keys.end)).prefetch(next_dim);
+                    }
                 }
             }
-            for (r, acc) in acc.iter().enumerate() {
-                *scores.add(r * KEYS + j) = s.sum(acc[0]);
-                if two {
-                    *scores.add(r * KEYS + j + 1) = s.sum(acc[1]);
+            let to = scores.add(j - keys.start);
+            if j + C <= keys.end {
+                let sums = dots::<S, K, R, C>(s, queries, padded_dim, dim, rows, j);
+                for (r, sums) in sums.iter().enumerate() {
+                    to.add(r * KEYS).cast::<[f32; C]>().write_unaligned(*sums);
+                }
+            } else {
+                for c in 0..keys.end - j {
+                    let sums = dots::<S, K, R, 1>(s, queries, padded_dim, dim, rows, j + c);
+                    for (r, &[sum]) in sums.iter().enumerate() {
+                        *to.add(r * KEYS + c) = sum;
+                    }
                 }
             }
+            j += C;
         }
-        j += 2;
     }
 }
 
-/// `outputs[r] += sum_j p[r][j] v_j` for `R` rows and the keys `keys`.
+/// Dot products of `R` query rows with the `C` keys from `first` on.
+///
+/// # Safety
+/// As [`scores_of`].
+#[inline(always)]
+unsafe fn dots<S: Simd, K: Rows, const R: usize, const C: usize>(
+    s: S,
+    queries: *const f32,
+    padded_dim: usize,
+    dim: usize,
+    rows: K,
+    first: usize,
+) -> [[f32; C]; R] {
+    let mut keys = [rows.row(first); C];
+    for (c, key) in keys.iter_mut().enumerate() {
+        *key = rows.row(first + c);
+    }
+    let mut acc = [[s.zero(); C]; R];
+    let mut x = [s.zero(); C];
+    let mut d = 0;
+    // SAFETY: d + LANES <= dim in the loop, the rest is read by its length; queries are padded.
+    unsafe {
+        while d + S::LANES <= dim {
+            for (x, key) in x.iter_mut().zip(&keys) {
+                *x = key.load(s, d);
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let q = s.load(queries.add(r * padded_dim + d));
+                for (acc, &x) in acc.iter_mut().zip(&x) {
+                    *acc = s.fma(q, x, *acc);
+                }
+            }
+            d += S::LANES;
+        }
+        if d < dim {
+            for (x, key) in x.iter_mut().zip(&keys) {
+                *x = key.load_first(s, d, dim - d);
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let q = s.load(queries.add(r * padded_dim + d));
+                for (acc, &x) in acc.iter_mut().zip(&x) {
+                    *acc = s.fma(q, x, *acc);
+                }
+            }
+        }
+    }
+    s.sums(acc)
+}
+
+/// Bytes of values that go through all columns together, so that the second pass finds them in the first-level cache.
+const VALUE_BYTES: usize = 16 << 10;
+
+/// `outputs[r] += sum_j p[r][j] v_j` for `R` rows and the keys `keys`, `C` vectors of columns at a time.
+///
+/// With `next`, the rows to come are asked for: those of the values and, towards the end of the block, the keys of the next block.
 ///
 /// # Safety
 /// `rows` yields `dim` readable elements for every key; outputs hold `R` rows of `padded_dim >= dim` floats, a multiple of `LANES`.
 #[inline(always)]
-unsafe fn accumulate<S: Simd, T: Element, V: Rows<T>, const R: usize>(
+unsafe fn accumulate<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
     s: S,
     weights: *const f32,
     rows: V,
     keys: Range<usize>,
+    next: Option<(K, usize)>,
     dim: usize,
     outputs: *mut f32,
     padded_dim: usize,
 ) {
-    const VECTORS: usize = 4;
-    const AHEAD: usize = 8;
-    let mut d = 0;
-    // SAFETY: V is read at d + VECTORS * LANES <= dim, at d + LANES <= dim, or by the length of the rest; outputs are padded.
-    unsafe {
-        while d + VECTORS * S::LANES <= dim {
-            let mut acc = [[s.zero(); VECTORS]; R];
-            for (r, acc) in acc.iter_mut().enumerate() {
-                for (c, acc) in acc.iter_mut().enumerate() {
-                    *acc = s.load(outputs.add(r * padded_dim + d + c * S::LANES));
+    let row_bytes = rows.row_bytes(dim);
+    let ahead = ahead(row_bytes);
+    let step = (VALUE_BYTES / row_bytes.max(1)).clamp(16, KEYS);
+    for first in keys.clone().step_by(step) {
+        let part = first..(first + step).min(keys.end);
+        if let Some((next, next_dim)) = next {
+            for coming in part.start + ahead..part.end + ahead {
+                if coming < keys.end {
+                    rows.row(coming).prefetch(dim);
+                } else {
+                    next.row(coming).prefetch(next_dim);
                 }
             }
-            for j in 0..keys.len() {
-                let row = rows.row(keys.start + j).add(d);
-                if d == 0 {
-                    prefetch_row(rows.row(keys.start + j + AHEAD), dim);
-                }
-                let v: [S::F32; VECTORS] = [
-                    s.load_as(row),
-                    s.load_as(row.add(S::LANES)),
-                    s.load_as(row.add(2 * S::LANES)),
-                    s.load_as(row.add(3 * S::LANES)),
-                ];
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let w = s.splat(*weights.add(r * KEYS + j));
-                    for (acc, &v) in acc.iter_mut().zip(&v) {
-                        *acc = s.fma(w, v, *acc);
-                    }
-                }
-            }
-            for (r, acc) in acc.iter().enumerate() {
-                for (c, &acc) in acc.iter().enumerate() {
-                    s.store(outputs.add(r * padded_dim + d + c * S::LANES), acc);
-                }
-            }
-            d += VECTORS * S::LANES;
         }
-        while d < dim {
-            let n = dim - d;
-            let mut acc = [s.zero(); R];
-            for (r, acc) in acc.iter_mut().enumerate() {
-                *acc = s.load(outputs.add(r * padded_dim + d));
+        let mut d = 0;
+        // SAFETY: columns d.. + C vectors are inside `dim`, or C is 1 and the rest is read by its length; outputs are padded.
+        unsafe {
+            let weights = weights.add(first - keys.start);
+            while d + C * S::LANES <= dim {
+                accumulate_columns::<S, V, R, C>(s, weights, rows, part.clone(), d, dim, outputs, padded_dim);
+                d += C * S::LANES;
             }
-            for j in 0..keys.len() {
-                let row = rows.row(keys.start + j).add(d);
-                let v = if n >= S::LANES { s.load_as(row) } else { s.load_first(row, n) };
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    *acc = s.fma(s.splat(*weights.add(r * KEYS + j)), v, *acc);
+            while d < dim {
+                accumulate_columns::<S, V, R, 1>(s, weights, rows, part.clone(), d, dim, outputs, padded_dim);
+                d += S::LANES;
+            }
+        }
+    }
+}
+
+/// [`accumulate`] for the `C` vectors of columns from `d` on.
+///
+/// # Safety
+/// As [`accumulate`]; the columns are inside `dim`, or `C` is 1.
+#[inline(always)]
+unsafe fn accumulate_columns<S: Simd, V: Rows, const R: usize, const C: usize>(
+    s: S,
+    weights: *const f32,
+    rows: V,
+    keys: Range<usize>,
+    d: usize,
+    dim: usize,
+    outputs: *mut f32,
+    padded_dim: usize,
+) {
+    let mut acc = [[s.zero(); C]; R];
+    let mut v = [s.zero(); C];
+    let ragged = d + C * S::LANES > dim;
+    // SAFETY: the caller's promise.
+    unsafe {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            for (c, acc) in acc.iter_mut().enumerate() {
+                *acc = s.load(outputs.add(r * padded_dim + d + c * S::LANES));
+            }
+        }
+        for j in 0..keys.len() {
+            let row = rows.row(keys.start + j);
+            if ragged {
+                v[0] = row.load_first(s, d, dim - d);
+            } else {
+                for (c, v) in v.iter_mut().enumerate() {
+                    *v = row.load(s, d + c * S::LANES);
                 }
             }
-            for (r, &acc) in acc.iter().enumerate() {
-                s.store(outputs.add(r * padded_dim + d), acc);
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let w = s.splat(*weights.add(r * KEYS + j));
+                for (acc, &v) in acc.iter_mut().zip(&v) {
+                    *acc = s.fma(w, v, *acc);
+                }
             }
-            d += S::LANES;
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            for (c, &acc) in acc.iter().enumerate() {
+                s.store(outputs.add(r * padded_dim + d + c * S::LANES), acc);
+            }
         }
     }
 }
@@ -165,7 +247,7 @@ unsafe fn accumulate<S: Simd, T: Element, V: Rows<T>, const R: usize>(
 /// # Safety
 /// As [`accumulate`].
 #[inline(always)]
-unsafe fn accumulate_visible<S: Simd, T: Element, V: Rows<T>>(
+unsafe fn accumulate_visible<S: Simd, V: Rows>(
     s: S,
     weights: *const f32,
     rows: V,
@@ -178,107 +260,126 @@ unsafe fn accumulate_visible<S: Simd, T: Element, V: Rows<T>>(
         // SAFETY: as the caller's promise, for a single key.
         unsafe {
             if *weights.add(j) != 0.0 {
-                accumulate::<S, T, V, 1>(
-                    s,
-                    weights.add(j),
-                    rows,
-                    keys.start + j..keys.start + j + 1,
-                    dim,
-                    outputs,
-                    padded_dim,
-                );
+                let key = keys.start + j..keys.start + j + 1;
+                accumulate::<S, V, V, 1, 1>(s, weights.add(j), rows, key, None, dim, outputs, padded_dim);
             }
         }
     }
 }
 
-/// Scores of all rows for a block of keys, `R` at a time.
-///
-/// # Safety
-/// As [`scores_of`].
+/// Query rows that go through a block together, out of `n` that are left.
 #[inline(always)]
-pub(crate) unsafe fn block_scores<S: Simd, T: Element, K: Rows<T>>(
-    s: S,
-    state: &RowState,
+const fn rows_together<S: Simd>(n: usize) -> usize {
+    match n {
+        1 => 1,
+        2 | 3 => 2,
+        8.. if S::SUMS == 16 => 8,
+        _ => 4,
+    }
+}
+
+/// Scores of all rows for a block of keys; see [`scores_of`].
+struct BlockScores<'a, K, V> {
+    queries: &'a [f32],
+    padded_dim: usize,
+    rows: usize,
     dim: usize,
-    rows: K,
-    keys: Range<usize>,
-    scores: &mut [f32],
-) {
-    let n = state.running.len();
-    assert!(keys.len() <= KEYS && scores.len() >= n * KEYS && state.queries.len() >= n * state.padded_dim);
-    let (mut r, dp) = (0, state.padded_dim);
-    while r < n {
-        // SAFETY: rows r.. of queries and scores exist by the assertion; the caller vouches for the keys.
-        unsafe {
-            let (q, out) = (state.queries.as_ptr().add(r * dp), scores.as_mut_ptr().add(r * KEYS));
-            match n - r {
-                1 => scores_of::<S, T, K, 1>(s, q, dp, dim, rows, keys.clone(), out),
-                2 | 3 => scores_of::<S, T, K, 2>(s, q, dp, dim, rows, keys.clone(), out),
-                _ => scores_of::<S, T, K, 4>(s, q, dp, dim, rows, keys.clone(), out),
-            }
-        }
-        r += if n - r >= 4 { 4 } else { 2.min(n - r) };
-    }
-}
-
-/// Adds a block's values to the outputs of all rows, `R` at a time.
-///
-/// # Safety
-/// As [`accumulate`].
-#[inline(always)]
-pub(crate) unsafe fn block_values<S: Simd, T: Element, V: Rows<T>>(
-    s: S,
-    state: &mut RowState,
-    dim: usize,
-    rows: V,
-    keys: Range<usize>,
-    weights: &[f32],
-) {
-    let n = state.running.len();
-    assert!(keys.len() <= KEYS && weights.len() >= n * KEYS && state.outputs.len() >= n * state.padded_value_dim);
-    let (mut r, dp) = (0, state.padded_value_dim);
-    while r < n {
-        // SAFETY: rows r.. of weights and outputs exist by the assertion; the caller vouches for the values.
-        unsafe {
-            let (w, out) = (weights.as_ptr().add(r * KEYS), state.outputs.as_mut_ptr().add(r * dp));
-            match n - r {
-                1 => accumulate::<S, T, V, 1>(s, w, rows, keys.clone(), dim, out, dp),
-                2 | 3 => accumulate::<S, T, V, 2>(s, w, rows, keys.clone(), dim, out, dp),
-                _ => accumulate::<S, T, V, 4>(s, w, rows, keys.clone(), dim, out, dp),
-            }
-        }
-        r += if n - r >= 4 { 4 } else { 2.min(n - r) };
-    }
-}
-
-/// Attends from the rows of `state` to the keys `keys`, `ids[r]` being row r.
-///
-/// `visible` stands in for what causality and window leave each row, where keys are counted otherwise than in the problem.
-/// `careful` never multiplies a value by a weight of 0, so that NaN in keys a row does not see cannot reach it; slower.
-///
-/// # Safety
-/// `k` and `v` yield readable rows for every key of `keys`; `state` is padded as its fields say.
-#[inline(always)]
-pub(crate) unsafe fn attend<S: Simd, T: Element, K: Rows<T>, V: Rows<T>>(
-    s: S,
-    problem: &Problem,
-    ids: &[RowId],
     k: K,
+    keys: Range<usize>,
+    next: (V, usize),
+    scores: &'a mut [f32],
+}
+
+impl<K: Rows, V: Rows> Kernel for BlockScores<'_, K, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { queries, padded_dim: dp, rows: n, dim, k, keys, next, scores } = self;
+        assert!(keys.len() <= KEYS && scores.len() >= n * KEYS && queries.len() >= n * dp);
+        let mut r = 0;
+        while r < n {
+            let together = rows_together::<S>(n - r);
+            // The first rows bring the block into the cache for the others.
+            let next = (r == 0).then_some(next);
+            let keys = keys.clone();
+            // SAFETY: rows r.. of queries and scores exist by the assertion; whoever made this vouches for the keys.
+            unsafe {
+                let (q, out) = (queries.as_ptr().add(r * dp), scores.as_mut_ptr().add(r * KEYS));
+                match together {
+                    1 => scores_of::<S, K, V, 1, 8>(s, q, dp, dim, k, keys, next, out),
+                    2 if S::SUMS == 16 => scores_of::<S, K, V, 2, 8>(s, q, dp, dim, k, keys, next, out),
+                    2 => scores_of::<S, K, V, 2, 4>(s, q, dp, dim, k, keys, next, out),
+                    4 if S::SUMS == 16 => scores_of::<S, K, V, 4, 4>(s, q, dp, dim, k, keys, next, out),
+                    4 => scores_of::<S, K, V, 4, 2>(s, q, dp, dim, k, keys, next, out),
+                    _ => scores_of::<S, K, V, 8, 2>(s, q, dp, dim, k, keys, next, out),
+                }
+            }
+            r += together;
+        }
+    }
+}
+
+/// Adds a block's values to the outputs of all rows; see [`accumulate`].
+struct BlockValues<'a, K, V> {
+    weights: &'a [f32],
+    rows: usize,
+    dim: usize,
     v: V,
     keys: Range<usize>,
-    visible: Option<Range<usize>>,
-    state: &mut RowState,
-    scores: &mut [f32],
+    next: (K, usize),
+    outputs: &'a mut [f32],
+    padded_dim: usize,
     careful: bool,
-) {
-    let plain = problem.options.is_plain();
-    let mut start = keys.start;
-    while start < keys.end {
-        let end = (start + KEYS).min(keys.end);
+}
+
+impl<K: Rows, V: Rows> Kernel for BlockValues<'_, K, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { weights, rows: n, dim, v, keys, next, outputs, padded_dim: dp, careful } = self;
+        assert!(keys.len() <= KEYS && weights.len() >= n * KEYS && outputs.len() >= n * dp);
+        let mut r = 0;
+        while r < n {
+            let together = if careful { 1 } else { rows_together::<S>(n - r) };
+            let next = (r == 0).then_some(next);
+            let keys = keys.clone();
+            // SAFETY: rows r.. of weights and outputs exist by the assertion; whoever made this vouches for the values.
+            unsafe {
+                let (w, out) = (weights.as_ptr().add(r * KEYS), outputs.as_mut_ptr().add(r * dp));
+                match together {
+                    1 if careful => accumulate_visible(s, w, v, keys, dim, out, dp),
+                    1 => accumulate::<S, K, V, 1, 4>(s, w, v, keys, next, dim, out, dp),
+                    2 => accumulate::<S, K, V, 2, 4>(s, w, v, keys, next, dim, out, dp),
+                    4 if S::SUMS == 16 => accumulate::<S, K, V, 4, 4>(s, w, v, keys, next, dim, out, dp),
+                    4 => accumulate::<S, K, V, 4, 2>(s, w, v, keys, next, dim, out, dp),
+                    _ => accumulate::<S, K, V, 8, 2>(s, w, v, keys, next, dim, out, dp),
+                }
+            }
+            r += together;
+        }
+    }
+}
+
+/// Turns a block's scores into weights: modifications, masks, online softmax; rescales what the rows accumulated before.
+struct BlockWeights<'a, 'b> {
+    problem: &'a Problem<'a>,
+    ids: &'a [RowId],
+    keys: Range<usize>,
+    visible: Option<Range<usize>>,
+    state: &'a mut RowState<'b>,
+    scores: &'a mut [f32],
+}
+
+impl Kernel for BlockWeights<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { problem, ids, keys: Range { start, end }, visible, state, scores } = self;
+        let plain = problem.options.is_plain();
         let padded = (end - start).next_multiple_of(S::LANES);
-        // SAFETY: the caller vouches for the rows of `keys`.
-        unsafe { block_scores::<S, T, K>(s, state, problem.dim, k, start..end, scores) };
         for (r, &id) in ids.iter().enumerate() {
             let row = &mut scores[r * KEYS..r * KEYS + padded];
             if !plain {
@@ -292,18 +393,57 @@ pub(crate) unsafe fn attend<S: Simd, T: Element, K: Rows<T>, V: Rows<T>>(
                 scale_row(s, &mut state.outputs[r * state.padded_value_dim..][..state.padded_value_dim], factor);
             }
         }
-        // SAFETY: as above.
-        unsafe {
-            if careful {
-                for r in 0..ids.len() {
-                    let out = state.outputs.as_mut_ptr().add(r * state.padded_value_dim);
-                    let w = scores.as_ptr().add(r * KEYS);
-                    accumulate_visible::<S, T, V>(s, w, v, start..end, problem.value_dim, out, state.padded_value_dim);
-                }
-            } else {
-                block_values::<S, T, V>(s, state, problem.value_dim, v, start..end, scores);
-            }
-        }
+    }
+}
+
+/// Attends from the rows of `state` to the keys `keys`, `ids[r]` being row r.
+///
+/// `visible` stands in for what causality and window leave each row, where keys are counted otherwise than in the problem.
+/// `careful` never multiplies a value by a weight of 0, so that NaN in keys a row does not see cannot reach it; slower.
+///
+/// # Safety
+/// `k` and `v` yield readable rows for every key of `keys`; `state` is padded as its fields say.
+#[inline(always)]
+pub(crate) unsafe fn attend<S: Simd, K: Rows, V: Rows>(
+    s: S,
+    problem: &Problem,
+    ids: &[RowId],
+    k: K,
+    v: V,
+    keys: Range<usize>,
+    visible: Option<Range<usize>>,
+    state: &mut RowState,
+    scores: &mut [f32],
+    careful: bool,
+) {
+    let n = ids.len();
+    assert!(n == state.running.len());
+    let mut start = keys.start;
+    while start < keys.end {
+        let end = (start + KEYS).min(keys.end);
+        // The caller vouches for the rows of `keys`, which the parts of this kernel read.
+        s.call(BlockScores {
+            queries: state.queries,
+            padded_dim: state.padded_dim,
+            rows: n,
+            dim: problem.dim,
+            k,
+            keys: start..end,
+            next: (v, problem.value_dim),
+            scores,
+        });
+        s.call(BlockWeights { problem, ids, keys: start..end, visible: visible.clone(), state, scores });
+        s.call(BlockValues {
+            weights: scores,
+            rows: n,
+            dim: problem.value_dim,
+            v,
+            keys: start..end,
+            next: (k, problem.dim),
+            outputs: state.outputs,
+            padded_dim: state.padded_value_dim,
+            careful,
+        });
         start = end;
     }
 }

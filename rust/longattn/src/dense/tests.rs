@@ -137,7 +137,7 @@ impl Case {
         let rows = [batch, kv_heads * group, queries];
         let (mut out, mut lse) =
             (vec![f32::NAN; rows.iter().product::<usize>() * value_dim], vec![f32::NAN; rows.iter().product()]);
-        let problem = Problem::new(self.q.view(), self.k.view(), self.v.view(), options).unwrap();
+        let problem = Problem::new(self.q.view(), self.k.view().into(), self.v.view().into(), options).unwrap();
         {
             let out = TensorViewMut::new(&mut out, [rows[0], rows[1], rows[2], value_dim]).unwrap();
             let lse = TensorViewMut::new(&mut lse, [rows[0], rows[1], rows[2], 1]).unwrap();

@@ -10,13 +10,13 @@
 //! ```
 
 use super::Problem;
-use super::rows::{Strided, widen_row};
+use super::rows::{Row, Rows, Strided, numbers, widen_part, widen_row, with_rows};
 use super::scores::{RowId, Running, modify, online_softmax};
 use super::scratch::Buffer;
 use super::stream::scale_row;
-use crate::dense::rows::Rows;
-use crate::simd::{MAX_ROWS, PANEL_VECTORS, Simd};
-use crate::tensor::{DType, Element};
+use crate::simd::{Kernel, MAX_ROWS, PANEL_VECTORS, Simd};
+use crate::tensor::{DType, KvView};
+use half::bf16;
 use std::ops::Range;
 
 /// Keys per block.
@@ -163,9 +163,9 @@ unsafe fn multiply_pairs<S: Simd>(
 pub(crate) fn multiplies_pairs<S: Simd>(problem: &Problem) -> bool {
     S::DOT2_BF16
         && S::ROWS == 12
-        && (problem.q.dtype(), problem.k.dtype()) == (DType::BF16, DType::BF16)
+        && problem.q.dtype() == DType::BF16
+        && matches!(&problem.k, KvView::Numbers(k) if k.dtype() == DType::BF16 && k.row_stride() % 2 == 0)
         && problem.dim.is_multiple_of(2)
-        && problem.k.row_stride() % 2 == 0
 }
 
 /// Packs K^T of `keys` into panels `[panel][padded_dim][PANEL]`, zeros in the columns beyond the last key.
@@ -173,7 +173,7 @@ pub(crate) fn multiplies_pairs<S: Simd>(problem: &Problem) -> bool {
 /// # Safety
 /// `rows` yields `dim` readable elements for every key; `to` holds the panels; `wide` holds `PANEL` rows of `padded_dim` floats.
 #[inline(always)]
-pub(crate) unsafe fn pack_transposed<S: Simd, T: Element, K: Rows<T>>(
+pub(crate) unsafe fn pack_transposed<S: Simd, K: Rows>(
     s: S,
     rows: K,
     keys: Range<usize>,
@@ -209,7 +209,7 @@ pub(crate) unsafe fn pack_transposed<S: Simd, T: Element, K: Rows<T>>(
 /// # Safety
 /// `rows` yields `dim` readable elements for every key; `to` holds `padded_dim / PANEL` panels of [`KEYS`] rows, `wide` one row.
 #[inline(always)]
-unsafe fn pack_values<S: Simd, T: Element, V: Rows<T>>(
+unsafe fn pack_values<S: Simd, V: Rows>(
     s: S,
     rows: V,
     keys: Range<usize>,
@@ -227,17 +227,55 @@ unsafe fn pack_values<S: Simd, T: Element, V: Rows<T>>(
             for d in (0..whole).step_by(panel) {
                 let out = to.add((d / panel * KEYS + j) * panel);
                 for v in 0..PANEL_VECTORS {
-                    s.store(out.add(v * S::LANES), s.load_as(row.add(d + v * S::LANES)));
+                    s.store(out.add(v * S::LANES), row.load(s, d + v * S::LANES));
                 }
             }
             if whole < dim {
-                widen_row(s, row.add(whole), dim - whole, wide, padded_dim - whole);
+                widen_part(s, row, whole, dim, wide, padded_dim - whole);
                 let out = to.add((whole / panel * KEYS + j) * panel);
                 for v in 0..PANEL_VECTORS {
                     s.store(out.add(v * S::LANES), s.load(wide.add(v * S::LANES)));
                 }
             }
         }
+    }
+}
+
+/// [`pack_transposed`] as a part of a kernel.
+struct PackKeys<K> {
+    k: K,
+    keys: Range<usize>,
+    dim: usize,
+    padded_dim: usize,
+    wide: *mut f32,
+    to: *mut f32,
+}
+
+impl<K: Rows> Kernel for PackKeys<K> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        // SAFETY: only `attend` makes this, with buffers of the right size and rows that its caller vouches for.
+        unsafe { pack_transposed(s, self.k, self.keys, self.dim, self.padded_dim, self.wide, self.to) }
+    }
+}
+
+/// [`pack_values`] as a part of a kernel.
+struct PackValues<V> {
+    v: V,
+    keys: Range<usize>,
+    dim: usize,
+    padded_dim: usize,
+    wide: *mut f32,
+    to: *mut f32,
+}
+
+impl<V: Rows> Kernel for PackValues<V> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        // SAFETY: as in `PackKeys`.
+        unsafe { pack_values(s, self.v, self.keys, self.dim, self.padded_dim, self.wide, self.to) }
     }
 }
 
@@ -254,17 +292,13 @@ pub(crate) struct TileState<'a> {
     pub(crate) running: &'a mut [Running],
 }
 
-/// Attends from the rows of `state` to the keys `keys`, `ids[r]` being row r; rows that belong to later positions come later.
-///
-/// # Safety
-/// `k` and `v` yield readable rows for every key of `keys`; `state` is padded as its fields say.
+/// Attends from the rows of `state` to the keys `keys` of the problem, `ids[r]` being row r of one KV head's group; rows that belong
+/// to later positions come later. `state` is padded as its fields say.
 #[inline(always)]
-pub(crate) unsafe fn attend<S: Simd, T: Element>(
+pub(crate) fn attend<S: Simd>(
     s: S,
     problem: &Problem,
     ids: &[RowId],
-    k: Strided<T>,
-    v: Strided<T>,
     keys: Range<usize>,
     state: &mut TileState,
     key_buffer: &mut Buffer,
@@ -272,6 +306,7 @@ pub(crate) unsafe fn attend<S: Simd, T: Element>(
     score_buffer: &mut Buffer,
     extra: &mut Buffer,
 ) {
+    assert!(keys.end <= problem.keys);
     let panel = panel::<S>();
     let tiles = ids.len().div_ceil(S::ROWS);
     let (dp, vp) = (state.padded_dim, state.padded_value_dim);
@@ -299,15 +334,26 @@ pub(crate) unsafe fn attend<S: Simd, T: Element>(
                 }
             }
         }
-        // SAFETY: the buffers were sized above for KEYS keys; the caller vouches for the keys and values of `keys`.
+        // SAFETY: the buffers were sized above for KEYS keys; the rows of `keys` are rows of the problem, whose maker vouched for them.
         unsafe {
+            let (batch, head) = (ids[0].batch, ids[0].head / problem.group);
+            let keys = start..end;
             if state.pairs {
+                let k = numbers::<bf16>(&problem.k, batch, head);
                 let k = Strided { base: k.base.cast::<f32>(), stride: k.stride / 2 };
-                pack_transposed(s, k, start..end, problem.dim / 2, dp, wide, packed_keys.as_mut_ptr());
+                let (dim, to) = (problem.dim / 2, packed_keys.as_mut_ptr());
+                s.call(PackKeys { k, keys: keys.clone(), dim, padded_dim: dp, wide, to });
+                let (dim, to) = (problem.value_dim, packed_values.as_mut_ptr());
+                let v = numbers::<bf16>(&problem.v, batch, head);
+                s.call(PackValues { v, keys, dim, padded_dim: vp, wide, to });
             } else {
-                pack_transposed(s, k, start..end, problem.dim, dp, wide, packed_keys.as_mut_ptr());
+                with_rows!(problem, batch, head, |k, v| {
+                    let (dim, to) = (problem.dim, packed_keys.as_mut_ptr());
+                    s.call(PackKeys { k, keys: keys.clone(), dim, padded_dim: dp, wide, to });
+                    let (dim, to) = (problem.value_dim, packed_values.as_mut_ptr());
+                    s.call(PackValues { v, keys: keys.clone(), dim, padded_dim: vp, wide, to });
+                });
             }
-            pack_values::<S, T, _>(s, v, start..end, problem.value_dim, vp, wide, packed_values.as_mut_ptr());
             for p in 0..columns / panel {
                 let b = packed_keys.as_ptr().add(p * dp * panel);
                 for (t, &(low, high)) in ranges.iter().enumerate().take(tiles) {

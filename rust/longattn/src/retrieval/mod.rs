@@ -14,7 +14,7 @@ mod chunks;
 mod select;
 mod weigh;
 
-use crate::dense::rows::{Indexed, Strided, widen_row};
+use crate::dense::rows::{Indexed, widen_row, with_rows};
 use crate::dense::scores::{RowId, Running, exp_difference};
 use crate::dense::scratch::{Buffer, Scratch, with_scratch};
 use crate::dense::stream::{self, MAX_QUERY_ROWS, RowState, scale_row};
@@ -121,7 +121,7 @@ pub fn retrieval_attention(
     let reader = store.read();
     check(&q, index, &reader, &options, out, lse)?;
     let dense = Options { scale: options.scale, causal: true, sinks: options.sink_logits, ..Options::default() };
-    let problem = Problem::new(q, reader.keys(), reader.values(), dense)?;
+    let problem = Problem::new(q, reader.keys().into(), reader.values().into(), dense)?;
     if problem.queries == 0 {
         return Ok(Vec::new());
     }
@@ -543,24 +543,22 @@ impl Kernel for Exact<'_> {
                 padded_value_dim: rows.padded_value_dim,
                 running: &mut rows.running[first..last],
             };
-            with_element!(problem.k.dtype(), T => {
-                let k = Strided { base: problem.k.head::<T>(0, head), stride: problem.k.row_stride() };
-                let v = Strided { base: problem.v.head::<T>(0, head), stride: problem.v.row_stride() };
-                // SAFETY: ranges and indices are rows of the reader; the buffers are padded as RowState says.
-                unsafe {
+            let ids = &ids[first..last];
+            // SAFETY: ranges and indices are rows of the reader; the buffers are padded as RowState says.
+            unsafe {
+                with_rows!(problem, 0, head, |k, v| {
                     match &keys {
                         Keys::Range(range) => {
-                            let ids = &ids[first..last];
                             stream::attend(s, problem, ids, k, v, range.clone(), None, &mut state, scores, false);
                         }
                         Keys::Index(index) => {
                             let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
-                            let (ids, all) = (&ids[first..last], 0..index.len());
+                            let all = 0..index.len();
                             stream::attend(s, problem, ids, k, v, all.clone(), Some(all), &mut state, scores, false);
                         }
                     }
-                }
-            });
+                });
+            }
         }
     }
 }

@@ -10,6 +10,7 @@ pub(super) struct Avx2(());
 /// # Safety
 /// The CPU has AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
+#[inline(never)]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx2(()))
 }
@@ -23,6 +24,10 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const ROWS: usize = 6;
 
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        unsafe { run(kernel) }
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
         unsafe { _mm256_set1_ps(x) }
@@ -38,6 +43,19 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load_bf16(self, p: *const bf16) -> __m256 {
         unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())))) }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(self, p: *const u8) -> __m256 {
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn decode4(self, p: *const u8, high: bool, scale: f32, offset: f32) -> __m256 {
+        unsafe {
+            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
+            let codes =
+                if high { _mm256_srli_epi32::<4>(bytes) } else { _mm256_and_si256(bytes, _mm256_set1_epi32(15)) };
+            _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), _mm256_set1_ps(scale), _mm256_set1_ps(offset))
+        }
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32, v: __m256) {
@@ -98,6 +116,27 @@ impl Simd for Avx2 {
             let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
             _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps::<1>(x, x)))
         }
+    }
+    #[inline(always)]
+    fn sums<const R: usize, const C: usize>(self, v: [[__m256; C]; R]) -> [[f32; C]; R] {
+        let mut sums = [[0.0; C]; R];
+        if R * C == 8 {
+            unsafe {
+                let at = |i: usize| v[i / C][i % C];
+                let four =
+                    |i: usize| _mm256_hadd_ps(_mm256_hadd_ps(at(i), at(i + 1)), _mm256_hadd_ps(at(i + 2), at(i + 3)));
+                let (a, b) = (four(0), four(4));
+                let sum = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+                _mm256_storeu_ps(sums.as_mut_ptr().cast(), sum);
+            }
+        } else {
+            for (sums, v) in sums.iter_mut().zip(&v) {
+                for (sum, &v) in sums.iter_mut().zip(v) {
+                    *sum = self.sum(v);
+                }
+            }
+        }
+        sums
     }
     #[inline(always)]
     fn max_lane(self, a: __m256) -> f32 {

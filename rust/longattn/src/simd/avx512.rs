@@ -10,6 +10,7 @@ pub(super) struct Avx512<const VNNI: bool, const BF16: bool>(());
 /// # Safety
 /// The CPU has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+#[inline(never)]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx512::<false, false>(()))
 }
@@ -38,6 +39,10 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
     const ROWS: usize = 12;
 
     #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        unsafe { run(kernel) }
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         unsafe { _mm512_set1_ps(x) }
     }
@@ -52,6 +57,20 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
     #[inline(always)]
     unsafe fn load_bf16(self, p: *const bf16) -> __m512 {
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())))) }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(self, p: *const u8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn decode4(self, p: *const u8, high: bool, scale: f32, offset: f32) -> __m512 {
+        unsafe {
+            // The sixteen values a code can have, looked up by the low four bits of each lane.
+            let codes = _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.);
+            let values = _mm512_fmadd_ps(codes, _mm512_set1_ps(scale), _mm512_set1_ps(offset));
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+            _mm512_permutexvar_ps(if high { _mm512_srli_epi32::<4>(bytes) } else { bytes }, values)
+        }
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32, v: __m512) {
@@ -103,6 +122,43 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
     #[inline(always)]
     fn sum(self, a: __m512) -> f32 {
         unsafe { _mm512_reduce_add_ps(a) }
+    }
+    const SUMS: usize = 16;
+    #[inline(always)]
+    fn sums<const R: usize, const C: usize>(self, v: [[__m512; C]; R]) -> [[f32; C]; R] {
+        let mut sums = [[0.0; C]; R];
+        if R * C == 16 || R * C == 8 {
+            unsafe {
+                // Four vectors become one whose quarters hold a partial sum of each; then the quarters are added.
+                let at = |i: usize| v[i / C][i % C];
+                let pair = |i: usize| {
+                    let (a, b) = (at(i), at(i + 1));
+                    _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)))
+                };
+                let four = |i: usize| {
+                    let (a, b) = (pair(i), pair(i + 2));
+                    let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+                    _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
+                };
+                let halves = |a: __m512, b: __m512| {
+                    _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b))
+                };
+                let first = halves(four(0), four(4));
+                let out = sums.as_mut_ptr().cast::<f32>();
+                if R * C == 16 {
+                    _mm512_storeu_ps(out, halves(first, halves(four(8), four(12))));
+                } else {
+                    _mm256_storeu_ps(out, _mm512_castps512_ps256(halves(first, first)));
+                }
+            }
+        } else {
+            for (sums, v) in sums.iter_mut().zip(&v) {
+                for (sum, &v) in sums.iter_mut().zip(v) {
+                    *sum = self.sum(v);
+                }
+            }
+        }
+        sums
     }
     #[inline(always)]
     fn max_lane(self, a: __m512) -> f32 {

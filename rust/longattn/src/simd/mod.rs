@@ -32,6 +32,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Rows of the matrix micro-kernel: `ROWS * PANEL_VECTORS` accumulators fit the register file.
     const ROWS: usize;
 
+    /// Runs a part of a kernel as a function of its own, for the base of the instruction set (without products of bytes or of bf16).
+    ///
+    /// Large kernels are made of such parts: what is inlined into one function for every storage format takes minutes to compile.
+    fn call<K: Kernel>(self, kernel: K) -> K::Output;
+
     fn zero(self) -> Self::F32 {
         self.splat(0.0)
     }
@@ -45,6 +50,14 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is readable for `LANES` elements.
     unsafe fn load_bf16(self, p: *const bf16) -> Self::F32;
+    /// # Safety
+    /// `p` is readable for `LANES` bytes.
+    unsafe fn load_u8(self, p: *const u8) -> Self::F32;
+    /// `offset + scale * code` of `LANES` codes of 4 bits, which are the low halves of `LANES` bytes, or the high ones.
+    ///
+    /// # Safety
+    /// `p` is readable for `LANES` bytes.
+    unsafe fn decode4(self, p: *const u8, high: bool, scale: f32, offset: f32) -> Self::F32;
     /// # Safety
     /// `p` is writable for `LANES` elements.
     unsafe fn store(self, p: *mut f32, v: Self::F32);
@@ -66,6 +79,19 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn scale2(self, a: Self::F32, n: Self::F32) -> Self::F32;
     /// Sum of the lanes.
     fn sum(self, a: Self::F32) -> f32;
+    /// Vectors whose lanes [`Self::sums`] adds up best together: that many accumulators fit the register file.
+    const SUMS: usize = 8;
+    /// Sum of the lanes of each vector.
+    #[inline(always)]
+    fn sums<const R: usize, const C: usize>(self, v: [[Self::F32; C]; R]) -> [[f32; C]; R] {
+        let mut sums = [[0.0; C]; R];
+        for (sums, v) in sums.iter_mut().zip(&v) {
+            for (sum, &v) in sums.iter_mut().zip(v) {
+                *sum = self.sum(v);
+            }
+        }
+        sums
+    }
     /// Largest lane.
     fn max_lane(self, a: Self::F32) -> f32;
 
@@ -308,7 +334,7 @@ pub(crate) trait Kernel {
 #[inline]
 pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     match isa {
-        Isa::Scalar => kernel.run(scalar::Scalar),
+        Isa::Scalar => scalar::run(kernel),
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => neon::run(kernel),
         #[cfg(target_arch = "x86_64")]

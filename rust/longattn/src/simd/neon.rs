@@ -7,6 +7,7 @@ use std::arch::aarch64::*;
 #[derive(Clone, Copy)]
 pub(super) struct Neon(());
 
+#[inline(never)]
 pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Neon(()))
 }
@@ -21,6 +22,10 @@ impl Simd for Neon {
     const LANES: usize = 4;
     const ROWS: usize = 12;
 
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        run(kernel)
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> float32x4_t {
         unsafe { vdupq_n_f32(x) }
@@ -38,6 +43,22 @@ impl Simd for Neon {
     #[inline(always)]
     unsafe fn load_bf16(self, p: *const bf16) -> float32x4_t {
         unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(self, p: *const u8) -> float32x4_t {
+        unsafe {
+            let bytes = vcreate_u8(u64::from(p.cast::<u32>().read_unaligned()));
+            vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn decode4(self, p: *const u8, high: bool, scale: f32, offset: f32) -> float32x4_t {
+        unsafe {
+            let four = p.cast::<u32>().read_unaligned();
+            let codes = if high { four >> 4 } else { four } & 0x0f0f_0f0f;
+            let codes = vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(u64::from(codes)))));
+            self.fma(vcvtq_f32_u32(codes), vdupq_n_f32(scale), vdupq_n_f32(offset))
+        }
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32, v: float32x4_t) {

@@ -1,10 +1,15 @@
 //! Portable vectors: arrays of four floats, which compilers vectorise at the target's baseline.
 
-use super::Simd;
+use super::{Kernel, Simd};
 use half::{bf16, f16};
 
 #[derive(Clone, Copy)]
 pub(super) struct Scalar;
+
+#[inline(never)]
+pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Scalar)
+}
 
 const N: usize = 4;
 
@@ -19,6 +24,10 @@ impl Simd for Scalar {
     const LANES: usize = N;
     const ROWS: usize = 4;
 
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        run(kernel)
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> [f32; N] {
         [x; N]
@@ -37,6 +46,17 @@ impl Simd for Scalar {
     unsafe fn load_bf16(self, p: *const bf16) -> [f32; N] {
         // SAFETY: the caller vouches for N elements.
         unsafe { p.cast::<[u16; N]>().read_unaligned() }.map(|x| f32::from_bits(u32::from(x) << 16))
+    }
+    #[inline(always)]
+    unsafe fn load_u8(self, p: *const u8) -> [f32; N] {
+        // SAFETY: the caller vouches for N bytes.
+        unsafe { p.cast::<[u8; N]>().read() }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn decode4(self, p: *const u8, high: bool, scale: f32, offset: f32) -> [f32; N] {
+        // SAFETY: the caller vouches for N bytes.
+        let bytes = unsafe { p.cast::<[u8; N]>().read() };
+        bytes.map(|x| offset + scale * f32::from(if high { x >> 4 } else { x & 15 }))
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32, v: [f32; N]) {
