@@ -14,12 +14,17 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from longattn import _core
+
 #: What callers may pass: a numpy array, a torch CPU tensor, or another CPU array that speaks DLPack.
 Array: TypeAlias = Any
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 #: Storage dtypes of queries, keys, values and outputs.
 FLOATS: tuple[np.dtype[Any], ...] = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+
+#: Storage of a `KVStore` that keeps codes instead of numbers.
+CODES = ("int8", "int4")
 
 _DLPACK_CPU = (1, 3)  # plain and page-locked host memory
 _DLPACK_NAMES = {
@@ -37,6 +42,52 @@ def is_torch(x: Array) -> bool:
     """Whether `x` is a torch tensor. Never imports torch: without torch loaded nothing can be one."""
     torch = sys.modules.get("torch")
     return isinstance(x, getattr(torch, "Tensor", ()))
+
+
+class CodedRows:
+    """Keys or values of a `KVStore` that keeps codes, `[kv_heads, len, dim]`.
+
+    Made by `KVStore.keys` and `KVStore.values`; `longattn.attention` reads them where they lie. They are the rows
+    that were there when it was made: appends go on beyond them, and after a truncate below them a call that is
+    given them raises ValueError. `numpy.asarray` decodes a copy to float32.
+    """
+
+    __slots__ = ("_handle",)
+
+    ndim = 3
+
+    def __init__(self, handle: _core.CodedRows) -> None:
+        self._handle = handle
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(kv_heads, len, dim)`."""
+        return self._handle.shape
+
+    @property
+    def dtype(self) -> str:
+        """`"int8"` or `"int4"`."""
+        return self._handle.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these rows, codes and scales."""
+        return self._handle.nbytes
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """The numbers that the codes stand for, float32 `[kv_heads, len, dim]`."""
+        if copy is False:
+            raise ValueError("copy: got False, expected a copy: the numbers are decoded")
+        heads, rows, dim = self.shape
+        out = np.empty((heads, rows * dim), np.float32)
+        for head in range(heads):
+            self._handle.decode(head, 0, out[head])
+        array: NDArray[Any] = out.reshape(self.shape)
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def __repr__(self) -> str:
+        """Shape and storage."""
+        return f"CodedRows(shape={self.shape}, dtype={self.dtype!r})"
 
 
 def as_numpy(x: Array, name: str, *, any_strides: bool = False) -> NDArray[Any]:
@@ -70,7 +121,7 @@ def as_output(
     like: Array,
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
-    inputs: Mapping[str, NDArray[Any] | None],
+    inputs: Mapping[str, NDArray[Any] | CodedRows | None],
 ) -> NDArray[Any]:
     """Numpy array over the memory of a caller's `out`, which must be fit to receive a result in place.
 
@@ -99,7 +150,7 @@ def as_output(
     if not _readable_in_place(a) or _overlaps_itself(a):
         raise ValueError(f"out: got strides {a.strides} bytes, expected a contiguous last axis and no repeated memory")
     for name, x in inputs.items():
-        if x is not None and np.may_share_memory(a, x):
+        if isinstance(x, np.ndarray) and np.may_share_memory(a, x):  # a store's rows are read-only: `a` is none
             raise ValueError(f"out: got an array that overlaps {name}, expected memory of its own")
     return a
 
@@ -123,6 +174,8 @@ def _borrow(x: Array, name: str) -> NDArray[Any]:
         return _borrow_torch(x, name)
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         return _borrow_dlpack(x, name)
+    if isinstance(x, CodedRows):
+        raise TypeError(f"{name}: got {x!r}, expected numbers; only longattn.attention reads codes")
     raise TypeError(
         f"{name}: got {_type_name(x)}, expected a numpy array (numpy.asarray makes one), a torch CPU tensor "
         "or another DLPack CPU array"

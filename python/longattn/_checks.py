@@ -8,22 +8,28 @@ from __future__ import annotations
 import math
 import operator
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import BFLOAT16, FLOATS, Array, as_numpy, as_output, like
+from longattn._arrays import BFLOAT16, FLOATS, Array, CodedRows, as_numpy, as_output, like
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
 def attention_inputs(
-    q: Array, k: Array, v: Array, *, ranks: tuple[int, ...]
+    q: Array, k: Array, v: Array, *, ranks: tuple[int, ...], codes: bool = False
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Queries, keys and values as numpy arrays of fitting rank, dtype and head_dim."""
-    qn, kn, vn = as_numpy(q, "q"), as_numpy(k, "k"), as_numpy(v, "v")
+    """Queries, keys and values as numpy arrays of fitting rank, dtype and head_dim.
+
+    With `codes`, keys and values may also be rows of codes, which look like arrays as far as checks go.
+    """
+    qn = as_numpy(q, "q")
+    kn, vn = (
+        cast(Any, x) if codes and isinstance(x, CodedRows) else as_numpy(x, name) for x, name in ((k, "k"), (v, "v"))
+    )
     if qn.ndim not in ranks:
         raise ValueError(f"q: got shape {qn.shape}, expected rank {' or '.join(map(str, ranks))}")
     for x, name in ((kn, "k"), (vn, "v")):
@@ -41,7 +47,7 @@ def attention_inputs(
 
 
 def check_float_storage(x: NDArray[Any], name: str) -> None:
-    if x.dtype not in FLOATS:
+    if not isinstance(x, CodedRows) and x.dtype not in FLOATS:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected float32, float16 or bfloat16")
 
 
@@ -159,7 +165,9 @@ def sequence_bounds(cu_seqlens: Array, name: str, total: int) -> NDArray[np.int6
 
 
 def batched(x: NDArray[Any], rank: int) -> NDArray[Any]:
-    """`x` with a batch axis of 1 in front where it has none."""
+    """`x` with a batch axis of 1 in front where it has none; rows of codes as the compiled module knows them."""
+    if isinstance(x, CodedRows):
+        return cast(Any, x._handle)
     return x if x.ndim == rank else x[None]
 
 

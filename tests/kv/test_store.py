@@ -167,7 +167,7 @@ def test_a_store_can_append_its_own_rows(rng):
         ({"capacity": 1 << 55}, MemoryError, "keys"),
         ({"capacity": 10.0}, TypeError, "capacity: got 10.0, expected an integer"),
         ({"kv_heads": "2"}, TypeError, "kv_heads: got '2'"),
-        ({"dtype": "float64"}, TypeError, "dtype: got 'float64', expected float32, float16 or bfloat16"),
+        ({"dtype": "float64"}, TypeError, "dtype: got 'float64', expected float32, float16, bfloat16"),
         ({"dtype": ">f4"}, TypeError, "dtype: got '>f4'"),
         ({"dtype": "no dtype"}, TypeError, "dtype: got 'no dtype'"),
     ],

@@ -61,7 +61,8 @@ def attention(
 
     Args:
         q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16.
-        k: keys `[B, Hkv, Lk, D]`, or `[Hkv, Lk, D]`; any of the three dtypes, not necessarily that of `q`.
+        k: keys `[B, Hkv, Lk, D]`, or `[Hkv, Lk, D]`; any of the three dtypes, not necessarily that of `q`. Or the
+            `keys` of a `KVStore` of codes, `[Hkv, Lk, D]`, which are decoded in registers.
         v: values `[B, Hkv, Lk, Dv]`, or `[Hkv, Lk, Dv]`; dtype of `k`.
         causal: a query sees only keys at its own position and before.
         window: `(left, right)`: a query at position `p` sees keys `p - left` to `p + right`; -1 is unbounded.
@@ -101,7 +102,7 @@ def attention(
         >>> out.shape, lse.shape
         ((1, 8, 1, 64), (1, 8, 1))
     """
-    qn, kn, vn = attention_inputs(q, k, v, ranks=(3, 4))
+    qn, kn, vn = attention_inputs(q, k, v, ranks=(3, 4), codes=True)
     for x, name in ((kn, "k"), (vn, "v")):
         if x.shape[:-3] != qn.shape[:-3]:
             raise ValueError(f"{name}: got batch {x.shape[0]}, expected {qn.shape[0]} as in q")

@@ -1,4 +1,4 @@
-"""`KVStore`: keys and values of one sequence in host memory, in rows that never move."""
+"""`KVStore`: keys and values of one sequence in host memory, in rows that never move; as numbers, or as codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from longattn import _core
-from longattn._arrays import BFLOAT16, FLOATS, Array, as_numpy
+from longattn._arrays import BFLOAT16, CODES, FLOATS, Array, CodedRows, as_numpy
+from longattn._checks import check_floating
 
 
 class KVStore:
@@ -33,12 +34,24 @@ class KVStore:
         kv_heads: heads of keys and values.
         head_dim: width of a key.
         value_dim: width of a value; `None` is `head_dim`.
-        dtype: storage dtype: float32, float16 or bfloat16 (a name, or a numpy or ml_dtypes type).
+        dtype: storage dtype: float32, float16 or bfloat16 (a name, or a numpy or ml_dtypes type), or "int8" or
+            "int4" for codes (see below).
         capacity: most rows the store will hold.
+        group_size: for codes: channels that share a scale, a power of two of at least 32; `None` is the whole row.
+        channel_scales: for codes: True brings the channels of keys to one size before they are coded: each is
+            divided by its largest magnitude among the rows of the first append. Or the factors themselves,
+            floating `[kv_heads, head_dim]`, positive. They are multiplied back into queries, and stay for the
+            life of the store.
+
+    Codes are made as rows are appended: `x = offset + scale * code` with 8 or 4 bits per code and a float32 scale
+    and offset per group, so that a row takes `head_dim + 8 * groups` bytes (int8; head_dim rounded up to a multiple
+    of 32) or `head_dim / 2 + 8 * groups` (int4). A number is off by at most half a scale, which is the group's range
+    over 255 or 15. A group with a NaN or an infinity becomes NaN. `keys` and `values` of such a store are
+    `CodedRows`, which `longattn.attention` takes and `numpy.asarray` decodes to float32.
 
     Raises:
         TypeError: a size is no integer, or another dtype.
-        ValueError: a size below 1, or sizes beyond any address space.
+        ValueError: a size below 1, sizes beyond any address space, or options of codes for another dtype.
         MemoryError: the system refuses that much address space.
     """
 
@@ -53,13 +66,27 @@ class KVStore:
         value_dim: int | None = None,
         dtype: DTypeLike = "bfloat16",
         capacity: int = 1 << 20,
+        *,
+        group_size: int | None = None,
+        channel_scales: bool | Array = False,
     ) -> None:
+        heads, dim = _size("kv_heads", kv_heads), _size("head_dim", head_dim)
+        storage = _storage(dtype)
+        plain = isinstance(channel_scales, bool)
+        if storage not in CODES:
+            if group_size is not None:
+                raise ValueError(f"group_size: got {group_size} with dtype {storage}, expected None: it has no scales")
+            if not plain or channel_scales:
+                raise ValueError(f"channel_scales: got them with dtype {storage}, expected none: it has no scales")
         self._handle = _core.KVStore(
-            _size("kv_heads", kv_heads),
-            _size("head_dim", head_dim),
+            heads,
+            dim,
             _size("value_dim", head_dim if value_dim is None else value_dim),
-            _storage(dtype).name,
+            storage,
             _size("capacity", capacity),
+            None if group_size is None else _size("group_size", group_size),
+            plain and bool(channel_scales),
+            None if plain else _channels(channel_scales, (heads, dim)),
         )
 
     @classmethod
@@ -146,16 +173,21 @@ class KVStore:
         return len(self._handle)
 
     @property
-    def keys(self) -> NDArray[Any]:
-        """The keys stored now, `[kv_heads, len, head_dim]`: read-only, zero-copy, kept alive by the array."""
-        return self._array(self._handle.keys)
+    def keys(self) -> Any:
+        """The keys stored now, `[kv_heads, len, head_dim]`.
+
+        An array, read-only, zero-copy, which keeps the memory alive; `CodedRows` where the store keeps codes.
+        """
+        return self._rows(self._handle.keys)
 
     @property
-    def values(self) -> NDArray[Any]:
+    def values(self) -> Any:
         """The values stored now, `[kv_heads, len, value_dim]`, likewise."""
-        return self._array(self._handle.values)
+        return self._rows(self._handle.values)
 
-    def _array(self, rows: _core.Rows) -> NDArray[Any]:
+    def _rows(self, rows: _core.Rows | _core.CodedRows) -> NDArray[Any] | CodedRows:
+        if isinstance(rows, _core.CodedRows):
+            return CodedRows(rows)
         array: NDArray[Any] = np.asarray(rows)
         # The bits of bfloat16 come as uint16, as numpy's array interface has no name for it.
         return array.view(BFLOAT16) if array.dtype == np.uint16 else array
@@ -176,9 +208,16 @@ class KVStore:
         return self._handle.value_dim
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """Storage dtype."""
-        return np.dtype(self._handle.dtype)
+    def dtype(self) -> np.dtype[Any] | str:
+        """Storage dtype; "int8" or "int4" for codes."""
+        name = self._handle.dtype
+        return name if name in CODES else np.dtype(name)
+
+    @property
+    def channel_scales(self) -> NDArray[np.float32] | None:
+        """What the channels of keys were divided by, `[kv_heads, head_dim]`; None where nothing (yet)."""
+        scales = self._handle.channel_scales
+        return None if scales is None else np.array(scales, np.float32).reshape(self.kv_heads, self.head_dim)
 
     @property
     def capacity(self) -> int:
@@ -194,7 +233,7 @@ class KVStore:
         """Sizes, dtype and length."""
         return (
             f"KVStore(kv_heads={self.kv_heads}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
-            f"dtype={self.dtype.name!r}, capacity={self.capacity}, len={len(self)})"
+            f"dtype={self._handle.dtype!r}, capacity={self.capacity}, len={len(self)})"
         )
 
 
@@ -208,11 +247,21 @@ def _size(name: str, value: int, least: int = 1) -> int:
     return size
 
 
-def _storage(dtype: DTypeLike) -> np.dtype[Any]:
+def _storage(dtype: DTypeLike) -> str:
+    if isinstance(dtype, str) and dtype in CODES:
+        return dtype
     try:
         storage: np.dtype[Any] | None = np.dtype(dtype)
     except TypeError:
         storage = None
-    if storage not in FLOATS:
-        raise TypeError(f"dtype: got {dtype!r}, expected float32, float16 or bfloat16")
-    return storage
+    if storage is None or storage not in FLOATS:
+        raise TypeError(f'dtype: got {dtype!r}, expected float32, float16, bfloat16, "int8" or "int4"')
+    return storage.name
+
+
+def _channels(scales: Array, shape: tuple[int, int]) -> NDArray[np.float32]:
+    x = as_numpy(scales, "channel_scales")
+    check_floating(x, "channel_scales")
+    if x.shape != shape:
+        raise ValueError(f"channel_scales: got shape {x.shape}, expected {shape}")
+    return np.ascontiguousarray(x, np.float32).reshape(-1)

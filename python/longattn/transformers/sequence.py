@@ -187,6 +187,6 @@ def _empty_like(store: la.KVStore) -> la.KVStore:
         kv_heads=store.kv_heads,
         head_dim=store.head_dim,
         value_dim=store.value_dim,
-        dtype=store.dtype.name,
+        dtype=store.dtype,
         capacity=store.capacity,
     )

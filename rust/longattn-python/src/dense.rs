@@ -3,8 +3,9 @@
 use crate::arrays::{broadcast, lse_view, view, view_mut};
 use crate::errors::to_py;
 use crate::running;
+use crate::store::KvArgument;
 use longattn::dense::{self, Options};
-use longattn::tensor::TensorView;
+use longattn::tensor::{KvView, TensorView};
 use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -22,7 +23,7 @@ fn slice<'a, T: numpy::Element>(name: &str, array: &'a [T], n: usize) -> PyResul
     }
 }
 
-fn operations(q: &TensorView, k: &TensorView, v: &TensorView) -> f64 {
+fn operations(q: &TensorView, k: &KvView, v: &KvView) -> f64 {
     let ([b, h, l, d], keys, dv) = (q.shape(), k.shape()[2], v.shape()[3]);
     [b, h, l, keys, d + dv].iter().map(|&n| n as f64).product()
 }
@@ -32,8 +33,8 @@ fn operations(q: &TensorView, k: &TensorView, v: &TensorView) -> f64 {
 pub(crate) fn attention(
     py: Python<'_>,
     q: &Bound<'_, PyUntypedArray>,
-    k: &Bound<'_, PyUntypedArray>,
-    v: &Bound<'_, PyUntypedArray>,
+    k: &Bound<'_, PyAny>,
+    v: &Bound<'_, PyAny>,
     out: &Bound<'_, PyUntypedArray>,
     lse: &Bound<'_, PyUntypedArray>,
     scale: f32,
@@ -46,7 +47,8 @@ pub(crate) fn attention(
     alibi_slopes: Option<PyReadonlyArray2<'_, f32>>,
     sinks: Option<PyReadonlyArray1<'_, f32>>,
 ) -> PyResult<()> {
-    let (q, k, v) = (view("q", q)?, view("k", k)?, view("v", v)?);
+    let (q, k, v) = (view("q", q)?, KvArgument::new("k", k)?, KvArgument::new("v", v)?);
+    let (k, v) = (k.view()?, v.view()?);
     let (mut out, mut lse) = (view_mut("out", out)?, lse_view("lse", lse)?);
     let options = Options {
         scale: Some(scale),
@@ -121,7 +123,7 @@ pub(crate) fn attention_varlen(
         ..Options::default()
     };
     let longest = keys.windows(2).map(|w| w[1].saturating_sub(w[0])).max().unwrap_or(0);
-    let operations = operations(&q, &k, &v) * longest as f64 / k.shape()[2].max(1) as f64;
+    let operations = operations(&q, &k.into(), &v.into()) * longest as f64 / k.shape()[2].max(1) as f64;
     running::run(py, operations, |execution| {
         dense::attention_varlen(q, k, v, &queries, &keys, options, &mut out, &mut lse, execution)
     })

@@ -17,7 +17,7 @@ mod _core {
     #[pymodule_export]
     use super::retrieval::{Signatures, retrieval_attention};
     #[pymodule_export]
-    use super::store::{KVStore, Rows};
+    use super::store::{CodedRows, KVStore, Rows};
     #[pymodule_export]
     use super::system::{
         available_isas, cpu_features, fma_peak, isa, num_threads, read_bandwidth, set_isa, set_num_threads,

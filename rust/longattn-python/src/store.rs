@@ -2,9 +2,10 @@
 
 use crate::arrays;
 use crate::errors::to_py;
-use longattn::kv::KvStore;
-use longattn::tensor::{DType, Error, TensorView};
-use numpy::PyUntypedArray;
+use longattn::kv::{ChannelScales, Format, KvStore, Reader};
+use longattn::tensor::{DType, Error, KvView, TensorView};
+use numpy::{PyReadonlyArray1, PyReadwriteArray1, PyUntypedArray};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
@@ -15,6 +16,18 @@ use std::sync::Arc;
 pub(crate) struct KVStore(Arc<KvStore>);
 
 impl KVStore {
+    fn rows<'py>(&self, py: Python<'py>, values: bool) -> PyResult<Bound<'py, PyAny>> {
+        let reader = self.0.read();
+        let view = if values { reader.values() } else { reader.keys() };
+        match view {
+            KvView::Numbers(view) => Ok(Bound::new(py, Rows::new(&self.0, &view))?.into_any()),
+            KvView::Codes(_) => {
+                let rows = CodedRows { store: self.0.clone(), values, len: reader.len() };
+                Ok(Bound::new(py, rows)?.into_any())
+            }
+        }
+    }
+
     /// The store itself, for other bindings.
     pub(crate) fn inner(&self) -> &Arc<KvStore> {
         &self.0
@@ -24,11 +37,32 @@ impl KVStore {
 #[pymethods]
 impl KVStore {
     #[new]
-    fn new(kv_heads: usize, head_dim: usize, value_dim: usize, dtype: &str, capacity: usize) -> PyResult<Self> {
-        let Some(dtype) = DType::from_name(dtype) else {
-            return Err(to_py(Error::dtype("dtype", dtype, "float32, float16 or bfloat16")));
+    #[pyo3(signature = (kv_heads, head_dim, value_dim, dtype, capacity, group_size, first_rows_scale, channel_scales))]
+    fn new(
+        kv_heads: usize,
+        head_dim: usize,
+        value_dim: usize,
+        dtype: &str,
+        capacity: usize,
+        group_size: Option<usize>,
+        first_rows_scale: bool,
+        channel_scales: Option<PyReadonlyArray1<'_, f32>>,
+    ) -> PyResult<Self> {
+        let codes = |bits| -> PyResult<Format> {
+            let channel_scales = match &channel_scales {
+                Some(scales) => ChannelScales::Given(scales.as_slice()?.to_vec()),
+                None if first_rows_scale => ChannelScales::FirstRows,
+                None => ChannelScales::Off,
+            };
+            Ok(Format::Codes { bits, group_size, channel_scales })
         };
-        let store = KvStore::new(kv_heads, head_dim, value_dim, dtype, capacity).map_err(to_py)?;
+        let format = match (dtype, DType::from_name(dtype)) {
+            ("int8", _) => codes(8)?,
+            ("int4", _) => codes(4)?,
+            (_, Some(dtype)) => Format::Numbers(dtype),
+            _ => return Err(to_py(Error::dtype("dtype", dtype, "float32, float16, bfloat16, int8 or int4"))),
+        };
+        let store = KvStore::new(kv_heads, head_dim, value_dim, format, capacity).map_err(to_py)?;
         Ok(Self(Arc::new(store)))
     }
 
@@ -65,18 +99,16 @@ impl KVStore {
         self.0.len()
     }
 
-    /// The keys stored now, as an object that numpy can borrow.
+    /// The keys stored now: an object that numpy can borrow, or coded rows.
     #[getter]
-    fn keys(&self) -> Rows {
-        let reader = self.0.read();
-        Rows::new(&self.0, &reader.keys())
+    fn keys<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.rows(py, false)
     }
 
-    /// The values stored now, as an object that numpy can borrow.
+    /// The values stored now, likewise.
     #[getter]
-    fn values(&self) -> Rows {
-        let reader = self.0.read();
-        Rows::new(&self.0, &reader.values())
+    fn values<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.rows(py, true)
     }
 
     #[getter]
@@ -95,8 +127,14 @@ impl KVStore {
     }
 
     #[getter]
-    fn dtype(&self) -> &'static str {
-        self.0.dtype().name()
+    fn dtype(&self) -> String {
+        self.0.storage().to_string()
+    }
+
+    /// Factors of the channels of keys, `[kv_heads * head_dim]`, where there are any.
+    #[getter]
+    fn channel_scales(&self) -> Option<Vec<f32>> {
+        self.0.channel_scales().map(<[f32]>::to_vec)
     }
 
     #[getter]
@@ -148,5 +186,86 @@ impl Rows {
         interface.set_item("shape", <(usize, usize, usize)>::from(self.shape))?;
         interface.set_item("strides", <(isize, isize, isize)>::from(self.strides))?;
         Ok(interface)
+    }
+}
+
+/// Rows of a store that keeps codes, `[kv_heads, len, dim]`: what attention takes as keys or values, and what can be decoded.
+#[pyclass(frozen, module = "longattn._core")]
+pub(crate) struct CodedRows {
+    store: Arc<KvStore>,
+    values: bool,
+    len: usize,
+}
+
+impl CodedRows {
+    fn of<'a>(&self, reader: &'a Reader) -> PyResult<KvView<'a>> {
+        if reader.len() < self.len {
+            let message = format!("store: got {} rows, expected the {} that were there", reader.len(), self.len);
+            return Err(PyValueError::new_err(message));
+        }
+        Ok(if self.values { reader.values() } else { reader.keys() }.rows(0..self.len))
+    }
+
+    fn row_bytes(&self) -> usize {
+        let (keys, values) = self.store.row_bytes();
+        if self.values { values } else { keys }
+    }
+}
+
+#[pymethods]
+impl CodedRows {
+    #[getter]
+    fn shape(&self) -> (usize, usize, usize) {
+        let dim = if self.values { self.store.value_dim() } else { self.store.head_dim() };
+        (self.store.kv_heads(), self.len, dim)
+    }
+
+    #[getter]
+    fn dtype(&self) -> String {
+        self.store.storage().to_string()
+    }
+
+    /// Bytes of these rows.
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.store.kv_heads() * self.len * self.row_bytes()
+    }
+
+    /// Decodes the rows `start..start + n` of a head into `out`, `[n * dim]`.
+    fn decode(&self, head: usize, start: usize, mut out: PyReadwriteArray1<'_, f32>) -> PyResult<()> {
+        let reader = self.store.read();
+        let KvView::Codes(rows) = self.of(&reader)? else { unreachable!("made for codes") };
+        let (heads, len, dim) = self.shape();
+        let out = out.as_slice_mut()?;
+        if head >= heads || start > len || out.len() > (len - start) * dim || !out.len().is_multiple_of(dim) {
+            return Err(PyValueError::new_err(format!("head {head}, rows from {start}: outside {heads} x {len}")));
+        }
+        for (j, row) in out.chunks_exact_mut(dim).enumerate() {
+            rows.decode(head, start + j, row);
+        }
+        Ok(())
+    }
+}
+
+/// Keys or values of a call: an array, or coded rows, whose store is kept from truncating while this lives.
+pub(crate) enum KvArgument<'a> {
+    Array(TensorView<'a>),
+    Codes(&'a CodedRows, Reader<'a>),
+}
+
+impl<'a> KvArgument<'a> {
+    pub(crate) fn new(name: &'static str, argument: &'a Bound<'_, PyAny>) -> PyResult<Self> {
+        if let Ok(rows) = argument.cast::<CodedRows>() {
+            let rows = rows.get();
+            return Ok(Self::Codes(rows, rows.store.read()));
+        }
+        Ok(Self::Array(arrays::view(name, argument.cast::<PyUntypedArray>()?)?))
+    }
+
+    pub(crate) fn view(&self) -> PyResult<KvView<'_>> {
+        match self {
+            Self::Array(view) => Ok((*view).into()),
+            Self::Codes(rows, reader) => rows.of(reader),
+        }
     }
 }

@@ -9,7 +9,7 @@ use crate::dense::scratch::Buffer;
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
-use crate::tensor::{Element, Error, Result, with_element};
+use crate::tensor::{Element, Error, KvView, Result, Storage, TensorView, with_element};
 use half::f16;
 use std::ops::Range;
 use std::sync::{Arc, RwLock, RwLockReadGuard};
@@ -139,6 +139,9 @@ impl Signatures {
     /// An index over a store, empty until it is first read.
     pub fn new(store: Arc<KvStore>, options: SignatureOptions) -> Result<Self> {
         let dim = store.head_dim();
+        if matches!(store.storage(), Storage::Codes(_)) {
+            return Err(Error::dtype("store", store.storage(), "a store of float32, float16 or bfloat16 rows"));
+        }
         let (format, map) = match &options.hash {
             Some(hash) => {
                 if options.bits != 1 {
@@ -291,7 +294,7 @@ impl Signatures {
         if !self.estimates() {
             return;
         }
-        let values = reader.values();
+        let values = numbers(reader.values());
         // The newest rows stay out of what is settled, so that a truncate of a few undoes little.
         let settled = state.coded.saturating_sub(SUM_STEP) / SUM_STEP * SUM_STEP;
         for (h, head) in state.heads.iter_mut().enumerate().filter(|(_, head)| head.values.lack(state.coded, SUM_STEP))
@@ -306,7 +309,7 @@ impl Signatures {
 
     /// Centres, scales and value clusters of the rows `0..n`.
     fn fit(&self, isa: Isa, reader: &Reader, n: usize, execution: &Execution) -> Result<Vec<HeadCodes>> {
-        let (keys, values) = (reader.keys(), reader.values());
+        let (keys, values) = (numbers(reader.keys()), numbers(reader.values()));
         let dim = keys.shape()[3];
         with_element!(keys.dtype(), T => {
             map(execution, keys.shape()[1], |h| {
@@ -370,7 +373,7 @@ impl Signatures {
         target: usize,
         execution: &Execution,
     ) -> Result<bool> {
-        let (keys, values) = (reader.keys(), reader.values());
+        let (keys, values) = (numbers(reader.keys()), numbers(reader.values()));
         let heads = keys.shape()[1];
         let first = state.coded;
         let chunks = (target - first).div_ceil(CHUNK);
@@ -422,6 +425,11 @@ fn extend(to: &mut Vec<u8>, bytes: &[u8], coming: usize) {
 }
 
 type Coded = (Vec<u8>, Moments);
+
+/// Rows of the store, which holds numbers.
+fn numbers(rows: KvView<'_>) -> TensorView<'_> {
+    rows.numbers().expect("asked when the index was made")
+}
 
 /// Codes the rows of one head; `None` where a factor is beyond f16.
 struct CodeRows<'a, T> {

@@ -30,7 +30,7 @@ pub(super) unsafe fn convert(source: *const u8, from: DType, target: *mut u8, to
 
 /// # Safety
 /// `source` is readable for `out.len()` elements of `dtype` and aligned for it.
-unsafe fn widen(source: *const u8, dtype: DType, out: &mut [f32]) {
+pub(super) unsafe fn widen(source: *const u8, dtype: DType, out: &mut [f32]) {
     let n = out.len();
     // SAFETY: the caller's promise, for each of the three element types.
     unsafe {

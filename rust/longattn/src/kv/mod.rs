@@ -11,4 +11,4 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-pub use store::{KvStore, Origin, Reader};
+pub use store::{ChannelScales, Format, KvStore, Origin, Reader};

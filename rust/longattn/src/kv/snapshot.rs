@@ -4,8 +4,11 @@
 //! rows of `keys`, `[kv_heads, len, head_dim]`, and `values`, `[kv_heads, len, value_dim]`. The header's `__metadata__` holds the
 //! capacity and an XXH3 checksum of the whole file, taken with zeros in the checksum's own place. A file that is cut off, altered
 //! anywhere, or of another kind is refused.
+//!
+//! Rows of codes are tensors of bytes, `[kv_heads, len, bytes of a row]`; `__metadata__` then also says how they are coded (`codes`),
+//! and a third tensor `key_channels`, `[kv_heads, head_dim]`, has the factors of the channels where there are any.
 
-use super::KvStore;
+use super::{ChannelScales, Format, KvStore};
 use crate::tensor::{DType, Error, Result};
 use serde_json::Value;
 use std::fs::{self, File, OpenOptions};
@@ -43,12 +46,25 @@ impl KvStore {
 
     fn write_to(&self, mut file: File) -> io::Result<()> {
         let reader = self.read();
+        let rows = match self.format() {
+            Format::Numbers(dtype) => RowsOf::Numbers(*dtype),
+            Format::Codes { bits, group_size, channel_scales } => RowsOf::Codes {
+                bits: *bits,
+                group_size: *group_size,
+                channels: match (channel_scales, self.channel_scales()) {
+                    (ChannelScales::Off, _) => Channels::Off,
+                    (_, None) => Channels::Awaited,
+                    (_, Some(_)) => Channels::Stored,
+                },
+            },
+        };
         let header = Header {
             kv_heads: self.kv_heads(),
             len: reader.len(),
             head_dim: self.head_dim(),
             value_dim: self.value_dim(),
-            dtype: self.dtype(),
+            rows,
+            row_bytes: self.row_bytes(),
             capacity: self.capacity(),
         };
         let mut hash = Xxh3::new();
@@ -60,6 +76,12 @@ impl KvStore {
             file.write_all(block)?;
         }
         drop(reader);
+        if header.has_channels() {
+            for scale in self.channel_scales().unwrap_or_default() {
+                hash.update(&scale.to_le_bytes());
+                file.write_all(&scale.to_le_bytes())?;
+            }
+        }
         file.seek(SeekFrom::Start(0))?;
         file.write_all(&header.render(&format!("{:016x}", hash.digest())))?;
         file.sync_all()
@@ -177,9 +199,19 @@ fn read_store(path: &Path, capacity: Option<usize>) -> std::result::Result<KvSto
             }
         }
     }
+    let mut channels = vec![];
+    if header.has_channels() {
+        let mut bytes = vec![0; 4 * header.kv_heads * header.head_dim];
+        file.read_exact(&mut bytes)?;
+        hash.update(&bytes);
+        channels.extend(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)));
+    }
     let found = format!("{:016x}", hash.digest());
     if found != checksum {
         return corrupt(format!("altered: its checksum is {found}, while its header says {checksum}"));
+    }
+    if header.has_channels() {
+        store.set_channel_scales(channels);
     }
     store.publish(header.len);
     Ok(store)
@@ -191,54 +223,100 @@ struct Header {
     len: usize,
     head_dim: usize,
     value_dim: usize,
-    dtype: DType,
+    rows: RowsOf,
+    /// Bytes of a row of keys and of values.
+    row_bytes: (usize, usize),
     capacity: usize,
 }
 
+/// What the rows are, as far as a file says it.
+#[derive(Clone, Copy, PartialEq)]
+enum RowsOf {
+    Numbers(DType),
+    Codes { bits: usize, group_size: Option<usize>, channels: Channels },
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Channels {
+    Off,
+    /// To be set by the first rows, which have not come.
+    Awaited,
+    Stored,
+}
+
 const DTYPES: [(DType, &str); 3] = [(DType::F32, "F32"), (DType::F16, "F16"), (DType::BF16, "BF16")];
+const CHANNELS: [(Channels, &str); 3] =
+    [(Channels::Off, "off"), (Channels::Awaited, "awaited"), (Channels::Stored, "stored")];
+
+fn name_of<T: PartialEq>(names: &[(T, &'static str)], value: &T) -> &'static str {
+    names.iter().find(|(v, _)| v == value).expect("every value has a name").1
+}
+
+fn value_of<T: Copy>(names: &[(T, &str)], name: &Value) -> Option<T> {
+    names.iter().find(|(_, text)| name == text).map(|(value, _)| *value)
+}
 
 impl Header {
     /// An empty store of this shape.
     fn store(&self, capacity: usize) -> Result<KvStore> {
-        KvStore::new(self.kv_heads, self.head_dim, self.value_dim, self.dtype, capacity)
+        let format = match self.rows {
+            RowsOf::Numbers(dtype) => Format::Numbers(dtype),
+            RowsOf::Codes { bits, group_size, channels } => Format::Codes {
+                bits,
+                group_size,
+                channel_scales: if channels == Channels::Off { ChannelScales::Off } else { ChannelScales::FirstRows },
+            },
+        };
+        let store = KvStore::new(self.kv_heads, self.head_dim, self.value_dim, format, capacity)?;
+        if store.row_bytes() != self.row_bytes {
+            let got = format!("rows of {:?} bytes", self.row_bytes);
+            return Err(Error::value("codes", got, format!("{:?}", store.row_bytes())));
+        }
+        Ok(store)
     }
 
-    fn tensor_bytes(&self, dim: usize) -> u128 {
-        // Four factors of 64 bits: saturated, they still differ from the length of any file.
-        (self.kv_heads as u128 * self.len as u128).saturating_mul(dim as u128 * self.dtype.size() as u128)
+    fn has_channels(&self) -> bool {
+        matches!(self.rows, RowsOf::Codes { channels: Channels::Stored, .. })
+    }
+
+    /// Where keys, values and channel factors end in the data. Four factors of 64 bits: saturated, they still differ from the length
+    /// of any file.
+    fn ends(&self) -> [u128; 3] {
+        let rows = self.kv_heads as u128 * self.len as u128;
+        let keys = rows.saturating_mul(self.row_bytes.0 as u128);
+        let values = keys.saturating_add(rows.saturating_mul(self.row_bytes.1 as u128));
+        let channels = if self.has_channels() { 4 * self.kv_heads as u128 * self.head_dim as u128 } else { 0 };
+        [keys, values, values.saturating_add(channels)]
     }
 
     fn data_bytes(&self) -> u128 {
-        self.tensor_bytes(self.head_dim).saturating_add(self.tensor_bytes(self.value_dim))
+        self.ends()[2]
     }
 
     /// The first bytes of the file: length and header. Their number does not depend on the checksum.
     fn render(&self, checksum: &str) -> Vec<u8> {
-        let Self { kv_heads, len, head_dim, value_dim, dtype, capacity } = self;
-        let dtype = DTYPES.iter().find(|(d, _)| d == dtype).expect("every dtype has a name").1;
-        let (middle, end) = (self.tensor_bytes(*head_dim), self.data_bytes());
+        let Self { kv_heads, len, head_dim, value_dim, rows, row_bytes, capacity } = self;
+        let (dtype, widths, codes) = match rows {
+            RowsOf::Numbers(dtype) => (name_of(&DTYPES, dtype), (*head_dim, *value_dim), String::new()),
+            RowsOf::Codes { bits, group_size, channels } => {
+                let (group, channels) = (group_size.unwrap_or(0), name_of(&CHANNELS, channels));
+                let codes = format!(r#","codes":"{bits} {group} {head_dim} {value_dim}","channels":"{channels}""#);
+                ("U8", *row_bytes, codes)
+            }
+        };
+        let [keys_end, values_end, end] = self.ends();
+        let tensor = |name: &str, dtype: &str, shape: &str, start: u128, end: u128| {
+            format!(r#","{name}":{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{start},{end}]}}"#)
+        };
         let mut json = format!(
-            concat!(
-                r#"{{"__metadata__":{{"format":"{}","version":"{}","capacity":"{}","xxh3":"{}"}},"#,
-                r#""keys":{{"dtype":"{}","shape":[{},{},{}],"data_offsets":[0,{}]}},"#,
-                r#""values":{{"dtype":"{}","shape":[{},{},{}],"data_offsets":[{},{}]}}}}"#,
-            ),
-            FORMAT,
-            VERSION,
-            capacity,
-            checksum,
-            dtype,
-            kv_heads,
-            len,
-            head_dim,
-            middle,
-            dtype,
-            kv_heads,
-            len,
-            value_dim,
-            middle,
-            end,
+            r#"{{"__metadata__":{{"format":"{FORMAT}","version":"{VERSION}","capacity":"{capacity}","xxh3":"{checksum}"{codes}}}"#
         );
+        json += &tensor("keys", dtype, &format!("{kv_heads},{len},{}", widths.0), 0, keys_end);
+        json += &tensor("values", dtype, &format!("{kv_heads},{len},{}", widths.1), keys_end, values_end);
+        if self.has_channels() {
+            json += &tensor("key_channels", "F32", &format!("{kv_heads},{head_dim}"), values_end, end);
+        }
+        json.push('}');
         // Rows start on a multiple of 8, as safetensors asks.
         json.extend(std::iter::repeat_n(' ', json.len().next_multiple_of(8) - json.len()));
         let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
@@ -265,13 +343,12 @@ impl Header {
             return corrupt(format!("its checksum is {}", metadata["xxh3"]));
         };
         let tensor = |name: &str| {
-            let (dtype, shape) = (&header[name]["dtype"], &header[name]["shape"]);
-            let dtype = DTYPES.iter().find(|(_, text)| dtype == text).map(|(dtype, _)| *dtype);
+            let shape = header[name]["shape"].as_array();
             let numbers: Option<Vec<usize>> =
-                shape.as_array().map(|n| n.iter().filter_map(|n| usize::try_from(n.as_u64()?).ok()).collect());
-            match (dtype, numbers.as_deref(), shape.as_array().map(Vec::len)) {
-                (Some(dtype), Some(&[heads, len, dim]), Some(3)) if heads > 0 && dim > 0 => {
-                    Ok((dtype, heads, len, dim))
+                shape.map(|n| n.iter().filter_map(|n| usize::try_from(n.as_u64()?).ok()).collect());
+            match (numbers.as_deref(), shape.map(Vec::len)) {
+                (Some(&[heads, len, width]), Some(3)) if heads > 0 && width > 0 => {
+                    Ok((&header[name]["dtype"], heads, len, width))
                 }
                 _ => corrupt(format!("its tensor \"{name}\" is {}", header[name])),
             }
@@ -280,7 +357,21 @@ impl Header {
         if (keys.0, keys.1, keys.2) != (values.0, values.1, values.2) {
             return corrupt("its keys and values differ in dtype, heads or length");
         }
-        let (dtype, kv_heads, len, head_dim) = keys;
-        Ok((Self { kv_heads, len, head_dim, value_dim: values.3, dtype, capacity }, checksum.to_owned()))
+        let (dtype, kv_heads, len, width) = keys;
+        let (rows, head_dim, value_dim, row_bytes) = if let Some(dtype) = value_of(&DTYPES, dtype) {
+            let bytes = |width: usize| width.saturating_mul(dtype.size());
+            (RowsOf::Numbers(dtype), width, values.3, (bytes(width), bytes(values.3)))
+        } else {
+            let numbers = metadata["codes"].as_str().unwrap_or_default().split(' ').map(str::parse::<usize>);
+            let numbers: Vec<usize> = numbers.filter_map(std::result::Result::ok).collect();
+            let channels = value_of(&CHANNELS, &metadata["channels"]);
+            let (true, Some(channels), &[bits, group, head_dim, value_dim]) = (dtype == "U8", channels, &numbers[..])
+            else {
+                return corrupt(format!("its tensor \"keys\" is {}", header["keys"]));
+            };
+            let group_size = (group > 0).then_some(group);
+            (RowsOf::Codes { bits, group_size, channels }, head_dim, value_dim, (width, values.3))
+        };
+        Ok((Self { kv_heads, len, head_dim, value_dim, rows, row_bytes, capacity }, checksum.to_owned()))
     }
 }

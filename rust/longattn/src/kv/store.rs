@@ -1,10 +1,68 @@
 //! The keys and values of one sequence.
 
-use super::rows::Rows;
-use crate::tensor::{DType, Error, Result, TensorView};
+use super::rows::{RowFormat, Rows};
+use crate::tensor::{CodeFormat, DType, Error, KvView, Result, Storage, TensorView, with_element};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
+
+/// In what form a store keeps its rows.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Format {
+    /// As numbers of a dtype.
+    Numbers(DType),
+    /// As codes of 4 or 8 bits, with a scale and an offset for each group of channels of each row.
+    Codes {
+        /// Bits of a code, 4 or 8.
+        bits: usize,
+        /// Channels that share a scale: a power of two of at least 32, or all of a row.
+        group_size: Option<usize>,
+        /// Whether the channels of keys are brought to one size first.
+        channel_scales: ChannelScales,
+    },
+}
+
+/// Factors that the channels of keys are divided by before they are coded, so that a few large channels do not cost the others their
+/// precision.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ChannelScales {
+    /// None.
+    Off,
+    /// The largest magnitude of each channel among the rows of the first append, kept from then on.
+    FirstRows,
+    /// These, `[kv_heads, head_dim]`, positive.
+    Given(Vec<f32>),
+}
+
+impl From<DType> for Format {
+    fn from(dtype: DType) -> Self {
+        Self::Numbers(dtype)
+    }
+}
+
+impl Format {
+    /// In what form rows are stored, without the details.
+    pub fn storage(&self) -> Storage {
+        match self {
+            Self::Numbers(dtype) => Storage::Numbers(*dtype),
+            Self::Codes { bits, .. } => Storage::Codes(*bits),
+        }
+    }
+
+    fn rows(&self, dim: usize) -> Result<RowFormat> {
+        Ok(match self {
+            Self::Numbers(dtype) => RowFormat::Numbers { dtype: *dtype, dim },
+            Self::Codes { bits, group_size, .. } => RowFormat::Codes(CodeFormat::new(*bits, dim, *group_size)?),
+        })
+    }
+
+    fn channel_scales(&self) -> &ChannelScales {
+        match self {
+            Self::Numbers(_) => &ChannelScales::Off,
+            Self::Codes { channel_scales, .. } => channel_scales,
+        }
+    }
+}
 
 /// Keys and values of one sequence, `[kv_heads, len, dim]` each, in host memory.
 ///
@@ -15,7 +73,9 @@ pub struct KvStore {
     id: u64,
     kv_heads: usize,
     capacity: usize,
-    dtype: DType,
+    format: Format,
+    /// Factors of the channels of keys, `[kv_heads, head_dim]`, where keys are coded with them: set by the first rows at the latest.
+    channels: OnceLock<Vec<f32>>,
     keys: Rows,
     values: Rows,
     len: AtomicUsize,
@@ -83,7 +143,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl KvStore {
     /// An empty store for up to `capacity` rows. Reserves address space, commits no memory.
-    pub fn new(kv_heads: usize, head_dim: usize, value_dim: usize, dtype: DType, capacity: usize) -> Result<Self> {
+    pub fn new(
+        kv_heads: usize,
+        head_dim: usize,
+        value_dim: usize,
+        format: impl Into<Format>,
+        capacity: usize,
+    ) -> Result<Self> {
+        let format = format.into();
         static NEXT: AtomicU64 = AtomicU64::new(1);
         for (argument, n) in
             [("kv_heads", kv_heads), ("head_dim", head_dim), ("value_dim", value_dim), ("capacity", capacity)]
@@ -92,13 +159,24 @@ impl KvStore {
                 return Err(Error::value(argument, n, "at least 1"));
             }
         }
+        let channels = OnceLock::new();
+        if let ChannelScales::Given(scales) = format.channel_scales() {
+            let fine = scales.len() == kv_heads.saturating_mul(head_dim)
+                && scales.iter().all(|c| c.is_normal() && *c > 0.0 && (1.0 / c).is_normal());
+            if !fine {
+                let got = format!("{} numbers", scales.len());
+                return Err(Error::value("channel_scales", got, format!("{kv_heads} x {head_dim} positive numbers")));
+            }
+            channels.get_or_init(|| scales.clone());
+        }
         Ok(Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             kv_heads,
             capacity,
-            dtype,
-            keys: Rows::new(kv_heads, capacity, head_dim, dtype, "the keys of a store")?,
-            values: Rows::new(kv_heads, capacity, value_dim, dtype, "the values of a store")?,
+            channels,
+            keys: Rows::new(kv_heads, capacity, format.rows(head_dim)?, "the keys of a store")?,
+            values: Rows::new(kv_heads, capacity, format.rows(value_dim)?, "the values of a store")?,
+            format,
             len: AtomicUsize::new(0),
             writer: Mutex::new(()),
             gate: Mutex::default(),
@@ -119,17 +197,37 @@ impl KvStore {
 
     /// Width of a key.
     pub fn head_dim(&self) -> usize {
-        self.keys.dim()
+        self.keys.format().dim()
     }
 
     /// Width of a value.
     pub fn value_dim(&self) -> usize {
-        self.values.dim()
+        self.values.format().dim()
     }
 
-    /// Element type of the stored rows.
-    pub fn dtype(&self) -> DType {
-        self.dtype
+    /// In what form the rows are kept.
+    pub fn format(&self) -> &Format {
+        &self.format
+    }
+
+    /// In what form the rows are kept, without the details.
+    pub fn storage(&self) -> Storage {
+        self.format.storage()
+    }
+
+    /// Factors of the channels of keys, `[kv_heads, head_dim]`, where keys are coded with them and the first rows were seen.
+    pub fn channel_scales(&self) -> Option<&[f32]> {
+        self.channels.get().map(Vec::as_slice)
+    }
+
+    pub(super) fn set_channel_scales(&self, scales: Vec<f32>) {
+        self.channels.get_or_init(|| scales);
+    }
+
+    /// Bytes of a row of keys and of one of values, per head.
+    pub fn row_bytes(&self) -> (usize, usize) {
+        let bytes = |rows: &Rows| rows.format().row_bytes().expect("checked when the store was made");
+        (bytes(&self.keys), bytes(&self.values))
     }
 
     /// Most rows the store can hold.
@@ -173,11 +271,14 @@ impl KvStore {
         }
         self.keys.commit(new_len)?;
         self.values.commit(new_len)?;
+        if *self.format.channel_scales() == ChannelScales::FirstRows {
+            self.channels.get_or_init(|| largest_of_channels(k));
+        }
         // SAFETY: the rows are committed; rows from `len` on are the writer's alone, and that is this thread; the sources were
         // found to be elsewhere.
         unsafe {
-            self.keys.write(len, k)?;
-            self.values.write(len, v)?;
+            self.keys.write(len, k, self.channel_scales())?;
+            self.values.write(len, v, None)?;
         }
         self.len.store(new_len, Ordering::Release);
         Ok(new_len)
@@ -238,10 +339,23 @@ impl KvStore {
 
     /// A copy of the store with the same rows and capacity. The rows are copied, so the two share nothing.
     pub fn fork(&self) -> Result<Self> {
-        let mut copy = Self::new(self.kv_heads, self.head_dim(), self.value_dim(), self.dtype, self.capacity)?;
+        let format = self.format.clone();
+        let mut copy = Self::new(self.kv_heads, self.head_dim(), self.value_dim(), format, self.capacity)?;
         let reader = self.read();
-        copy.append(&reader.keys(), &reader.values())?;
-        copy.origin = Some(Origin { id: self.id, len: reader.len(), epoch: reader.epoch() });
+        let (len, heads) = (reader.len(), self.kv_heads);
+        let mut sources = reader.heads();
+        for rows in copy.rows_mut(len)? {
+            for head in 0..heads {
+                let source = sources.next().expect("keys and values have as many heads");
+                rows.head_bytes_mut(head, len).copy_from_slice(source);
+            }
+        }
+        drop(sources);
+        if let Some(scales) = self.channel_scales() {
+            copy.set_channel_scales(scales.to_vec());
+        }
+        copy.publish(len);
+        copy.origin = Some(Origin { id: self.id, len, epoch: reader.epoch() });
         Ok(copy)
     }
 
@@ -281,7 +395,7 @@ impl std::fmt::Debug for KvStore {
             .field("kv_heads", &self.kv_heads)
             .field("head_dim", &self.head_dim())
             .field("value_dim", &self.value_dim())
-            .field("dtype", &self.dtype)
+            .field("format", &self.format)
             .field("capacity", &self.capacity)
             .field("len", &self.len())
             .finish()
@@ -317,24 +431,21 @@ impl Reader<'_> {
     }
 
     /// The keys, `[1, kv_heads, len, head_dim]`.
-    pub fn keys(&self) -> TensorView<'_> {
-        self.view(&self.store.keys)
+    pub fn keys(&self) -> KvView<'_> {
+        // SAFETY: rows below the length are published, and only a truncate, which waits for this reader, lets them be rewritten.
+        unsafe { self.store.keys.view(self.len, self.store.channel_scales()) }
     }
 
     /// The values, `[1, kv_heads, len, value_dim]`.
-    pub fn values(&self) -> TensorView<'_> {
-        self.view(&self.store.values)
-    }
-
-    fn view<'b>(&'b self, rows: &'b Rows) -> TensorView<'b> {
-        // SAFETY: rows below the length are published, and only a truncate, which waits for this reader, lets them be rewritten.
-        unsafe { rows.view(self.len) }.expect("rows are contiguous")
+    pub fn values(&self) -> KvView<'_> {
+        // SAFETY: as in `keys`.
+        unsafe { self.store.values.view(self.len, None) }
     }
 
     /// Keys, then values, head by head, as bytes.
     pub(super) fn heads(&self) -> impl Iterator<Item = &[u8]> {
         let rows = [&self.store.keys, &self.store.values];
-        // SAFETY: as in `view`.
+        // SAFETY: as in `keys`.
         rows.into_iter()
             .flat_map(move |rows| (0..self.store.kv_heads).map(move |head| unsafe { rows.head_bytes(head, self.len) }))
     }
@@ -348,4 +459,22 @@ impl Drop for Reader<'_> {
             self.store.gate_changed.notify_all();
         }
     }
+}
+
+/// The largest magnitude of each channel, `[heads, dim]`; 1 for a channel of zeros, or one that is not finite.
+fn largest_of_channels(rows: &TensorView) -> Vec<f32> {
+    let [_, heads, count, dim] = rows.shape();
+    let mut largest = vec![0f32; heads * dim];
+    with_element!(rows.dtype(), T => {
+        for (head, largest) in largest.chunks_exact_mut(dim.max(1)).enumerate() {
+            for row in 0..count {
+                for (largest, x) in largest.iter_mut().zip(rows.row::<T>(0, head, row)) {
+                    *largest = largest.max(crate::tensor::Element::to_f32(*x).abs());
+                }
+            }
+        }
+    });
+    // Within what has a finite inverse.
+    largest.iter_mut().for_each(|c| *c = if *c > 0.0 && c.is_finite() { c.clamp(1e-30, 1e30) } else { 1.0 });
+    largest
 }

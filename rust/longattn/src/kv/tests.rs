@@ -2,7 +2,7 @@
 
 use super::region::STEP;
 use super::*;
-use crate::tensor::{DType, Element, Error, TensorView};
+use crate::tensor::{DType, Element, Error, Storage, TensorView};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ fn numbers(view: &TensorView) -> Vec<f32> {
 
 fn contents(store: &KvStore) -> (usize, Vec<f32>, Vec<f32>) {
     let reader = store.read();
-    (reader.len(), numbers(&reader.keys()), numbers(&reader.values()))
+    (reader.len(), numbers(&reader.keys().numbers().unwrap()), numbers(&reader.values().numbers().unwrap()))
 }
 
 fn expected(len: usize) -> (usize, Vec<f32>, Vec<f32>) {
@@ -152,7 +152,7 @@ proptest! {
         store.save(&file).unwrap();
         let loaded = KvStore::load(&file, capacity).unwrap();
         prop_assert_eq!(contents(&loaded), expected(len));
-        prop_assert_eq!((loaded.dtype(), loaded.capacity()), (dtype, capacity.unwrap_or(120)));
+        prop_assert_eq!((loaded.storage(), loaded.capacity()), (Storage::Numbers(dtype), capacity.unwrap_or(120)));
         prop_assert_eq!((loaded.kv_heads(), loaded.head_dim(), loaded.value_dim()), (HEADS, KEY, VALUE));
         append::<f32>(&loaded, len, 20).unwrap();
         prop_assert_eq!(contents(&loaded), expected(len + 20));
@@ -176,7 +176,7 @@ fn strided_rows_are_appended_in_their_order() {
     let v = TensorView::strided(&data, [1, HEADS, 3, VALUE], [0, 8, 0, 1]).unwrap();
     let store = store(DType::F32, 3);
     store.append(&k, &v).unwrap();
-    assert_eq!(store.read().keys().row::<f32>(0, 1, 2), rows::<f32>(0, 1, KEY)[KEY..].to_vec());
+    assert_eq!(store.read().keys().numbers().unwrap().row::<f32>(0, 1, 2), rows::<f32>(0, 1, KEY)[KEY..].to_vec());
 }
 
 #[test]
@@ -186,7 +186,7 @@ fn a_large_append_is_spread_over_heads_and_steps() {
     let view = TensorView::new(&data, [1, heads, count, dim]).unwrap();
     let store = KvStore::new(heads, dim, dim, DType::F32, count).unwrap();
     store.append(&view, &view).unwrap();
-    assert_eq!(numbers(&store.read().values()), data);
+    assert_eq!(numbers(&store.read().values().numbers().unwrap()), data);
     assert_eq!(store.nbytes(), 2 * heads * (count * dim * 4).next_multiple_of(STEP));
 }
 
@@ -231,12 +231,15 @@ fn a_store_can_append_its_own_rows_but_not_those_it_dropped() {
     append::<f32>(&store, 0, 8).unwrap();
     {
         let reader = store.read();
-        store.append(&reader.keys(), &reader.values()).unwrap();
-        assert_eq!(store.read().keys().row::<f32>(0, 1, 15), reader.keys().row::<f32>(0, 1, 7));
+        store.append(&reader.keys().numbers().unwrap(), &reader.values().numbers().unwrap()).unwrap();
+        assert_eq!(
+            store.read().keys().numbers().unwrap().row::<f32>(0, 1, 15),
+            reader.keys().numbers().unwrap().row::<f32>(0, 1, 7)
+        );
     }
     let (k, v) = {
         let reader = store.read();
-        let (k, v) = (reader.keys(), reader.values());
+        let (k, v) = (reader.keys().numbers().unwrap(), reader.values().numbers().unwrap());
         // SAFETY: the store lives to the end of the test and its rows stay readable; nothing writes them while the views are used.
         unsafe {
             let k = TensorView::from_raw("k", k.as_ptr(), k.dtype(), k.shape(), k.strides()).unwrap();
@@ -255,17 +258,20 @@ fn rows_never_move_and_a_million_is_only_reserved() {
     let data = vec![1f32; 8 * 128 * 64];
     let view = TensorView::new(&data, [1, 8, 64, 128]).unwrap();
     store.append(&view, &view).unwrap();
-    let (k, v) = (store.read().keys().as_ptr(), store.read().values().as_ptr());
+    let (k, v) = (store.read().keys().numbers().unwrap().as_ptr(), store.read().values().numbers().unwrap().as_ptr());
     for _ in 0..200 {
         store.append(&view, &view).unwrap();
     }
-    assert_eq!((k, v), (store.read().keys().as_ptr(), store.read().values().as_ptr()));
-    assert_eq!(store.read().keys().strides(), [8 << 27, 1 << 27, 128, 1]);
+    assert_eq!(
+        (k, v),
+        (store.read().keys().numbers().unwrap().as_ptr(), store.read().values().numbers().unwrap().as_ptr())
+    );
+    assert_eq!(store.read().keys().numbers().unwrap().strides(), [8 << 27, 1 << 27, 128, 1]);
     assert_eq!(store.nbytes(), 16 * (201 * 64 * 256usize).next_multiple_of(STEP));
     store.truncate(1);
     assert_eq!(store.nbytes(), 16 * 2 * STEP, "one step is kept above the new length");
     store.append(&view, &view).unwrap();
-    assert_eq!(store.read().keys().row::<bf16>(0, 7, 64)[127], bf16::ONE);
+    assert_eq!(store.read().keys().numbers().unwrap().row::<bf16>(0, 7, 64)[127], bf16::ONE);
 }
 
 #[test]
@@ -301,8 +307,8 @@ fn readers_see_whole_rows_while_others_append_and_truncate() {
                 while !done.load(Ordering::Relaxed) {
                     let reader = store.read();
                     let (len, epoch) = (reader.len(), store.epoch());
-                    assert_eq!(numbers(&reader.keys()), rows::<f32>(0, len, KEY));
-                    assert_eq!(numbers(&reader.values()), rows::<f32>(0, len, VALUE));
+                    assert_eq!(numbers(&reader.keys().numbers().unwrap()), rows::<f32>(0, len, KEY));
+                    assert_eq!(numbers(&reader.values().numbers().unwrap()), rows::<f32>(0, len, VALUE));
                     assert!(reader.epoch() == epoch && store.epoch() == epoch);
                 }
             });
@@ -326,7 +332,7 @@ fn writers_take_turns() {
             scope.spawn(|| (0..100).for_each(|_| assert!(append::<f32>(&store, 0, 10).is_ok())));
         }
     });
-    let keys = numbers(&store.read().keys());
+    let keys = numbers(&store.read().keys().numbers().unwrap());
     let block = rows::<f32>(0, 10, KEY);
     for (head, rows) in keys.chunks(4000 * KEY).enumerate() {
         assert!(rows.chunks(10 * KEY).all(|rows| *rows == block[head * 10 * KEY..(head + 1) * 10 * KEY]));

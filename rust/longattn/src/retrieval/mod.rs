@@ -121,7 +121,7 @@ pub fn retrieval_attention(
     let reader = store.read();
     check(&q, index, &reader, &options, out, lse)?;
     let dense = Options { scale: options.scale, causal: true, sinks: options.sink_logits, ..Options::default() };
-    let problem = Problem::new(q, reader.keys().into(), reader.values().into(), dense)?;
+    let problem = Problem::new(q, reader.keys(), reader.values(), dense)?;
     if problem.queries == 0 {
         return Ok(Vec::new());
     }

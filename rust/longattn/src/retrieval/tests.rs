@@ -86,12 +86,12 @@ impl Case {
                 let (mut sum, mut others) = (sinks.map_or(0.0, |s| f64::from(s[h]).exp()), 0.0);
                 let mut row = vec![0.0; self.value_dim];
                 for j in 0..reader.len() - self.queries + i + 1 {
-                    let k = wide(reader.keys(), h / self.group, j);
+                    let k = wide(reader.keys().numbers().unwrap(), h / self.group, j);
                     let s: f64 =
                         q.iter().zip(k).map(|(q, k)| f64::from(*q) * k).sum::<f64>() / (self.dim as f64).sqrt();
                     if read(h / self.group, i, j) {
                         sum += s.exp();
-                        let v = wide(reader.values(), h / self.group, j);
+                        let v = wide(reader.values().numbers().unwrap(), h / self.group, j);
                         row.iter_mut().zip(v).for_each(|(o, v)| *o += s.exp() * v);
                     } else {
                         others += s.exp();
@@ -234,7 +234,7 @@ fn hash_codes_select_by_agreeing_bits() {
         let reader = case.store.read();
         let mut order: Vec<(f32, usize)> = (0..592)
             .map(|j| {
-                let key = reader.keys().row::<f32>(0, 0, j);
+                let key = reader.keys().numbers().unwrap().row::<f32>(0, 0, j);
                 let cosine: i32 = (case.q.iter().zip(key.iter().cycle()))
                     .map(|(q, k)| if (*q > 0.0) == (*k > 0.0) { 1 } else { -1 })
                     .sum();
