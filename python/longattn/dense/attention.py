@@ -19,21 +19,17 @@ from longattn._arrays import Array, as_numpy, like
 from longattn._checks import (
     attention_inputs,
     batched,
-    bias_scores,
+    carried_state,
     check_float_storage,
     check_floating,
     check_heads,
     flag,
-    mask_scores,
     per_head,
     result_array,
     returned,
-    scale_factor,
     sequence_bounds,
-    slopes_per_head,
-    softcap_value,
-    window_sides,
 )
+from longattn.dense._options import arrays_of, is_array, score_options
 
 
 def attention(
@@ -43,12 +39,18 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
-    scale: float | None = None,
+    scale: float | Array | None = None,
     softcap: float = 0.0,
     bias: Array | None = None,
     mask: Array | None = None,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    relative_bias: Array | None = None,
+    relative_zero: int | None = None,
+    segments: tuple[Array, Array] | None = None,
+    visible_until: Array | None = None,
+    skip_threshold: float = 0.0,
+    state: tuple[Array, Array] | None = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:
@@ -66,14 +68,34 @@ def attention(
         causal: a query sees only keys at its own position and before.
         window: `(left, right)`: a query at position `p` sees keys `p - left` to `p + right`; -1 is unbounded.
             A sliding window of `w` tokens that counts the query's own is `(w - 1, 0)`.
-        scale: factor on the logits; `None` is `D ** -0.5`.
+        scale: factor on the dot products; `None` is `D ** -0.5`. A floating array `[Hq]`, `[Hq, Lq]` or
+            `[B, Hq, Lq]` has one factor per head or per query row.
         softcap: `c > 0` turns each scaled logit `s` into `c * tanh(s / c)`; 0 is off.
         bias: floating array, broadcastable to `[B, Hq, Lq, Lk]` (`[Hq, Lq, Lk]` for inputs without a batch
-            axis), added to the logits after `softcap`; dtypes other than float32 cost a copy.
+            axis), added to the logits after `softcap`; dtypes other than float32 cost a copy. A bias per key
+            is `[..., 1, Lk]`: it is read where it lies, for every query row anew.
         mask: boolean array, broadcastable as `bias`; True lets the query see the key.
         alibi_slopes: floating `[Hq]` or `[B, Hq]`; adds `-slope * |query position - key position|`.
         sinks: floating `[Hq]`: one more logit per head, which takes its share of the softmax and adds nothing
             to the output.
+        relative_bias: floating `[Hq, n]`: adds `relative_bias[h, clip(key - position + relative_zero, 0, n - 1)]`
+            to the logit, so keys beyond either end of the table get its first or last entry.
+        relative_zero: the entry of the key at the query's own position; `None` is `n - 1`, which with `causal`
+            makes entry `n - 1 - d` that of the key `d` back.
+        segments: pair `(q_segments, k_segments)` of integers within int32, `[Lq]` or `[B, Lq]` and `[Lk]` or
+            `[B, Lk]`: a query sees only keys of its own number. Hidden scores are computed all the same;
+            `attention_varlen` never does, where segments are runs of equal numbers.
+        visible_until: integers `[Lk]` or `[B, Lk]`: only positions below `visible_until[j]` see key `j`.
+        skip_threshold: `t` in `[0, 1)`; above 0 the result is approximate. A block of keys (128 for up to 8
+            query rows of a KV head's group, else 256) is left out, before its values are read, where every
+            weight in it is below `t` relative to the largest weight met before, for each of the query rows that
+            are computed together. Keys left out count neither in the output nor in the lse: with `n` of
+            them, the lse is too low by at most `log(1 + n * t)`, and the output off by at most
+            `2 * n * t * max |v|`. Which blocks these are depends on the instruction set, not on the threads.
+        state: pair `(o, lse)` of an earlier part over other keys, which enters the softmax: the result is
+            `merge([state, (output, lse)])` without the rounding between. `o` floating `[B, Hq, Lq, Dv]` (or
+            `[Hq, Lq, Dv]`), float64 costs a copy; `lse` floating `[B, Hq, Lq]` (or `[Hq, Lq]`). Rows with
+            an lse of -inf count as nothing, whatever their `o` holds. At most one part may have `sinks`.
         return_lse: also return the log-sum-exp of the logits.
         out: array `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`) of the kind and dtype of `q` that receives the
             result; must not overlap any input.
@@ -81,7 +103,7 @@ def attention(
     Returns:
         The output `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`), in the kind and dtype of `q`: `out` itself where it
         was given. With `return_lse`, the pair `(output, lse)`, `lse` float32 `[B, Hq, Lq]` (or `[Hq, Lq]`) by
-        natural logarithm, `sinks` included, and -inf where there is neither a visible key nor a sink.
+        natural logarithm, `sinks` and `state` included, and -inf where there is neither a visible key nor those.
 
     Raises:
         TypeError: an argument of another kind or dtype.
@@ -108,47 +130,37 @@ def attention(
     check_heads(qn.shape[-3], kn.shape[-3], vn.shape[-3])
     if vn.shape[-2] != kn.shape[-2]:
         raise ValueError(f"v: got length {vn.shape[-2]}, expected {kn.shape[-2]} as in k")
-    *_, heads, rows, _ = qn.shape
     keys = kn.shape[-2]
-    scores = (*qn.shape[:-1], keys)
-    left, right = window_sides(window, rows + keys)
-    bias_n = None if bias is None else bias_scores(bias, scores)
-    mask_n = None if mask is None else mask_scores(mask, scores)
-    slopes = None if alibi_slopes is None else slopes_per_head(alibi_slopes, qn.shape[:-2])
-    sinks_n = None if sinks is None else per_head(sinks, "sinks", heads)
-    causal, return_lse = flag(causal, "causal"), flag(return_lse, "return_lse")
-    scale, softcap = scale_factor(scale, qn.shape[-1]), softcap_value(softcap)
+    options = score_options(
+        qn.shape,
+        keys,
+        span=qn.shape[-2] + keys,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        relative_bias=relative_bias,
+        relative_zero=relative_zero,
+        segments=segments,
+        visible_until=visible_until,
+        skip_threshold=skip_threshold,
+    )
+    return_lse = flag(return_lse, "return_lse")
     shape = (*qn.shape[:-1], vn.shape[-1])
-    inputs = {
-        "q": qn,
-        "k": kn,
-        "v": vn,
-        "bias": bias_n,
-        "mask": mask_n,
-        "alibi_slopes": slopes,
-        "sinks": sinks_n,
-    }
+    if state is not None:
+        o, part = carried_state(state, shape, shape[:-1])
+        options["state"] = batched(o, 4), batched(part, 3)
+    inputs = {"q": qn, "k": kn, "v": vn, **arrays_of(options)}
     result = result_array(out, q, shape, qn.dtype, inputs)
 
-    lse = np.empty(qn.shape[:-1], np.float32)
+    lse = np.empty(shape[:-1], np.float32)
     if lse.size:
         q4, k4, v4, out4 = (batched(x, 4) for x in (qn, kn, vn, result))
-        _core.attention(
-            q4,
-            k4,
-            v4,
-            out4,
-            batched(lse, 3),
-            scale,
-            causal,
-            left,
-            right,
-            softcap,
-            bias_n,
-            mask_n,
-            slopes,
-            sinks_n,
-        )
+        _core.attention(q4, k4, v4, out4, batched(lse, 3), options)
     return returned(out, q, result, lse if return_lse else None)
 
 
@@ -161,10 +173,14 @@ def attention_varlen(
     *,
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
-    scale: float | None = None,
+    scale: float | Array | None = None,
     softcap: float = 0.0,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    relative_bias: Array | None = None,
+    relative_zero: int | None = None,
+    skip_threshold: float = 0.0,
+    state: tuple[Array, Array] | None = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:
@@ -182,10 +198,14 @@ def attention_varlen(
         cu_seqlens_k: the same for keys, ending at `Tk`.
         causal: as in `attention`, inside each sequence.
         window: as in `attention`, inside each sequence.
-        scale: as in `attention`.
+        scale: as in `attention`, an array being `[Hq]`.
         softcap: as in `attention`.
         alibi_slopes: floating `[Hq]`, as in `attention`.
         sinks: floating `[Hq]`, as in `attention`.
+        relative_bias: floating `[Hq, n]`, as in `attention`, by distances inside each sequence.
+        relative_zero: as in `attention`.
+        skip_threshold: as in `attention`, inside each sequence.
+        state: as in `attention`: `o` floating `[Tq, Hq, Dv]`, `lse` floating `[Hq, Tq]`.
         return_lse: also return the log-sum-exp of the logits.
         out: array `[Tq, Hq, Dv]` of the kind and dtype of `q` that receives the result; must not overlap any
             input.
@@ -216,19 +236,32 @@ def attention_varlen(
     cu_k = sequence_bounds(cu_seqlens_k, "cu_seqlens_k", kn.shape[0])
     if len(cu_k) != len(cu_q):
         raise ValueError(f"cu_seqlens_k: got {len(cu_k) - 1} sequences, expected {len(cu_q) - 1} as in cu_seqlens_q")
-    left, right = window_sides(window, total_q + kn.shape[0])
-    slopes = None if alibi_slopes is None else per_head(alibi_slopes, "alibi_slopes", heads)
-    sinks_n = None if sinks is None else per_head(sinks, "sinks", heads)
-    causal, return_lse = flag(causal, "causal"), flag(return_lse, "return_lse")
-    scale, softcap = scale_factor(scale, dim), softcap_value(softcap)
-    inputs = {"q": qn, "k": kn, "v": vn, "alibi_slopes": slopes, "sinks": sinks_n}
-    result = result_array(out, q, (total_q, heads, vn.shape[2]), qn.dtype, inputs)
+    # One query row stands for all: nothing but the state differs between the rows of a head.
+    options = score_options(
+        (heads, 1, dim),
+        kn.shape[0],
+        span=total_q + kn.shape[0],
+        causal=causal,
+        window=window,
+        scale=per_head(scale, "scale", heads) if is_array(scale) else scale,
+        softcap=softcap,
+        alibi_slopes=None if alibi_slopes is None else per_head(alibi_slopes, "alibi_slopes", heads),
+        sinks=sinks,
+        relative_bias=relative_bias,
+        relative_zero=relative_zero,
+        skip_threshold=skip_threshold,
+    )
+    return_lse = flag(return_lse, "return_lse")
+    shape = (total_q, heads, vn.shape[2])
+    if state is not None:
+        o, part = carried_state(state, shape, (heads, total_q))
+        options["state"] = o.swapaxes(0, 1)[None], part[None]
+    inputs = {"q": qn, "k": kn, "v": vn, **arrays_of(options)}
+    result = result_array(out, q, shape, qn.dtype, inputs)
 
     lse = np.empty((heads, total_q), np.float32)
     if lse.size:
-        _core.attention_varlen(
-            qn, kn, vn, result, lse, cu_q, cu_k, scale, causal, left, right, softcap, slopes, sinks_n
-        )
+        _core.attention_varlen(qn, kn, vn, result, lse, cu_q, cu_k, options)
     return returned(out, q, result, lse if return_lse else None)
 
 
