@@ -87,11 +87,12 @@ def attention(
             `attention_varlen` never does, where segments are runs of equal numbers.
         visible_until: integers `[Lk]` or `[B, Lk]`: only positions below `visible_until[j]` see key `j`.
         skip_threshold: `t` in `[0, 1)`; above 0 the result is approximate. A block of keys (128 for up to 8
-            query rows of a KV head's group, else 256) is left out, before its values are read, where every
-            weight in it is below `t` relative to the largest weight met before, for each of the query rows that
-            are computed together. Keys left out count neither in the output nor in the lse: with `n` of
-            them, the lse is too low by at most `log(1 + n * t)`, and the output off by at most
-            `2 * n * t * max |v|`. Which blocks these are depends on the instruction set, not on the threads.
+            query rows of a KV head's group, else 256) is left out where every weight in it is below `t` relative
+            to the largest weight met before, for each of the query rows that are computed together; long key
+            ranges are cut into pieces of at least 1024 keys, and each piece starts anew. Keys left out count
+            neither in the output nor in the lse: with `n` of them, the lse is too low by at most
+            `log(1 + n * t)`, and the output off by at most `2 * n * t * max |v|`. Which blocks these are depends
+            on the instruction set, not on the number of threads.
         state: pair `(o, lse)` of an earlier part over other keys, which enters the softmax: the result is
             `merge([state, (output, lse)])` without the rounding between. `o` floating `[B, Hq, Lq, Dv]` (or
             `[Hq, Lq, Dv]`), float64 costs a copy; `lse` floating `[B, Hq, Lq]` (or `[Hq, Lq]`). Rows with
