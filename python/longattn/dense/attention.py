@@ -30,6 +30,8 @@ from longattn._checks import (
     sequence_bounds,
 )
 from longattn.dense._options import arrays_of, is_array, score_options
+from longattn.methods import Method
+from longattn.reference import dense as reference
 
 
 def attention(
@@ -326,3 +328,25 @@ def merge(parts: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
             batched(total, 3),
         )
     return like(pairs[0][0], result), like(pairs[0][0], total)
+
+
+METHOD = Method(
+    name="attention",
+    family="exact",
+    title="Attention Is All You Need",
+    year=2017,
+    arxiv="1706.03762",
+    function=attention,
+    reference=reference.attention,
+    exact=True,
+    modes=frozenset({"causal", "non-causal", "self", "cross"}),
+    gqa=True,
+    checks=(
+        "Query heads of a group give what they give over repeated keys and values.",
+        "A window is the mask that it stands for.",
+        "Results over parts of the keys merge to the whole.",
+        "Decode steps give the rows of the prefill.",
+    ),
+    tests="tests/dense/test_attention.py",
+    cost="`Hq * Lq * visible keys * (D + Dv)` multiply-adds; each byte of keys and values is read once per group.",
+)
