@@ -68,7 +68,7 @@ def fixed_head_size_attention(
     """
     for name in ("out", "return_lse"):
         if name in options:
-            raise TypeError(f"{name}: got {options[name]!r}, expected none: the result is the projected output")
+            raise TypeError(f"{name}: got one, expected none: the result is the projected output")
     given = {"x": x, "wq": wq, "wk": wk, "wv": wv, "wo": wo} | ({} if context is None else {"context": context})
     arrays = {name: as_numpy(array, name) for name, array in given.items()}
     for name, array in arrays.items():
@@ -111,7 +111,7 @@ def fixed_head_size_attention(
 
 def _split(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     """`[..., L, heads * D]` as `[..., heads, L, D]`, a view."""
-    return rows.reshape(*rows.shape[:-1], heads, -1).swapaxes(-3, -2)
+    return rows.reshape(*rows.shape[:-1], heads, rows.shape[-1] // heads).swapaxes(-3, -2)
 
 
 @dataclass(frozen=True, slots=True)

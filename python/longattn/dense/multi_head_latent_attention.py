@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from longattn._arrays import Array, as_numpy
 from longattn._checks import check_float_storage, flag, result_array, returned, scale_factor
 from longattn.dense.attention import attention
-from longattn.dense.head_options import options_of_heads
+from longattn.dense._head_options import options_of_heads
 from longattn.methods import Method
 from longattn.reference import dense as reference
 
@@ -187,7 +187,7 @@ def _absorbed(parts: _Parts, result: NDArray[Any], options: dict[str, Any]) -> N
     # Heads first: one matrix product per head over all rows of the batch.
     q = np.empty((heads, batch, rows, cache.shape[-1]), np.float32)
     queries = np.ascontiguousarray(parts.q_nope.swapaxes(0, 1), np.float32).reshape(heads, batch * rows, nope)
-    np.matmul(queries, _float32(parts.w_uk), out=q.reshape(heads, batch * rows, -1)[..., :rank])
+    np.matmul(queries, _float32(parts.w_uk), out=q.reshape(heads, batch * rows, cache.shape[-1])[..., :rank])
     q[..., rank:] = parts.q_rope.swapaxes(0, 1)
     mixed = np.empty((heads, batch, rows, rank), np.float32)
     keys = cache[:, None]
@@ -195,7 +195,7 @@ def _absorbed(parts: _Parts, result: NDArray[Any], options: dict[str, Any]) -> N
         q.swapaxes(0, 1), keys, keys[..., :rank], return_lse=True, out=mixed.swapaxes(0, 1), **options
     )  # fmt: skip
     out = np.matmul(mixed.reshape(heads, batch * rows, rank), _float32(parts.w_uv))
-    result[...] = out.reshape(heads, batch, rows, -1).swapaxes(0, 1)
+    result[...] = out.reshape(heads, batch, rows, out.shape[-1]).swapaxes(0, 1)
     of_rows: NDArray[np.float32] = lse
     return of_rows
 
