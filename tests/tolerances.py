@@ -107,9 +107,7 @@ def projected_attention(x, wq, wk, wv, wo, *, heads, context=None, scale=None):
 def stored(tolerance, dtype):
     """`tolerance` of a float32 result that is then rounded to `dtype`."""
     roundoff, smallest = ROUNDOFF[np.dtype(dtype)]
-    return Tolerance(
-        atol=tolerance.atol + smallest, rtol=tolerance.rtol + roundoff, lse_atol=tolerance.lse_atol
-    )
+    return Tolerance(atol=tolerance.atol + smallest, rtol=tolerance.rtol + roundoff, lse_atol=tolerance.lse_atol)
 
 
 def merge(outs, lses):

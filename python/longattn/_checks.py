@@ -41,6 +41,11 @@ def attention_inputs(
     return qn, kn, vn
 
 
+def shape_of(x: Array, name: str) -> tuple[int, ...]:
+    """Shape of an argument that is only passed on: nothing is borrowed or copied where it says its shape itself."""
+    return tuple(x.shape) if hasattr(x, "shape") else as_numpy(x, name, any_strides=True).shape
+
+
 def check_float_storage(x: NDArray[Any], name: str) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected float32, float16 or bfloat16")

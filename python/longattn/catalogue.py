@@ -233,7 +233,7 @@ def _signature(function: Callable[..., Any] | type[Any], path: str) -> str:
     flat = f"{name}{inside}"
     if len(flat) <= 100:
         return flat
-    items = []
+    items: list[str] = []
     for part in inside[1:-1].split(", "):  # tuples as defaults have commas of their own
         if items and items[-1].count("(") > items[-1].count(")"):
             items[-1] += f", {part}"

@@ -120,7 +120,9 @@ def collect(modules: Iterator[ModuleType]) -> tuple[Method, ...]:
         if not isinstance(method, Method):
             raise TypeError(f"METHOD of {module.__name__}: got {type(method).__name__}, expected a Method")
         if method.name in found:
-            raise ValueError(f"METHOD of {module.__name__}: got name {method.name!r}, which {found[method.name][1]} has")
+            raise ValueError(
+                f"METHOD of {module.__name__}: got name {method.name!r}, which {found[method.name][1]} has"
+            )
         found[method.name] = method, module.__name__
     return tuple(sorted((method for method, _ in found.values()), key=lambda method: (method.family, method.name)))
 

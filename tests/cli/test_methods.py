@@ -49,7 +49,7 @@ def test_pages(tmp_path):
     assert written == catalogue.pages()
 
 
-def documented(argument: int, other: str = "x"):
+def documented(argument: int):
     """Computes what it says.
 
     More about it.
@@ -67,4 +67,4 @@ def test_a_docstring_becomes_markdown():
     body, sections = catalogue._docstring(documented)
     assert body == "Computes what it says.\n\nMore about it."
     assert sections == {"Args": "- `argument`: a number, in two lines.", "Returns": "A value."}
-    assert catalogue._signature(documented, "longattn.documented") == "la.documented(argument, other='x')"
+    assert catalogue._signature(documented, "longattn.documented") == "la.documented(argument)"

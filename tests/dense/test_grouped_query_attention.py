@@ -16,7 +16,8 @@ def check(q, k, v, *, offset=0.0, **options):
     out, lse = grouped_query_attention(q, k, v, return_lse=True, **options)
     assert out.dtype == q.dtype and out.shape == (*q.shape[:-1], v.shape[-1])
     expected, expected_lse = reference.grouped_query_attention(q, k, v, return_lse=True, **options)
-    tolerances.attention(q, k, v, scale=options.get("scale"), offset=offset).check(out, expected, lse, expected_lse)
+    scale = np.max(options["scale"]) if "scale" in options else None
+    tolerances.attention(q, k, v, scale=scale, offset=offset).check(out, expected, lse, expected_lse)
     return out, lse
 
 
@@ -60,6 +61,14 @@ def test_options_per_query_head(rng, isa):
     }
     check(q, k, v, interleaved=True, offset=0.3 * keys + 5, **options)
     check(q, k, v, interleaved=True, mask=rng.random((rows, keys)) > 0.3, bias=normal(rng, (1, rows, 1)), offset=4)
+    for shape in ((heads,), (heads, rows), (2, heads, rows)):
+        check(q, k, v, interleaved=True, scale=rng.random(shape, np.float32))
+    segments = (rng.integers(0, 2, (2, rows)), rng.integers(0, 2, (2, keys)))
+    check(
+        q, k, v, interleaved=True, relative_bias=normal(rng, (heads, 9)), relative_zero=3, segments=segments, offset=4
+    )
+    earlier = la.attention(q, normal(rng, (2, 1, 7, 16)), normal(rng, (2, 1, 7, 16)), return_lse=True)
+    check(q, k, v, interleaved=True, state=earlier)
 
 
 @ORDERS

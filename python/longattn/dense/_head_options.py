@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from longattn._arrays import Array, as_numpy
+from longattn.dense._options import is_array
 
 #: Where the axis of query heads lies, from the end.
 _HEAD_AXIS = {"alibi_slopes": -1, "sinks": -1, "relative_bias": -2, "bias": -3, "mask": -3}
@@ -28,8 +29,9 @@ def _of_heads(name: str, value: Any, part: slice, heads: int) -> Any:
         return None
     if name in _HEAD_AXIS:
         return _sliced(name, value, _HEAD_AXIS[name], part, heads)
-    if name == "scale" and hasattr(value, "__array__"):
-        return value if value.ndim == 0 else _sliced(name, value, -1 if value.ndim == 1 else -2, part, heads)
+    if name == "scale" and is_array(value):
+        axis = -1 if as_numpy(value, name, any_strides=True).ndim == 1 else -2
+        return _sliced(name, value, axis, part, heads)
     if name == "state" and isinstance(value, tuple | list) and len(value) == 2:
         return _sliced("state o", value[0], -3, part, heads), _sliced("state lse", value[1], -2, part, heads)
     return value
@@ -41,4 +43,6 @@ def _sliced(name: str, value: Array, axis: int, part: slice, heads: int) -> Any:
         return x
     if x.ndim < -axis or x.shape[axis] != heads:
         raise ValueError(f"{name}: got shape {x.shape}, expected {heads} query heads on axis {axis}")
-    return x[(..., part, *(slice(None),) * (-axis - 1))]
+    after: tuple[Any, ...] = (slice(None),) * (-axis - 1)
+    index: Any = (..., part, *after)
+    return x[index]

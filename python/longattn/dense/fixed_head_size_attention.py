@@ -172,15 +172,21 @@ def score_rank(q: Array, k: Array, *, rtol: float | None = None) -> ScoreRank:
     least = min(rows, keys, dim)
     spectra = np.zeros((*qn.shape[:-2], least))
     for kv_head in np.ndindex(kn.shape[:-2]):
-        of_keys = np.linalg.qr(kn[kv_head].astype(np.float64), mode="r")
+        of_keys = _triangular(kn[kv_head])
         for head in range(kv_head[-1] * group, (kv_head[-1] + 1) * group):
             one = (*kv_head[:-1], head)
-            of_queries = np.linalg.qr(qn[one].astype(np.float64), mode="r")
-            spectra[one] = np.linalg.svd(of_queries @ of_keys.T, compute_uv=False)[:least]
+            product = _triangular(qn[one]) @ of_keys.T
+            spectra[one] = np.linalg.svd(product, compute_uv=False)[:least]
     largest = spectra[..., :1]
     counted = (spectra > threshold * largest).sum(axis=-1, dtype=np.int64)
     relative = np.divide(spectra, largest, out=np.zeros_like(spectra), where=largest > 0)
     return ScoreRank(counted, (relative**2).sum(axis=-1), spectra)
+
+
+def _triangular(rows: NDArray[Any]) -> NDArray[np.float64]:
+    """The factor R of rows `[L, D]`, float64 `[min(L, D), D]`."""
+    factor: NDArray[np.float64] = np.asarray(np.linalg.qr(rows.astype(np.float64), mode="r"))
+    return factor
 
 
 METHOD = Method(

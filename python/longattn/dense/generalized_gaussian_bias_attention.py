@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import check_floating, flag, real, scale_factor, window_sides
+from longattn._checks import check_floating, flag, real, scale_factor, shape_of, window_sides
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import dense as reference
@@ -91,10 +91,13 @@ def generalized_gaussian_bias_attention(
         (1, 2, 10, 64)
     """
     causal = flag(causal, "causal")
-    q_shape, keys = as_numpy(q, "q", any_strides=True).shape, as_numpy(k, "k", any_strides=True).shape[-2]
+    q_shape, k_shape = shape_of(q, "q"), shape_of(k, "k")
     if len(q_shape) not in (3, 4):
         raise ValueError(f"q: got shape {q_shape}, expected rank 3 or 4")
+    if len(k_shape) != len(q_shape):
+        raise ValueError(f"k: got shape {k_shape}, expected rank {len(q_shape)} as q")
     *_, heads, rows, dim = q_shape
+    keys = k_shape[-2]
     if table is None:
         ahead = 0 if causal else max(rows - 1, 0)
         made = _prior(heads, max(keys, 1), ahead, inverse_scale, shape, loc, eps)

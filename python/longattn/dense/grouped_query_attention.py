@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
 from longattn._checks import attention_inputs, check_float_storage, check_heads, flag, result_array, returned
-from longattn.dense.attention import attention
 from longattn.dense._head_options import options_of_heads
+from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import dense as reference
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy
-from longattn._checks import attention_inputs, check_heads, per_head, real, scale_factor
+from longattn._arrays import Array
+from longattn._checks import attention_inputs, check_heads, per_head, real, scale_factor, shape_of
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import dense as reference
@@ -59,7 +59,7 @@ def head_scaled_nope_attention(
         >>> la.dense.head_scaled_nope_attention(q, k, v, np.array([1.0, 1.3])).shape
         (1, 2, 10, 64)
     """
-    shape = as_numpy(q, "q", any_strides=True).shape
+    shape = shape_of(q, "q")
     if len(shape) not in (3, 4):
         raise ValueError(f"q: got shape {shape}, expected rank 3 or 4")
     factor = scale_factor(scale, max(1, shape[-1]))
@@ -140,15 +140,17 @@ def matching_lam(
     return np.exp(logs).astype(np.float32), reached.astype(np.float32)
 
 
-def _mean_entropy(
-    q: NDArray[Any], k: NDArray[Any], scale: NDArray[np.float32], causal: bool
-) -> NDArray[np.float64]:
-    """Mean over batch and rows of each head's entropy `lse - sum_j w_j s_j`."""
+def _mean_entropy(q: NDArray[Any], k: NDArray[Any], scale: NDArray[np.float32], causal: bool) -> NDArray[np.float64]:
+    """Mean of each head's entropy `lse - sum_j w_j s_j` over the rows, of all batches, that see a key."""
     # With the keys as values, the output `o` is the mean key, and `q . o` the mean of `q . k`.
     o, lse = attention(q, k, k, causal=causal, scale=scale, return_lse=True)
     mean_logit = scale[:, None] * np.einsum("...d,...d->...", q, o)
-    of_rows = np.where(np.isfinite(lse), lse - mean_logit, 0.0)
-    return np.moveaxis(of_rows, -2, 0).reshape(len(scale), -1).mean(axis=1, dtype=np.float64)
+    seeing = np.isfinite(lse)
+    of_rows = np.where(seeing, lse, 0.0) - mean_logit  # both 0 where nothing is seen
+    axes = tuple(axis for axis in range(lse.ndim) if axis != lse.ndim - 2)
+    total: NDArray[np.float64] = of_rows.sum(axis=axes, dtype=np.float64)
+    mean: NDArray[np.float64] = total / np.maximum(seeing.sum(axis=axes), 1)
+    return mean
 
 
 def _factors(values: float | Array, name: str, heads: int) -> NDArray[np.float32]:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
 from longattn._checks import check_float_storage, flag, result_array, returned, scale_factor
-from longattn.dense.attention import attention
 from longattn.dense._head_options import options_of_heads
+from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import dense as reference
 
@@ -174,7 +174,9 @@ def _cheaper_absorbed(parts: _Parts, causal: bool) -> bool:
     seeing = min(rows, keys)  # the last rows; the ones before them see no key when causal
     pairs = seeing * keys - seeing * (seeing - 1) // 2 if causal else rows * keys
     projected = rank * (nope + value_dim)
-    return rows * projected + pairs * (2 * rank + rope) <= keys * projected + pairs * (nope + rope + value_dim)
+    absorbed = rows * projected + pairs * (2 * rank + rope)
+    expanded = keys * projected + pairs * (nope + rope + value_dim)
+    return bool(absorbed <= expanded)
 
 
 def _absorbed(parts: _Parts, result: NDArray[Any], options: dict[str, Any]) -> NDArray[np.float32]:
@@ -217,9 +219,7 @@ def _expanded(parts: _Parts, result: NDArray[Any], options: dict[str, Any]) -> N
         np.matmul(latent, _float32(parts.w_uk[some]).swapaxes(-1, -2), out=k[..., :nope])
         k[..., nope:] = parts.k_rope[:, None]
         v = np.matmul(latent, _float32(parts.w_uv[some]))
-        result[:, some], lse[:, some] = attention(
-            q, k, v, return_lse=True, **options_of_heads(options, some, heads)
-        )
+        result[:, some], lse[:, some] = attention(q, k, v, return_lse=True, **options_of_heads(options, some, heads))
     return lse
 
 

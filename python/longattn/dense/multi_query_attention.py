@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from longattn._arrays import Array, as_numpy
+from longattn._arrays import Array
+from longattn._checks import shape_of
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import dense as reference
@@ -43,7 +44,7 @@ def multi_query_attention(q: Array, k: Array, v: Array, *, scale: Any = None, **
         >>> la.dense.multi_query_attention(q, k, v, causal=True).shape
         (1, 8, 1, 64)
     """
-    shape = as_numpy(k, "k", any_strides=True).shape
+    shape = shape_of(k, "k")
     if len(shape) >= 3 and shape[-3] != 1:
         raise ValueError(f"k: got {shape[-3]} heads, expected 1 (several are grouped_query_attention)")
     return attention(q, k, v, scale=scale, **options)
