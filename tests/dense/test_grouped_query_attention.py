@@ -100,6 +100,29 @@ def test_steps_are_the_prefill(rng, isa, interleaved):
         tolerance.check(step, whole[:, :, n - 1 : n])
 
 
+def test_any_number_of_threads(rng):
+    q, k, v = qkv(rng, heads=6, kv_heads=2, rows=2, keys=5000, dim=32)
+    before, results = la.get_num_threads(), []
+    for threads in (1, 2, 3):
+        la.set_num_threads(threads)
+        results.append(grouped_query_attention(q, k, v, interleaved=True))
+    la.set_num_threads(before)
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+def test_torch_tensors(rng):
+    torch = pytest.importorskip("torch")
+    q, k, v = qkv(rng, heads=6, kv_heads=3, rows=3, keys=40)
+    sinks = rng.standard_normal(6, np.float32)
+    expected, expected_lse = grouped_query_attention(q, k, v, interleaved=True, sinks=sinks, return_lse=True)
+    tensors = (torch.from_numpy(x) for x in (q, k, v))
+    out, lse = grouped_query_attention(*tensors, interleaved=True, sinks=torch.from_numpy(sinks), return_lse=True)
+    assert isinstance(out, torch.Tensor) and isinstance(lse, torch.Tensor)
+    np.testing.assert_array_equal(out.numpy(), expected)
+    np.testing.assert_array_equal(lse.numpy(), expected_lse)
+
+
 # Identities
 
 

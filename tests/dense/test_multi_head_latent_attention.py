@@ -158,6 +158,18 @@ def test_a_store_holds_the_packed_cache(rng, isa):
     np.testing.assert_array_equal(out, latent_attention(**a, causal=True))
 
 
+@FORMS
+def test_any_number_of_threads(rng, absorb):
+    a = arguments(rng, batch=1, rows=2, keys=5000, cache=BF16)
+    before, results = la.get_num_threads(), []
+    for threads in (1, 2, 3):
+        la.set_num_threads(threads)
+        results.append(latent_attention(**a, causal=True, absorb=absorb))
+    la.set_num_threads(before)
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
 def test_torch_tensors(rng):
     torch = pytest.importorskip("torch")
     a = arguments(rng)

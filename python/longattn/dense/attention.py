@@ -1,4 +1,4 @@
-"""Exact attention: blocked softmax over all visible keys, for prefill, decode and packed batches; `merge`.
+"""Exact attention: blocked softmax over all visible keys, for prefill and decode.
 
 Arrays are numpy arrays, torch CPU tensors or other DLPack CPU arrays. They are read where they lie, with any
 strides whose last axis is contiguous; another layout costs one copy (`bias` and `mask` may have any). Storage
@@ -8,28 +8,22 @@ whatever the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from longattn import _core
-from longattn._arrays import Array, as_numpy, like
+from longattn._arrays import Array
 from longattn._checks import (
     attention_inputs,
     batched,
     carried_state,
-    check_float_storage,
-    check_floating,
     check_heads,
     flag,
-    per_head,
     result_array,
     returned,
-    sequence_bounds,
 )
-from longattn.dense._options import arrays_of, is_array, score_options
+from longattn.dense._options import arrays_of, score_options
 from longattn.methods import Method
 from longattn.reference import dense as reference
 
@@ -165,169 +159,6 @@ def attention(
         q4, k4, v4, out4 = (batched(x, 4) for x in (qn, kn, vn, result))
         _core.attention(q4, k4, v4, out4, batched(lse, 3), options)
     return returned(out, q, result, lse if return_lse else None)
-
-
-def attention_varlen(
-    q: Array,
-    k: Array,
-    v: Array,
-    cu_seqlens_q: Array,
-    cu_seqlens_k: Array,
-    *,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    scale: float | Array | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Array | None = None,
-    sinks: Array | None = None,
-    relative_bias: Array | None = None,
-    relative_zero: int | None = None,
-    skip_threshold: float = 0.0,
-    state: tuple[Array, Array] | None = None,
-    return_lse: bool = False,
-    out: Array | None = None,
-) -> Any:
-    """`attention` over sequences of different lengths, packed one after the other without padding.
-
-    Sequence `n` has the query rows `cu_seqlens_q[n]` to `cu_seqlens_q[n + 1]` and the key rows
-    `cu_seqlens_k[n]` to `cu_seqlens_k[n + 1]`; queries see keys of their own sequence only, aligned
-    bottom-right in each.
-
-    Args:
-        q: queries `[Tq, Hq, D]`; float32, float16 or bfloat16.
-        k: keys `[Tk, Hkv, D]`; any of the three dtypes.
-        v: values `[Tk, Hkv, Dv]`; dtype of `k`.
-        cu_seqlens_q: integers `[sequences + 1]` that start at 0, never fall, and end at `Tq`.
-        cu_seqlens_k: the same for keys, ending at `Tk`.
-        causal: as in `attention`, inside each sequence.
-        window: as in `attention`, inside each sequence.
-        scale: as in `attention`, an array being `[Hq]`.
-        softcap: as in `attention`.
-        alibi_slopes: floating `[Hq]`, as in `attention`.
-        sinks: floating `[Hq]`, as in `attention`.
-        relative_bias: floating `[Hq, n]`, as in `attention`, by distances inside each sequence.
-        relative_zero: as in `attention`.
-        skip_threshold: as in `attention`, inside each sequence.
-        state: as in `attention`: `o` floating `[Tq, Hq, Dv]`, `lse` floating `[Hq, Tq]`.
-        return_lse: also return the log-sum-exp of the logits.
-        out: array `[Tq, Hq, Dv]` of the kind and dtype of `q` that receives the result; must not overlap any
-            input.
-
-    Returns:
-        The output `[Tq, Hq, Dv]` in the kind and dtype of `q`: `out` itself where it was given. With
-        `return_lse`, the pair `(output, lse)`, `lse` float32 `[Hq, Tq]`.
-
-    Raises:
-        TypeError: an argument of another kind or dtype.
-        ValueError: as in `attention`, or sequence bounds that do not fit the arrays.
-
-    Cost:
-        That of `attention` summed over the sequences; padding costs nothing because there is none.
-
-    Example:
-        >>> import numpy as np, longattn as la
-        >>> q = k = v = np.ones((5, 2, 4), np.float32)
-        >>> la.attention_varlen(q, k, v, np.array([0, 2, 5]), np.array([0, 2, 5]), causal=True).shape
-        (5, 2, 4)
-    """
-    qn, kn, vn = attention_inputs(q, k, v, ranks=(3,))
-    total_q, heads, dim = qn.shape
-    check_heads(heads, kn.shape[1], vn.shape[1])
-    if vn.shape[0] != kn.shape[0]:
-        raise ValueError(f"v: got length {vn.shape[0]}, expected {kn.shape[0]} as in k")
-    cu_q = sequence_bounds(cu_seqlens_q, "cu_seqlens_q", total_q)
-    cu_k = sequence_bounds(cu_seqlens_k, "cu_seqlens_k", kn.shape[0])
-    if len(cu_k) != len(cu_q):
-        raise ValueError(f"cu_seqlens_k: got {len(cu_k) - 1} sequences, expected {len(cu_q) - 1} as in cu_seqlens_q")
-    # One query row stands for all: nothing but the state differs between the rows of a head.
-    options = score_options(
-        (heads, 1, dim),
-        kn.shape[0],
-        span=total_q + kn.shape[0],
-        causal=causal,
-        window=window,
-        scale=per_head(scale, "scale", heads) if is_array(scale) else scale,
-        softcap=softcap,
-        alibi_slopes=None if alibi_slopes is None else per_head(alibi_slopes, "alibi_slopes", heads),
-        sinks=sinks,
-        relative_bias=relative_bias,
-        relative_zero=relative_zero,
-        skip_threshold=skip_threshold,
-    )
-    return_lse = flag(return_lse, "return_lse")
-    shape = (total_q, heads, vn.shape[2])
-    if state is not None:
-        o, part = carried_state(state, shape, (heads, total_q))
-        options["state"] = o.swapaxes(0, 1)[None], part[None]
-    inputs = {"q": qn, "k": kn, "v": vn, **arrays_of(options)}
-    result = result_array(out, q, shape, qn.dtype, inputs)
-
-    lse = np.empty((heads, total_q), np.float32)
-    if lse.size:
-        _core.attention_varlen(qn, kn, vn, result, lse, cu_q, cu_k, options)
-    return returned(out, q, result, lse if return_lse else None)
-
-
-def merge(parts: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Attention over the union of disjoint sets of keys, from the results over each set.
-
-    With `(o, lse)` of each part as `attention(..., return_lse=True)` gives them, `lse = log(sum(exp(lse_p)))`
-    and `out = sum(exp(lse_p - lse) * o_p)`: associative, and exact up to rounding. Parts whose lse is -inf
-    saw no key and do not count, whatever their `o` holds. At most one part may have been given `sinks`, or
-    the sinks would count several times.
-
-    Args:
-        parts: pairs `(o, lse)`, at least one: `o` `[B, H, L, Dv]` or `[H, L, Dv]`, all of one shape and dtype
-            (float32, float16 or bfloat16); `lse` floating `[B, H, L]` or `[H, L]`, natural logarithm.
-
-    Returns:
-        The pair `(o, lse)`: the kind and dtype of the first part's `o`, and float32.
-
-    Raises:
-        TypeError: a part that is no pair, or arrays of another kind or dtype.
-        ValueError: no parts, or shapes that differ.
-
-    Cost:
-        One pass over all parts.
-
-    Example:
-        >>> import numpy as np, longattn as la
-        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 4, 100, 16), dtype=np.float32)
-        >>> sets = slice(0, 50), slice(50, None)
-        >>> halves = [la.attention(q, k[:, s], v[:, s], return_lse=True) for s in sets]
-        >>> np.allclose(la.merge(halves)[0], la.attention(q, k, v), atol=1e-6)
-        True
-    """
-    pairs = list(parts)
-    if not pairs:
-        raise ValueError("parts: got none, expected at least one pair (o, lse)")
-    outs: list[NDArray[Any]] = []
-    lses: list[NDArray[np.float32]] = []
-    for n, pair in enumerate(pairs):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise TypeError(f"parts[{n}]: got {type(pair).__name__}, expected a pair (o, lse)")
-        o, lse = as_numpy(pair[0], f"parts[{n}] o"), as_numpy(pair[1], f"parts[{n}] lse")
-        check_float_storage(o, f"parts[{n}] o")
-        check_floating(lse, f"parts[{n}] lse")
-        first = outs[0] if outs else o
-        if o.ndim not in (3, 4) or o.shape != first.shape:
-            expected = f"{first.shape} as in parts[0]" if outs else "[B, H, L, Dv] or [H, L, Dv]"
-            raise ValueError(f"parts[{n}] o: got shape {o.shape}, expected {expected}")
-        if o.dtype != first.dtype:
-            raise TypeError(f"parts[{n}] o: got dtype {o.dtype}, expected {first.dtype} as in parts[0]")
-        if lse.shape != o.shape[:-1]:
-            raise ValueError(f"parts[{n}] lse: got shape {lse.shape}, expected {o.shape[:-1]} as in its o")
-        outs.append(o)
-        lses.append(np.ascontiguousarray(lse, np.float32))
-    result, total = np.empty(outs[0].shape, outs[0].dtype), np.empty(lses[0].shape, np.float32)
-    if total.size:
-        _core.merge(
-            [batched(o, 4) for o in outs],
-            [batched(x, 3) for x in lses],
-            batched(result, 4),
-            batched(total, 3),
-        )
-    return like(pairs[0][0], result), like(pairs[0][0], total)
 
 
 METHOD = Method(
