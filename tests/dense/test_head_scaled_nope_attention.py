@@ -143,6 +143,7 @@ def test_rows_that_see_nothing_have_no_entropy(rng):
     [
         ({"lam": np.ones(3)}, ValueError, r"lam: got shape \(3,\), expected \(4,\)"),
         ({"lam": np.ones(4, int)}, TypeError, r"lam: got dtype int64, expected a floating dtype"),
+        ({"lam": np.array([1, np.inf, 1, 1])}, ValueError, r"lam: got .*, expected finite numbers"),
         ({"lam": "1"}, TypeError, r"lam: got '1'"),
         ({"scale": np.nan}, ValueError, r"scale: got nan"),
         ({"q": np.ones(3, F32)}, ValueError, r"q: got shape \(3,\), expected rank 3 or 4"),
@@ -159,6 +160,7 @@ def test_bad_arguments(rng, change, error, message):
     ("change", "error", "message"),
     [
         ({"target": np.ones(3)}, ValueError, r"target: got shape \(3,\), expected \(4,\)"),
+        ({"target": np.nan}, ValueError, r"target: got nan, expected finite numbers"),
         ({"target": -1.0}, ValueError, r"target: got -1.0, expected at least 0"),
         ({"bounds": (0, 1)}, ValueError, r"bounds: got \(0, 1\), expected 0 < least <= greatest"),
         ({"bounds": (2.0, 1.0)}, ValueError, r"bounds: got \(2.0, 1.0\)"),

@@ -37,7 +37,8 @@ def grouped_query_attention(
         q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16.
         k: keys `[B, Hkv, Lk, D]`, or `[Hkv, Lk, D]`; any of the three dtypes.
         v: values `[B, Hkv, Lk, Dv]`, or `[Hkv, Lk, Dv]`; dtype of `k`.
-        interleaved: query head `h` reads KV head `h % Hkv` instead of `h // G`.
+        interleaved: query head `h` reads KV head `h % Hkv` instead of `h // G`; keys and values are then arrays, not
+            a store's rows of codes.
         return_lse: also return the log-sum-exp of the logits.
         out: array `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`) of the kind and dtype of `q` that receives the result.
         options: every other option of `longattn.attention`; what is given per head is per query head.

@@ -62,9 +62,8 @@ def head_scaled_nope_attention(
     shape = shape_of(q, "q")
     if len(shape) not in (3, 4):
         raise ValueError(f"q: got shape {shape}, expected rank 3 or 4")
-    factor = scale_factor(scale, max(1, shape[-1]))
-    per_query_head = _factors(lam, "lam", shape[-3]) * np.float32(factor)
-    return attention(q, k, v, causal=causal, scale=per_query_head, **options)
+    factors = _factors(lam, "lam", shape[-3]) * np.float32(scale_factor(scale, max(1, shape[-1])))
+    return attention(q, k, v, causal=causal, scale=factors, **options)
 
 
 def matching_lam(
@@ -154,9 +153,12 @@ def _mean_entropy(q: NDArray[Any], k: NDArray[Any], scale: NDArray[np.float32], 
 
 
 def _factors(values: float | Array, name: str, heads: int) -> NDArray[np.float32]:
-    if np.ndim(values) == 0:
-        return np.full(heads, real(values, name), np.float32)
-    return per_head(values, name, heads)
+    """One number per query head, from an array or one number for all."""
+    one = np.ndim(values) == 0
+    factors = np.full(heads, real(values, name), np.float32) if one else per_head(values, name, heads)
+    if not np.isfinite(factors).all():
+        raise ValueError(f"{name}: got {values}, expected finite numbers")
+    return factors
 
 
 METHOD = Method(
