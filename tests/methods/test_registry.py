@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -125,6 +126,20 @@ def test_what_is_no_entry_is_refused():
         entry(name="x", modes=frozenset({"causal", "diagonal"}))
     with pytest.raises(ValueError, match=r"checks of x: got none"):
         entry(name="x", checks=())
+
+
+def test_the_registry_stays_light():
+    """`import longattn` looks through no family package, and looking imports no framework."""
+    code = (
+        "import sys, longattn\n"
+        "from longattn.methods import _registry\n"
+        "before = _registry.cache_info().currsize\n"
+        "longattn.methods()\n"
+        "heavy = ('torch', 'transformers', 'matplotlib', 'longattn.catalogue')\n"
+        "print(before, [name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0 []"
 
 
 def test_every_module_with_an_entry_is_searched():
