@@ -66,6 +66,50 @@ def attention(q, k, v, *, scale=None, offset=0.0):
     return Tolerance(atol=2 * logit * _largest(v) + smallest, rtol=roundoff + summed + 2 * U, lse_atol=logit + summed)
 
 
+def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, *, scale=None, offset=0.0):
+    """Tolerance of multi-head latent attention, in either form.
+
+    Logits are sums of `R + Dr` products in the one form and of `Dn + Dr` in the other; each form's queries or keys
+    are float32 results that err by `U` of their terms. The output's terms are at most a latent's norm times that of
+    a column of `w_uv`.
+    """
+    q_nope, q_rope, latent, k_rope, w_uk, w_uv = (
+        np.asarray(x, np.float64) for x in (q_nope, q_rope, latent, k_rope, w_uk, w_uv)
+    )
+    scale = (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5 if scale is None else abs(scale)
+    absorbed = _row_norm(q_nope @ w_uk) * _row_norm(latent)
+    expanded = _row_norm(q_nope) * _row_norm(latent[:, None] @ w_uk.swapaxes(-1, -2))
+    positions = _row_norm(q_rope) * _row_norm(k_rope)
+    logit = SAFETY * U * (scale * (2 * (absorbed + expanded) + positions) + 2 * offset + 4)
+    summed = SAFETY * U * np.sqrt(latent.shape[-2])
+    value = _row_norm(latent) * _row_norm(w_uv.swapaxes(-1, -2))
+    return Tolerance(atol=(2 * logit + summed + SAFETY * U) * value, rtol=4 * U, lse_atol=logit + summed)
+
+
+def projected_attention(x, wq, wk, wv, wo, *, heads, context=None, scale=None):
+    """Tolerance of attention between projections that are computed in float32.
+
+    A projected number errs by `U` of its terms' norms, which adds to what `attention` allows; the output sums
+    `heads` of them times columns of `wo`.
+    """
+    x, wq, wk, wv, wo = (np.asarray(a, np.float64) for a in (x, wq, wk, wv, wo))
+    source = x if context is None else np.asarray(context, np.float64)
+    dim = wq.shape[1] // heads
+    scale = dim**-0.5 if scale is None else abs(scale)
+    q, k, v = ((rows @ w).astype(np.float32) for rows, w in ((x, wq), (source, wk), (source, wv)))
+    one = attention(q, k, v, scale=scale)
+    terms = scale * _row_norm(x) * _row_norm(source) * _row_norm(wq.T) * _row_norm(wk.T) * dim
+    value = _row_norm(source) * _row_norm(wv.T)
+    wide = (one.atol + SAFETY * U * (4 * terms + 2) * value) * np.abs(wo).sum(axis=0).max()
+    return Tolerance(atol=float(wide), rtol=4 * U, lse_atol=one.lse_atol)
+
+
+def stored(tolerance, dtype):
+    """`tolerance` of a float32 result that is then rounded to `dtype`."""
+    roundoff, smallest = ROUNDOFF[np.dtype(dtype)]
+    return Tolerance(atol=tolerance.atol + smallest, rtol=tolerance.rtol + roundoff, lse_atol=tolerance.lse_atol)
+
+
 def merge(outs, lses):
     """Tolerance of merging parts: storage rounding and a few float32 operations per part."""
     roundoff, smallest = ROUNDOFF[outs[0].dtype]

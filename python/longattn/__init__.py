@@ -9,12 +9,14 @@ from longattn import index
 from longattn.config import get_num_threads, set_num_threads, show_config
 from longattn.dense import attention, attention_varlen, merge
 from longattn.kv import KVStore
+from longattn.methods import Method, methods
 from longattn.retrieval import RetrievalResult, RetrievalStats, retrieval_attention
 
 __version__ = _version("longattn")
 
 __all__ = [
     "KVStore",
+    "Method",
     "RetrievalResult",
     "RetrievalStats",
     "__version__",
@@ -23,6 +25,7 @@ __all__ = [
     "get_num_threads",
     "index",
     "merge",
+    "methods",
     "retrieval_attention",
     "set_num_threads",
     "show_config",

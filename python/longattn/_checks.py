@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, cast
 
@@ -46,6 +47,11 @@ def attention_inputs(
     return qn, kn, vn
 
 
+def shape_of(x: Array, name: str) -> tuple[int, ...]:
+    """Shape of an argument that is only passed on: nothing is borrowed or copied where it says its shape itself."""
+    return tuple(x.shape) if hasattr(x, "shape") else as_numpy(x, name, any_strides=True).shape
+
+
 def check_float_storage(x: NDArray[Any], name: str) -> None:
     if not isinstance(x, CodedRows) and x.dtype not in FLOATS:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected float32, float16 or bfloat16")
@@ -82,6 +88,24 @@ def scale_factor(scale: object, dim: int) -> float:
     if not abs(number) <= _FLOAT32_MAX:  # NaN fails, too
         raise ValueError(f"scale: got {scale}, expected a finite float32")
     return number
+
+
+def row_scales(scale: Array, rows: tuple[int, ...]) -> NDArray[np.float32]:
+    """Factors of query rows as `[B, Hq, Lq, 1]`, from `[Hq]`, `[Hq, Lq]` or `[B, Hq, Lq]`."""
+    x = as_numpy(scale, "scale", any_strides=True)
+    check_floating(x, "scale")
+    batch, heads, length = (math.prod(rows[:-2]), *rows[-2:])
+    if x.shape not in ((heads,), (heads, length), (batch, heads, length)):
+        raise ValueError(
+            f"scale: got shape {x.shape}, expected {(heads,)}, {(heads, length)} or {(batch, heads, length)}"
+        )
+    with np.errstate(over="ignore"):
+        factors = x.astype(np.float32, copy=False)
+    if not np.isfinite(factors).all():
+        raise ValueError("scale: got an array with numbers that are no finite float32, expected finite ones")
+    if factors.ndim == 1:
+        factors = factors[:, None]
+    return np.broadcast_to(factors, (batch, heads, length))[..., None]
 
 
 def softcap_value(softcap: object) -> float:
@@ -125,6 +149,83 @@ def mask_scores(mask: Array, scores: tuple[int, ...]) -> NDArray[np.bool_]:
     if x.dtype != np.bool_:
         raise TypeError(f"mask: got dtype {x.dtype}, expected bool (a mask to add goes to bias)")
     return broadcast_scores(x, "mask", scores)
+
+
+def relative_table(table: Array, zero: object, heads: int) -> tuple[NDArray[np.float32], int]:
+    """The table `[Hq, n]` and the entry of distance 0."""
+    x = as_numpy(table, "relative_bias")
+    check_floating(x, "relative_bias")
+    if x.ndim != 2 or x.shape[0] != heads or x.shape[1] == 0:
+        raise ValueError(f"relative_bias: got shape {x.shape}, expected ({heads}, n), one row per query head")
+    entries = x.shape[1]
+    if zero is None:
+        at = entries - 1
+    else:
+        try:
+            at = operator.index(zero)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"relative_zero: got {zero!r}, expected an integer") from None
+        if not 0 <= at < entries:
+            raise ValueError(f"relative_zero: got {at}, expected an entry of the table, 0 to {entries - 1}")
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(x, np.float32), at
+
+
+def int32_rows(values: Array, name: str, batch: int, length: int) -> NDArray[Any]:
+    """Integers as contiguous `[B, length]`, from `[length]` or `[B, length]`."""
+    x = as_numpy(values, name)
+    if x.dtype.kind not in "iu":
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected integers")
+    if x.shape not in ((length,), (batch, length)):
+        raise ValueError(f"{name}: got shape {x.shape}, expected {(length,)} or {(batch, length)}")
+    return np.ascontiguousarray(np.broadcast_to(x, (batch, length)))
+
+
+def segment_ids(segments: object, batch: int, rows: int, keys: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    if not isinstance(segments, tuple | list) or len(segments) != 2:
+        raise TypeError(f"segments: got {type(segments).__name__}, expected a pair (q_segments, k_segments)")
+    ids = []
+    for values, name, length in ((segments[0], "segments[0]", rows), (segments[1], "segments[1]", keys)):
+        x = int32_rows(values, name, batch, length)
+        if x.dtype != np.int32:
+            if x.size and (int(x.min()) < -(2**31) or int(x.max()) >= 2**31):
+                raise ValueError(f"{name}: got numbers from {x.min()} to {x.max()}, expected them within int32")
+            x = x.astype(np.int32)
+        ids.append(x)
+    return ids[0], ids[1]
+
+
+def key_ends(visible_until: Array, batch: int, keys: int) -> NDArray[np.int32]:
+    x = int32_rows(visible_until, "visible_until", batch, keys)
+    if x.dtype == np.int32:
+        return x
+    # No position lies beyond int32, so neither does any end that matters.
+    kept, own = np.iinfo(np.int32), np.iinfo(x.dtype)
+    clipped: NDArray[Any] = np.clip(x, max(own.min, kept.min), min(own.max, kept.max))
+    return clipped.astype(np.int32)
+
+
+def skip_fraction(threshold: object) -> float:
+    number = real(threshold, "skip_threshold")
+    if not 0 <= float(np.float32(number)) < 1:
+        raise ValueError(f"skip_threshold: got {threshold}, expected 0 (off) or a number below 1")
+    return number
+
+
+def carried_state(
+    state: object, out_shape: tuple[int, ...], lse_shape: tuple[int, ...]
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Output and log-sum-exp of an earlier part, in the shapes of this call's own."""
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        raise TypeError(f"state: got {type(state).__name__}, expected a pair (o, lse)")
+    o, lse = as_numpy(state[0], "state o"), as_numpy(state[1], "state lse")
+    check_floating(o, "state o")
+    check_floating(lse, "state lse")
+    if o.shape != out_shape:
+        raise ValueError(f"state o: got shape {o.shape}, expected {out_shape} as the output")
+    if lse.shape != lse_shape:
+        raise ValueError(f"state lse: got shape {lse.shape}, expected {lse_shape}")
+    return (o if o.dtype in FLOATS else o.astype(np.float32)), np.ascontiguousarray(lse, np.float32)
 
 
 def slopes_per_head(alibi_slopes: Array, batch_heads: tuple[int, ...]) -> NDArray[np.float32]:
@@ -176,7 +277,7 @@ def result_array(
     q: Array,
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
-    inputs: dict[str, NDArray[Any] | None],
+    inputs: Mapping[str, NDArray[Any] | None],
 ) -> NDArray[Any]:
     """Where the result goes: the caller's `out`, or new memory."""
     if out is None:

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longattn.dense._options import Options
+
 # threads and instruction sets
 
 def set_num_threads(n: int) -> None: ...
@@ -22,15 +24,7 @@ def attention(
     v: NDArray[Any],
     out: NDArray[Any],
     lse: NDArray[np.float32],
-    scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    bias: NDArray[np.float32] | None,
-    mask: NDArray[np.bool_] | None,
-    alibi_slopes: NDArray[np.float32] | None,
-    sinks: NDArray[np.float32] | None,
+    options: Options,
 ) -> None: ...
 def attention_varlen(
     q: NDArray[Any],
@@ -40,13 +34,7 @@ def attention_varlen(
     lse: NDArray[np.float32],
     cu_seqlens_q: NDArray[np.int64],
     cu_seqlens_k: NDArray[np.int64],
-    scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    alibi_slopes: NDArray[np.float32] | None,
-    sinks: NDArray[np.float32] | None,
+    options: Options,
 ) -> None: ...
 def merge(
     outs: list[NDArray[Any]],

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import longattn
-from longattn import bench, demo, doctor
+from longattn import bench, catalogue, demo, doctor
 from longattn.vectors import command as vectors
 
 
@@ -45,6 +45,7 @@ def _commands() -> dict[str, tuple[Command, str]]:
             doctor,
             "what this machine offers, what longattn uses of it, what to do about the difference",
         ),
+        "methods": (catalogue, "what methods there are, what each supports and costs"),
         "vectors": (vectors, "make and cache the recorded queries, keys and values that benchmarks use"),
     }
 

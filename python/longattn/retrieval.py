@@ -15,6 +15,8 @@ from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy, like
 from longattn.index.signatures import Signatures
 from longattn.kv import KVStore
+from longattn.methods import Method
+from longattn.reference import retrieval as reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,3 +232,25 @@ def _finite(value: object, name: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name}: got {value}, expected a finite number")
     return float(value)
+
+
+METHOD = Method(
+    name="retrieval_attention",
+    family="retrieval",
+    title="RetrievalAttention: Accelerating Long-Context LLM Inference via Vector Retrieval",
+    year=2024,
+    arxiv="2409.10516",
+    function=retrieval_attention,
+    reference=reference.attention,
+    exact=False,
+    modes=frozenset({"causal", "self"}),
+    gqa=True,
+    checks=(
+        "A budget of every row is causal attention.",
+        "Over the rows that were read the result is their softmax.",
+        "Several queries select and read what a step for each does.",
+        "`lse` is what `merge` needs: two halves of the keys make the whole.",
+    ),
+    tests="tests/retrieval/test_retrieval.py",
+    cost="`bits * D / 8 + 2` bytes per row and KV head for the scan of codes, and the rows that are read.",
+)

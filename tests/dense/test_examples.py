@@ -8,7 +8,11 @@ import pytest
 
 import longattn.dense
 
-MODULES = [module.name for module in pkgutil.iter_modules(longattn.dense.__path__, "longattn.dense.")]
+MODULES = [
+    f"longattn.dense.{module.name}"
+    for module in pkgutil.iter_modules(longattn.dense.__path__)
+    if not module.name.startswith("_")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -114,6 +114,43 @@ BAD_ATTENTION = [
     ("sinks", array(2), ValueError, "got shape (2,), expected (4,), one per query head"),
     ("sinks", array(2, 4), ValueError, "got shape (2, 4)"),
     ("sinks", array(4, dtype=int), TypeError, "got dtype int64"),
+    ("scale", [0.5] * 4, TypeError, "got [0.5, 0.5, 0.5, 0.5], expected a number"),
+    ("scale", array(4, dtype=int), TypeError, "got dtype int64, expected a floating dtype"),
+    ("scale", array(2), ValueError, "got shape (2,), expected (4,), (4, 3) or (2, 4, 3)"),
+    ("scale", array(), ValueError, "got shape ()"),
+    ("scale", array(2, 4, 3, 1), ValueError, "got shape (2, 4, 3, 1)"),
+    ("scale", np.array([1, 1, NAN, 1]), ValueError, "no finite float32"),
+    ("scale", np.array([1, 1, 1e39, 1]), ValueError, "no finite float32"),
+    ("relative_bias", [[0.0]] * 4, TypeError, "got list"),
+    ("relative_bias", array(4, 5, dtype=int), TypeError, "got dtype int64, expected a floating dtype"),
+    ("relative_bias", array(5), ValueError, "got shape (5,), expected (4, n)"),
+    ("relative_bias", array(2, 5), ValueError, "got shape (2, 5), expected (4, n)"),
+    ("relative_bias", array(4, 0), ValueError, "got shape (4, 0)"),
+    ("relative_zero", 3, ValueError, "got 3 without relative_bias"),
+    ("segments", array(3), TypeError, "got ndarray, expected a pair (q_segments, k_segments)"),
+    ("segments", (array(3, dtype=int),), TypeError, "got tuple, expected a pair"),
+    ("segments", ([0] * 3, array(5, dtype=int)), TypeError, "got list"),
+    ("segments", (array(3), array(5, dtype=int)), TypeError, "got dtype float32, expected integers"),
+    ("segments", (array(4, dtype=int), array(5, dtype=int)), ValueError, "got shape (4,), expected (3,) or (2, 3)"),
+    ("segments", (array(3, dtype=int), array(3, 5, dtype=int)), ValueError, "got shape (3, 5)"),
+    ("segments", (array(3, dtype=int) << 40, array(5, dtype=int)), ValueError, "expected them within int32"),
+    ("visible_until", [5] * 5, TypeError, "got list"),
+    ("visible_until", array(5), TypeError, "got dtype float32, expected integers"),
+    ("visible_until", array(5, dtype=bool), TypeError, "got dtype bool, expected integers"),
+    ("visible_until", array(4, dtype=int), ValueError, "got shape (4,), expected (5,) or (2, 5)"),
+    ("skip_threshold", "0.1", TypeError, "got '0.1', expected a number"),
+    ("skip_threshold", None, TypeError, "got None"),
+    ("skip_threshold", 1, ValueError, "got 1, expected 0 (off) or a number below 1"),
+    ("skip_threshold", 1 - 1e-12, ValueError, "a number below 1"),
+    ("skip_threshold", -0.1, ValueError, "got -0.1"),
+    ("skip_threshold", NAN, ValueError, "got nan"),
+    ("state", array(2, 4, 3, 6), TypeError, "got ndarray, expected a pair (o, lse)"),
+    ("state", (array(2, 4, 3, 6),) * 3, TypeError, "got tuple, expected a pair (o, lse)"),
+    ("state", ([0.0], array(2, 4, 3)), TypeError, "got list"),
+    ("state", (array(2, 4, 3, 6, dtype=int), array(2, 4, 3)), TypeError, "got dtype int64"),
+    ("state", (array(2, 4, 3, 6), array(2, 4, 3, dtype=int)), TypeError, "got dtype int64"),
+    ("state", (array(2, 4, 3, 8), array(2, 4, 3)), ValueError, "got shape (2, 4, 3, 8), expected (2, 4, 3, 6)"),
+    ("state", (array(2, 4, 3, 6), array(2, 4, 3, 1)), ValueError, "got shape (2, 4, 3, 1), expected (2, 4, 3)"),
     ("out", [0.0], TypeError, "got list"),
     ("out", array(2, 4, 3, 8), ValueError, "got shape (2, 4, 3, 8), expected (2, 4, 3, 6)"),
     ("out", array(2, 4, 3, 6, dtype=np.float16), TypeError, "got dtype float16, expected float32"),
@@ -145,6 +182,21 @@ def test_attention_refuses(argument, value, error, message):
 
 
 @pytest.mark.parametrize(
+    ("zero", "error", "message"),
+    [
+        (5, ValueError, "got 5, expected an entry of the table, 0 to 4"),
+        (-1, ValueError, "got -1"),
+        (1.0, TypeError, "got 1.0, expected an integer"),
+    ],
+    ids=str,
+)
+def test_entry_outside_the_table(zero, error, message):
+    refuses(
+        lambda: la.attention(Q, K, V, relative_bias=array(4, 5), relative_zero=zero), "relative_zero", error, message
+    )
+
+
+@pytest.mark.parametrize(
     ("out", "arrays", "name"),
     [
         (SHARED[:, :, :3], {"q": SHARED[:, :, 2:5]}, "q"),
@@ -153,6 +205,9 @@ def test_attention_refuses(argument, value, error, message):
         (SHARED[:, :, :3], {"bias": SHARED[0, 0, 2:5, :5]}, "bias"),
         (SHARED[:, :, :3], {"sinks": SHARED[0, 0, 0, :4]}, "sinks"),
         (SHARED[:, :, :3], {"alibi_slopes": SHARED.reshape(-1)[:8].reshape(2, 4)}, "alibi_slopes"),
+        (SHARED[:, :, :3], {"scale": SHARED[:, :, :3, 0]}, "scale"),
+        (SHARED[:, :, :3], {"relative_bias": SHARED.reshape(-1)[:20].reshape(4, 5)}, "relative_bias"),
+        (SHARED[:, :, :3], {"state": (SHARED[:, :, 2:5], array(2, 4, 3))}, "state[0]"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -197,6 +252,13 @@ BAD_VARLEN = [
     ("cu_seqlens_k", np.array([0, 2**63 + 5, 9], np.uint64), ValueError, "expected bounds that never fall"),
     ("cu_seqlens_k", np.array([0, 2, 5, 9]), ValueError, "got 3 sequences, expected 2 as in cu_seqlens_q"),
     ("alibi_slopes", array(2, 4), ValueError, "got shape (2, 4), expected (4,)"),
+    ("scale", array(4, 7), ValueError, "got shape (4, 7), expected (4,), one per query head"),
+    ("scale", np.array([1, 1, NAN, 1]), ValueError, "no finite float32"),
+    ("relative_bias", array(7, 5), ValueError, "got shape (7, 5), expected (4, n)"),
+    ("relative_zero", 0, ValueError, "got 0 without relative_bias"),
+    ("skip_threshold", 2.0, ValueError, "got 2.0"),
+    ("state", (array(4, 7, 6), array(4, 7)), ValueError, "got shape (4, 7, 6), expected (7, 4, 6)"),
+    ("state", (array(7, 4, 6), array(7, 4)), ValueError, "got shape (7, 4), expected (4, 7)"),
     ("sinks", array(5), ValueError, "got shape (5,), expected (4,)"),
     ("window", (-3, 0), ValueError, "got (-3, 0)"),
     ("scale", NAN, ValueError, "got nan"),

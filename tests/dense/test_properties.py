@@ -43,6 +43,9 @@ def problems(draw):
     offset = 0.0
     if draw(st.booleans()):
         options["scale"] = draw(st.floats(-1.0, 1.0, width=32))
+    elif draw(st.booleans()):
+        shapes = [(heads,), (heads, rows), (batch, heads, rows)]
+        options["scale"] = rng.uniform(-1, 1, draw(st.sampled_from(shapes)))
     if draw(st.booleans()):
         options["softcap"] = draw(st.floats(0.125, 100.0, width=32))
     shape = tuple(n if draw(st.booleans()) else 1 for n in (batch, heads, rows, keys))
@@ -57,7 +60,38 @@ def problems(draw):
     if draw(st.booleans()):
         options["sinks"] = normal(rng, (heads,), F32, spread=3.0)
         offset += 12.0
+    if draw(st.booleans()):
+        entries = draw(st.integers(1, 60))
+        options["relative_bias"] = normal(rng, (heads, entries), draw(st.sampled_from([*DTYPES, np.float64])))
+        if draw(st.booleans()):
+            options["relative_zero"] = draw(st.integers(0, entries - 1))
+        offset += 6.0
+    if draw(st.booleans()):
+        count = draw(st.integers(1, 4))
+        shapes = [(batch, n) if draw(st.booleans()) else (n,) for n in (rows, keys)]
+        options["segments"] = tuple(rng.integers(-count, count, shape) for shape in shapes)
+    if draw(st.booleans()):
+        options["visible_until"] = rng.integers(
+            keys - rows - 2, keys + 2, draw(st.sampled_from([(keys,), (batch, keys)]))
+        )
+    if draw(st.booleans()):
+        lse = normal(rng, (batch, heads, rows), spread=3.0)
+        lse[rng.random(lse.shape) > 0.7] = -np.inf
+        options["state"] = (
+            normal(rng, (batch, heads, rows, value_dim), draw(st.sampled_from([*DTYPES, np.float64]))),
+            lse,
+        )
+        offset += 12.0
     return (q, k, v), options, offset
+
+
+def tolerance_of(compare, q, k, v, options, offset):
+    """`compare` is a function of `tolerances`; carried outputs may be larger than the values."""
+    scale = options.get("scale")
+    scale = None if scale is None else float(np.abs(scale).max(initial=0.0))
+    o = options["state"][0].astype(np.float32) if "state" in options else v[..., :1, :]
+    values = np.concatenate([x.astype(np.float32).ravel() for x in (v, o)])
+    return compare(q, k, values, scale=scale, offset=offset)
 
 
 @settings(max_examples=60 * len(_core.available_isas()))
@@ -67,8 +101,28 @@ def test_attention_is_its_formula(problem, isa):
     with running_on(isa):
         out, lse = la.attention(q, k, v, return_lse=True, **options)
     expected, expected_lse = reference.attention(q, k, v, return_lse=True, **as_float32(options))
-    tolerance = tolerances.attention(q, k, v, scale=options.get("scale"), offset=offset)
+    tolerance = tolerance_of(tolerances.attention, q, k, v, options, offset)
     tolerance.check(out, expected, lse, expected_lse)
+
+
+@settings(max_examples=40 * len(_core.available_isas()))
+@given(problem=problems(), threshold=st.floats(0.0, 0.9), isa=st.sampled_from(_core.available_isas()))
+def test_skipping_errs_by_at_most_the_threshold_times_the_keys(problem, threshold, isa):
+    (q, k, v), options, offset = problem
+    with running_on(isa):
+        expected, expected_lse = la.attention(q, k, v, return_lse=True, **options)
+        out, lse = la.attention(q, k, v, return_lse=True, skip_threshold=threshold, **options)
+    expected, out = (np.asarray(x, np.float64) for x in (expected, out))
+    tolerance = tolerance_of(tolerances.same_storage, q, k, v, options, offset)
+    share = k.shape[2] * threshold
+    dark = expected_lse == -np.inf
+    np.testing.assert_array_equal(lse == -np.inf, dark)
+    missing = expected_lse[~dark] - lse[~dark]
+    assert (missing >= -tolerance.lse_atol).all() and (missing <= np.log1p(share) + tolerance.lse_atol).all()
+    # Keys left out had values of at most this; what stands for them, values or a carried output, too.
+    largest = max(float(np.abs(x.astype(np.float64)).max(initial=0.0)) for x in (v, options.get("state", (v,))[0]))
+    bound = 2 * share * largest + tolerance.atol + tolerance.rtol * np.abs(expected)
+    assert (np.abs(out - expected) <= bound).all()
 
 
 @settings(max_examples=40 * len(_core.available_isas()))
@@ -84,16 +138,27 @@ def test_splitting_the_keys_and_merging_is_the_whole(problem, cut, isa):
     if "alibi_slopes" in options:
         bias = bias - options.pop("alibi_slopes")[..., None, None] * np.abs(positions)
     bias = np.broadcast_to(bias, np.broadcast_shapes(bias.shape, (1, 1, 1, keys)))
-    sinks = options.pop("sinks", None)
+    if "relative_bias" in options:
+        table = options.pop("relative_bias").astype(np.float32)
+        zero = options.pop("relative_zero", table.shape[1] - 1)
+        bias = bias + table[:, np.clip(zero - positions, 0, table.shape[1] - 1)]
+    if "segments" in options:
+        own, of_keys = (np.atleast_2d(ids) for ids in options.pop("segments"))
+        mask = mask & (own[:, None, :, None] == of_keys[:, None, None, :])
+    if "visible_until" in options:
+        until = np.atleast_2d(options.pop("visible_until"))
+        mask = mask & (positions + np.arange(keys) < until[:, None, None, :])
+    sinks, state = options.pop("sinks", None), options.pop("state", None)
 
     def part(begin, end, **more):
         own = {"mask": mask[..., begin:end], "bias": bias[..., begin:end]}
         return la.attention(q, k[:, :, begin:end], v[:, :, begin:end], return_lse=True, **own, **options, **more)
 
     with running_on(isa):
-        whole, whole_lse = part(0, keys, sinks=sinks)
-        out, lse = la.merge([part(0, cut, sinks=sinks), part(cut, keys)])
-    tolerance = tolerances.same_storage(q, k, v, scale=options.get("scale"), offset=offset)
+        whole, whole_lse = part(0, keys, sinks=sinks, state=state)
+        out, lse = la.merge([part(0, cut, sinks=sinks, state=state), part(cut, keys)])
+    carried = options if state is None else options | {"state": state}
+    tolerance = tolerance_of(tolerances.same_storage, q, k, v, carried, offset)
     tolerance.check(out, np.asarray(whole, np.float64), lse, whole_lse)
 
 
@@ -120,5 +185,8 @@ def test_varlen_is_its_formula(*, seed, lengths, dim, causal, left, isa, dtype):
 
 def as_float32(options):
     """The options as the call rounds them."""
-    rounded = {name: options[name].astype(np.float32) for name in ("bias", "alibi_slopes") if name in options}
+    names = ("bias", "alibi_slopes", "relative_bias")
+    rounded = {name: options[name].astype(np.float32) for name in names if name in options}
+    if isinstance(options.get("scale"), np.ndarray):
+        rounded["scale"] = options["scale"].astype(np.float32)
     return options | rounded

@@ -1,5 +1,31 @@
 """Exact attention and the methods that are it: one module per method."""
 
-from longattn.dense.attention import attention, attention_varlen, merge
+from longattn.dense.attention import attention
+from longattn.dense.attention_varlen import attention_varlen
+from longattn.dense.fixed_head_size_attention import ScoreRank, fixed_head_size_attention, score_rank
+from longattn.dense.generalized_gaussian_bias_attention import (
+    generalized_gaussian_bias_attention,
+    generalized_gaussian_table,
+)
+from longattn.dense.grouped_query_attention import grouped_query_attention, mha_to_gqa
+from longattn.dense.head_scaled_nope_attention import head_scaled_nope_attention, matching_lam
+from longattn.dense.merge import merge
+from longattn.dense.multi_head_latent_attention import multi_head_latent_attention
+from longattn.dense.multi_query_attention import multi_query_attention
 
-__all__ = ["attention", "attention_varlen", "merge"]
+__all__ = [
+    "ScoreRank",
+    "attention",
+    "attention_varlen",
+    "fixed_head_size_attention",
+    "generalized_gaussian_bias_attention",
+    "generalized_gaussian_table",
+    "grouped_query_attention",
+    "head_scaled_nope_attention",
+    "matching_lam",
+    "merge",
+    "mha_to_gqa",
+    "multi_head_latent_attention",
+    "multi_query_attention",
+    "score_rank",
+]

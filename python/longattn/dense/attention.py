@@ -1,4 +1,4 @@
-"""Exact attention: blocked softmax over all visible keys, for prefill, decode and packed batches; `merge`.
+"""Exact attention: blocked softmax over all visible keys, for prefill and decode.
 
 Arrays are numpy arrays, torch CPU tensors or other DLPack CPU arrays. They are read where they lie, with any
 strides whose last axis is contiguous; another layout costs one copy (`bias` and `mask` may have any). Storage
@@ -8,32 +8,24 @@ whatever the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from longattn import _core
-from longattn._arrays import Array, as_numpy, like
+from longattn._arrays import Array
 from longattn._checks import (
     attention_inputs,
     batched,
-    bias_scores,
-    check_float_storage,
-    check_floating,
+    carried_state,
     check_heads,
     flag,
-    mask_scores,
-    per_head,
     result_array,
     returned,
-    scale_factor,
-    sequence_bounds,
-    slopes_per_head,
-    softcap_value,
-    window_sides,
 )
+from longattn.dense._options import arrays_of, score_options
+from longattn.methods import Method
+from longattn.reference import dense as reference
 
 
 def attention(
@@ -43,12 +35,18 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
-    scale: float | None = None,
+    scale: float | Array | None = None,
     softcap: float = 0.0,
     bias: Array | None = None,
     mask: Array | None = None,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    relative_bias: Array | None = None,
+    relative_zero: int | None = None,
+    segments: tuple[Array, Array] | None = None,
+    visible_until: Array | None = None,
+    skip_threshold: float = 0.0,
+    state: tuple[Array, Array] | None = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:
@@ -67,14 +65,35 @@ def attention(
         causal: a query sees only keys at its own position and before.
         window: `(left, right)`: a query at position `p` sees keys `p - left` to `p + right`; -1 is unbounded.
             A sliding window of `w` tokens that counts the query's own is `(w - 1, 0)`.
-        scale: factor on the logits; `None` is `D ** -0.5`.
+        scale: factor on the dot products; `None` is `D ** -0.5`. A floating array `[Hq]`, `[Hq, Lq]` or
+            `[B, Hq, Lq]` has one factor per head or per query row.
         softcap: `c > 0` turns each scaled logit `s` into `c * tanh(s / c)`; 0 is off.
         bias: floating array, broadcastable to `[B, Hq, Lq, Lk]` (`[Hq, Lq, Lk]` for inputs without a batch
-            axis), added to the logits after `softcap`; dtypes other than float32 cost a copy.
+            axis), added to the logits after `softcap`; dtypes other than float32 cost a copy. A bias per key
+            is `[..., 1, Lk]`: it is read where it lies, for every query row anew.
         mask: boolean array, broadcastable as `bias`; True lets the query see the key.
         alibi_slopes: floating `[Hq]` or `[B, Hq]`; adds `-slope * |query position - key position|`.
         sinks: floating `[Hq]`: one more logit per head, which takes its share of the softmax and adds nothing
             to the output.
+        relative_bias: floating `[Hq, n]`: adds `relative_bias[h, clip(key - position + relative_zero, 0, n - 1)]`
+            to the logit, so keys beyond either end of the table get its first or last entry.
+        relative_zero: the entry of the key at the query's own position; `None` is `n - 1`, which with `causal`
+            makes entry `n - 1 - d` that of the key `d` back.
+        segments: pair `(q_segments, k_segments)` of integers within int32, `[Lq]` or `[B, Lq]` and `[Lk]` or
+            `[B, Lk]`: a query sees only keys of its own number. Hidden scores are computed all the same;
+            `attention_varlen` never does, where segments are runs of equal numbers.
+        visible_until: integers `[Lk]` or `[B, Lk]`: only positions below `visible_until[j]` see key `j`.
+        skip_threshold: `t` in `[0, 1)`; above 0 the result is approximate. A block of keys (128 for up to 8
+            query rows of a KV head's group, else 256) is left out where every weight in it is below `t` relative
+            to the largest weight met before, for each of the query rows that are computed together; long key
+            ranges are cut into pieces of at least 1024 keys, and each piece starts anew. Keys left out count
+            neither in the output nor in the lse: with `n` of them, the lse is too low by at most
+            `log(1 + n * t)`, and the output off by at most `2 * n * t * max |v|`. Which blocks these are depends
+            on the instruction set, not on the number of threads.
+        state: pair `(o, lse)` of an earlier part over other keys, which enters the softmax: the result is
+            `merge([state, (output, lse)])` without the rounding between. `o` floating `[B, Hq, Lq, Dv]` (or
+            `[Hq, Lq, Dv]`), float64 costs a copy; `lse` floating `[B, Hq, Lq]` (or `[Hq, Lq]`). Rows with
+            an lse of -inf count as nothing, whatever their `o` holds. At most one part may have `sinks`.
         return_lse: also return the log-sum-exp of the logits.
         out: array `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`) of the kind and dtype of `q` that receives the
             result; must not overlap any input.
@@ -82,7 +101,7 @@ def attention(
     Returns:
         The output `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`), in the kind and dtype of `q`: `out` itself where it
         was given. With `return_lse`, the pair `(output, lse)`, `lse` float32 `[B, Hq, Lq]` (or `[Hq, Lq]`) by
-        natural logarithm, `sinks` included, and -inf where there is neither a visible key nor a sink.
+        natural logarithm, `sinks` and `state` included, and -inf where there is neither a visible key nor those.
 
     Raises:
         TypeError: an argument of another kind or dtype.
@@ -109,187 +128,57 @@ def attention(
     check_heads(qn.shape[-3], kn.shape[-3], vn.shape[-3])
     if vn.shape[-2] != kn.shape[-2]:
         raise ValueError(f"v: got length {vn.shape[-2]}, expected {kn.shape[-2]} as in k")
-    *_, heads, rows, _ = qn.shape
     keys = kn.shape[-2]
-    scores = (*qn.shape[:-1], keys)
-    left, right = window_sides(window, rows + keys)
-    bias_n = None if bias is None else bias_scores(bias, scores)
-    mask_n = None if mask is None else mask_scores(mask, scores)
-    slopes = None if alibi_slopes is None else slopes_per_head(alibi_slopes, qn.shape[:-2])
-    sinks_n = None if sinks is None else per_head(sinks, "sinks", heads)
-    causal, return_lse = flag(causal, "causal"), flag(return_lse, "return_lse")
-    scale, softcap = scale_factor(scale, qn.shape[-1]), softcap_value(softcap)
+    options = score_options(
+        qn.shape,
+        keys,
+        span=qn.shape[-2] + keys,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        relative_bias=relative_bias,
+        relative_zero=relative_zero,
+        segments=segments,
+        visible_until=visible_until,
+        skip_threshold=skip_threshold,
+    )
+    return_lse = flag(return_lse, "return_lse")
     shape = (*qn.shape[:-1], vn.shape[-1])
-    inputs = {
-        "q": qn,
-        "k": kn,
-        "v": vn,
-        "bias": bias_n,
-        "mask": mask_n,
-        "alibi_slopes": slopes,
-        "sinks": sinks_n,
-    }
+    if state is not None:
+        o, part = carried_state(state, shape, shape[:-1])
+        options["state"] = batched(o, 4), batched(part, 3)
+    inputs = {"q": qn, "k": kn, "v": vn, **arrays_of(options)}
     result = result_array(out, q, shape, qn.dtype, inputs)
 
-    lse = np.empty(qn.shape[:-1], np.float32)
+    lse = np.empty(shape[:-1], np.float32)
     if lse.size:
         q4, k4, v4, out4 = (batched(x, 4) for x in (qn, kn, vn, result))
-        _core.attention(
-            q4,
-            k4,
-            v4,
-            out4,
-            batched(lse, 3),
-            scale,
-            causal,
-            left,
-            right,
-            softcap,
-            bias_n,
-            mask_n,
-            slopes,
-            sinks_n,
-        )
+        _core.attention(q4, k4, v4, out4, batched(lse, 3), options)
     return returned(out, q, result, lse if return_lse else None)
 
 
-def attention_varlen(
-    q: Array,
-    k: Array,
-    v: Array,
-    cu_seqlens_q: Array,
-    cu_seqlens_k: Array,
-    *,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Array | None = None,
-    sinks: Array | None = None,
-    return_lse: bool = False,
-    out: Array | None = None,
-) -> Any:
-    """`attention` over sequences of different lengths, packed one after the other without padding.
-
-    Sequence `n` has the query rows `cu_seqlens_q[n]` to `cu_seqlens_q[n + 1]` and the key rows
-    `cu_seqlens_k[n]` to `cu_seqlens_k[n + 1]`; queries see keys of their own sequence only, aligned
-    bottom-right in each.
-
-    Args:
-        q: queries `[Tq, Hq, D]`; float32, float16 or bfloat16.
-        k: keys `[Tk, Hkv, D]`; any of the three dtypes.
-        v: values `[Tk, Hkv, Dv]`; dtype of `k`.
-        cu_seqlens_q: integers `[sequences + 1]` that start at 0, never fall, and end at `Tq`.
-        cu_seqlens_k: the same for keys, ending at `Tk`.
-        causal: as in `attention`, inside each sequence.
-        window: as in `attention`, inside each sequence.
-        scale: as in `attention`.
-        softcap: as in `attention`.
-        alibi_slopes: floating `[Hq]`, as in `attention`.
-        sinks: floating `[Hq]`, as in `attention`.
-        return_lse: also return the log-sum-exp of the logits.
-        out: array `[Tq, Hq, Dv]` of the kind and dtype of `q` that receives the result; must not overlap any
-            input.
-
-    Returns:
-        The output `[Tq, Hq, Dv]` in the kind and dtype of `q`: `out` itself where it was given. With
-        `return_lse`, the pair `(output, lse)`, `lse` float32 `[Hq, Tq]`.
-
-    Raises:
-        TypeError: an argument of another kind or dtype.
-        ValueError: as in `attention`, or sequence bounds that do not fit the arrays.
-
-    Cost:
-        That of `attention` summed over the sequences; padding costs nothing because there is none.
-
-    Example:
-        >>> import numpy as np, longattn as la
-        >>> q = k = v = np.ones((5, 2, 4), np.float32)
-        >>> la.attention_varlen(q, k, v, np.array([0, 2, 5]), np.array([0, 2, 5]), causal=True).shape
-        (5, 2, 4)
-    """
-    qn, kn, vn = attention_inputs(q, k, v, ranks=(3,))
-    total_q, heads, dim = qn.shape
-    check_heads(heads, kn.shape[1], vn.shape[1])
-    if vn.shape[0] != kn.shape[0]:
-        raise ValueError(f"v: got length {vn.shape[0]}, expected {kn.shape[0]} as in k")
-    cu_q = sequence_bounds(cu_seqlens_q, "cu_seqlens_q", total_q)
-    cu_k = sequence_bounds(cu_seqlens_k, "cu_seqlens_k", kn.shape[0])
-    if len(cu_k) != len(cu_q):
-        raise ValueError(f"cu_seqlens_k: got {len(cu_k) - 1} sequences, expected {len(cu_q) - 1} as in cu_seqlens_q")
-    left, right = window_sides(window, total_q + kn.shape[0])
-    slopes = None if alibi_slopes is None else per_head(alibi_slopes, "alibi_slopes", heads)
-    sinks_n = None if sinks is None else per_head(sinks, "sinks", heads)
-    causal, return_lse = flag(causal, "causal"), flag(return_lse, "return_lse")
-    scale, softcap = scale_factor(scale, dim), softcap_value(softcap)
-    inputs = {"q": qn, "k": kn, "v": vn, "alibi_slopes": slopes, "sinks": sinks_n}
-    result = result_array(out, q, (total_q, heads, vn.shape[2]), qn.dtype, inputs)
-
-    lse = np.empty((heads, total_q), np.float32)
-    if lse.size:
-        _core.attention_varlen(
-            qn, kn, vn, result, lse, cu_q, cu_k, scale, causal, left, right, softcap, slopes, sinks_n
-        )
-    return returned(out, q, result, lse if return_lse else None)
-
-
-def merge(parts: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Attention over the union of disjoint sets of keys, from the results over each set.
-
-    With `(o, lse)` of each part as `attention(..., return_lse=True)` gives them, `lse = log(sum(exp(lse_p)))`
-    and `out = sum(exp(lse_p - lse) * o_p)`: associative, and exact up to rounding. Parts whose lse is -inf
-    saw no key and do not count, whatever their `o` holds. At most one part may have been given `sinks`, or
-    the sinks would count several times.
-
-    Args:
-        parts: pairs `(o, lse)`, at least one: `o` `[B, H, L, Dv]` or `[H, L, Dv]`, all of one shape and dtype
-            (float32, float16 or bfloat16); `lse` floating `[B, H, L]` or `[H, L]`, natural logarithm.
-
-    Returns:
-        The pair `(o, lse)`: the kind and dtype of the first part's `o`, and float32.
-
-    Raises:
-        TypeError: a part that is no pair, or arrays of another kind or dtype.
-        ValueError: no parts, or shapes that differ.
-
-    Cost:
-        One pass over all parts.
-
-    Example:
-        >>> import numpy as np, longattn as la
-        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 4, 100, 16), dtype=np.float32)
-        >>> sets = slice(0, 50), slice(50, None)
-        >>> halves = [la.attention(q, k[:, s], v[:, s], return_lse=True) for s in sets]
-        >>> np.allclose(la.merge(halves)[0], la.attention(q, k, v), atol=1e-6)
-        True
-    """
-    pairs = list(parts)
-    if not pairs:
-        raise ValueError("parts: got none, expected at least one pair (o, lse)")
-    outs: list[NDArray[Any]] = []
-    lses: list[NDArray[np.float32]] = []
-    for n, pair in enumerate(pairs):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise TypeError(f"parts[{n}]: got {type(pair).__name__}, expected a pair (o, lse)")
-        o, lse = as_numpy(pair[0], f"parts[{n}] o"), as_numpy(pair[1], f"parts[{n}] lse")
-        check_float_storage(o, f"parts[{n}] o")
-        check_floating(lse, f"parts[{n}] lse")
-        first = outs[0] if outs else o
-        if o.ndim not in (3, 4) or o.shape != first.shape:
-            expected = f"{first.shape} as in parts[0]" if outs else "[B, H, L, Dv] or [H, L, Dv]"
-            raise ValueError(f"parts[{n}] o: got shape {o.shape}, expected {expected}")
-        if o.dtype != first.dtype:
-            raise TypeError(f"parts[{n}] o: got dtype {o.dtype}, expected {first.dtype} as in parts[0]")
-        if lse.shape != o.shape[:-1]:
-            raise ValueError(f"parts[{n}] lse: got shape {lse.shape}, expected {o.shape[:-1]} as in its o")
-        outs.append(o)
-        lses.append(np.ascontiguousarray(lse, np.float32))
-    result, total = np.empty(outs[0].shape, outs[0].dtype), np.empty(lses[0].shape, np.float32)
-    if total.size:
-        _core.merge(
-            [batched(o, 4) for o in outs],
-            [batched(x, 3) for x in lses],
-            batched(result, 4),
-            batched(total, 3),
-        )
-    return like(pairs[0][0], result), like(pairs[0][0], total)
+METHOD = Method(
+    name="attention",
+    family="exact",
+    title="Attention Is All You Need",
+    year=2017,
+    arxiv="1706.03762",
+    function=attention,
+    reference=reference.attention,
+    exact=True,
+    modes=frozenset({"causal", "non-causal", "self", "cross"}),
+    gqa=True,
+    checks=(
+        "Query heads of a group give what they give over repeated keys and values.",
+        "A window is the mask that it stands for.",
+        "Results over parts of the keys merge to the whole.",
+        "Decode steps give the rows of the prefill.",
+    ),
+    tests="tests/dense/test_attention.py",
+    cost="`Hq * Lq * visible keys * (D + Dv)` multiply-adds; each byte of keys and values is read once per group.",
+)

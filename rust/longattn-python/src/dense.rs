@@ -1,27 +1,16 @@
 //! Exact attention.
 
-use crate::arrays::{broadcast, lse_view, view, view_mut};
+use crate::arrays::{lse_view, view, view_mut};
 use crate::errors::to_py;
+use crate::options::Given;
 use crate::running;
 use crate::store::KvArgument;
-use longattn::dense::{self, Options};
+use longattn::dense;
 use longattn::tensor::{KvView, TensorView};
-use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-
-/// -1 is no bound.
-fn window(n: i64) -> Option<usize> {
-    usize::try_from(n).ok()
-}
-
-fn slice<'a, T: numpy::Element>(name: &str, array: &'a [T], n: usize) -> PyResult<&'a [T]> {
-    if array.len() == n {
-        Ok(array)
-    } else {
-        Err(PyValueError::new_err(format!("{name}: got {} numbers, expected {n}", array.len())))
-    }
-}
+use pyo3::types::PyDict;
 
 fn operations(q: &TensorView, k: &KvView, v: &KvView) -> f64 {
     let ([b, h, l, d], keys, dv) = (q.shape(), k.shape()[2], v.shape()[3]);
@@ -29,7 +18,6 @@ fn operations(q: &TensorView, k: &KvView, v: &KvView) -> f64 {
 }
 
 #[pyfunction]
-#[pyo3(signature = (q, k, v, out, lse, scale, causal, window_left, window_right, softcap, bias, mask, alibi_slopes, sinks))]
 pub(crate) fn attention(
     py: Python<'_>,
     q: &Bound<'_, PyUntypedArray>,
@@ -37,30 +25,13 @@ pub(crate) fn attention(
     v: &Bound<'_, PyAny>,
     out: &Bound<'_, PyUntypedArray>,
     lse: &Bound<'_, PyUntypedArray>,
-    scale: f32,
-    causal: bool,
-    window_left: i64,
-    window_right: i64,
-    softcap: f32,
-    bias: Option<&Bound<'_, PyUntypedArray>>,
-    mask: Option<&Bound<'_, PyUntypedArray>>,
-    alibi_slopes: Option<PyReadonlyArray2<'_, f32>>,
-    sinks: Option<PyReadonlyArray1<'_, f32>>,
+    options: &Bound<'_, PyDict>,
 ) -> PyResult<()> {
     let (q, k, v) = (view("q", q)?, KvArgument::new("k", k)?, KvArgument::new("v", v)?);
     let (k, v) = (k.view()?, v.view()?);
     let (mut out, mut lse) = (view_mut("out", out)?, lse_view("lse", lse)?);
-    let options = Options {
-        scale: Some(scale),
-        causal,
-        window_left: window(window_left),
-        window_right: window(window_right),
-        softcap,
-        bias: bias.map(|a| broadcast("bias", a, b'f')).transpose()?,
-        mask: mask.map(|a| broadcast("mask", a, b'b')).transpose()?,
-        alibi_slopes: alibi_slopes.as_ref().map(|a| a.as_slice()).transpose()?,
-        sinks: sinks.as_ref().map(|a| a.as_slice()).transpose()?,
-    };
+    let given = Given::new(options)?;
+    let options = given.options()?;
     running::run(py, operations(&q, &k, &v), |execution| {
         dense::attention(q, k, v, options, &mut out, &mut lse, execution)
     })
@@ -89,7 +60,6 @@ fn offsets(name: &str, array: &PyReadonlyArray1<'_, i64>) -> PyResult<Vec<usize>
 }
 
 #[pyfunction]
-#[pyo3(signature = (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, causal, window_left, window_right, softcap, alibi_slopes, sinks))]
 pub(crate) fn attention_varlen(
     py: Python<'_>,
     q: &Bound<'_, PyUntypedArray>,
@@ -99,29 +69,14 @@ pub(crate) fn attention_varlen(
     lse: &Bound<'_, PyUntypedArray>,
     cu_seqlens_q: PyReadonlyArray1<'_, i64>,
     cu_seqlens_k: PyReadonlyArray1<'_, i64>,
-    scale: f32,
-    causal: bool,
-    window_left: i64,
-    window_right: i64,
-    softcap: f32,
-    alibi_slopes: Option<PyReadonlyArray1<'_, f32>>,
-    sinks: Option<PyReadonlyArray1<'_, f32>>,
+    options: &Bound<'_, PyDict>,
 ) -> PyResult<()> {
     let (q, k, v) = (packed("q", q)?, packed("k", k)?, packed("v", v)?);
     let mut out = view_mut("out", out)?.into_swapped_heads_and_length();
     let mut lse = lse_view("lse", lse)?;
     let (queries, keys) = (offsets("cu_seqlens_q", &cu_seqlens_q)?, offsets("cu_seqlens_k", &cu_seqlens_k)?);
-    let heads = q.shape()[1];
-    let options = Options {
-        scale: Some(scale),
-        causal,
-        window_left: window(window_left),
-        window_right: window(window_right),
-        softcap,
-        alibi_slopes: alibi_slopes.as_ref().map(|a| slice("alibi_slopes", a.as_slice()?, heads)).transpose()?,
-        sinks: sinks.as_ref().map(|a| a.as_slice()).transpose()?,
-        ..Options::default()
-    };
+    let given = Given::new(options)?;
+    let options = given.options()?;
     let longest = keys.windows(2).map(|w| w[1].saturating_sub(w[0])).max().unwrap_or(0);
     let operations = operations(&q, &k.into(), &v.into()) * longest as f64 / k.shape()[2].max(1) as f64;
     running::run(py, operations, |execution| {

@@ -3,6 +3,7 @@
 mod arrays;
 mod dense;
 mod errors;
+mod options;
 mod retrieval;
 mod running;
 mod store;

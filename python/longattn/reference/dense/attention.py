@@ -22,15 +22,21 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     softcap: float = 0.0,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    relative_bias: ArrayLike | None = None,
+    relative_zero: int | None = None,
+    segments: tuple[ArrayLike, ArrayLike] | None = None,
+    visible_until: ArrayLike | None = None,
+    skip_threshold: float = 0.0,
+    state: tuple[ArrayLike, ArrayLike] | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """Softmax attention; see `longattn.attention`.
+    """Softmax attention; see `longattn.attention`. `skip_threshold` leaves out nothing here.
 
     Returns:
         Output `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`), with `return_lse` the pair with lse `[B, Hq, Lq]` (or
@@ -42,18 +48,28 @@ def attention(
     k, v = (np.repeat(x, heads // kv_heads, axis=-3) for x in (k, v))
 
     with np.errstate(invalid="ignore", over="ignore"):
-        s = (dim**-0.5 if scale is None else scale) * (q @ k.swapaxes(-1, -2))
+        s = row_factors(dim**-0.5 if scale is None else scale) * (q @ k.swapaxes(-1, -2))
         if softcap:
             s = softcap * np.tanh(s / softcap)
         distance = (np.arange(rows) + keys - rows)[:, None] - np.arange(keys)  # query position - key position
         if alibi_slopes is not None:
             s = s - np.asarray(alibi_slopes, np.float64)[..., None, None] * np.abs(distance)
+        if relative_bias is not None:
+            table = np.asarray(relative_bias, np.float64)
+            last = table.shape[1] - 1
+            s = s + table[:, np.clip((last if relative_zero is None else relative_zero) - distance, 0, last)]
         if bias is not None:
             s = s + np.asarray(bias, np.float64)
 
         visible = np.broadcast_to(visible_keys(distance, causal, window), s.shape)
         if mask is not None:
             visible = visible & np.asarray(mask)
+        if segments is not None:
+            own, of_keys = (np.asarray(ids) for ids in segments)
+            visible = visible & over_heads(own[..., :, None] == of_keys[..., None, :])
+        if visible_until is not None:
+            position = np.arange(rows)[:, None] + keys - rows
+            visible = visible & over_heads(position < np.asarray(visible_until)[..., None, :])
         s = np.where(visible, s, -np.inf)
 
         # The sink is one more logit of every row, without a value.
@@ -65,7 +81,22 @@ def attention(
         out = weighted_values(p, v, visible) / np.where(total == 0, 1.0, total)[..., None]
     with np.errstate(divide="ignore"):
         lse = top + np.log(total)
+    if state is not None:
+        out, lse = merge([state, (out, lse)])
     return (out, lse) if return_lse else out
+
+
+def row_factors(scale: ArrayLike) -> Float64:
+    """A factor, or one per head `[Hq]` or query row `[(B,) Hq, Lq]`, as it multiplies scores `[B, Hq, Lq, Lk]`."""
+    factors = np.asarray(scale, np.float64)
+    if factors.ndim == 0:
+        return factors
+    return factors[:, None, None] if factors.ndim == 1 else factors[..., None]
+
+
+def over_heads(seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """`[Lq, Lk]` or `[B, Lq, Lk]` as it goes with scores `[B, Hq, Lq, Lk]`."""
+    return seen if seen.ndim == 2 else seen[:, None]
 
 
 def visible_keys(distance: NDArray[np.int64], causal: bool, window: tuple[int, int]) -> NDArray[np.bool_]:
@@ -98,6 +129,7 @@ def attention_varlen(
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
     *,
+    state: tuple[ArrayLike, ArrayLike] | None = None,
     return_lse: bool = False,
     **options: Any,
 ) -> Any:
@@ -112,6 +144,8 @@ def attention_varlen(
     bounds_q, bounds_k = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_k)
     for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
         part = attention(q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], return_lse=True, **options)
+        if state is not None:
+            part = merge([(np.asarray(state[0])[q0:q1].swapaxes(0, 1), np.asarray(state[1])[:, q0:q1]), part])
         out[:, q0:q1], lse[:, q0:q1] = part
     packed = out.swapaxes(0, 1)
     return (packed, lse) if return_lse else packed

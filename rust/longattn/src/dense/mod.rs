@@ -10,6 +10,7 @@
 
 pub(crate) mod matrix;
 mod merge;
+mod options;
 pub(crate) mod rows;
 pub(crate) mod scores;
 pub(crate) mod scratch;
@@ -17,6 +18,7 @@ pub(crate) mod stream;
 pub(crate) mod tile;
 
 pub use merge::merge;
+pub use options::{Broadcast, Options, RelativeBias, Segments, State};
 
 use crate::parallel::{Execution, for_each};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
@@ -24,93 +26,10 @@ use crate::tensor::{DType, Element, Error, KvView, Result, TensorView, TensorVie
 use rows::{widen_row, with_rows};
 use scores::{RowId, Running, exp_difference};
 use scratch::{Scratch, with_scratch};
-use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Mutex;
 use stream::{MAX_QUERY_ROWS, RowState, scale_row};
 use tile::{QUERY_ROWS, TileState};
-
-/// An array `[batch, query heads, queries, keys]` of which any axis may repeat (stride 0).
-#[derive(Clone, Copy, Debug)]
-pub struct Broadcast<'a, T> {
-    ptr: *const T,
-    shape: [usize; 4],
-    strides: [isize; 4],
-    memory: PhantomData<&'a [T]>,
-}
-
-// SAFETY: a shared borrow of plain numbers, as `&[T]`.
-unsafe impl<T: Sync> Send for Broadcast<'_, T> {}
-// SAFETY: as above.
-unsafe impl<T: Sync> Sync for Broadcast<'_, T> {}
-
-impl<'a, T> Broadcast<'a, T> {
-    /// A contiguous array; axes of length 1 repeat.
-    pub fn new(data: &'a [T], shape: [usize; 4]) -> Result<Self> {
-        if shape.iter().product::<usize>() != data.len() {
-            return Err(Error::value("shape", format!("{shape:?} over {} elements", data.len()), "the slice's length"));
-        }
-        let [_, h, l, d] = shape.map(|n| n as isize);
-        let mut strides = [h * l * d, l * d, d, 1];
-        for (stride, &n) in strides.iter_mut().zip(&shape) {
-            if n == 1 {
-                *stride = 0;
-            }
-        }
-        Ok(Self { ptr: data.as_ptr(), shape, strides, memory: PhantomData })
-    }
-
-    /// An array of somebody else's memory; strides in elements, 0 where an axis repeats.
-    ///
-    /// # Safety
-    /// Every element that the shape and strides reach from `ptr` is readable for `'a`, aligned, and not written meanwhile.
-    pub unsafe fn from_raw(ptr: *const T, shape: [usize; 4], strides: [isize; 4]) -> Self {
-        Self { ptr, shape, strides, memory: PhantomData }
-    }
-
-    fn fits(&self, shape: [usize; 4]) -> bool {
-        self.shape.iter().zip(&self.strides).zip(&shape).all(|((&n, &s), &m)| n == m || (n == 1 && s == 0))
-    }
-
-    /// Pointer to an element and the stride along the keys.
-    #[inline(always)]
-    fn row(&self, batch: usize, head: usize, row: usize, key: usize) -> (*const T, isize) {
-        let s = &self.strides;
-        let offset = batch as isize * s[0] + head as isize * s[1] + row as isize * s[2] + key as isize * s[3];
-        (self.ptr.wrapping_offset(offset), s[3])
-    }
-}
-
-/// What changes the scores. Logits are `scale * q . k`, then softcap, then ALiBi and bias, then masks.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Options<'a> {
-    /// Factor of the dot products; `None` is `head_dim^-0.5`.
-    pub scale: Option<f32>,
-    /// Query row i, at position `keys - queries + i`, sees keys up to its own position.
-    pub causal: bool,
-    /// Keys that a row sees before its position; `None` is all.
-    pub window_left: Option<usize>,
-    /// Keys that a row sees after its position; `None` is all.
-    pub window_right: Option<usize>,
-    /// `c * tanh(s / c)` when above 0.
-    pub softcap: f32,
-    /// Added to the logits.
-    pub bias: Option<Broadcast<'a, f32>>,
-    /// Non-zero where a row sees a key.
-    pub mask: Option<Broadcast<'a, u8>>,
-    /// `-slope * |position - key|`, `[batch, query heads]`.
-    pub alibi_slopes: Option<&'a [f32]>,
-    /// A logit of each query head that takes part in the denominator only.
-    pub sinks: Option<&'a [f32]>,
-}
-
-impl Options<'_> {
-    /// Whether raw scaled dot products are the logits.
-    #[inline(always)]
-    pub(crate) fn is_plain(&self) -> bool {
-        self.softcap == 0.0 && self.bias.is_none() && self.mask.is_none() && self.alibi_slopes.is_none()
-    }
-}
 
 /// Checked inputs of one attention call.
 #[derive(Clone, Copy)]
@@ -119,7 +38,10 @@ pub(crate) struct Problem<'a> {
     pub(crate) k: KvView<'a>,
     pub(crate) v: KvView<'a>,
     pub(crate) options: Options<'a>,
+    /// Factor of all dot products; 1 where each row has its own.
     pub(crate) scale: f32,
+    /// Log of the threshold below which blocks are left out.
+    pub(crate) log_skip: f32,
     pub(crate) batch: usize,
     pub(crate) query_heads: usize,
     pub(crate) kv_heads: usize,
@@ -155,34 +77,29 @@ impl<'a> Problem<'a> {
         if keys > u32::MAX as usize {
             return Err(Error::value("k", format!("{keys} keys"), "fewer than 2^32"));
         }
-        let scale = options.scale.unwrap_or_else(|| (dim as f32).powf(-0.5));
-        if !scale.is_finite() {
-            return Err(Error::value("scale", scale, "a finite number"));
-        }
-        if !(options.softcap >= 0.0 && options.softcap.is_finite()) {
-            return Err(Error::value("softcap", options.softcap, "0 (off) or a positive number"));
-        }
-        let scores = [batch, query_heads, queries, keys];
-        if let Some(bias) = &options.bias
-            && !bias.fits(scores)
-        {
-            return Err(Error::value("bias", format!("shape {:?}", bias.shape), format!("{scores:?}, axes may be 1")));
-        }
-        if let Some(mask) = &options.mask
-            && !mask.fits(scores)
-        {
-            return Err(Error::value("mask", format!("shape {:?}", mask.shape), format!("{scores:?}, axes may be 1")));
-        }
-        if options.alibi_slopes.is_some_and(|s| s.len() != batch * query_heads) {
-            let got = options.alibi_slopes.map_or(0, <[f32]>::len);
-            return Err(Error::value("alibi_slopes", format!("{got} numbers"), format!("[{batch}, {query_heads}]")));
-        }
-        if options.sinks.is_some_and(|s| s.len() != query_heads) {
-            let got = options.sinks.map_or(0, <[f32]>::len);
-            return Err(Error::value("sinks", format!("{got} numbers"), format!("one per query head, {query_heads}")));
-        }
+        options.check([batch, query_heads, queries, keys], value_dim)?;
+        let scale = match options.row_scales {
+            Some(_) => 1.0,
+            None => options.scale.unwrap_or_else(|| (dim as f32).powf(-0.5)),
+        };
         let group = query_heads.checked_div(kv_heads).unwrap_or(0);
-        Ok(Self { q, k, v, options, scale, batch, query_heads, kv_heads, group, queries, keys, dim, value_dim })
+        let log_skip = options.skip_threshold.ln();
+        Ok(Self {
+            q,
+            k,
+            v,
+            options,
+            scale,
+            log_skip,
+            batch,
+            query_heads,
+            kv_heads,
+            group,
+            queries,
+            keys,
+            dim,
+            value_dim,
+        })
     }
 
     /// Position of a query row among the keys; negative when there are more queries than keys.
@@ -208,14 +125,33 @@ impl<'a> Problem<'a> {
         start..end.max(start)
     }
 
-    /// Whether some key may be hidden from a row.
-    fn hides(&self, row: usize) -> bool {
-        self.options.mask.is_some() || self.options.bias.is_some() || self.visible(row) != (0..self.keys)
+    /// Factor of a row's dot products.
+    #[inline(always)]
+    pub(crate) fn row_scale(&self, id: RowId) -> f32 {
+        match &self.options.row_scales {
+            // SAFETY: the row is one of the problem's, whose shape the scales were checked against.
+            Some(scales) => unsafe { *scales.row(id.batch, id.head, id.row, 0).0 },
+            None => self.scale,
+        }
     }
 
-    /// A row's softmax with the sink logit of its head, if there is one.
+    /// Whether some key may be hidden from a row.
+    fn hides(&self, id: RowId) -> bool {
+        let options = &self.options;
+        options.mask.is_some()
+            || options.bias.is_some()
+            || options.segments.is_some()
+            || options.visible_until.is_some()
+            || options
+                .relative_bias
+                .is_some_and(|bias| bias.of_head(id.head, self.query_heads).contains(&f32::NEG_INFINITY))
+            || self.visible(id.row) != (0..self.keys)
+    }
+
+    /// A row's softmax with what else takes part in it: the sink logit of its head and the state's log-sum-exp.
     pub(crate) fn denominator(&self, id: RowId, running: Running) -> Running {
-        self.options.sinks.map_or(running, |sinks| running.with_sink(sinks[id.head]))
+        let running = self.options.sinks.map_or(running, |sinks| running.with_logit(sinks[id.head]));
+        self.options.state.map_or(running, |state| running.with_logit(state.lse.row(id.batch, id.head, id.row)[0]))
     }
 
     fn id(&self, batch: usize, kv_head: usize, r: usize) -> RowId {
@@ -341,7 +277,7 @@ fn load_query<S: Simd>(s: S, problem: &Problem, id: RowId, to: &mut [f32]) {
         // SAFETY: the row has `dim` elements, `to` its padded length.
         unsafe { widen_row(s, row.as_ptr(), row.len(), to.as_mut_ptr(), to.len()) };
     });
-    scale_row(s, to, problem.scale);
+    scale_row(s, to, problem.row_scale(id));
     if let Some(channels) = problem.k.channels(id.head / problem.group) {
         to.iter_mut().zip(channels).for_each(|(x, c)| *x *= c);
     }
@@ -358,18 +294,36 @@ fn load_query_pairs(problem: &Problem, id: RowId, to: &mut [f32]) {
     }
 }
 
-/// Normalises a row, adds the sink logit to its denominator, and writes output and lse.
+/// Normalises a row, with sink logit and state, and writes output and lse.
 #[inline(always)]
 fn finish_row<S: Simd>(s: S, job: &Job, id: RowId, running: Running, outputs: &mut [f32]) {
     let problem = &job.problem;
-    let total = problem.denominator(id, running);
-    scale_row(s, outputs, running.normalise(total));
+    let lse = normalise(s, problem, id, running, outputs);
     let row = &outputs[..problem.value_dim];
-    if row.iter().all(|x| x.is_finite()) || !problem.hides(id.row) {
-        write_row(job, id, row, total.lse());
+    if row.iter().all(|x| x.is_finite()) || !problem.hides(id) {
+        write_row(job, id, row, lse);
     } else {
         careful_row(job, id);
     }
+}
+
+/// Turns what a row accumulated into its output and returns its log-sum-exp.
+#[inline(always)]
+fn normalise<S: Simd>(s: S, problem: &Problem, id: RowId, running: Running, outputs: &mut [f32]) -> f32 {
+    let total = problem.denominator(id, running);
+    scale_row(s, outputs, running.normalise(total));
+    if let Some(state) = &problem.options.state {
+        let lse: f32 = state.lse.row(id.batch, id.head, id.row)[0];
+        if lse != f32::NEG_INFINITY {
+            let weight = (lse - total.max).exp() / total.sum;
+            with_element!(state.out.dtype(), O => {
+                for (to, from) in outputs.iter_mut().zip(state.out.row::<O>(id.batch, id.head, id.row)) {
+                    *to += weight * from.to_f32();
+                }
+            });
+        }
+    }
+    total.lse()
 }
 
 fn write_row(job: &Job, id: RowId, row: &[f32], lse: f32) {
@@ -415,9 +369,8 @@ fn careful_row(job: &Job, id: RowId) {
                     stream::attend(s, problem, &[id], k, v, keys, None, &mut state, &mut scores, true)
                 });
             }
-            let total = problem.denominator(id, running[0]);
-            scale_row(s, &mut outputs, running[0].normalise(total));
-            write_row(job, id, &outputs[..problem.value_dim], total.lse());
+            let lse = normalise(s, problem, id, running[0], &mut outputs);
+            write_row(job, id, &outputs[..problem.value_dim], lse);
         }
     }
     dispatch(simd::current(), Careful(job, id));
@@ -533,7 +486,8 @@ pub fn attention<'a>(
 /// Attention of several sequences packed one after another, as one call.
 ///
 /// `q` is `[1, query heads, total queries, dim]` and so on; sequence s owns rows `queries[s]..queries[s + 1]` and keys
-/// `keys[s]..keys[s + 1]`. Bias and mask are not offered; `alibi_slopes` is `[query heads]`.
+/// `keys[s]..keys[s + 1]`. Bias, mask, segments and `visible_until` are not offered; `alibi_slopes` is `[query heads]`,
+/// `row_scales` may differ by head only, and distances are those inside a sequence.
 pub fn attention_varlen(
     q: TensorView,
     k: TensorView,
@@ -548,6 +502,9 @@ pub fn attention_varlen(
     if options.bias.is_some() || options.mask.is_some() {
         return Err(Error::value("mask", "a bias or mask", "none: packed sequences take neither"));
     }
+    if options.segments.is_some() || options.visible_until.is_some() {
+        return Err(Error::value("segments", "segments or visible_until", "none: packed sequences take neither"));
+    }
     for (name, ends, total) in [("cu_seqlens_q", query_ends, q.shape()[2]), ("cu_seqlens_k", key_ends, k.shape()[2])] {
         let fine = ends.first() == Some(&0) && ends.last() == Some(&total) && ends.is_sorted();
         if !fine || ends.len() != query_ends.len() {
@@ -560,6 +517,7 @@ pub fn attention_varlen(
     let parts: Vec<_> = (1..query_ends.len())
         .map(|s| {
             let (rows, keys) = (query_ends[s - 1]..query_ends[s], key_ends[s - 1]..key_ends[s]);
+            let options = Options { state: options.state.map(|state| state.rows(rows.clone())), ..options };
             let problem = Problem::new(q.rows(rows.clone()), k.rows(keys.clone()), v.rows(keys), options)?;
             Ok((problem, out.rows(rows.clone()), lse.rows(rows)))
         })

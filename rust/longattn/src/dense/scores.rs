@@ -1,6 +1,6 @@
 //! What happens to a row of raw scores between QK and PV: score modifications, masks, online softmax.
 
-use super::Problem;
+use super::{Problem, RelativeBias};
 use crate::simd::{MAX_LANES, Simd};
 use std::ops::Range;
 
@@ -14,13 +14,13 @@ pub(crate) struct Running {
 impl Running {
     pub(crate) const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
 
-    /// The denominator with one more logit, which has no value.
-    pub(crate) fn with_sink(self, sink: f32) -> Self {
-        let max = self.max.max(sink);
+    /// The denominator with one more logit.
+    pub(crate) fn with_logit(self, logit: f32) -> Self {
+        let max = self.max.max(logit);
         if max == f32::NEG_INFINITY {
             return self;
         }
-        Self { max, sum: self.sum * exp_difference(self.max, max) + exp_difference(sink, max) }
+        Self { max, sum: self.sum * exp_difference(self.max, max) + exp_difference(logit, max) }
     }
 
     /// What turns outputs accumulated with this state into those over the denominator `total`; 0 where nothing was seen.
@@ -50,10 +50,10 @@ pub(crate) struct RowId {
     pub(crate) row: usize,
 }
 
-/// Applies softcap, ALiBi, bias and mask to `scores`, the scaled logits of the keys `first_key..`.
+/// Applies softcap, biases and masks to `scores`, the scaled logits of the keys `first_key..`.
 ///
-/// Whole vectors are processed: `scores` reaches up to a multiple of `LANES`; what lies beyond the row's visible range is
-/// overwritten afterwards by [`online_softmax`].
+/// `scores` reaches up to a multiple of `LANES`; what lies beyond the row's visible range is overwritten afterwards by
+/// [`online_softmax`]. Biases and masks go key by key over slices, which the compiler turns into vector code.
 #[inline(always)]
 pub(crate) fn modify<S: Simd>(s: S, problem: &Problem, id: RowId, scores: &mut [f32], first_key: usize) {
     let options = &problem.options;
@@ -79,24 +79,98 @@ pub(crate) fn modify<S: Simd>(s: S, problem: &Problem, id: RowId, scores: &mut [
             unsafe { s.store(p.add(j), s.fma(s.splat(-slope), distance, s.load(p.add(j)))) };
         }
     }
-    // Bias and mask exist for the keys of the problem only, not for the padding of the buffer.
+    // The others exist for the keys of the problem only, not for the padding of the buffer.
     let keys = scores.len().min(problem.keys - first_key);
+    let scores = &mut scores[..keys];
+    if let Some(bias) = &options.relative_bias {
+        add_relative(scores, bias, problem, id, first_key);
+    }
     if let Some(bias) = &options.bias {
         let (row, stride) = bias.row(id.batch, id.head, id.row, first_key);
-        for (j, score) in scores[..keys].iter_mut().enumerate() {
-            // SAFETY: key first_key + j is inside the bias, whose shape was checked against the problem.
-            *score += unsafe { *row.wrapping_offset(j as isize * stride) };
+        if stride == 1 {
+            // SAFETY: keys first_key.. are inside the bias, whose shape was checked against the problem.
+            add(scores, unsafe { std::slice::from_raw_parts(row, keys) });
+        } else {
+            for (j, score) in scores.iter_mut().enumerate() {
+                // SAFETY: as above.
+                *score += unsafe { *row.wrapping_offset(j as isize * stride) };
+            }
         }
     }
     if let Some(mask) = &options.mask {
         let (row, stride) = mask.row(id.batch, id.head, id.row, first_key);
-        for (j, score) in scores[..keys].iter_mut().enumerate() {
-            // SAFETY: key first_key + j is inside the mask, whose shape was checked against the problem.
-            if unsafe { *row.wrapping_offset(j as isize * stride) } == 0 {
-                *score = f32::NEG_INFINITY;
+        if stride == 1 {
+            // SAFETY: keys first_key.. are inside the mask, whose shape was checked against the problem.
+            hide(scores, unsafe { std::slice::from_raw_parts(row, keys) }, |seen| seen == 0);
+        } else {
+            for (j, score) in scores.iter_mut().enumerate() {
+                // SAFETY: as above.
+                if unsafe { *row.wrapping_offset(j as isize * stride) } == 0 {
+                    *score = f32::NEG_INFINITY;
+                }
             }
         }
     }
+    let first = id.batch * problem.keys + first_key;
+    let of_keys = first..first + keys;
+    if let Some(segments) = &options.segments {
+        let own = segments.queries[id.batch * problem.queries + id.row];
+        hide(scores, &segments.keys[of_keys.clone()], |segment| segment != own);
+    }
+    if let Some(until) = options.visible_until {
+        let position = problem.position(id.row) as i32;
+        hide(scores, &until[of_keys], |until| until <= position);
+    }
+}
+
+/// Adds the entries of a row's head at the distances of the keys `first_key..`: the table inside its range, its ends beyond.
+#[inline(always)]
+fn add_relative(scores: &mut [f32], bias: &RelativeBias, problem: &Problem, id: RowId, first_key: usize) {
+    let table = bias.of_head(id.head, problem.query_heads);
+    // Entry of the first key; may lie far outside.
+    let first = first_key as isize - problem.position(id.row) + bias.zero as isize;
+    let keys = scores.len() as isize;
+    let inside = (-first).clamp(0, keys)..(table.len() as isize - first).clamp(0, keys);
+    let (before, rest) = scores.split_at_mut(inside.start as usize);
+    let (within, after) = rest.split_at_mut((inside.end - inside.start) as usize);
+    let (low, high) = (table[0], table[table.len() - 1]);
+    for score in before {
+        *score += low;
+    }
+    if !within.is_empty() {
+        add(within, &table[(first + inside.start) as usize..]);
+    }
+    for score in after {
+        *score += high;
+    }
+}
+
+/// Adds the numbers of the keys.
+#[inline(always)]
+fn add(scores: &mut [f32], of_keys: &[f32]) {
+    for (score, &number) in scores.iter_mut().zip(of_keys) {
+        *score += number;
+    }
+}
+
+/// Minus infinity wherever `hidden` holds for what belongs to the key.
+#[inline(always)]
+fn hide<T: Copy>(scores: &mut [f32], of_keys: &[T], hidden: impl Fn(T) -> bool) {
+    for (score, &key) in scores.iter_mut().zip(of_keys) {
+        *score = if hidden(key) { f32::NEG_INFINITY } else { *score };
+    }
+}
+
+/// Whether a block of scores is left out of a row's softmax: every visible score is below the running maximum by more than the
+/// threshold allows. A NaN is not below; nothing is below a maximum of minus infinity.
+#[inline(always)]
+pub(crate) fn is_negligible(problem: &Problem, scores: &[f32], visible: Range<usize>, running: Running) -> bool {
+    let bound = running.max + problem.log_skip;
+    let mut below = true;
+    for &score in &scores[visible] {
+        below &= score < bound;
+    }
+    below
 }
 
 /// One block's step of the online softmax: turns `scores[visible]` into `exp(s - max)`, everything else into 0, and returns the

@@ -12,7 +12,7 @@
 
 use super::Problem;
 use super::rows::{Row, Rows};
-use super::scores::{RowId, Running, modify, online_softmax};
+use super::scores::{RowId, Running, is_negligible, modify, online_softmax};
 use crate::simd::{Kernel, Simd};
 use std::ops::Range;
 
@@ -362,7 +362,8 @@ impl<K: Rows, V: Rows> Kernel for BlockValues<'_, K, V> {
     }
 }
 
-/// Turns a block's scores into weights: modifications, masks, online softmax; rescales what the rows accumulated before.
+/// Turns a block's scores into weights: modifications, masks, online softmax; rescales what the rows accumulated before. The output
+/// is whether the block counts: one whose weights are all negligible may be left out, and then the rows stay as they are.
 struct BlockWeights<'a, 'b> {
     problem: &'a Problem<'a>,
     ids: &'a [RowId],
@@ -370,29 +371,43 @@ struct BlockWeights<'a, 'b> {
     visible: Option<Range<usize>>,
     state: &'a mut RowState<'b>,
     scores: &'a mut [f32],
+    skips: bool,
 }
 
 impl Kernel for BlockWeights<'_, '_> {
-    type Output = ();
+    type Output = bool;
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self { problem, ids, keys: Range { start, end }, visible, state, scores } = self;
-        let plain = problem.options.is_plain();
+    fn run<S: Simd>(self, s: S) -> bool {
+        let Self { problem, ids, keys: Range { start, end }, visible, state, scores, skips } = self;
         let padded = (end - start).next_multiple_of(S::LANES);
+        let visible_of = |id: RowId| {
+            let visible = visible.clone().unwrap_or_else(|| problem.visible(id.row));
+            visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start
+        };
+        if !problem.options.is_plain() {
+            for (r, &id) in ids.iter().enumerate() {
+                modify(s, problem, id, &mut scores[r * KEYS..r * KEYS + padded], start);
+            }
+        }
+        if skips {
+            let mut all = true;
+            for (r, &id) in ids.iter().enumerate() {
+                all &= is_negligible(problem, &scores[r * KEYS..][..padded], visible_of(id), state.running[r]);
+            }
+            if all {
+                return false;
+            }
+        }
         for (r, &id) in ids.iter().enumerate() {
             let row = &mut scores[r * KEYS..r * KEYS + padded];
-            if !plain {
-                modify(s, problem, id, row, start);
-            }
-            let visible = visible.clone().unwrap_or_else(|| problem.visible(id.row));
-            let visible = visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start;
-            let (running, factor) = online_softmax(s, row, visible, state.running[r]);
+            let (running, factor) = online_softmax(s, row, visible_of(id), state.running[r]);
             state.running[r] = running;
             if factor != 1.0 {
                 scale_row(s, &mut state.outputs[r * state.padded_value_dim..][..state.padded_value_dim], factor);
             }
         }
+        true
     }
 }
 
@@ -418,6 +433,7 @@ pub(crate) unsafe fn attend<S: Simd, K: Rows, V: Rows>(
 ) {
     let n = ids.len();
     assert!(n == state.running.len());
+    let skips = problem.options.skip_threshold > 0.0 && !careful;
     let mut start = keys.start;
     while start < keys.end {
         let end = (start + KEYS).min(keys.end);
@@ -432,18 +448,20 @@ pub(crate) unsafe fn attend<S: Simd, K: Rows, V: Rows>(
             next: (v, problem.value_dim),
             scores,
         });
-        s.call(BlockWeights { problem, ids, keys: start..end, visible: visible.clone(), state, scores });
-        s.call(BlockValues {
-            weights: scores,
-            rows: n,
-            dim: problem.value_dim,
-            v,
-            keys: start..end,
-            next: (k, problem.dim),
-            outputs: state.outputs,
-            padded_dim: state.padded_value_dim,
-            careful,
-        });
+        let weights = BlockWeights { problem, ids, keys: start..end, visible: visible.clone(), state, scores, skips };
+        if s.call(weights) {
+            s.call(BlockValues {
+                weights: scores,
+                rows: n,
+                dim: problem.value_dim,
+                v,
+                keys: start..end,
+                next: (k, problem.dim),
+                outputs: state.outputs,
+                padded_dim: state.padded_value_dim,
+                careful,
+            });
+        }
         start = end;
     }
 }

@@ -91,6 +91,7 @@ impl Case {
         let Shape { batch, kv_heads, group, queries, keys, dim, value_dim } = self.shape;
         let heads = kv_heads * group;
         let scale = options.scale.map_or_else(|| (dim as f64).powf(-0.5), f64::from);
+        let entries = options.relative_bias.map_or(0, |bias| bias.table.len() / heads);
         let (mut out, mut lse) = (Vec::new(), Vec::new());
         for b in 0..batch {
             for h in 0..heads {
@@ -101,11 +102,17 @@ impl Case {
                         (!options.causal || j <= position)
                             && options.window_left.is_none_or(|w| j >= position - w as i64)
                             && options.window_right.is_none_or(|w| j <= position + w as i64)
+                            && options
+                                .segments
+                                .is_none_or(|s| s.queries[b * queries + i] == s.keys[b * keys + j as usize])
+                            && options.visible_until.is_none_or(|end| position < i64::from(end[b * keys + j as usize]))
                     };
+                    // SAFETY: the row is inside the scales, which fit the problem.
+                    let own = options.row_scales.map(|scales| f64::from(unsafe { *scales.row(b, h, i, 0).0 }));
                     let mut seen: Vec<(f64, usize)> = Vec::new();
                     for j in (0..keys).filter(|&j| visible(j as i64)) {
-                        let mut s: f64 =
-                            scale * q.iter().zip(self.k.row(b, h / group, j)).map(|(q, k)| q * k).sum::<f64>();
+                        let mut s: f64 = own.unwrap_or(scale)
+                            * q.iter().zip(self.k.row(b, h / group, j)).map(|(q, k)| q * k).sum::<f64>();
                         if options.softcap > 0.0 {
                             let cap = f64::from(options.softcap);
                             s = cap * (s / cap).tanh();
@@ -113,16 +120,32 @@ impl Case {
                         if let Some(slopes) = options.alibi_slopes {
                             s -= f64::from(slopes[b * heads + h]) * (position - j as i64).abs() as f64;
                         }
+                        if let Some(bias) = options.relative_bias {
+                            let entry = j as i64 - position + bias.zero as i64;
+                            s += f64::from(bias.table[h * entries + entry.clamp(0, entries as i64 - 1) as usize]);
+                        }
                         seen.push((s, j));
                     }
                     let sink = options.sinks.map(|sinks| f64::from(sinks[h]));
-                    let max = seen.iter().map(|&(s, _)| s).chain(sink).fold(f64::NEG_INFINITY, f64::max);
+                    let state = options.state.map(|state| {
+                        let out = with_element!(state.out.dtype(), T => {
+                            state.out.row::<T>(b, h, i).iter().map(|x| f64::from(x.to_f32())).collect::<Vec<_>>()
+                        });
+                        (f64::from(state.lse.row::<f32>(b, h, i)[0]), out)
+                    });
+                    let logits = seen.iter().map(|&(s, _)| s).chain(sink).chain(state.iter().map(|(lse, _)| *lse));
+                    let max = logits.fold(f64::NEG_INFINITY, f64::max);
                     let mut row = vec![0.0; value_dim];
                     let mut sum = sink.map_or(0.0, |s| (s - max).exp());
                     for (s, j) in seen {
                         let weight = (s - max).exp();
                         sum += weight;
                         row.iter_mut().zip(self.v.row(b, h / group, j)).for_each(|(o, v)| *o += weight * v);
+                    }
+                    if let Some((lse, state)) = state.filter(|(lse, _)| *lse != f64::NEG_INFINITY) {
+                        let weight = (lse - max).exp();
+                        sum += weight;
+                        row.iter_mut().zip(state).for_each(|(o, x)| *o += weight * x);
                     }
                     out.extend(row.iter().map(|o| if sum == 0.0 { 0.0 } else { o / sum }));
                     lse.push(if sum == 0.0 { f64::NEG_INFINITY } else { max + sum.ln() });
@@ -211,6 +234,66 @@ proptest! {
             sinks: sinks.then_some(&logits),
             ..Options::default()
         })?;
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_scales_tables_segments_and_states(
+        shape in shape(),
+        (q, kv) in (dtype(), dtype()),
+        causal in any::<bool>(),
+        per_row in any::<bool>(),
+        entries in 1usize..80,
+        zero in any::<prop::sample::Index>(),
+        (table, segments, until, state) in any::<(bool, bool, bool, bool)>(),
+        seed in any::<u32>(),
+    ) {
+        let case = Case::new(shape, q, kv, 1, u64::from(seed));
+        let Shape { batch, queries, keys, value_dim, .. } = shape;
+        let heads = shape.kv_heads * shape.group;
+        let below = |n: usize, seed, limit: i32| -> Vec<i32> {
+            numbers(n, seed).iter().map(|x| (x.abs() * 1e3) as i32 % limit).collect()
+        };
+        let rows = if per_row { queries } else { 1 };
+        let scales = numbers(batch * heads * rows, 5);
+        let biases = numbers(heads * entries, 6);
+        let (own, others) = (below(batch * queries, 7, 3), below(batch * keys, 8, 3));
+        let ends = below(batch * keys, 9, keys as i32 + 2);
+        let (out, mut lse) = (numbers(batch * heads * queries * value_dim, 10), numbers(batch * heads * queries, 11));
+        lse.iter_mut().step_by(3).for_each(|x| *x = f32::NEG_INFINITY);
+        case.check(Options {
+            row_scales: Some(Broadcast::new(&scales, [batch, heads, rows, 1]).unwrap()),
+            causal,
+            relative_bias: table.then_some(RelativeBias { table: &biases, zero: zero.index(entries) }),
+            segments: segments.then_some(Segments { queries: &own, keys: &others }),
+            visible_until: until.then_some(&ends),
+            state: state.then(|| State {
+                out: TensorView::new(&out, [batch, heads, queries, value_dim]).unwrap(),
+                lse: TensorView::new(&lse, [batch, heads, queries, 1]).unwrap(),
+            }),
+            ..Options::default()
+        })?;
+    }
+}
+
+#[test]
+fn blocks_of_small_weights_are_left_out() {
+    // 256 keys of logit 0, then 400 of logit -5: e^-5 = 0.0067.
+    let bias: Vec<f32> = (0..656).map(|j| if j < 256 { 0.0 } else { -5.0 }).collect();
+    let bias = Some(Broadcast::new(&bias, [1, 1, 1, 656]).unwrap());
+    let options = Options { scale: Some(0.0), bias, ..Options::default() };
+    for queries in [1, 30] {
+        let shape = Shape { batch: 1, kv_heads: 1, group: 2, queries, keys: 656, dim: 8, value_dim: 8 };
+        let case = Case::new(shape, DType::F32, DType::F32, 0, 51);
+        for isa in Isa::available() {
+            let lse = |skip_threshold| f64::from(case.run(isa, Options { skip_threshold, ..options }).1[0]);
+            assert!((lse(0.007) - 256f64.ln()).abs() < 1e-5, "{}", isa.name());
+            assert!((lse(0.006) - (256.0 + 400.0 * (-5f64).exp()).ln()).abs() < 1e-5, "{}", isa.name());
+            assert_eq!(case.run(isa, options), case.run(isa, Options { skip_threshold: 0.006, ..options }));
+        }
     }
 }
 
@@ -422,6 +505,21 @@ fn wrong_arguments_are_named_and_nothing_is_written() {
     let mask = [1u8; 5];
     let mask = Some(Broadcast::new(&mask, [1, 1, 1, 5]).unwrap());
     assert!(call(q, q, q, Options { mask, ..plain }).starts_with("mask:"));
+    let scales = [1f32; 2];
+    let row_scales = Some(Broadcast::new(&scales, [1, 1, 2, 1]).unwrap());
+    assert!(call(q, q, q, Options { row_scales, ..plain }).starts_with("scale:"));
+    for (table, zero) in [(&[0f32; 4][..], 2), (&[0f32; 3][..], 0), (&[][..], 0)] {
+        let relative_bias = Some(RelativeBias { table, zero });
+        assert!(call(q, q, q, Options { relative_bias, ..plain }).starts_with("relative_bias:"));
+    }
+    let segments = Some(Segments { queries: &[0; 4], keys: &[0; 3] });
+    assert!(call(q, q, q, Options { segments, ..plain }).starts_with("segments:"));
+    assert!(call(q, q, q, Options { visible_until: Some(&[0; 5]), ..plain }).starts_with("visible_until:"));
+    for skip_threshold in [-0.1, 1.0, f32::NAN] {
+        assert!(call(q, q, q, Options { skip_threshold, ..plain }).starts_with("skip_threshold:"));
+    }
+    let state = Some(State { out: q, lse: TensorView::new(&x[..4], [1, 1, 4, 1]).unwrap() });
+    assert!(call(q, q, q, Options { state, ..plain }).starts_with("state:"));
     assert!(out.iter().chain(&lse).all(|&x| x == 7.0));
 }
 

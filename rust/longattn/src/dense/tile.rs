@@ -11,7 +11,7 @@
 
 use super::Problem;
 use super::rows::{Row, Rows, Strided, numbers, widen_part, widen_row, with_rows};
-use super::scores::{RowId, Running, modify, online_softmax};
+use super::scores::{RowId, Running, is_negligible, modify, online_softmax};
 use super::scratch::Buffer;
 use super::stream::scale_row;
 use crate::simd::{Kernel, MAX_ROWS, PANEL_VECTORS, Simd};
@@ -313,6 +313,7 @@ pub(crate) fn attend<S: Simd>(
     assert!(KEYS.is_multiple_of(panel) && vp % panel == 0 && ids.len() == state.running.len());
     assert!(state.queries.len() >= tiles * S::ROWS * dp && state.outputs.len() >= tiles * S::ROWS * vp);
     let plain = problem.options.is_plain();
+    let skips = problem.options.skip_threshold > 0.0;
     let packed_keys = key_buffer.take(KEYS * dp);
     let packed_values = value_buffer.take(KEYS * vp);
     let scores = score_buffer.take(tiles * S::ROWS * KEYS);
@@ -369,20 +370,43 @@ pub(crate) fn attend<S: Simd>(
                 }
             }
         }
-        for (r, &id) in ids.iter().enumerate() {
-            if ranges[r / S::ROWS].0 >= ranges[r / S::ROWS].1 {
+        let visible_of = |id: RowId| {
+            let visible = problem.visible(id.row);
+            visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start
+        };
+        for (t, range) in ranges.iter_mut().enumerate().take(tiles) {
+            if range.0 >= range.1 {
                 continue;
             }
-            let row = &mut scores[r * KEYS..r * KEYS + columns];
-            if !plain {
-                modify(s, problem, id, row, start);
+            let rows = t * S::ROWS..((t + 1) * S::ROWS).min(ids.len());
+            if state.pairs && problem.options.row_scales.is_some() {
+                for r in rows.clone() {
+                    scale_row(s, &mut scores[r * KEYS..r * KEYS + columns], problem.row_scale(ids[r]));
+                }
             }
-            let visible = problem.visible(id.row);
-            let visible = visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start;
-            let (running, factor) = online_softmax(s, row, visible, state.running[r]);
-            state.running[r] = running;
-            if factor != 1.0 {
-                scale_row(s, &mut state.outputs[r * vp..(r + 1) * vp], factor);
+            if !plain {
+                for r in rows.clone() {
+                    modify(s, problem, ids[r], &mut scores[r * KEYS..r * KEYS + columns], start);
+                }
+            }
+            if skips {
+                let mut all = true;
+                for r in rows.clone() {
+                    all &= is_negligible(problem, &scores[r * KEYS..][..columns], visible_of(ids[r]), state.running[r]);
+                }
+                if all {
+                    // Nothing of the block is added below.
+                    *range = (columns, 0);
+                    continue;
+                }
+            }
+            for r in rows {
+                let row = &mut scores[r * KEYS..r * KEYS + columns];
+                let (running, factor) = online_softmax(s, row, visible_of(ids[r]), state.running[r]);
+                state.running[r] = running;
+                if factor != 1.0 {
+                    scale_row(s, &mut state.outputs[r * vp..(r + 1) * vp], factor);
+                }
             }
         }
         for p in 0..vp / panel {

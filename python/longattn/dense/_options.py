@@ -1,0 +1,114 @@
+"""Options of attention calls: checked once, for every function that takes them, in the form the core reads."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longattn._arrays import Array
+from longattn._checks import (
+    bias_scores,
+    flag,
+    key_ends,
+    mask_scores,
+    per_head,
+    relative_table,
+    row_scales,
+    scale_factor,
+    segment_ids,
+    skip_fraction,
+    slopes_per_head,
+    softcap_value,
+    window_sides,
+)
+
+
+class Options(TypedDict, total=False):
+    """What differs from plain softmax attention; names are those of the arguments."""
+
+    scale: float | NDArray[np.float32]  # a number, or [B, Hq, Lq, 1]
+    causal: bool
+    window: tuple[int, int]
+    softcap: float
+    bias: NDArray[np.float32]  # [B, Hq, Lq, Lk], as mask
+    mask: NDArray[np.bool_]
+    alibi_slopes: NDArray[np.float32]  # [B, Hq]
+    sinks: NDArray[np.float32]  # [Hq]
+    relative_bias: NDArray[np.float32]  # [Hq, n]
+    relative_zero: int
+    segments: tuple[NDArray[np.int32], NDArray[np.int32]]  # [B, Lq] and [B, Lk]
+    visible_until: NDArray[np.int32]  # [B, Lk]
+    skip_threshold: float
+    state: tuple[NDArray[Any], NDArray[np.float32]]  # [B, Hq, Lq, Dv] and [B, Hq, Lq]
+
+
+def is_array(x: object) -> bool:
+    """Whether an argument that may be a number is an array."""
+    return isinstance(x, np.ndarray) or hasattr(x, "__dlpack__")
+
+
+def score_options(
+    shape: tuple[int, ...],
+    keys: int,
+    *,
+    span: int,
+    causal: object = False,
+    window: object = (-1, -1),
+    scale: object = None,
+    softcap: object = 0.0,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    relative_bias: Array | None = None,
+    relative_zero: object = None,
+    segments: object = None,
+    visible_until: Array | None = None,
+    skip_threshold: object = 0.0,
+) -> Options:
+    """Options of queries of shape `[..., Hq, Lq, D]` over `keys` keys; distances stay below `span`."""
+    *outer, heads, length, dim = shape
+    batch = outer[0] if outer else 1
+    rows = shape[:-1]
+    options: Options = {"scale": row_scales(scale, rows) if is_array(scale) else scale_factor(scale, dim)}
+    if flag(causal, "causal"):
+        options["causal"] = True
+    sides = window_sides(window, span)
+    if sides != (-1, -1):
+        options["window"] = sides
+    cap = softcap_value(softcap)
+    if cap:
+        options["softcap"] = cap
+    if bias is not None:
+        options["bias"] = bias_scores(bias, (*rows, keys))
+    if mask is not None:
+        options["mask"] = mask_scores(mask, (*rows, keys))
+    if alibi_slopes is not None:
+        options["alibi_slopes"] = slopes_per_head(alibi_slopes, shape[:-2])
+    if sinks is not None:
+        options["sinks"] = per_head(sinks, "sinks", heads)
+    if relative_bias is not None:
+        options["relative_bias"], options["relative_zero"] = relative_table(relative_bias, relative_zero, heads)
+    elif relative_zero is not None:
+        raise ValueError(f"relative_zero: got {relative_zero!r} without relative_bias, expected both or neither")
+    if segments is not None:
+        options["segments"] = segment_ids(segments, batch, length, keys)
+    if visible_until is not None:
+        options["visible_until"] = key_ends(visible_until, batch, keys)
+    skip = skip_fraction(skip_threshold)
+    if skip:
+        options["skip_threshold"] = skip
+    return options
+
+
+def arrays_of(options: Options) -> dict[str, NDArray[Any]]:
+    """The arrays among the options, by argument."""
+    found: dict[str, NDArray[Any]] = {}
+    for name, value in options.items():
+        if isinstance(value, np.ndarray):
+            found[name] = value
+        elif isinstance(value, tuple):
+            found.update({f"{name}[{n}]": x for n, x in enumerate(value) if isinstance(x, np.ndarray)})
+    return found

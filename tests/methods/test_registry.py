@@ -1,0 +1,157 @@
+"""What every entry of the registry must hold, and that its pages are current."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import longattn as la
+from longattn import catalogue
+from longattn.methods import FAMILY_PACKAGES, Method, collect, methods
+
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "methods"
+
+every_method = pytest.mark.parametrize("method", methods(), ids=lambda method: method.name)
+
+
+def sections(function):
+    return re.findall(r"^(Args|Attributes|Returns|Raises|Cost):$", inspect.getdoc(function), re.MULTILINE)
+
+
+@every_method
+def test_the_function_is_public_and_documented(method):
+    assert catalogue.public_path(method.function).startswith("longattn.")
+    wanted = {"Args", "Raises"} if inspect.isclass(method.function) else {"Args", "Returns", "Raises", "Cost"}
+    assert wanted <= set(sections(method.function))
+    documented = inspect.getdoc(method.function)
+    for name in inspect.signature(method.function).parameters:
+        assert re.search(rf"^    {name}: ", documented, re.MULTILINE), f"{name} is not documented"
+
+
+@every_method
+def test_the_reference_takes_what_the_function_takes(method):
+    """In the same order; a function may take further options (`out`, say), and a store in place of its arrays."""
+    if method.reference is None:
+        assert inspect.isclass(method.function), "only a class may go without a reference"
+        return
+    assert method.reference.__module__.startswith("longattn.reference.")
+    ours, theirs = (inspect.signature(f).parameters for f in (method.function, method.reference))
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in ours.values())
+    by_name = [name for name, p in theirs.items() if p.kind is p.KEYWORD_ONLY]
+    assert open_ended or set(by_name) <= set(ours)
+    for name in set(by_name) & set(ours):
+        assert theirs[name].default == ours[name].default, f"default of {name}"
+    positions = [[name for name, p in f.items() if p.kind is p.POSITIONAL_OR_KEYWORD] for f in (ours, theirs)]
+    if "store" in ours:
+        assert positions[0][0] == positions[1][0]
+    else:
+        assert positions[0] == positions[1]
+
+
+@every_method
+def test_it_is_tested(method):
+    path = ROOT / method.tests
+    assert path.is_file() and path.name.startswith("test_")
+    text = path.read_text(encoding="utf-8")
+    assert method.function.__name__ in text
+    assert text.count("\ndef test_") >= len(method.checks)
+
+
+@every_method
+def test_its_identities_and_cost_are_sentences(method):
+    for sentence in (*method.checks, method.cost):
+        assert sentence[0] in "`" or sentence[0].isupper()
+        assert sentence.endswith(".")
+
+
+@every_method
+def test_it_says_when_it_works(method):
+    assert {"causal", "non-causal"} & method.modes
+    assert {"self", "cross"} & method.modes
+    assert method.prefill or method.step
+    assert method.dtypes and method.devices
+    assert 1980 < method.year < 2100
+    assert method.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}", method.arxiv)
+
+
+def test_sorted_by_family_and_name():
+    every = la.methods()
+    keys = [(method.family, method.name) for method in every]
+    assert keys == sorted(keys)
+    assert len({method.name for method in every}) == len(every)
+    families = {method.family for method in every}
+    assert [m for family in sorted(families) for m in la.methods(family)] == list(every)
+
+
+def test_unknown_family():
+    with pytest.raises(ValueError, match=r"family: got 'none', expected one of exact, "):
+        la.methods("none")
+
+
+def entry(**change):
+    fields = {name: getattr(methods()[0], name) for name in Method.__dataclass_fields__}
+    return Method(**fields | change)
+
+
+def module(name, **content):
+    made = ModuleType(name)
+    made.__dict__.update(content)
+    return made
+
+
+def test_duplicates_are_refused():
+    one, two = module("one", METHOD=entry(name="x")), module("two", METHOD=entry(name="x"))
+    assert [method.name for method in collect(iter([one, module("three")]))] == ["x"]
+    with pytest.raises(ValueError, match=r"METHOD of two: got name 'x', which one has"):
+        collect(iter([one, two]))
+
+
+def test_what_is_no_entry_is_refused():
+    with pytest.raises(TypeError, match=r"METHOD of one: got str, expected a Method"):
+        collect(iter([module("one", METHOD="attention")]))
+    with pytest.raises(ValueError, match=r"modes of x: got \['diagonal'\], expected some of"):
+        entry(name="x", modes=frozenset({"causal", "diagonal"}))
+    with pytest.raises(ValueError, match=r"checks of x: got none"):
+        entry(name="x", checks=())
+
+
+def test_the_registry_stays_light():
+    """`import longattn` looks through no family package, and looking imports no framework."""
+    code = (
+        "import sys, longattn\n"
+        "from longattn.methods import _registry\n"
+        "before = _registry.cache_info().currsize\n"
+        "longattn.methods()\n"
+        "heavy = ('torch', 'transformers', 'matplotlib', 'longattn.catalogue')\n"
+        "print(before, [name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0 []"
+
+
+def test_every_module_with_an_entry_is_searched():
+    """A family package that the registry does not know would hide its methods."""
+    package = Path(sys.modules["longattn"].__file__).parent
+    with_entry = [path for path in package.rglob("*.py") if re.search(r"^METHOD = ", path.read_text(), re.MULTILINE)]
+    names = [".".join(path.relative_to(package.parent).with_suffix("").parts) for path in with_entry]
+    assert len(names) == len(methods())
+    assert [name for name in names if not name.startswith(FAMILY_PACKAGES)] == []
+
+
+def test_the_pages_are_current():
+    """If this fails: longattn methods --docs docs/methods."""
+    expected = catalogue.pages()
+    assert {path.name for path in PAGES.iterdir()} == set(expected)
+    stale = [name for name, text in expected.items() if (PAGES / name).read_text(encoding="utf-8") != text]
+    assert stale == []
+
+
+@pytest.mark.parametrize("name", sorted(catalogue.pages()))
+def test_links_lead_somewhere(name):
+    targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", catalogue.pages()[name])
+    assert [t for t in targets if "://" not in t and not (PAGES / t).exists()] == []
