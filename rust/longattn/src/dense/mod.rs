@@ -8,6 +8,7 @@
 //! ```
 //! How the work is cut depends on shapes only, so results do not depend on the number of threads.
 
+mod codes;
 pub(crate) mod matrix;
 mod merge;
 mod options;

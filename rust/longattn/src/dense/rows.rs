@@ -58,6 +58,29 @@ pub(crate) trait Rows: Copy {
     fn row(self, j: usize) -> Self::Row;
     /// Bytes that a row takes in memory.
     fn row_bytes(self, dim: usize) -> usize;
+
+    /// These rows of codes without their scales; numbers are their own.
+    type Bare: BareRows;
+    /// The rows without their scales, if they are codes with one scale and one offset each.
+    #[inline(always)]
+    fn bare(self) -> Option<Self::Bare> {
+        None
+    }
+}
+
+/// Rows whose elements are bare codes: what they stand for is `offset + scale * code`.
+pub(crate) trait BareRows: Rows {
+    /// Bits of a code.
+    const BITS: usize;
+    /// Scale and offset of row `j`.
+    ///
+    /// # Safety
+    /// The row exists.
+    unsafe fn scale_and_offset(self, j: usize) -> [f32; 2];
+    /// The bytes of row `j`'s codes.
+    fn codes(self, j: usize) -> *const u8;
+    /// How many bytes those are.
+    fn code_bytes(self) -> usize;
 }
 
 /// Rows of numbers, a fixed number of elements apart.
@@ -69,6 +92,7 @@ pub(crate) struct Strided<T> {
 
 impl<T: Element> Rows for Strided<T> {
     type Row = *const T;
+    type Bare = NoRows;
 
     #[inline(always)]
     fn row(self, j: usize) -> *const T {
@@ -90,6 +114,7 @@ pub(crate) struct Indexed<'a, R> {
 
 impl<R: Rows> Rows for Indexed<'_, R> {
     type Row = R::Row;
+    type Bare = NoRows;
 
     #[inline(always)]
     fn row(self, j: usize) -> R::Row {
@@ -100,6 +125,48 @@ impl<R: Rows> Rows for Indexed<'_, R> {
     #[inline(always)]
     fn row_bytes(self, dim: usize) -> usize {
         self.rows.row_bytes(dim)
+    }
+}
+
+/// The bare rows of numbers: there are none.
+#[derive(Clone, Copy)]
+pub(crate) enum NoRows {}
+
+impl Row for NoRows {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(self, _: S, _d: usize) -> S::F32 {
+        match self {}
+    }
+    #[inline(always)]
+    unsafe fn load_first<S: Simd>(self, _: S, _d: usize, _n: usize) -> S::F32 {
+        match self {}
+    }
+    fn prefetch(self, _dim: usize) {
+        match self {}
+    }
+}
+
+impl Rows for NoRows {
+    type Row = Self;
+    type Bare = Self;
+    fn row(self, _j: usize) -> Self {
+        match self {}
+    }
+    fn row_bytes(self, _dim: usize) -> usize {
+        match self {}
+    }
+}
+
+impl BareRows for NoRows {
+    const BITS: usize = 8;
+    unsafe fn scale_and_offset(self, _j: usize) -> [f32; 2] {
+        match self {}
+    }
+    fn codes(self, _j: usize) -> *const u8 {
+        match self {}
+    }
+    fn code_bytes(self) -> usize {
+        match self {}
     }
 }
 
@@ -145,6 +212,7 @@ pub(crate) struct Coded<const BITS: usize> {
     row_bytes: usize,
     code_bytes: usize,
     group_shift: u32,
+    one_group: bool,
 }
 
 impl<const BITS: usize> Coded<BITS> {
@@ -152,12 +220,18 @@ impl<const BITS: usize> Coded<BITS> {
     pub(crate) fn new(base: *const u8, format: CodeFormat) -> Self {
         assert!(format.bits() == BITS);
         let (row_bytes, code_bytes) = (format.row_bytes(), format.code_bytes());
-        Self { base, row_bytes, code_bytes, group_shift: format.group_shift() }
+        Self { base, row_bytes, code_bytes, group_shift: format.group_shift(), one_group: format.groups() == 1 }
     }
 }
 
 impl<const BITS: usize> Rows for Coded<BITS> {
     type Row = CodedRow<BITS>;
+    type Bare = BareCodes<BITS>;
+
+    #[inline(always)]
+    fn bare(self) -> Option<BareCodes<BITS>> {
+        self.one_group.then_some(BareCodes(self))
+    }
 
     #[inline(always)]
     fn row(self, j: usize) -> CodedRow<BITS> {
@@ -207,6 +281,75 @@ impl<const BITS: usize> Row for CodedRow<BITS> {
     #[inline(always)]
     fn prefetch(self, _dim: usize) {
         prefetch_bytes(self.codes, self.parameters.addr() - self.codes.addr() + 8);
+    }
+}
+
+/// [`Coded`] rows with one scale and one offset each, without them.
+#[derive(Clone, Copy)]
+pub(crate) struct BareCodes<const BITS: usize>(Coded<BITS>);
+
+impl<const BITS: usize> Rows for BareCodes<BITS> {
+    type Row = BareRow<BITS>;
+    type Bare = Self;
+
+    #[inline(always)]
+    fn row(self, j: usize) -> BareRow<BITS> {
+        BareRow(self.codes(j))
+    }
+
+    #[inline(always)]
+    fn row_bytes(self, _dim: usize) -> usize {
+        self.0.row_bytes
+    }
+}
+
+impl<const BITS: usize> BareRows for BareCodes<BITS> {
+    const BITS: usize = BITS;
+
+    #[inline(always)]
+    unsafe fn scale_and_offset(self, j: usize) -> [f32; 2] {
+        // SAFETY: the row exists, and its scale and offset follow its codes.
+        unsafe { self.codes(j).add(self.0.code_bytes).cast::<[f32; 2]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    fn codes(self, j: usize) -> *const u8 {
+        self.0.base.wrapping_add(j * self.0.row_bytes)
+    }
+
+    #[inline(always)]
+    fn code_bytes(self) -> usize {
+        self.0.code_bytes
+    }
+}
+
+/// The codes of one row as floats.
+#[derive(Clone, Copy)]
+pub(crate) struct BareRow<const BITS: usize>(*const u8);
+
+impl<const BITS: usize> Row for BareRow<BITS> {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(self, s: S, d: usize) -> S::F32 {
+        // SAFETY: as in `CodedRow::load`.
+        unsafe {
+            if BITS == 8 {
+                s.load_u8(self.0.add(d))
+            } else {
+                let at = self.0.add(d / 32 * 16 + d % 16);
+                if d % 32 < 16 { s.decode4(at, false, 1.0, 0.0) } else { s.decode4(at, true, 1.0, 0.0) }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_first<S: Simd>(self, s: S, d: usize, _n: usize) -> S::F32 {
+        // SAFETY: the padding can be loaded as well.
+        unsafe { self.load(s, d) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, dim: usize) {
+        prefetch_bytes(self.0, dim * BITS / 8 + 8);
     }
 }
 

@@ -11,7 +11,8 @@
 //! All rows of a KV head's query group go together, so each K and V byte is read once per group.
 
 use super::Problem;
-use super::rows::{Row, Rows};
+use super::codes::{ByteQueries, ByteScores, ScaleScores, ScaleWeights};
+use super::rows::{BareRows, Row, Rows};
 use super::scores::{RowId, Running, is_negligible, modify, online_softmax};
 use crate::simd::{Kernel, Simd};
 use std::ops::Range;
@@ -38,14 +39,34 @@ const AHEAD_BYTES: usize = 4096;
 
 /// Keys asked for ahead of their use.
 #[inline(always)]
-fn ahead(row_bytes: usize) -> usize {
+pub(super) fn ahead(row_bytes: usize) -> usize {
     (AHEAD_BYTES / row_bytes.max(1)).clamp(4, KEYS / 4)
+}
+
+/// Asks for the rows that come after `turn`: those of a block's keys and, towards the end of the block, the first of `next`, whose turn
+/// it is then.
+#[inline(always)]
+pub(super) fn ask_ahead<K: Rows, V: Rows>(
+    rows: K,
+    dim: usize,
+    ahead: usize,
+    turn: Range<usize>,
+    keys: &Range<usize>,
+    next: Option<(V, usize)>,
+) {
+    let Some((next, next_dim)) = next else { return };
+    for coming in turn.start + ahead..turn.end + ahead {
+        if coming < keys.end {
+            rows.row(coming).prefetch(dim);
+        } else {
+            next.row(keys.start + (coming - keys.end)).prefetch(next_dim);
+        }
+    }
 }
 
 /// `scores[r][j] = q_r . k_j` for `R` rows and the keys `keys`, `C` keys at a time; rows of scores are [`KEYS`] apart.
 ///
-/// With `next`, the rows to come are asked for: those of the keys and, towards the end of the block, the first of `next`, whose
-/// turn it is then.
+/// With `next`, the rows to come are asked for.
 ///
 /// # Safety
 /// `rows` yields `dim` readable elements for every key; queries are padded with zeros to a multiple of `LANES`.
@@ -65,16 +86,7 @@ unsafe fn scores_of<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
     // SAFETY: keys j.. are in `keys`; scores holds KEYS per row.
     unsafe {
         while j < keys.end {
-            if let Some((next, next_dim)) = next {
-                for c in 0..C {
-                    let coming = j + c + ahead;
-                    if coming < keys.end {
-                        rows.row(coming).prefetch(dim);
-                    } else {
-                        next.row(keys.start + (coming - keys.end)).prefetch(next_dim);
-                    }
-                }
-            }
+            ask_ahead(rows, dim, ahead, j..j + C, &keys, next);
             let to = scores.add(j - keys.start);
             if j + C <= keys.end {
                 let sums = dots::<S, K, R, C>(s, queries, padded_dim, dim, rows, j);
@@ -290,6 +302,21 @@ struct BlockScores<'a, K, V> {
     scores: &'a mut [f32],
 }
 
+impl<'a, K: Rows, V: Rows> BlockScores<'a, K, V> {
+    #[inline(always)]
+    fn new(
+        state: &'a RowState,
+        problem: &Problem,
+        k: K,
+        keys: Range<usize>,
+        next: (V, usize),
+        scores: &'a mut [f32],
+    ) -> Self {
+        let (queries, padded_dim, rows) = (state.queries, state.padded_dim, state.running.len());
+        Self { queries, padded_dim, rows, dim: problem.dim, k, keys, next, scores }
+    }
+}
+
 impl<K: Rows, V: Rows> Kernel for BlockScores<'_, K, V> {
     type Output = ();
 
@@ -331,6 +358,22 @@ struct BlockValues<'a, K, V> {
     outputs: &'a mut [f32],
     padded_dim: usize,
     careful: bool,
+}
+
+impl<'a, K: Rows, V: Rows> BlockValues<'a, K, V> {
+    #[inline(always)]
+    fn new(
+        state: &'a mut RowState,
+        problem: &Problem,
+        v: V,
+        keys: Range<usize>,
+        next: (K, usize),
+        weights: &'a [f32],
+        careful: bool,
+    ) -> Self {
+        let (rows, padded_dim, outputs) = (state.running.len(), state.padded_value_dim, &mut *state.outputs);
+        Self { weights, rows, dim: problem.value_dim, v, keys, next, outputs, padded_dim, careful }
+    }
 }
 
 impl<K: Rows, V: Rows> Kernel for BlockValues<'_, K, V> {
@@ -434,33 +477,39 @@ pub(crate) unsafe fn attend<S: Simd, K: Rows, V: Rows>(
     let n = ids.len();
     assert!(n == state.running.len());
     let skips = problem.options.skip_threshold > 0.0 && !careful;
+    let byte_queries = k.bare().is_some().then(|| {
+        let (dim, bits) = (problem.dim, <K::Bare as BareRows>::BITS);
+        ByteQueries::new(state.queries, state.padded_dim, n, dim, bits, S::DOT_BYTES)
+    });
     let mut start = keys.start;
     while start < keys.end {
         let end = (start + KEYS).min(keys.end);
         // The caller vouches for the rows of `keys`, which the parts of this kernel read.
-        s.call(BlockScores {
-            queries: state.queries,
-            padded_dim: state.padded_dim,
-            rows: n,
-            dim: problem.dim,
-            k,
-            keys: start..end,
-            next: (v, problem.value_dim),
-            scores,
-        });
-        let weights = BlockWeights { problem, ids, keys: start..end, visible: visible.clone(), state, scores, skips };
+        let keys = start..end;
+        match (k.bare(), &byte_queries) {
+            (Some(k), Some(queries)) => {
+                let next = (v, problem.value_dim);
+                if S::DOT_BYTES {
+                    let dim = problem.dim;
+                    s.call_bytes(ByteScores { queries, rows: n, dim, k, keys: keys.clone(), next, scores });
+                } else {
+                    s.call(BlockScores::new(state, problem, k, keys.clone(), next, scores));
+                }
+                s.call(ScaleScores { queries, rows: n, k, keys: keys.clone(), scores });
+            }
+            _ => s.call(BlockScores::new(state, problem, k, keys.clone(), (v, problem.value_dim), scores)),
+        }
+        let weights = BlockWeights { problem, ids, keys: keys.clone(), visible: visible.clone(), state, scores, skips };
         if s.call(weights) {
-            s.call(BlockValues {
-                weights: scores,
-                rows: n,
-                dim: problem.value_dim,
-                v,
-                keys: start..end,
-                next: (k, problem.dim),
-                outputs: state.outputs,
-                padded_dim: state.padded_value_dim,
-                careful,
-            });
+            let next = (k, problem.dim);
+            match v.bare() {
+                Some(v) if !careful => {
+                    let (outputs, padded_dim) = (&mut *state.outputs, state.padded_value_dim);
+                    s.call(ScaleWeights { weights: scores, rows: n, v, keys: keys.clone(), outputs, padded_dim });
+                    s.call(BlockValues::new(state, problem, v, keys, next, scores, false));
+                }
+                _ => s.call(BlockValues::new(state, problem, v, keys, next, scores, careful)),
+            }
         }
         start = end;
     }

@@ -14,7 +14,7 @@ mod chunks;
 mod select;
 mod weigh;
 
-use crate::dense::rows::{Indexed, widen_row, with_rows};
+use crate::dense::rows::{Indexed, numbers, widen_row};
 use crate::dense::scores::{RowId, Running, exp_difference};
 use crate::dense::scratch::{Buffer, Scratch, with_scratch};
 use crate::dense::stream::{self, MAX_QUERY_ROWS, RowState, scale_row};
@@ -24,7 +24,7 @@ use crate::index::{Signatures, Snapshot};
 use crate::kv::Reader;
 use crate::parallel::{Execution, for_each, map, num_threads};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
-use crate::tensor::{DType, Element, Error, Result, TensorView, TensorViewMut, with_element};
+use crate::tensor::{DType, Element, Error, Result, Storage, TensorView, TensorViewMut, with_element};
 use chunks::{Shared, Slots};
 use select::{Budget, Weights};
 use std::ops::Range;
@@ -94,6 +94,8 @@ pub struct RowStats {
 
 struct Call<'a> {
     problem: Problem<'a>,
+    /// Of the store's rows.
+    dtype: DType,
     options: RetrievalOptions<'a>,
     snapshot: Snapshot<'a>,
     isa: Isa,
@@ -126,7 +128,10 @@ pub fn retrieval_attention(
         return Ok(Vec::new());
     }
     let snapshot = index.read(&reader, execution)?;
-    let call = Call { problem, options, snapshot, isa: simd::current(), keep_selected };
+    let Storage::Numbers(dtype) = problem.k.storage() else {
+        return Err(Error::dtype("store", problem.k.storage(), "a store of float32, float16 or bfloat16 rows"));
+    };
+    let call = Call { problem, dtype, options, snapshot, isa: simd::current(), keep_selected };
     let (out, lse) = (&*out, &*lse);
     let heads = call.problem.kv_heads;
     let rows = heads * call.problem.queries;
@@ -546,7 +551,8 @@ impl Kernel for Exact<'_> {
             let ids = &ids[first..last];
             // SAFETY: ranges and indices are rows of the reader; the buffers are padded as RowState says.
             unsafe {
-                with_rows!(problem, 0, head, |k, v| {
+                with_element!(call.dtype, T => {
+                    let (k, v) = (numbers::<T>(&problem.k, 0, head), numbers::<T>(&problem.v, 0, head));
                     match &keys {
                         Keys::Range(range) => {
                             stream::attend(s, problem, ids, k, v, range.clone(), None, &mut state, scores, false);

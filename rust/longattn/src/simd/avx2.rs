@@ -122,10 +122,12 @@ impl Simd for Avx2 {
         let mut sums = [[0.0; C]; R];
         if R * C == 8 {
             unsafe {
-                let at = |i: usize| v[i / C][i % C];
-                let four =
-                    |i: usize| _mm256_hadd_ps(_mm256_hadd_ps(at(i), at(i + 1)), _mm256_hadd_ps(at(i + 2), at(i + 3)));
-                let (a, b) = (four(0), four(4));
+                let mut all = [v[0][0]; 8];
+                for i in 0..8 {
+                    all[i] = v[i / C][i % C];
+                }
+                let a = _mm256_hadd_ps(_mm256_hadd_ps(all[0], all[1]), _mm256_hadd_ps(all[2], all[3]));
+                let b = _mm256_hadd_ps(_mm256_hadd_ps(all[4], all[5]), _mm256_hadd_ps(all[6], all[7]));
                 let sum = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
                 _mm256_storeu_ps(sums.as_mut_ptr().cast(), sum);
             }
@@ -174,6 +176,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load_bytes(self, p: *const u8) -> __m256i {
         unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    fn times128(self, a: __m256i) -> __m256i {
+        unsafe { _mm256_slli_epi32::<7>(a) }
     }
     #[inline(always)]
     fn and(self, a: __m256i, b: __m256i) -> __m256i {

@@ -18,6 +18,7 @@ pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
 /// # Safety
 /// As [`run`], and the CPU has AVX-512 VNNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[inline(never)]
 pub(super) unsafe fn run_vnni<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx512::<true, false>(()))
 }
@@ -27,6 +28,31 @@ pub(super) unsafe fn run_vnni<K: Kernel>(kernel: K) -> K::Output {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
 pub(super) unsafe fn run_bf16<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx512::<true, true>(()))
+}
+
+/// A vector whose quarters hold a partial sum each of `a`, `b`, `c` and `d`.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline(always)]
+unsafe fn sums4(a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        let cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+        let (low, high) = (_mm512_unpacklo_pd(ab, cd), _mm512_unpackhi_pd(ab, cd));
+        _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
+    }
+}
+
+/// The quarters of two vectors added in pairs: those of `a`, then those of `b`.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline(always)]
+unsafe fn halves(a: __m512, b: __m512) -> __m512 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b)) }
 }
 
 // SAFETY of every block below: an `Avx512` only exists inside the `run` of its parameters, so the CPU has the instructions; memory is
@@ -129,24 +155,15 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
         let mut sums = [[0.0; C]; R];
         if R * C == 16 || R * C == 8 {
             unsafe {
-                // Four vectors become one whose quarters hold a partial sum of each; then the quarters are added.
-                let at = |i: usize| v[i / C][i % C];
-                let pair = |i: usize| {
-                    let (a, b) = (at(i), at(i + 1));
-                    _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)))
-                };
-                let four = |i: usize| {
-                    let (a, b) = (pair(i), pair(i + 2));
-                    let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
-                    _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
-                };
-                let halves = |a: __m512, b: __m512| {
-                    _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b))
-                };
-                let first = halves(four(0), four(4));
+                let mut all = [v[0][0]; 16];
+                for i in 0..R * C {
+                    all[i] = v[i / C][i % C];
+                }
                 let out = sums.as_mut_ptr().cast::<f32>();
+                let first = halves(sums4(all[0], all[1], all[2], all[3]), sums4(all[4], all[5], all[6], all[7]));
                 if R * C == 16 {
-                    _mm512_storeu_ps(out, halves(first, halves(four(8), four(12))));
+                    let (a, b) = (sums4(all[8], all[9], all[10], all[11]), sums4(all[12], all[13], all[14], all[15]));
+                    _mm512_storeu_ps(out, halves(first, halves(a, b)));
                 } else {
                     _mm256_storeu_ps(out, _mm512_castps512_ps256(halves(first, first)));
                 }
@@ -199,6 +216,19 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
     #[inline(always)]
     unsafe fn load_bytes(self, p: *const u8) -> __m512i {
         unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes_first(self, p: *const u8, n: usize) -> __m512i {
+        unsafe { _mm512_maskz_loadu_epi8(!(u64::MAX.checked_shl(n as u32).unwrap_or(0)), p.cast()) }
+    }
+    #[inline(always)]
+    fn times128(self, a: __m512i) -> __m512i {
+        unsafe { _mm512_slli_epi32::<7>(a) }
+    }
+    const DOT_BYTES: bool = VNNI;
+    #[inline(always)]
+    fn call_bytes<K: Kernel>(self, kernel: K) -> K::Output {
+        unsafe { if VNNI { run_vnni(kernel) } else { run(kernel) } }
     }
     #[inline(always)]
     fn and(self, a: __m512i, b: __m512i) -> __m512i {

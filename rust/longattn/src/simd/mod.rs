@@ -108,7 +108,29 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn and(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// Shifts 16-bit halves right: the caller masks what crosses from one byte to the next.
     fn shift_right_16<const N: i32>(self, a: Self::I32) -> Self::I32;
-    /// `acc + sum of the four products` in each lane; `a` unsigned bytes of at most 15, `b` signed bytes.
+    /// The first `n <= 4 * LANES` bytes, zeros after them.
+    ///
+    /// # Safety
+    /// `p` is readable for `n` bytes.
+    #[inline(always)]
+    unsafe fn load_bytes_first(self, p: *const u8, n: usize) -> Self::I32 {
+        let mut buffer = [0u8; 4 * MAX_LANES];
+        // SAFETY: the caller vouches for n bytes, and the buffer holds that many of any instruction set.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, buffer.as_mut_ptr(), n);
+            self.load_bytes(buffer.as_ptr())
+        }
+    }
+    /// Each lane times 128.
+    fn times128(self, a: Self::I32) -> Self::I32;
+    /// Whether [`Self::dot4`] takes any unsigned bytes, in kernels that run by [`Self::call_bytes`].
+    const DOT_BYTES: bool = false;
+    /// As [`Self::call`], with products of bytes.
+    #[inline(always)]
+    fn call_bytes<K: Kernel>(self, kernel: K) -> K::Output {
+        self.call(kernel)
+    }
+    /// `acc + sum of the four products` in each lane; `a` unsigned bytes, of at most 15 unless [`Self::DOT_BYTES`], `b` signed bytes.
     fn dot4(self, acc: Self::I32, a: Self::I32, b: Self::I32) -> Self::I32;
     fn to_f32(self, a: Self::I32) -> Self::F32;
 

@@ -141,6 +141,11 @@ impl Simd for Scalar {
         unsafe { p.cast::<[i32; N]>().read_unaligned() }
     }
     #[inline(always)]
+    fn times128(self, a: [i32; N]) -> [i32; N] {
+        a.map(|x| x << 7)
+    }
+    const DOT_BYTES: bool = true;
+    #[inline(always)]
     fn and(self, a: [i32; N], b: [i32; N]) -> [i32; N] {
         std::array::from_fn(|i| a[i] & b[i])
     }
