@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     threads = la.get_num_threads()
     try:
         if args.routine in TOOLS:
-            return TOOLS[args.routine].run(args)
+            status: int = TOOLS[args.routine].run(args)
+            return status
         return _measure(args)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as problem:
         print(f"longattn bench {args.routine}: {problem}", file=sys.stderr)

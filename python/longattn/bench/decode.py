@@ -161,7 +161,7 @@ class Case:
         }
 
     def ours(self, dtype: str) -> Way:
-        """longattn over the arrays, or over a store that codes them as `dtype` (int8 or int4)."""
+        """Attention over the arrays, or over a store that codes them as `dtype` (int8 or int4)."""
         q, k, v = self.q, self.k, self.v
         if dtype == self.stored:
             return self.way(Candidate(OURS, lambda: la.attention(q, k, v, causal=True), peer=False))
@@ -176,7 +176,7 @@ class Case:
         return Way(candidate, self.stored, self.k.nbytes + self.v.nbytes)
 
     def torch_ways(self, bench: Bench) -> list[Candidate]:
-        """torch's ways over the same arrays, if peers are wanted."""
+        """What torch has over the same arrays, if peers are wanted."""
         return peers.decode(self.q, self.k, self.v) if bench.peers else []
 
     @functools.cached_property

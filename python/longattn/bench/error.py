@@ -110,7 +110,7 @@ def _load(name: str, length: int, groups: int) -> vectors.Vectors:
 
 
 def _exact(data: vectors.Vectors) -> quality.Exact:
-    """lse `[groups, Hq]` and output `[groups, Hq, Dv]` in float64; the weights are not kept."""
+    """The lse `[groups, Hq]` and output `[groups, Hq, Dv]` in float64; the weights are not kept."""
     per_head = []
     for h in range(data.kv_heads):
         mine = data.queries[:, h * data.group : (h + 1) * data.group]

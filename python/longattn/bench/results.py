@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
-"""`routine`, `command`, `time`, `threads`, `settings`, `machine`, `rows`, `limits` (by thread count), `slopes`, `notes`."""
+"""`routine`, `command`, `time`, `threads`, `settings`, `machine`, `rows`, `limits`, `slopes`, `notes`."""
 
 Row = dict[str, Any]
 

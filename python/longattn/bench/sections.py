@@ -237,7 +237,7 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "decode",
         "Decode: one query row over a long cache",
-        "`of read`: own bytes of K and V per second as a share of the read bandwidth. `× torch`: speed against the best "
+        "`of read`: own bytes of K and V per second over the read bandwidth. `× torch`: speed against the best "
         "of torch's forms in the same dtype, for int8 and int4 against the best in float32; in brackets against the "
         "default `enable_gqa` call. `slope`: of log time over log length.",
         _decode_tables,
@@ -245,8 +245,8 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "prefill",
         "Prefill: causal attention of a whole sequence",
-        "8 heads. `of FMA`: causal half of the arithmetic as a share of the multiply-add peak. `× torch`: speed against "
-        "torch's fused kernel. `extra MB`: peak memory beyond inputs and outputs, and the slope of its growth.",
+        "8 heads. `of FMA`: causal half of the arithmetic as a share of the multiply-add peak. `× torch`: speed "
+        "against torch's fused kernel. `extra MB`: peak memory beyond inputs and outputs, and the slope of its growth.",
         _prefill_tables,
     ),
     Section(
