@@ -67,7 +67,7 @@ def draw(panels: Sequence[Panel | Bars], path: Path, *, columns: int = 3) -> Non
             axes.set_ylim(bottom=0)
         axes.set_title(panel.title, fontsize=9)
         axes.set_ylabel(panel.y, fontsize=8)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
         axes.grid(alpha=0.3, axis="both" if isinstance(panel, Panel) else "y")
         axes.legend(fontsize=6.5)
     for axes in grid[len(panels) :]:

@@ -77,7 +77,7 @@ def body(found: Sequence[Result], folder: str | None, figures: Sequence[str] = (
     for section in sections.SECTIONS:
         tables = section.tables(found)
         if tables:
-            lines += ["", f"### {section.title}", "", section.text, ""]
+            lines += ["", f"### {section.title}", "", section.text]
             lines += [
                 f"![{section.title}: {name}]({folder}/{name}.png)\n"
                 for name in figures

@@ -143,11 +143,11 @@ def _peer_tables(found: Sequence[Result]) -> list[str]:
 
 def _error_tables(found: Sequence[Result]) -> list[str]:
     rows = _rows(found, "error")
-    return table(rows, error.COLUMNS) if rows else []
+    return ["", *table(rows, error.COLUMNS)] if rows else []
 
 
 def _titled(threads: int, lines: list[str]) -> list[str]:
-    return [f"{threads} thread{'s' * (threads != 1)}:", "", *lines, ""]
+    return ["", f"{threads} thread{'s' * (threads != 1)}:", "", *lines]
 
 
 def _decode_ratios(rows: Sequence[Row]) -> list[Panel | Bars]:
