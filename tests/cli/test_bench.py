@@ -9,7 +9,7 @@ import pytest
 
 import longattn as la
 from longattn import cli
-from longattn.bench import arrays, decode, harness, memory, options, peers, prefill, quality
+from longattn.bench import arrays, decode, features, harness, memory, options, peers, prefill, quality
 from longattn.bench.harness import Bench, Candidate, Outcome
 
 
@@ -68,7 +68,7 @@ def test_several_thread_counts(tmp_path):
 class CodedStore:
     """Stands in for a store that codes its rows: 3 bytes a row and head, say, and float32 inside."""
 
-    def __init__(self, *, kv_heads, head_dim, dtype, capacity):
+    def __init__(self, *, kv_heads, head_dim, dtype, capacity, group_size=None):
         assert dtype in decode.CODED
         self.rows = la.kv.KVStore(kv_heads, head_dim, dtype="float32", capacity=capacity)
         self.append = self.rows.append
@@ -95,10 +95,7 @@ def test_coded_stores_are_timed_beside_float32(tmp_path, monkeypatch):
 
 
 def test_a_build_without_coded_stores_says_so(tmp_path, monkeypatch):
-    def refuse(**sizes):
-        raise TypeError
-
-    monkeypatch.setattr(la, "KVStore", refuse)
+    monkeypatch.setattr(features, "coded_stores", lambda: False)
     result = run("decode", tmp_path, "--dtypes", "float32,int8", "--keys", "128", "--no-peers")
     assert {row["dtype"] for row in result["rows"]} == {"float32"}
     assert "int8 left out: this build has no such store" in result["notes"]

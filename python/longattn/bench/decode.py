@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import longattn as la
-from longattn.bench import peers, quality
+from longattn.bench import features, peers, quality
 from longattn.bench.arrays import DTYPES, gaussian
 from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import Grid, add_grid, chosen_grid
@@ -88,7 +88,10 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
 
 def sweep(bench: Bench, grid: Grid) -> Iterator[tuple[Case, list[Way]]]:
     """Every case of the grid with what is ours of it: int8 and int4 in the case whose arrays are float32."""
-    coded = _coded(bench, grid.dtypes)
+    coded = [dtype for dtype in grid.dtypes if dtype in CODED]
+    if coded and not features.coded_stores():
+        bench.notes.append(f"{', '.join(coded)} left out: this build has no such store")
+        coded = []
     for heads, dim in itertools.product(grid.heads, grid.head_dims):
         for keys, stored in itertools.product(sorted(grid.keys), DTYPES):
             wanted = [dtype for dtype in grid.dtypes if dtype == stored or (stored == FLOAT32 and dtype in coded)]
@@ -97,19 +100,6 @@ def sweep(bench: Bench, grid: Grid) -> Iterator[tuple[Case, list[Way]]]:
                 case = Case(heads, dim, keys, stored)
                 yield case, [case.ours(dtype) for dtype in wanted]
                 del case
-
-
-def _coded(bench: Bench, wanted: Sequence[str]) -> list[str]:
-    """The coded dtypes among those wanted that this build can store."""
-    found = []
-    for dtype in CODED:
-        if dtype in wanted:
-            try:
-                la.KVStore(kv_heads=1, head_dim=64, dtype=dtype, capacity=1)
-                found.append(dtype)
-            except TypeError:
-                bench.notes.append(f"{dtype} left out: this build has no such store")
-    return found
 
 
 def _hopeless(rows: Sequence[Row]) -> set[str]:

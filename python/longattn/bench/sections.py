@@ -260,8 +260,8 @@ SECTIONS: tuple[Section, ...] = (
         "Error of storage",
         "Attention over stored keys and values against float64 attention over the float32 originals; relative to the "
         "norm of the output (mean and 95th percentile over queries and heads) and to the rms row norm of V. `append`: "
-        "float32 bytes converted and stored per second, fresh memory included. `minilm` and `lm` were recorded in float16, "
-        "which stores them without an error.",
+        "float32 bytes converted and stored per second, fresh memory included. `minilm` and `lm` are recordings in "
+        "float16, which stores them without an error.",
         _error_tables,
     ),
 )
