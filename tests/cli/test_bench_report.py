@@ -37,8 +37,8 @@ def test_targets_that_are_reached_and_missed(found):
     assert missed.place == "32/32, D 128, N 8192, bfloat16, 2 threads"
     assert missed.cells[:5] == (missed.target.text, "≥ 1.40×", f"1.30× ({missed.place})", "1 of 2", "MISS")
     assert verdict(found, "prefill, float32, N = 1K: speed against torch SDPA").status == targets.MISS
-    assert verdict(found, "decode: speed against onnxruntime").worst == 9
-    assert verdict(found, "decode: speed against ggml").status == targets.ABSENT
+    assert verdict(found, "GQA decode: speed against onnxruntime").worst == 9
+    assert verdict(found, "GQA decode: speed against ggml").status == targets.ABSENT
 
 
 def test_a_bound_from_above(found):

@@ -226,14 +226,15 @@ def _prefill() -> list[Target]:
 def _peers() -> list[Target]:
     return [
         Target(
-            f"decode: speed against {peer}",
+            f"{kind} decode: speed against {peer}",
             external.ROUTINE,
             "times_ours",
             2.0,
             f"python benches/peers/{script} --threads 1,2",
-            {"peer": (peer,)},
+            {"peer": (peer,), "heads": heads},
         )
         for peer, script in (("onnxruntime", "onnxruntime_gqa.py"), ("ggml", "ggml_flash.py"))
+        for kind, heads in (("GQA", GQA), ("MHA", MHA))
     ]
 
 
