@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import longattn as la
-from longattn.bench import features, peers, quality
+from longattn.bench import peers, quality
 from longattn.bench.arrays import DTYPES, gaussian
 from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import Grid, add_grid, chosen_grid
@@ -88,13 +88,9 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
 
 def sweep(bench: Bench, grid: Grid) -> Iterator[tuple[Case, list[Way]]]:
     """Every case of the grid with what is ours of it: int8 and int4 in the case whose arrays are float32."""
-    coded = [dtype for dtype in grid.dtypes if dtype in CODED]
-    if coded and not features.coded_stores():
-        bench.notes.append(f"{', '.join(coded)} left out: this build has no such store")
-        coded = []
     for heads, dim in itertools.product(grid.heads, grid.head_dims):
         for keys, stored in itertools.product(sorted(grid.keys), DTYPES):
-            wanted = [dtype for dtype in grid.dtypes if dtype == stored or (stored == FLOAT32 and dtype in coded)]
+            wanted = [dtype for dtype in grid.dtypes if dtype == stored or (stored == FLOAT32 and dtype in CODED)]
             if wanted:
                 bench.say(f"decode {heads[0]}/{heads[1]} x {dim}, {keys} keys, {', '.join(wanted)}")
                 case = Case(heads, dim, keys, stored)

@@ -15,8 +15,8 @@ import numpy as np
 
 import longattn as la
 from longattn import vectors
-from longattn.bench import features, quality
-from longattn.bench.arrays import DTYPES, gaussian
+from longattn.bench import quality
+from longattn.bench.arrays import gaussian
 from longattn.bench.harness import Bench, timed
 from longattn.bench.options import names
 from longattn.bench.plots import Bars, Panel
@@ -72,10 +72,6 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     bench.use(bench.thread_counts[-1])
     length = min(args.length, QUICK_LENGTH) if bench.quick else args.length
     groups = min(args.groups, QUICK_GROUPS) if bench.quick else args.groups
-    formats = FORMATS
-    if not features.coded_stores():
-        formats = {storage: options for storage, options in FORMATS.items() if options["dtype"] in DTYPES}
-        bench.notes.append("int8 and int4 left out: this build has no such store")
     rows: list[Row] = []
     for name in args.vectors or (QUICK_SETS if bench.quick else DEFAULT_SETS):
         try:
@@ -86,7 +82,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
             bench.notes.append(f"{name} left out: {error}")
             continue
         truth = _exact(data)
-        for storage, options in formats.items():
+        for storage, options in FORMATS.items():
             bench.say(f"error on {name}, {length} keys: {storage}")
             store = la.KVStore(
                 kv_heads=data.kv_heads,

@@ -6,13 +6,14 @@ GFLOP/s counts the causal half, 4 H D N (N + 1) / 2.
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 from typing import Any
 
 import numpy as np
 
 import longattn as la
-from longattn.bench import features, memory, peers
+from longattn.bench import memory, peers
 from longattn.bench.arrays import DTYPES, gaussian
 from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import Grid, add_grid, chosen_grid
@@ -60,7 +61,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     if with_memory and not memory.supported():
         with_memory = False
         bench.notes.append("memory not measured: it needs Linux's /proc/self/clear_refs")
-    if not features.int8_scores():
+    if not has_int8_scores():
         bench.notes.append("int8 scores left out: this build's attention has no qk_int8")
     rows: list[Row] = []
     for (heads, _), dim, dtype, length in itertools.product(grid.heads, grid.head_dims, grid.dtypes, grid.keys):
@@ -72,12 +73,17 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def has_int8_scores() -> bool:
+    """Whether this build can multiply queries and keys as int8."""
+    return "qk_int8" in inspect.signature(la.attention).parameters
+
+
 def _case(bench: Bench, heads: int, dim: int, length: int, dtype: str, with_memory: bool) -> list[Row]:
     rng = np.random.default_rng(0)
     q, k, v = (gaussian(rng, (1, heads, length, dim), DTYPES[dtype]) for _ in "qkv")
     bench.say(f"prefill {heads} x {dim}, length {length}, {dtype}")
     candidates = [Candidate(OURS, lambda: la.attention(q, k, v, causal=True), peer=False)]
-    if features.int8_scores():
+    if has_int8_scores():
         int8: dict[str, Any] = {"qk_int8": True}
         candidates.append(Candidate(INT8_SCORES, lambda: la.attention(q, k, v, causal=True, **int8), peer=False))
     if bench.peers:
