@@ -22,7 +22,7 @@ from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import Grid, add_grid, chosen_grid
 from longattn.bench.plots import Bars, Panel, series
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import Column
+from longattn.bench.tables import Column, count
 
 SUMMARY = "one query row per head over a long cache, against every way torch has"
 OURS = "longattn.attention"
@@ -79,7 +79,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
             rows += found
             slow = _hopeless(found) - set(peers.COPIES)
             if slow and case.keys < max(grid.keys):
-                where = f"{case.label}, {case.stored}, {threads} threads"
+                where = f"{case.label}, {case.stored}, {count(threads)}"
                 bench.notes.append(f"left out beyond {case.keys} keys ({where}): {', '.join(sorted(slow))}")
             without |= slow
         del case, ours  # before the next ones are made
@@ -168,8 +168,8 @@ class Case:
     @functools.cached_property
     def _exact(self) -> tuple[list[int], NDArray[np.float64]]:
         """Some KV heads, spread evenly, and the exact output of their query heads, one after the other."""
-        count = min(self.kv_heads, max(2, EXACT_ROWS // self.keys))
-        chosen = sorted({round(head) for head in np.linspace(0, self.kv_heads - 1, count)})
+        looked_at = min(self.kv_heads, max(2, EXACT_ROWS // self.keys))
+        chosen = sorted({round(head) for head in np.linspace(0, self.kv_heads - 1, looked_at)})
         grouped = self.q.reshape(self.kv_heads, -1, self.dim)
         out = [quality.exact(grouped[head], self.k[0, head], self.v[0, head]).out for head in chosen]
         return chosen, np.stack(out)
@@ -230,7 +230,7 @@ def panels(result: Result) -> list[Panel | Bars]:
             ours.setdefault((row["heads"], row["head_dim"], row["threads"]), []).append(_percent(row))
     return [
         Panel(
-            f"decode {heads} x {dim}, {threads} thread{'s' * (threads != 1)}",
+            f"decode {heads} x {dim}, {count(threads)}",
             "keys",
             "% of read bandwidth",
             series(rows, "keys", "percent", by="dtype"),

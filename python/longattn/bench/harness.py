@@ -16,6 +16,7 @@ import numpy as np
 import longattn as la
 from longattn import _core, doctor
 from longattn.bench.results import Row
+from longattn.bench.tables import count
 
 READ_BYTES, QUICK_READ_BYTES = 512 << 20, 16 << 20
 
@@ -206,4 +207,6 @@ def slopes(rows: Sequence[Row], by: Sequence[str], figure: str = "ms") -> list[R
 
 
 def _in_words(key: str, value: Any) -> str:
-    return {"head_dim": f"D {value}", "threads": f"{value} thread{'s' * (value != 1)}"}.get(key, str(value))
+    if key == "threads":
+        return count(value)
+    return f"D {value}" if key == "head_dim" else str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from longattn.bench.results import Row
 
+COLOURS = 128
 Points = list[tuple[float, float]]
 
 
@@ -47,11 +49,12 @@ def need_matplotlib(what: str) -> None:
         raise ModuleNotFoundError(f"{what} needs matplotlib: pip install 'longattn[plot]'", name="matplotlib")
 
 
-def draw(panels: Sequence[Panel | Bars], path: Path, *, columns: int = 3) -> None:
-    """Draws the panels in rows of `columns`, in a file of at most some ten kilobytes per panel."""
+def draw(panels: Sequence[Panel | Bars], path: Path) -> None:
+    """Draws the panels in rows of three (four in two rows), in a file of some ten kilobytes per panel."""
     from matplotlib.figure import Figure
+    from PIL import Image  # matplotlib depends on it
 
-    columns = min(columns, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.4 * columns, 3.4 * lines), layout="constrained")
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
@@ -73,7 +76,11 @@ def draw(panels: Sequence[Panel | Bars], path: Path, *, columns: int = 3) -> Non
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=90)
+    # Few colours: the files are kept with the documentation.
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(COLOURS).save(path, optimize=True)
 
 
 def _lines(axes: Any, panel: Panel) -> None:

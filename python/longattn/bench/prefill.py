@@ -19,7 +19,7 @@ from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import Grid, add_grid, chosen_grid
 from longattn.bench.plots import Bars, Panel, series
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import Column
+from longattn.bench.tables import Column, count
 
 SUMMARY = "causal attention of a whole sequence, against torch's fused kernel; its memory beyond inputs and outputs"
 OURS = "longattn.attention"
@@ -116,7 +116,7 @@ def panels(result: Result) -> list[Panel | Bars]:
     kinds = list(dict.fromkeys((row["head_dim"], row["dtype"], row["threads"]) for row in result["rows"]))
     return [
         Panel(
-            f"causal prefill, D {dim}, {dtype}, {threads} thread{'s' * (threads != 1)}",
+            f"causal prefill, D {dim}, {dtype}, {count(threads)}",
             "length",
             "GFLOP/s",
             series(

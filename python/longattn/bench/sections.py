@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from longattn.bench import decode, error, external, prefill, targets
 from longattn.bench.plots import Bars, Panel, series
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import grid, table
+from longattn.bench.tables import count, grid, table
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Section:
 
 def counted(verdicts: Sequence[targets.Verdict]) -> list[str]:
     """`12 PASS`, `3 MISS`, ..."""
-    count = Counter(verdict.status for verdict in verdicts)
-    return [f"{count[status]} {status}" for status in (targets.PASS, targets.MISS, targets.ABSENT) if count[status]]
+    found = Counter(verdict.status for verdict in verdicts)
+    return [f"{found[status]} {status}" for status in (targets.PASS, targets.MISS, targets.ABSENT) if found[status]]
 
 
 def figures(found: Sequence[Result]) -> dict[str, list[Panel | Bars]]:
@@ -147,7 +147,7 @@ def _error_tables(found: Sequence[Result]) -> list[str]:
 
 
 def _titled(threads: int, lines: list[str]) -> list[str]:
-    return ["", f"{threads} thread{'s' * (threads != 1)}:", "", *lines]
+    return ["", f"{count(threads)}:", "", *lines]
 
 
 def _decode_ratios(rows: Sequence[Row]) -> list[Panel | Bars]:
@@ -162,7 +162,7 @@ def _decode_ratios(rows: Sequence[Row]) -> list[Panel | Bars]:
                 heads: tuple(_first(mine, heads, dtype) for dtype in dtypes)
                 for heads in dict.fromkeys(row["heads"] for row in mine)
             }
-            title = f"D {dim}, {_short(mine[0]['keys'])} keys, {threads} threads: times as fast as torch's best"
+            title = f"D {dim}, {_short(mine[0]['keys'])} keys, {count(threads)}: times as fast as torch's best"
             panels.append(Bars(title, "ratio (int8, int4: to float32)", dtypes, bars, limit=1))
     return panels
 
@@ -186,14 +186,14 @@ def _prefill_lines(rows: Sequence[Row]) -> list[Panel | Bars]:
     for threads in _values(ours, "threads"):
         for dim in _values(ours, "head_dim"):
             mine = [row for row in ours if (row["threads"], row["head_dim"]) == (threads, dim)]
-            title = f"causal prefill, D {dim}, {threads} thread{'s' * (threads != 1)}"
+            title = f"causal prefill, D {dim}, {count(threads)}"
             lines = series(mine, "keys", "percent", by="line")
             panels.append(Panel(title, "length", "% of multiply-add peak", lines, log_y=False, limit=100))
     most = max(_values(ours, "threads"))
     extra = [{**row, "line": f"D {row['head_dim']}, {row['dtype']}"} for row in ours if row["threads"] == most]
     lines = series(extra, "keys", "extra_mb", by="line")
     if lines:
-        panels.append(Panel(f"memory beyond inputs and outputs, {most} threads", "length", "MB", lines))
+        panels.append(Panel(f"memory beyond inputs and outputs, {count(most)}", "length", "MB", lines))
     return panels
 
 
@@ -210,7 +210,7 @@ def _prefill_ratios(rows: Sequence[Row]) -> list[Panel | Bars]:
                 dtype: tuple(found.get((dtype, n)) for n in lengths)
                 for dtype in dict.fromkeys(row["dtype"] for row in mine)
             }
-            title = f"D {dim}, {threads} threads: times as fast as {prefill.TORCH}"
+            title = f"D {dim}, {count(threads)}: times as fast as {prefill.TORCH}"
             panels.append(Bars(title, "ratio", tuple(map(_short, lengths)), bars, limit=1))
     return panels
 
@@ -228,7 +228,7 @@ def _peer_ratios(rows: Sequence[Row]) -> list[Panel | Bars]:
             method: tuple(found.get((method, n)) for n in lengths)
             for method in dict.fromkeys(row["method"] for row in mine)
         }
-        title = f"decode {heads} x {dim}, {threads} threads: time as a multiple of ours"
+        title = f"decode {heads} x {dim}, {count(threads)}: time as a multiple of ours"
         panels.append(Bars(title, "ratio", tuple(map(_short, lengths)), bars, limit=1))
     return panels
 

@@ -53,11 +53,16 @@ def as_text(result: Result, columns: Sequence[Column]) -> str:
 def limits(result: Result) -> list[str]:
     """The machine's limits as measured in between, a line each."""
     return [
-        f"{UNITS[name][0]} in between, {threads} thread{'s' * (threads != '1')}: "
+        f"{UNITS[name][0]} in between, {count(int(threads))}: "
         f"{limit['median']:.1f} {UNITS[name][1]} [{limit['min']:.1f}-{limit['max']:.1f}]"
         for threads, found in result["limits"].items()
         for name, limit in found.items()
     ]
+
+
+def count(threads: int) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{threads} thread{'s' * (threads != 1)}"
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from longattn.bench import external, peers, prefill
 from longattn.bench.results import Result, Row
+from longattn.bench.tables import count
 
 PASS, MISS, ABSENT = "PASS", "MISS", "not measured"
 LONG = 32768
@@ -116,7 +117,7 @@ def _place(row: Row) -> str:
         f"D {row['head_dim']}" if "head_dim" in row else None,
         f"N {row['keys']}" if "keys" in row else None,
         row.get("dtype"),
-        f"{row['threads']} thread{'s' * (row['threads'] != 1)}" if "threads" in row else None,
+        count(row["threads"]) if "threads" in row else None,
     ]
     return ", ".join(part for part in parts if part)
 
