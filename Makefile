@@ -59,10 +59,12 @@ format: $(VENV)/installed-test  ## Format the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/installed-frameworks  ## Measure decode, prefill and retrieval beside torch
-	$(BIN)/longattn bench decode
-	$(BIN)/longattn bench prefill
+RESULTS ?= results
+
+bench: $(VENV)/installed-frameworks  ## Measure decode, prefill, storage error and retrieval beside torch into RESULTS (results/)
+	$(BIN)/longattn bench suite --out $(RESULTS)
 	$(BIN)/longattn bench retrieval
+	$(BIN)/longattn bench report $(RESULTS)
 
 wheel: $(BIN)/python  ## Build a wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .

@@ -1,5 +1,6 @@
 """`longattn bench`: its arithmetic, and every routine at a size that takes a second."""
 
+import argparse
 import json
 import time
 
@@ -8,7 +9,7 @@ import pytest
 
 import longattn as la
 from longattn import cli
-from longattn.bench import harness, peers, quality
+from longattn.bench import arrays, decode, error, harness, memory, options, peers, prefill, quality
 from longattn.bench.harness import Bench, Candidate, Outcome
 
 
@@ -26,44 +27,130 @@ def run(routine, tmp_path, *options):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_decode(tmp_path, dtype, capsys):
     pytest.importorskip("torch")
-    result = run("decode", tmp_path, "--dtypes", dtype)
+    result = run("decode", tmp_path, "--dtypes", dtype, "--threads", "1")
     assert result["routine"] == "decode" and result["machine"]["isa"]["used"]
-    assert result["limits"]["read_gb_s"]["median"] > 0
+    assert result["limits"]["1"]["read_gb_s"]["median"] > 0
     cases = {(row["heads"], row["keys"]) for row in result["rows"]}
-    assert cases == {("8/2", 256), ("8/2", 1024), ("2/2", 256)}
+    assert cases == {("8/2", 256), ("8/2", 1024), ("2/2", 256), ("2/2", 1024)}
     tolerance = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}[dtype]
     for row in result["rows"]:
         assert row["ms_min"] <= row["ms"] <= row["ms_max"] and row["calls"] == 2
         assert row["error"] < tolerance, row["method"]
         traffic = 2 * row["kv_heads"] * row["keys"] * row["head_dim"] * (4 if dtype == "float32" else 2)
         assert row["gb_s"] == pytest.approx(traffic / row["ms"] / 1e6)
-    methods = {row["method"] for row in result["rows"] if row["heads"] == "8/2"}
-    assert len(methods) == 6 and "torch SDPA, group folded" in methods
-    assert f"longattn.attention, 8/2, {dtype}" in result["slopes"]
-    assert "| 8/2 | 64 | 1024 |" in capsys.readouterr().out
+    shortest, longest = (
+        {r["method"]: r for r in result["rows"] if (r["heads"], r["keys"]) == ("8/2", n)} for n in (256, 1024)
+    )
+    assert len(shortest) == 6 and set(peers.COPIES) < shortest.keys()
+    assert peers.ENABLE_GQA in longest and not set(peers.COPIES) & longest.keys()
+    ours = shortest["longattn.attention"]
+    fastest = min(row["ms"] for row in shortest.values() if not row["ours"])
+    assert ours["vs_best_torch"] == pytest.approx(fastest / ours["ms"])
+    assert ours["vs_enable_gqa"] == pytest.approx(shortest[peers.ENABLE_GQA]["ms"] / ours["ms"])
+    assert f"longattn.attention, 8/2, D 64, {dtype}, 1 thread" in [slope["of"] for slope in result["slopes"]]
+    assert "| 1 | 8/2 | 64 | 1024 |" in capsys.readouterr().out
 
 
-def test_without_peers(tmp_path):
-    result = run("decode", tmp_path, "--dtypes", "float32", "--keys", "512", "--no-peers", "--threads", "1")
-    (row,) = result["rows"]
-    assert row["method"] == "longattn.attention" and row["keys"] == 512 and row["times_ours"] == 1
-    assert result["threads"] == 1
+def test_several_thread_counts(tmp_path):
+    before = la.get_num_threads()
+    result = run("decode", tmp_path, "--dtypes", "float32", "--keys", "512", "--no-peers", "--threads", "1,2")
+    assert [(row["heads"], row["threads"]) for row in result["rows"]] == [
+        ("8/2", 1),
+        ("8/2", 2),
+        ("2/2", 1),
+        ("2/2", 2),
+    ]
+    assert all(row["method"] == "longattn.attention" and row["times_ours"] == 1 for row in result["rows"])
+    assert result["threads"] == [1, 2] and result["limits"].keys() == {"1", "2"}
+    assert la.get_num_threads() == before
+
+
+def test_coded_stores_are_timed_beside_float32(tmp_path):
+    pytest.importorskip("torch")
+    result = run("decode", tmp_path, "--dtypes", "int8,int4", "--heads", "8/2", "--keys", "512", "--threads", "1")
+    ours = {row["dtype"]: row for row in result["rows"] if row["ours"]}
+    torch = [row for row in result["rows"] if not row["ours"]]
+    assert ours.keys() == {"int8", "int4"} and {row["dtype"] for row in torch} == {"float32"}
+    for dtype, row_bytes, tolerance in (("int8", 64 + 8, 1e-2), ("int4", 32 + 8, 1e-1)):
+        row = ours[dtype]
+        assert row["method"] == f"longattn.attention, {dtype}"
+        assert row["gb_s"] == pytest.approx(2 * 2 * 512 * row_bytes / row["ms"] / 1e6)
+        assert row["vs_torch_float32"] == pytest.approx(min(peer["ms"] for peer in torch) / row["ms"])
+        assert "vs_best_torch" not in row and tolerance / 100 < row["error"] < tolerance
+
+
+def test_a_hopeless_way_is_left_out_but_not_the_default():
+    times = {"longattn.attention": 1, "torch a": 2, "torch b": 50, peers.ENABLE_GQA: 50, "torch c": None}
+    rows = [{"method": name, "ms": ms, "ours": name.startswith("longattn")} for name, ms in times.items()]
+    assert decode._hopeless(rows) == {"torch b"}
 
 
 def test_prefill(tmp_path):
     pytest.importorskip("matplotlib")
-    result = run("prefill", tmp_path, "--dtypes", "float32", "--plot", str(tmp_path / "prefill.png"))
-    ours = [row for row in result["rows"] if row["ours"]]
+    plot = tmp_path / "prefill.png"
+    result = run("prefill", tmp_path, "--dtypes", "float32", "--threads", "1", "--plot", str(plot))
+    ours = [row for row in result["rows"] if row["method"] == prefill.OURS]
     assert [row["keys"] for row in ours] == [128, 256]
     for row in ours:
         assert row["gflop_s"] == pytest.approx(4 * 2 * 64 * row["keys"] * (row["keys"] + 1) / 2 / row["ms"] / 1e6)
-    assert result["limits"]["fma_gflop_s"]["median"] > 0
-    assert (tmp_path / "prefill.png").stat().st_size > 1000
+        if memory.supported():
+            # A few dozen query rows of scratch, nothing like all scores of 16 heads.
+            assert 0 < row["extra_mb"] < 8
+    assert result["limits"]["1"]["fma_gflop_s"]["median"] > 0
+    assert bool(result["memory_slopes"]) == memory.supported()
+    assert plot.stat().st_size > 1000
+
+
+def test_int8_scores_are_a_candidate_where_attention_has_them(tmp_path, monkeypatch):
+    plain, asked = la.attention, []
+
+    def attention(q, k, v, *, causal=False, qk_int8=False):
+        asked.append(qk_int8)
+        return plain(q, k, v, causal=causal)
+
+    monkeypatch.setattr(la, "attention", attention)
+    options = ("--dtypes", "float32", "--keys", "128", "--no-memory", "--no-peers")
+    own, int8 = run("prefill", tmp_path, *options)["rows"]
+    assert int8["method"] == prefill.INT8_SCORES and int8["ours"] and asked == [False, True] * 3
+    assert int8["vs_own"] == pytest.approx(own["ms"] / int8["ms"])
+
+
+@pytest.mark.skipif(not memory.supported(), reason="needs /proc/self/clear_refs")
+def test_extra_memory_is_what_a_call_takes(monkeypatch, threads):
+    plain = la.attention
+
+    def greedy(q, k, v, **rest):
+        taken = np.ones((32 << 20) * (q.shape[2] > 16), np.uint8)
+        return plain(q, k, v, **rest), taken
+
+    own = memory.one_call(2, 64, 512, "bfloat16", threads)
+    monkeypatch.setattr(la, "attention", greedy)
+    more = memory.one_call(2, 64, 512, "bfloat16", threads)
+    assert own < 8 << 20
+    assert 32 << 20 <= more + (1 << 20) < 48 << 20
+
+
+def test_error(tmp_path):
+    result = run("error", tmp_path)
+    rows = {(row["vectors"], row["storage"]): row for row in result["rows"]}
+    assert rows.keys() == {(name, storage) for name in ("gaussian", "synthetic") for storage in error.FORMATS}
+    bytes_per_row = {"float32": 1024, "float16": 512, "bfloat16": 512, "int8": 272, "int4": 144}
+    for name in ("gaussian", "synthetic"):
+        plain = [rows[name, storage] for storage in bytes_per_row]
+        assert [row["bytes_per_row"] for row in plain] == list(bytes_per_row.values())
+        assert rows[name, "int4, groups of 32"]["bytes_per_row"] == 192
+        errors = [row["error_o"] for row in plain]
+        assert errors == sorted(errors) and errors[0] < 1e-5 and 1e-2 < errors[-1] < 1
+        assert rows[name, "int4, groups of 32"]["error_o"] < rows[name, "int4"]["error_o"]
+        assert plain[0]["error_lse"] < 1e-4 < plain[-1]["error_lse"]
+    for row in rows.values():
+        assert row["error_o"] <= row["error_o_p95"] and row["append_gb_s"] > 0
 
 
 def test_retrieval(tmp_path):
     result = run("retrieval", tmp_path, "--vectors", "synthetic", "--heads", "0,1", "--no-peers")
     ours, exact = result["rows"]
+    assert ours["threads"] == exact["threads"] == la.get_num_threads()
     assert exact["method"] == "longattn.attention" and exact["faster_than_exact"] == 1
     assert ours["keys"] == 4096 and ours["shape"] == "8/2×128"
     assert ours["rows"] == pytest.approx((4 + 64 + 64) / 4096)
@@ -94,7 +181,31 @@ def test_bad_dtype(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["bench", "decode", "--dtypes", "float64"])
     assert stopped.value.code == 2
-    assert "expected some of float32, bfloat16, float16, got float64" in capsys.readouterr().err
+    assert "expected some of float32, bfloat16, float16, int8, int4, got float64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "complaint"),
+    [
+        (options.integers, "1,x", "integers of at least 1"),
+        (options.integers, "0", "integers of at least 1"),
+        (options.integers, "", "integers of at least 1"),
+        (options.head_pairs, "32", "pairs like 32/8"),
+        (options.head_pairs, "30/8", "pairs like 32/8"),
+        (options.head_pairs, "8/0", "pairs like 32/8"),
+        (options.names(("a", "b")), "a,c", "some of a, b, got c"),
+    ],
+)
+def test_bad_option_values(parse, text, complaint):
+    with pytest.raises(argparse.ArgumentTypeError, match=complaint):
+        parse(text)
+
+
+def test_option_values():
+    assert options.integers("1,20") == [1, 20]
+    assert options.head_pairs("32/8,4/4") == [(32, 8), (4, 4)]
+    grid = options.chosen_grid(argparse.Namespace(quick=False, keys=[7], heads=None), decode.GRID, decode.QUICK_GRID)
+    assert grid.keys == (7,) and grid.heads == decode.GRID.heads and grid.dtypes == decode.GRID.dtypes
 
 
 def test_recorded_vectors_that_nobody_made(tmp_path, monkeypatch, capsys):
@@ -110,7 +221,7 @@ def test_candidates_take_turns(bench):
     outcomes = bench.interleave(candidates)
     assert calls == ["a", "b"] * 4  # one warm-up, three rounds
     assert [len(outcomes[name].seconds) for name in "ab"] == [3, 3]
-    assert bench.limits()["read_gb_s"]["min"] > 0
+    assert bench.limits()[str(la.get_num_threads())]["read_gb_s"]["min"] > 0
 
 
 def test_a_slow_peer_is_called_once_and_ours_never_dropped(bench):
@@ -128,6 +239,12 @@ def test_a_slow_peer_is_called_once_and_ours_never_dropped(bench):
     assert outcomes["peer"].median_ms >= 60
 
 
+def test_a_peer_has_as_many_turns_as_its_budget_pays(bench):
+    calls = []
+    outcomes = bench.interleave([Candidate("peer", lambda: calls.append(time.sleep(0.02)))])
+    assert len(calls) == 1 + len(outcomes["peer"].seconds) and 1 <= len(outcomes["peer"].seconds) <= 2
+
+
 def test_a_failing_peer_is_reported_and_our_failure_raised(bench):
     def fail():
         raise RuntimeError("no kernel\nmore")
@@ -140,11 +257,11 @@ def test_a_failing_peer_is_reported_and_our_failure_raised(bench):
 
 
 def test_rows_compare_with_ours():
-    outcomes = {"us": Outcome((0.2, 0.1, 0.3)), "peer": Outcome((0.8,)), "broken": Outcome((), failure="no")}
-    us, peer, broken = harness.rows_of(outcomes, "us", {"keys": 7})
+    outcomes = {"longattn": Outcome((0.2, 0.1, 0.3)), "peer": Outcome((0.8,)), "broken": Outcome((), failure="no")}
+    us, peer, broken = harness.rows_of(outcomes, "longattn", {"keys": 7})
     assert us == {
         "keys": 7,
-        "method": "us",
+        "method": "longattn",
         "ours": True,
         "ms": 200,
         "ms_min": 100,
@@ -156,24 +273,39 @@ def test_rows_compare_with_ours():
 
 
 def test_growth_exponent():
-    rows = [{"method": m, "keys": n, "ms": n**p} for m, p in (("linear", 1), ("square", 2)) for n in (10, 20, 40)]
-    rows += [{"method": "once", "keys": 10, "ms": 1.0}, {"method": "failed", "keys": 10, "ms": None}]
-    found = harness.slopes(rows, lambda row: row["method"])
-    assert found == {"linear": pytest.approx(1), "square": pytest.approx(2)}
+    rows = [
+        {"method": m, "threads": 1, "keys": n, "ms": n**p}
+        for m, p in (("line", 1), ("square", 2))
+        for n in (10, 20, 40)
+    ]
+    rows += [
+        {"method": "once", "threads": 1, "keys": 10, "ms": 1.0},
+        {"method": "failed", "threads": 1, "keys": 10, "ms": None},
+    ]
+    line, square = harness.slopes(rows, ("method", "threads"))
+    assert line == {"method": "line", "threads": 1, "of": "line, 1 thread", "slope": pytest.approx(1)}
+    assert square["slope"] == pytest.approx(2)
+    assert harness.slopes(rows, ("method",), "mb") == []
 
 
-@pytest.mark.parametrize("dtype", harness.DTYPES.values())
+@pytest.mark.parametrize("dtype", arrays.DTYPES.values())
 def test_aligned_arrays(dtype, rng):
-    array = harness.gaussian(rng, (1, 2, 33, 5), dtype)
+    array = arrays.gaussian(rng, (1, 2, 33, 5), dtype)
     assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous
     assert array.shape == (1, 2, 33, 5) and array.dtype == dtype
     assert 0.7 < array.astype(np.float32).std() < 1.3
 
 
+def test_no_two_rows_of_a_long_array_are_alike(rng):
+    array = arrays.gaussian(rng, (1, 2 * arrays.POOL // 64, 64), np.float32)
+    beginnings = np.ascontiguousarray(array[0, :, :4]).view(np.complex128)
+    assert len(np.unique(beginnings[:, 0])) == array.shape[1]
+
+
 def test_torch_shares_memory(rng):
     pytest.importorskip("torch")
-    for dtype in harness.DTYPES.values():
-        array = harness.gaussian(rng, (3, 4), dtype)
+    for dtype in arrays.DTYPES.values():
+        array = arrays.gaussian(rng, (3, 4), dtype)
         tensor = peers.tensor(array)
         assert tensor.data_ptr() == array.ctypes.data
         np.testing.assert_array_equal(peers.to_numpy(tensor), peers.to_numpy(array))

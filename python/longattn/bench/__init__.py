@@ -1,18 +1,22 @@
 """`longattn bench ROUTINE`: longattn beside torch and the machine's limits, interleaved in one process.
 
 `harness` times, `peers` are torch's ways to the same result, `quality` is exact attention and what retrieval
-keeps of it, `report` writes; one module per routine.
+keeps of it; one module per routine. `suite` runs the routines and keeps their JSON, `report` makes tables,
+plots and verdicts of it, `targets` has the thresholds.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-from longattn.bench import decode, prefill, report, retrieval
+import longattn as la
+from longattn.bench import decode, error, options, prefill, report, results, retrieval, suite
 from longattn.bench.harness import Bench
+from longattn.bench.plots import Bars, Panel, draw, need_matplotlib
+from longattn.bench.tables import Column, as_text
 
 __all__ = ["add_arguments", "run"]
 
@@ -21,68 +25,73 @@ class Routine(Protocol):
     """A module with one benchmark."""
 
     SUMMARY: str
-    COLUMNS: tuple[report.Column, ...]
+    COLUMNS: tuple[Column, ...]
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds the routine's own options."""
         ...
 
     def measure(self, bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-        """Runs it: `rows` (a table), and whatever else belongs into the result."""
+        """Runs it: `rows` (a table), `slopes`, and whatever else belongs into the result."""
         ...
 
-    def panels(self, result: dict[str, Any]) -> list[report.Panel]:
+    def panels(self, result: results.Result) -> Sequence[Panel | Bars]:
         """What to draw of the result."""
         ...
 
 
-ROUTINES: dict[str, Routine] = {"decode": decode, "prefill": prefill, "retrieval": retrieval}
+ROUTINES: dict[str, Routine] = {"decode": decode, "prefill": prefill, "retrieval": retrieval, "error": error}
+TOOLS = {"suite": suite, "report": report}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds a subcommand per routine to `parser`."""
+    """Adds a subcommand per routine, and those that run or present them all, to `parser`."""
     routines = parser.add_subparsers(dest="routine", required=True, metavar="ROUTINE")
     for name, routine in ROUTINES.items():
         sub = routines.add_parser(name, help=routine.SUMMARY, description=routine.SUMMARY)
         routine.add_arguments(sub)
-        sub.add_argument("--threads", type=int, help="threads of longattn and torch (default: longattn's)")
-        sub.add_argument("--rounds", type=int, default=5, help="timed calls of each (default %(default)s)")
-        sub.add_argument(
-            "--budget",
-            type=float,
-            default=8.0,
-            help="seconds; a slower peer is called once (default %(default)s)",
-        )
-        sub.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
-        sub.add_argument("--no-peers", action="store_true", help="longattn alone")
-        sub.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions, settings and rows there")
-        sub.add_argument("--plot", type=Path, metavar="FILE", help="draw the result there (needs matplotlib)")
+        options.add_common(sub)
+        options.add_own(sub)
+    for name, tool in TOOLS.items():
+        tool.add_arguments(routines.add_parser(name, help=tool.SUMMARY, description=tool.SUMMARY))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs a routine, prints its table; status 0, 2 for bad options or missing parts, 130 after Ctrl-C."""
-    routine = ROUTINES[args.routine]
+    """Runs one of them; status 0, 2 for bad options or missing parts, 130 after Ctrl-C."""
+    threads = la.get_num_threads()
     try:
-        if args.plot:
-            report.need_matplotlib()
-        bench = Bench(
-            threads=args.threads,
-            rounds=args.rounds,
-            budget_s=args.budget,
-            quick=args.quick,
-            peers=not args.no_peers,
-        )
-        result = bench.describe(args.routine, vars(args)) | routine.measure(bench, args)
-        result |= {"limits": bench.limits(), "notes": bench.notes}
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        print(f"longattn bench {args.routine}: {error}", file=sys.stderr)
+        if args.routine in TOOLS:
+            status: int = TOOLS[args.routine].run(args)
+            return status
+        return _measure(args)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as problem:
+        print(f"longattn bench {args.routine}: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nlongattn bench {args.routine}: stopped", file=sys.stderr)
         return 130
-    print(report.as_text(result, routine.COLUMNS))
-    if args.json:
-        report.write(result, args.json)
+    finally:
+        la.set_num_threads(threads)
+
+
+def _measure(args: argparse.Namespace) -> int:
+    """Runs a routine, prints its table, writes and draws what is asked for."""
+    routine = ROUTINES[args.routine]
     if args.plot:
-        report.plot(routine.panels(result), args.plot)
+        need_matplotlib("--plot")
+    bench = Bench(
+        threads=args.threads,
+        rounds=args.rounds,
+        budget_s=args.budget,
+        quick=args.quick,
+        peers=not args.no_peers,
+    )
+    command = " ".join(["longattn", *sys.argv[1:]])
+    result = bench.describe(args.routine, command, vars(args)) | routine.measure(bench, args)
+    result |= {"limits": bench.limits(), "notes": bench.notes}
+    print(as_text(result, routine.COLUMNS))
+    if args.json:
+        results.write(result, args.json)
+    if args.plot:
+        draw(routine.panels(result), args.plot)
     return 0

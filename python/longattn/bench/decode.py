@@ -1,24 +1,37 @@
 """One query row per head over a long cache: bound by reading keys and values once.
 
-GB/s counts each K and V byte once, however often a candidate reads it.
+GB/s counts each K and V byte once, in the dtype in which it is stored, however often a candidate reads it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import longattn as la
 from longattn.bench import peers, quality
-from longattn.bench.harness import DTYPES, Bench, Candidate, dtypes, gaussian, integers, rows_of, slopes
-from longattn.bench.report import Column, Panel, series
+from longattn.bench.arrays import DTYPES, gaussian
+from longattn.bench.harness import Bench, Candidate, rows_of, slopes
+from longattn.bench.options import Grid, add_grid, chosen_grid
+from longattn.bench.plots import Bars, Panel, series
+from longattn.bench.results import Result, Row
+from longattn.bench.tables import Column, count
 
 SUMMARY = "one query row per head over a long cache, against every way torch has"
 OURS = "longattn.attention"
+CODED = ("int8", "int4")
+FLOAT32 = "float32"
 HOPELESS = 20  # times the fastest peer: such a way is left out at longer lengths
+EXACT_ROWS = 1 << 17  # keys, of all heads together, that are attended in float64 to know the error
 COLUMNS: tuple[Column, ...] = (
+    Column("threads", "threads"),
     Column("Hq/Hkv", "heads"),
     Column("D", "head_dim"),
     Column("keys", "keys"),
@@ -31,78 +44,202 @@ COLUMNS: tuple[Column, ...] = (
     Column("GB/s", "gb_s", ".2f"),
     Column("of read", "of_read", ".0%"),
     Column("× ours", "times_ours", ".2f"),
+    Column("vs best torch", "vs_best_torch", ".2f"),
+    Column("vs enable_gqa", "vs_enable_gqa", ".2f"),
+    Column("vs torch float32", "vs_torch_float32", ".2f"),
     Column("max error", "error", ".1e"),
 )
-Grid = tuple[tuple[tuple[int, int, int], tuple[int, ...]], ...]  # (query heads, KV heads, head_dim), lengths
-GRID: Grid = (((32, 8, 128), (8192, 32768, 131072)), ((32, 32, 128), (32768,)))
-QUICK_GRID: Grid = (((8, 2, 64), (256, 1024)), ((2, 2, 64), (256,)))
+GRID = Grid(
+    heads=((32, 8), (32, 32), (64, 8)),
+    head_dims=(64, 128),
+    keys=(8192, 32768, 131072),
+    dtypes=(*DTYPES, *CODED),
+)
+QUICK_GRID = Grid(heads=((8, 2), (2, 2)), head_dims=(64,), keys=(256, 1024), dtypes=GRID.dtypes)
+LINE = ("method", "heads", "head_dim", "dtype", "threads")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the routine's options to `parser`."""
-    parser.add_argument(
-        "--keys",
-        type=integers,
-        help="lengths, comma-separated, in place of the grid's, for 32/8 heads of 128",
-    )
-    parser.add_argument("--dtypes", type=dtypes, default=list(DTYPES), help="comma-separated (default: all three)")
+    add_grid(parser, GRID, heads=True)
 
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """All cases of the grid; rows and the growth exponent of each method timed at several lengths."""
-    grid = QUICK_GRID if bench.quick else GRID
-    if args.keys:
-        grid = ((grid[0][0], tuple(args.keys)),)
-    rows: list[dict[str, Any]] = []
-    for shape, lengths in grid:
-        for dtype in args.dtypes:
-            hopeless: set[str] = set()
-            for keys in sorted(lengths):
-                if hopeless:
-                    bench.notes.append(f"left out at {keys} keys, {dtype}: {', '.join(sorted(hopeless))}")
-                case = _case(bench, shape, keys, dtype, hopeless)
-                rows += case
-                peer_ms = {row["method"]: row["ms"] for row in case if row["ms"] and not row["ours"]}
-                hopeless |= {way for way, ms in peer_ms.items() if ms > HOPELESS * min(peer_ms.values())}
-    return {
-        "rows": rows,
-        "slopes": slopes(rows, lambda row: f"{row['method']}, {row['heads']}, {row['dtype']}"),
-    }
+    """All cases of the grid; rows, and the growth exponent of each line timed at several lengths."""
+    grid = chosen_grid(args, GRID, QUICK_GRID)
+    rows: list[Row] = []
+    hopeless: dict[tuple[str, str, int], set[str]] = {}
+    for case, ours in sweep(bench, grid):
+        for threads in bench.each_threads():
+            without = hopeless.setdefault((case.label, case.stored, threads), set())
+            theirs = [way for way in case.torch_ways(bench) if way.name not in without]
+            if case.keys > min(grid.keys):
+                theirs = [way for way in theirs if way.name not in peers.COPIES]
+            found = measure_case(bench, case, ours, theirs)
+            rows += found
+            slow = _hopeless(found) - set(peers.COPIES)
+            if slow and case.keys < max(grid.keys):
+                where = f"{case.label}, {case.stored}, {count(threads)}"
+                bench.notes.append(f"left out beyond {case.keys} keys ({where}): {', '.join(sorted(slow))}")
+            without |= slow
+        del case, ours  # before the next ones are made
+    return {"rows": rows, "slopes": slopes(rows, LINE)}
 
 
-def _case(bench: Bench, shape: tuple[int, int, int], keys: int, dtype: str, without: set[str]) -> list[dict[str, Any]]:
-    heads, kv_heads, dim = shape
-    rng = np.random.default_rng(0)
-    q = gaussian(rng, (1, heads, 1, dim), DTYPES[dtype])
-    k, v = (gaussian(rng, (1, kv_heads, keys, dim), DTYPES[dtype]) for _ in "kv")
-    bench.say(f"decode {heads}/{kv_heads} x {dim}, {keys} keys, {dtype}")
-    candidates = [Candidate(OURS, lambda: la.attention(q, k, v, causal=True), peer=False)]
-    if bench.peers:
-        candidates += [way for way in peers.decode(q, k, v) if way.name not in without]
-    outcomes = bench.interleave(candidates)
-    exact = quality.exact_decode(q[0, :, 0], k[0], v[0])
+def sweep(bench: Bench, grid: Grid) -> Iterator[tuple[Case, list[Way]]]:
+    """Every case of the grid with what is ours of it: int8 and int4 in the case whose arrays are float32."""
+    for heads, dim in itertools.product(grid.heads, grid.head_dims):
+        for keys, stored in itertools.product(sorted(grid.keys), DTYPES):
+            wanted = [dtype for dtype in grid.dtypes if dtype == stored or (stored == FLOAT32 and dtype in CODED)]
+            if wanted:
+                bench.say(f"decode {heads[0]}/{heads[1]} x {dim}, {keys} keys, {', '.join(wanted)}")
+                case = Case(heads, dim, keys, stored)
+                yield case, [case.ours(dtype) for dtype in wanted]
+                del case
+
+
+def _hopeless(rows: Sequence[Row]) -> set[str]:
+    """Peers far behind the fastest one. torch's default way stays: it is what ours is compared with."""
+    times = {row["method"]: row["ms"] for row in rows if row["ms"] and not row["ours"]}
+    return {way for way, ms in times.items() if ms > HOPELESS * min(times.values()) and way not in peers.DEFAULT_DECODE}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A candidate, the dtype in which it has keys and values, and their bytes."""
+
+    candidate: Candidate
+    dtype: str
+    nbytes: int
+
+
+class Case:
+    """Queries, keys and values of one shape, and what attends to them.
+
+    Args:
+        heads: query and KV heads.
+        dim: head_dim.
+        keys: length.
+        stored: dtype of queries, keys and values: float32, bfloat16 or float16.
+    """
+
+    def __init__(self, heads: tuple[int, int], dim: int, keys: int, stored: str) -> None:
+        self.query_heads, self.kv_heads = heads
+        self.dim, self.keys, self.stored = dim, keys, stored
+        rng = np.random.default_rng(0)
+        self.q = gaussian(rng, (1, self.query_heads, 1, dim), DTYPES[stored])
+        self.k, self.v = (gaussian(rng, (1, self.kv_heads, keys, dim), DTYPES[stored]) for _ in "kv")
+
+    @property
+    def label(self) -> str:
+        """Heads and width in words."""
+        return f"{self.query_heads}/{self.kv_heads} x {self.dim}"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What every row of the case says about it."""
+        return {
+            "heads": f"{self.query_heads}/{self.kv_heads}",
+            "query_heads": self.query_heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.dim,
+            "keys": self.keys,
+        }
+
+    def ours(self, dtype: str) -> Way:
+        """Attention over the arrays, or over a store that codes them as `dtype` (int8 or int4)."""
+        q, k, v = self.q, self.k, self.v
+        if dtype == self.stored:
+            return self.way(Candidate(OURS, lambda: la.attention(q, k, v, causal=True), peer=False))
+        store = la.KVStore(kv_heads=self.kv_heads, head_dim=self.dim, dtype=dtype, capacity=self.keys)
+        store.append(k, v)
+        keys, values = store.keys, store.values
+        call = Candidate(f"{OURS}, {dtype}", lambda: la.attention(q[0], keys, values, causal=True), peer=False)
+        return Way(call, dtype, keys.nbytes + values.nbytes)
+
+    def way(self, candidate: Candidate) -> Way:
+        """A candidate that reads the arrays themselves."""
+        return Way(candidate, self.stored, self.k.nbytes + self.v.nbytes)
+
+    def torch_ways(self, bench: Bench) -> list[Candidate]:
+        """What torch has over the same arrays, if peers are wanted."""
+        return peers.decode(self.q, self.k, self.v) if bench.peers else []
+
+    @functools.cached_property
+    def _exact(self) -> tuple[list[int], NDArray[np.float64]]:
+        """Some KV heads, spread evenly, and the exact output of their query heads, one after the other."""
+        looked_at = min(self.kv_heads, max(2, EXACT_ROWS // self.keys))
+        chosen = sorted({round(head) for head in np.linspace(0, self.kv_heads - 1, looked_at)})
+        grouped = self.q.reshape(self.kv_heads, -1, self.dim)
+        out = [quality.exact(grouped[head], self.k[0, head], self.v[0, head]).out for head in chosen]
+        return chosen, np.stack(out)
+
+    def error(self, result: Any) -> float:
+        """Largest difference from exact attention over what is stored as floats, in the heads looked at."""
+        chosen, exact = self._exact
+        out = peers.to_numpy(result).reshape(self.kv_heads, -1, self.dim)
+        return float(np.abs(out[chosen] - exact).max())
+
+
+def measure_case(bench: Bench, case: Case, ours: Sequence[Way], theirs: Sequence[Candidate | Way]) -> list[Row]:
+    """Rows of one case at the current thread count, ours first; ratios to the peers on the rows that are ours."""
+    ways = [*ours, *(way if isinstance(way, Way) else case.way(way) for way in theirs)]
+    outcomes = bench.interleave([way.candidate for way in ways])
     read = bench.recent_read_gb_s()
-    case = {"query_heads": heads, "kv_heads": kv_heads, "head_dim": dim, "keys": keys, "dtype": dtype}
-    rows = rows_of(outcomes, OURS, {"heads": f"{heads}/{kv_heads}", **case})
-    for row in rows:
-        outcome = outcomes[row["method"]]
-        if not outcome.failure:
-            row["gb_s"] = (k.nbytes + v.nbytes) / outcome.median_ms / 1e6
-            row["of_read"] = row["gb_s"] / read
-            row["error"] = float(np.abs(peers.to_numpy(outcome.result)[0, :, 0] - exact).max())
+    rows = []
+    for dtype in dict.fromkeys(way.dtype for way in ways):
+        named = {way.candidate.name: way for way in ways if way.dtype == dtype}
+        mine = next((way.candidate.name for way in ours if way.dtype == dtype), None)
+        some = rows_of(
+            {name: outcomes[name] for name in named},
+            mine,
+            {"threads": bench.threads, **case.columns, "dtype": dtype},
+        )
+        for row in some:
+            if row["ms"] is not None:
+                row["gb_s"] = named[row["method"]].nbytes / row["ms"] / 1e6
+                row["of_read"] = row["gb_s"] / read
+                row["error"] = case.error(outcomes[row["method"]].result)
+        rows += some
+    _compare(rows)
     return rows
 
 
-def panels(result: dict[str, Any]) -> list[Panel]:
-    """Time over length, a panel per dtype."""
-    rows = [row for row in result["rows"] if row["heads"] == result["rows"][0]["heads"]]
-    shape = f"{rows[0]['heads']} x {rows[0]['head_dim']}"
+def _compare(rows: Sequence[Row]) -> None:
+    """Adds by what factor each row of ours is faster than torch's best way and than its default for groups."""
+    torch = {row["method"]: row for row in rows if row["method"].startswith("torch") and row["ms"] is not None}
+    if not torch:
+        return
+    best = min(torch.values(), key=lambda row: float(row["ms"]))
+    default = torch.get(peers.ENABLE_GQA)
+    for row in rows:
+        if row["ours"]:
+            row["best_torch"], row["best_torch_ms"] = best["method"], best["ms"]
+            if row["dtype"] == best["dtype"]:
+                row["vs_best_torch"] = best["ms"] / row["ms"]
+                row["vs_enable_gqa"] = default["ms"] / row["ms"] if default else None
+            if best["dtype"] == FLOAT32:
+                row["vs_torch_float32"] = best["ms"] / row["ms"]
+
+
+def panels(result: Result) -> list[Panel | Bars]:
+    """Share of the read bandwidth over length, a line per dtype; a panel per heads, width and thread count."""
+    ours: dict[tuple[str, int, int], list[Row]] = {}
+    for row in result["rows"]:
+        if row["ours"]:
+            ours.setdefault((row["heads"], row["head_dim"], row["threads"]), []).append(_percent(row))
     return [
         Panel(
-            f"decode {shape}, {dtype}",
+            f"decode {heads} x {dim}, {count(threads)}",
             "keys",
-            "ms",
-            series([row for row in rows if row["dtype"] == dtype], "keys", "ms"),
+            "% of read bandwidth",
+            series(rows, "keys", "percent", by="dtype"),
+            log_y=False,
+            limit=100,
         )
-        for dtype in dict.fromkeys(row["dtype"] for row in rows)
+        for (heads, dim, threads), rows in ours.items()
     ]
+
+
+def _percent(row: Mapping[str, Any]) -> Row:
+    return {**row, "percent": 100 * row["of_read"]}

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 import longattn as la
 from longattn import _core, doctor
+from longattn.bench.results import Row
+from longattn.bench.tables import count
 
-DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 READ_BYTES, QUICK_READ_BYTES = 512 << 20, 16 << 20
 
 
@@ -57,39 +54,52 @@ class Bench:
     """Settings of one run, and the limits measured in it.
 
     Args:
-        threads: of longattn, torch and the limits; None keeps longattn's setting.
+        threads: counts to measure in turn, of longattn, torch and the limits; None is longattn's setting.
         rounds: timed calls per candidate.
-        budget_s: a peer whose first call takes longer is not called again.
+        budget_s: seconds of timed calls per peer; a slow one is called less often, and one whose first call
+            takes longer is not called again.
         quick: tiny shapes.
         peers: compare with torch where it is installed.
     """
 
-    def __init__(self, *, threads: int | None, rounds: int, budget_s: float, quick: bool, peers: bool) -> None:
+    def __init__(
+        self, *, threads: Sequence[int] | None, rounds: int, budget_s: float, quick: bool, peers: bool
+    ) -> None:
         if rounds < 1:
             raise ValueError(f"rounds: expected at least 1, got {rounds}")
-        if threads is not None:
-            la.set_num_threads(threads)
-        self.threads = la.get_num_threads()
+        self.thread_counts = tuple(threads or [la.get_num_threads()])
         self.rounds, self.budget_s, self.quick = rounds, budget_s, quick
         self.notes: list[str] = []
         self.peers = peers and importlib.util.find_spec("torch") is not None
+        if peers and not self.peers:
+            self.notes.append("torch is not installed: no peers. pip install 'longattn[torch]'")
+        self._limits: dict[int, dict[str, list[float]]] = {}
+        self.use(self.thread_counts[0])
+
+    def each_threads(self) -> Iterator[int]:
+        """Every thread count in turn, set for longattn and torch while the caller uses it."""
+        for threads in self.thread_counts:
+            self.use(threads)
+            yield threads
+
+    def use(self, threads: int) -> None:
+        """Sets the number of threads of longattn, torch and the limits."""
+        self.threads = threads
+        if la.get_num_threads() != threads:
+            la.set_num_threads(threads)
         if self.peers:
             import torch
 
-            torch.set_num_threads(self.threads)
-        elif peers:
-            self.notes.append("torch is not installed: no peers. pip install 'longattn[torch]'")
-        self._read: list[float] = []
-        self._fma: list[float] = []
+            torch.set_num_threads(threads)
 
-    def describe(self, routine: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def describe(self, routine: str, command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What a result says about itself."""
         plain = {key: value for key, value in settings.items() if isinstance(value, int | float | str | list)}
         return {
             "routine": routine,
-            "command": " ".join(["longattn", *sys.argv[1:]]),
+            "command": command,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "threads": self.threads,
+            "threads": list(self.thread_counts),
             "settings": plain,
             "machine": doctor.machine(),
         }
@@ -97,47 +107,50 @@ class Bench:
     def interleave(self, candidates: Sequence[Candidate]) -> dict[str, Outcome]:
         """Calls every candidate once to warm up, then all in turns; reads memory once a round."""
         times: dict[str, list[float]] = {}
+        calls: dict[str, int] = {}
         firsts: dict[str, Any] = {}
         failures: dict[str, str] = {}
-        active = []
         for candidate in candidates:
+            name = candidate.name
             try:
-                seconds, firsts[candidate.name] = timed(candidate.call)
+                seconds, firsts[name] = timed(candidate.call)
             except (RuntimeError, NotImplementedError) as error:
                 if not candidate.peer:
                     raise
-                failures[candidate.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 continue
-            if candidate.peer and seconds > self.budget_s:
-                times[candidate.name] = [seconds]
-            else:
-                times[candidate.name] = []
-                active.append(candidate)
-        for _ in range(self.rounds):
-            self._read.append(self.read_gb_s())
-            for candidate in active:
-                times[candidate.name].append(timed(candidate.call)[0])
+            calls[name] = min(self.rounds, int(self.budget_s / seconds)) if candidate.peer else self.rounds
+            times[name] = [] if calls[name] else [seconds]
+        for turn in range(self.rounds):
+            self._keep("read_gb_s", self.read_gb_s())
+            for candidate in candidates:
+                if turn < calls.get(candidate.name, 0):
+                    times[candidate.name].append(timed(candidate.call)[0])
         done = {name: Outcome(tuple(seconds), firsts[name]) for name, seconds in times.items()}
         return done | {name: Outcome((), failure=failure) for name, failure in failures.items()}
 
     def read_gb_s(self) -> float:
-        """Bandwidth of reading memory with all threads, now."""
+        """Bandwidth of reading memory with the current number of threads, now."""
         gb_s: float = _core.read_bandwidth(QUICK_READ_BYTES if self.quick else READ_BYTES, self.threads)
         return gb_s
 
     def recent_read_gb_s(self) -> float:
         """Median over the last `interleave`."""
-        return statistics.median(self._read[-self.rounds :])
+        return statistics.median(self._limits[self.threads]["read_gb_s"][-self.rounds :])
 
     def fma_gflop_s(self) -> float:
-        """Multiply-add rate of all threads, now; kept for `limits`."""
-        self._fma.append(_core.fma_peak(self.threads))
-        return self._fma[-1]
+        """Multiply-add rate of the current number of threads, now; kept for `limits`."""
+        return self._keep("fma_gflop_s", _core.fma_peak(self.threads))
+
+    def _keep(self, limit: str, value: float) -> float:
+        self._limits.setdefault(self.threads, {}).setdefault(limit, []).append(value)
+        return value
 
     def limits(self) -> dict[str, Any]:
-        """The machine's limits as measured between the candidates."""
+        """The machine's limits as measured between the candidates, by thread count."""
         return {
-            name: spread(values) for name, values in (("read_gb_s", self._read), ("fma_gflop_s", self._fma)) if values
+            str(threads): {name: spread(values) for name, values in found.items()}
+            for threads, found in sorted(self._limits.items())
         }
 
     def say(self, text: str) -> None:
@@ -156,54 +169,44 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def rows_of(outcomes: Mapping[str, Outcome], ours: str, case: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row per candidate: the case, the times, and by what factor longattn is faster."""
-    fastest = outcomes[ours].median_ms
+def rows_of(outcomes: Mapping[str, Outcome], ours: str | None, case: Mapping[str, Any]) -> list[Row]:
+    """A row per candidate: the case, the times, and how many times as long as `ours` it took, if that ran."""
+    fastest = outcomes[ours].median_ms if ours else None
     rows = []
     for name, outcome in outcomes.items():
-        ratio = None if outcome.failure else outcome.median_ms / fastest
-        rows.append({**case, "method": name, "ours": name == ours, **outcome.columns(), "times_ours": ratio})
+        ratio = None if outcome.failure or fastest is None else outcome.median_ms / fastest
+        mine = name.startswith("longattn")
+        rows.append({**case, "method": name, "ours": mine, **outcome.columns(), "times_ours": ratio})
     return rows
 
 
-def slopes(rows: Sequence[Mapping[str, Any]], name: Callable[[Mapping[str, Any]], str]) -> dict[str, float]:
-    """Growth exponent of time over `keys` of every `name` that was timed at two lengths or more."""
-    grown: dict[str, dict[int, float]] = {}
+def slopes(rows: Sequence[Row], by: Sequence[str], figure: str = "ms") -> list[Row]:
+    """Growth exponent of a figure over `keys`: the slope of its logarithm over the logarithm of the length.
+
+    Args:
+        rows: of a result.
+        by: keys that rows of one line share; a line needs two lengths or more.
+        figure: what grows, positive.
+
+    Returns:
+        Per line its keys, `of` (all of them in words) and `slope`.
+    """
+    lines: dict[tuple[Any, ...], dict[int, float]] = {}
     for row in rows:
-        if row["ms"] is not None:
-            grown.setdefault(name(row), {})[row["keys"]] = row["ms"]
-    return {
-        of: float(np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0])
-        for of, points in grown.items()
+        if row.get(figure) is not None:
+            lines.setdefault(tuple(row[key] for key in by), {})[row["keys"]] = row[figure]
+    return [
+        {
+            **dict(zip(by, line, strict=True)),
+            "of": ", ".join(_in_words(key, value) for key, value in zip(by, line, strict=True)),
+            "slope": float(np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0]),
+        }
+        for line, points in lines.items()
         if len(points) > 1
-    }
+    ]
 
 
-def aligned(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """Uninitialised array on a cache line, so that no candidate suffers from where the allocator put it."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    array: NDArray[Any] = raw[start : start + size].view(dtype).reshape(shape)
-    return array
-
-
-def gaussian(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """Independent normal numbers: good enough for what is timed only."""
-    array = aligned(shape, dtype)
-    for i in np.ndindex(shape[:-2]):  # matrix by matrix: no float32 copy of the whole
-        array[i] = rng.standard_normal(shape[-2:], dtype=np.float32)
-    return array
-
-
-def integers(text: str) -> list[int]:
-    """Argument type: `1024,4096`."""
-    return [int(part) for part in text.split(",")]
-
-
-def dtypes(text: str) -> list[str]:
-    """Argument type: `float32,bfloat16`."""
-    names = text.split(",")
-    if unknown := [name for name in names if name not in DTYPES]:
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(DTYPES)}, got {', '.join(unknown)}")
-    return names
+def _in_words(key: str, value: Any) -> str:
+    if key == "threads":
+        return count(value)
+    return f"D {value}" if key == "head_dim" else str(value)

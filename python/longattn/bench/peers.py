@@ -11,6 +11,12 @@ from numpy.typing import NDArray
 
 from longattn.bench.harness import Candidate
 
+ENABLE_GQA = "torch SDPA, enable_gqa"
+DEFAULT_DECODE = (ENABLE_GQA, "torch SDPA")
+"""What a user calls who takes torch's defaults, with and without query groups."""
+COPIES = ("torch SDPA, repeat_interleave", "torch matmul, repeat_interleave")
+"""Ways that first copy keys and values for every query head of the group."""
+
 
 def tensor(array: NDArray[Any]) -> Any:
     """A torch tensor that shares the array's memory."""
@@ -62,14 +68,14 @@ def decode(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any]) -> list[Candidate]
         return torch.matmul(weights, values)
 
     ways = [
-        Candidate("torch SDPA, enable_gqa" if group > 1 else "torch SDPA", sdpa_gqa),
+        Candidate(DEFAULT_DECODE[group == 1], sdpa_gqa),
         Candidate("torch matmul, group folded", matmul_folded),
     ]
     if group > 1:
         ways += [
             Candidate("torch SDPA, group folded", sdpa_folded),
-            Candidate("torch SDPA, repeat_interleave", sdpa_repeated),
-            Candidate("torch matmul, repeat_interleave", matmul_repeated),
+            Candidate(COPIES[0], sdpa_repeated),
+            Candidate(COPIES[1], matmul_repeated),
         ]
     return ways
 

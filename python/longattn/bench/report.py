@@ -1,98 +1,107 @@
-"""What a benchmark leaves behind: a markdown table, a JSON file, a plot."""
+"""`longattn bench report DIR`: tables, plots and verdicts from the JSON files of a suite, and from nothing else.
+
+The page `DOCS.md` keeps all of its text; what stands between its two marker comments is made anew, and the
+plots go into the folder `DOCS`.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from longattn.bench import results, sections, targets
+from longattn.bench.plots import draw, need_matplotlib
+from longattn.bench.results import Result
+from longattn.bench.tables import grid, limits
+
+SUMMARY = "make tables, plots and verdicts of the JSON files in a folder"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the printed table: its head, the row's key, and how to write a number."""
-
-    head: str
-    key: str
-    form: str = ""
-
-    def cell(self, row: dict[str, Any]) -> str:
-        value = row.get(self.key)
-        if value is None:
-            return ""
-        return format(value, self.form)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options to `parser`."""
+    parser.add_argument("results", type=Path, metavar="DIR", help="folder of JSON files")
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        metavar="DOCS",
+        help="write the plots into this folder and the rest into the page beside it: docs/benchmarks is "
+        "docs/benchmarks/*.png and docs/benchmarks.md (default: print the page, draw nothing)",
+    )
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One set of axes: named series of (x, y)."""
-
-    title: str
-    x: str
-    y: str
-    series: dict[str, list[tuple[float, float]]]
-    log_y: bool = True
-
-
-def as_text(result: dict[str, Any], columns: Sequence[Column]) -> str:
-    """Markdown: the table, the limits, notes."""
-    used = [column for column in columns if any(row.get(column.key) is not None for row in result["rows"])]
-    lines = [_line(column.head for column in used), "|" + "---|" * len(used)]
-    lines += [_line(column.cell(row) for column in used) for row in result["rows"]]
-    cpu = result["machine"]["cpu"]["model"]
-    lines += ["", f"{cpu}, {result['threads']} threads, {result['machine']['isa']['used']}"]
-    units = {"read_gb_s": ("memory read", "GB/s"), "fma_gflop_s": ("multiply-add", "GFLOP/s")}
-    for name, limit in result["limits"].items():
-        what, unit = units[name]
-        lines.append(f"{what} in between: {limit['median']:.1f} {unit} [{limit['min']:.1f}-{limit['max']:.1f}]")
-    ours = {name: value for name, value in result["slopes"].items() if name.startswith("longattn")}
-    lines += [f"time grows as length^{value:.2f}: {name}" for name, value in ours.items()]
-    lines += [f"failed: {row['method']}: {row['failure']}" for row in result["rows"] if row.get("failure")]
-    return "\n".join(["", *lines, *result["notes"]])
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def need_matplotlib() -> None:
-    """Checks for what `plot` needs.
+def run(args: argparse.Namespace) -> int:
+    """Makes the report; status 0, also where targets are missed.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed; the message says how to get it.
+        FileNotFoundError: no results, or no page.
+        ValueError: a file that is no result, or a page without the markers.
+        ModuleNotFoundError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("--plot needs matplotlib: pip install 'longattn[plot]'", name="matplotlib")
+    found = results.read_folder(args.results)
+    if args.docs is None:
+        print(body(found, None))
+        return 0
+    need_matplotlib("report --docs")
+    page = args.docs.with_name(args.docs.name + ".md")
+    text = page.read_text()
+    put_between(text, "")  # complains before anything is drawn
+    figures = sections.figures(found)
+    for name, panels in figures.items():
+        draw(panels, args.docs / f"{name}.png")
+    page.write_text(put_between(text, body(found, args.docs.name, list(figures))))
+    print(f"{page}: {', '.join(sections.counted(targets.judge(found)))}; {len(figures)} plots in {args.docs}")
+    return 0
 
 
-def plot(panels: Sequence[Panel], path: Path) -> None:
-    """Draws the panels side by side, x logarithmic."""
-    from matplotlib.figure import Figure
+def put_between(page: str, text: str) -> str:
+    """The page with `text` between the markers.
 
-    figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name, points in panel.series.items():
-            x, y = zip(*sorted(points), strict=True)
-            ours = name.startswith("longattn")
-            axes.plot(x, y, "o-" if ours else "s--", label=name, linewidth=2.2 if ours else 1.2, markersize=4)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log" if panel.log_y else "linear")
-        axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    Raises:
+        ValueError: not exactly one of each marker, in order.
+    """
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"the page needs one line {BEGIN!r} and, behind it, one line {END!r}")
+    before, after = page[: page.index(BEGIN)], page[page.index(END) :]
+    return f"{before}{BEGIN}\n\n{text}\n{after}" if text else f"{before}{BEGIN}\n{after}"
 
 
-def series(rows: Sequence[dict[str, Any]], x: str, y: str) -> dict[str, list[tuple[float, float]]]:
-    """Points by method, of the rows that have a figure."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row.get(y) is not None:
-            found.setdefault(row["method"], []).append((row[x], row[y]))
-    return found
+def body(found: Sequence[Result], folder: str | None, figures: Sequence[str] = ()) -> str:
+    """Markdown of everything; pictures of `folder` among the tables."""
+    lines = [*_machines(found), "", "### Targets", ""]
+    verdicts = targets.judge(found)
+    lines += [f"{', '.join(sections.counted(verdicts))}. A target is reached when every figure reaches the bound.", ""]
+    heads = ["target", "bound", "worst figure (where)", "reach it", "verdict", "command"]
+    lines += grid(heads, [verdict.cells for verdict in verdicts])
+    for section in sections.SECTIONS:
+        tables = section.tables(found)
+        if tables:
+            lines += ["", f"### {section.title}", "", section.text]
+            lines += [
+                f"![{section.title}: {name}]({folder}/{name}.png)\n"
+                for name in figures
+                if name.startswith(section.name)
+            ]
+            lines += tables
+    notes = list(dict.fromkeys(note for result in found for note in result["notes"]))
+    if notes:
+        lines += ["", "### Notes of the runs", "", *(f"- {note}" for note in notes)]
+    return "\n".join(lines) + "\n"
 
 
-def _line(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _machines(found: Sequence[Result]) -> list[str]:
+    """Where and when, and the limits measured in between."""
+    lines = []
+    for result in found:
+        machine = result["machine"]
+        versions = machine["versions"] | {name: version for name, version in machine["optional"].items() if version}
+        packages = [f"{name} {versions[name]}" for name in ("longattn", "numpy", "torch") if name in versions]
+        memory = machine["memory"]["total_bytes"]
+        lines.append(
+            f"{machine['cpu']['model']} ({machine['isa']['used']}, {machine['cpu']['usable_cpus']} CPUs"
+            + (f", {memory / 2**30:.0f} GiB" if memory else "")
+            + f"); Python {versions['python']}, {', '.join(packages)}; {result['time'][:10]}."
+        )
+    by_command = [f"- `{result['command']}`: {'; '.join(limits(result))}" for result in found if result["limits"]]
+    return [*dict.fromkeys(lines), "", "Limits measured in turns with the calls:", "", *by_command]

@@ -17,12 +17,17 @@ from numpy.typing import NDArray
 import longattn as la
 from longattn import vectors
 from longattn.bench import peers, quality
-from longattn.bench.harness import DTYPES, Bench, Candidate, integers, slopes, timed
-from longattn.bench.report import Column, Panel, series
+from longattn.bench.arrays import DTYPES
+from longattn.bench.harness import Bench, Candidate, slopes, timed
+from longattn.bench.options import integers
+from longattn.bench.plots import Bars, Panel, series
+from longattn.bench.results import Result, Row
+from longattn.bench.tables import Column
 from longattn.vectors.command import progress_line
 
 SUMMARY = "a decode step that reads a few per cent of a long store, against exact attention: time and quality"
 COLUMNS: tuple[Column, ...] = (
+    Column("threads", "threads"),
     Column("vectors", "vectors"),
     Column("Hq/Hkv×D", "shape"),
     Column("keys", "keys"),
@@ -82,9 +87,8 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     window = min(args.window, QUICK_WINDOW) if bench.quick else args.window
     top_ks = args.top_k or ([64] if bench.quick else [256, 2048])
     heads = args.heads.split(",") if args.heads else None
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     indexes: dict[str, Any] = {}
-    growth: dict[str, float] = {}
     for name in names:
         try:
             vectors.prepare(name, progress=progress_line(name))
@@ -104,13 +108,10 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         )
         rows += case.rows(top_ks, with_quality=True)
         if not bench.quick and not args.no_sweep:
-            swept = [row for row in rows if row["vectors"] == name]
             for shorter in (length // 8, length // 4, length // 2):
                 case = _Case(bench, _shortened(data, shorter), args.dtype, args.bits, args.sinks, window)
-                swept += case.rows(top_ks[:1], with_quality=False)
-            rows += [row for row in swept if row["keys"] < length]
-            growth |= slopes(swept, lambda row: f"{row['method']}, {row['vectors']}")
-    return {"rows": rows, "indexes": indexes, "slopes": growth}
+                rows += case.rows(top_ks[:1], with_quality=False)
+    return {"rows": rows, "indexes": indexes, "slopes": slopes(rows, ("method", "vectors", "threads"))}
 
 
 class _Case:
@@ -142,7 +143,7 @@ class _Case:
             "heads": list(self.data.heads),
         }
 
-    def rows(self, top_ks: list[int], *, with_quality: bool) -> list[dict[str, Any]]:
+    def rows(self, top_ks: list[int], *, with_quality: bool) -> list[Row]:
         """Rows of retrieval with each `top_k`, of exact attention, and of torch."""
         data = self.data
         self.bench.say(f"retrieval on {data.name}, {len(data)} keys: timing")
@@ -153,14 +154,26 @@ class _Case:
         candidates.append(Candidate(EXACT, lambda: la.attention(q, keys, values, causal=True), peer=False))
         if self.bench.peers:
             candidates += [way for way in peers.decode(q[None], keys[None], values[None]) if "repeat" not in way.name]
-        outcomes = self.bench.interleave(candidates)
+        rows: list[Row] = []
+        for threads in self.bench.each_threads():
+            rows += self._timed(candidates, threads)
+        if with_quality:
+            for top_k, name in names.items():
+                self.bench.say(f"retrieval on {data.name}, {len(data)} keys: quality at top_k {top_k}")
+                found = {"top_k": top_k, **self._quality(top_k)}
+                rows = [row | found if row["method"] == name else row for row in rows]
+        return rows
 
+    def _timed(self, candidates: list[Candidate], threads: int) -> list[Row]:
+        data = self.data
+        outcomes = self.bench.interleave(candidates)
         exact_ms = outcomes[EXACT].median_ms
         torch_ms = [o.median_ms for name, o in outcomes.items() if name.startswith("torch") and not o.failure]
         shape = f"{data.query_heads}/{data.kv_heads}×{data.head_dim}"
         rows = []
         for name, outcome in outcomes.items():
-            row: dict[str, Any] = {
+            row: Row = {
+                "threads": threads,
                 "vectors": data.name,
                 "shape": shape,
                 "keys": len(data),
@@ -171,10 +184,6 @@ class _Case:
                 row["faster_than_exact"] = exact_ms / row["ms"]
                 row["faster_than_torch"] = min(torch_ms) / row["ms"] if torch_ms else None
             rows.append(row)
-        if with_quality:
-            for row, top_k in zip(rows, top_ks, strict=False):
-                self.bench.say(f"retrieval on {data.name}, {len(data)} keys: quality at top_k {top_k}")
-                row |= {"top_k": top_k, **self._quality(top_k)}
         return rows
 
     def _retrieve(
@@ -218,7 +227,7 @@ def _shortened(data: vectors.Vectors, length: int) -> vectors.Vectors:
     return dataclasses.replace(data, keys=data.keys[:, :length], values=data.values[:, :length])
 
 
-def panels(result: dict[str, Any]) -> list[Panel]:
+def panels(result: Result) -> list[Panel | Bars]:
     """Time over length, a panel per data set."""
     names = dict.fromkeys(row["vectors"] for row in result["rows"])
     return [

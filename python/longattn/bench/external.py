@@ -1,0 +1,75 @@
+"""Decode beside a peer that is no part of the package: what its script shares with the other scripts.
+
+A script gives a name, a version and a function from a case to the peer's ways; the rest (options, arrays,
+turns, figures, JSON) is here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from longattn.bench import decode, results, tables
+from longattn.bench.harness import Bench, slopes
+from longattn.bench.options import Grid, add_common, add_grid, chosen_grid
+from longattn.bench.results import Row
+
+ROUTINE = "decode-peer"
+QUICK_GRID = Grid(heads=((8, 2),), head_dims=(64,), keys=(256, 1024), dtypes=("float32", "float16"))
+Ways = Callable[[decode.Case, int, Sequence[str]], list[decode.Way]]
+"""A case, a thread count and the dtypes asked for to the peer's ways."""
+
+
+def parser_of(peer: str, grid: Grid) -> argparse.ArgumentParser:
+    """The options of a script."""
+    parser = argparse.ArgumentParser(description=f"A decode step of longattn beside {peer}, in turns in one process.")
+    add_common(parser)
+    add_grid(parser, grid, heads=True)
+    return parser
+
+
+def main(peer: str, grid: Grid, load: Callable[[], tuple[str, Ways]], argv: Sequence[str] | None = None) -> int:
+    """Runs a script: measures, prints the table, writes the JSON.
+
+    Args:
+        peer: the peer's name, which its candidates' names begin with.
+        grid: what to measure by default.
+        load: imports the peer and returns its version and its ways; raises `ModuleNotFoundError` or `OSError`,
+            with a message that says what to do, where it is not installed.
+        argv: arguments; None is the command line's.
+
+    Returns:
+        Exit status: 0, or 2 for bad options or a peer that is not there, 130 after Ctrl-C.
+    """
+    args = parser_of(peer, grid).parse_args(argv)
+    try:
+        version, ways = load()
+        bench = Bench(threads=args.threads, rounds=args.rounds, budget_s=args.budget, quick=args.quick, peers=False)
+        chosen = chosen_grid(args, grid, QUICK_GRID)
+        rows: list[Row] = []
+        for case, ours in decode.sweep(bench, chosen):
+            for threads in bench.each_threads():
+                found = decode.measure_case(bench, case, ours, ways(case, threads, chosen.dtypes))
+                rows += [row if row["ours"] else {**row, "peer": peer} for row in found]
+            del case, ours
+    except (ValueError, ModuleNotFoundError, OSError) as error:
+        print(f"{peer}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{peer}: stopped", file=sys.stderr)
+        return 130
+    command = " ".join(["python", Path(sys.argv[0]).as_posix(), *(sys.argv[1:] if argv is None else argv)])
+    result = bench.describe(ROUTINE, command, vars(args)) | {
+        "peer": peer,
+        "version": version,
+        "rows": rows,
+        "slopes": slopes(rows, decode.LINE),
+        "limits": bench.limits(),
+        "notes": [*bench.notes, f"{peer} {version}"],
+    }
+    print(tables.as_text(result, decode.COLUMNS))
+    if args.json:
+        results.write(result, args.json)
+    return 0

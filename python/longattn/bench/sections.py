@@ -1,0 +1,267 @@
+"""The sections of a report: what they say, their tables, their plots."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from longattn.bench import decode, error, external, prefill, targets
+from longattn.bench.plots import Bars, Panel, series
+from longattn.bench.results import Result, Row
+from longattn.bench.tables import count, grid, table
+
+
+@dataclass(frozen=True)
+class Section:
+    """Name (its plots' names begin with it), title, what to know to read it, and its tables, none without rows."""
+
+    name: str
+    title: str
+    text: str
+    tables: Callable[[Sequence[Result]], list[str]]
+
+
+def counted(verdicts: Sequence[targets.Verdict]) -> list[str]:
+    """`12 PASS`, `3 MISS`, ..."""
+    found = Counter(verdict.status for verdict in verdicts)
+    return [f"{found[status]} {status}" for status in (targets.PASS, targets.MISS, targets.ABSENT) if found[status]]
+
+
+def figures(found: Sequence[Result]) -> dict[str, list[Panel | Bars]]:
+    """Every plot that the results allow, by name."""
+    drawn: dict[str, list[Panel | Bars]] = {}
+    rows = _rows(found, "decode")
+    for threads in _values(rows, "threads"):
+        mine = [row for row in rows if row["threads"] == threads]
+        drawn[f"decode-{threads}"] = decode.panels({"rows": mine})
+    if any(row.get("vs_best_torch") for row in rows):
+        drawn["decode-ratios"] = _decode_ratios(rows)
+    rows = _rows(found, "prefill")
+    if rows:
+        drawn["prefill"] = _prefill_lines(rows)
+    if any(row.get("vs_torch") for row in rows):
+        drawn["prefill-ratios"] = _prefill_ratios(rows)
+    rows = _rows(found, external.ROUTINE)
+    if rows:
+        drawn["peers"] = _peer_ratios(rows)
+    rows = _rows(found, "error")
+    if rows:
+        drawn["error"] = list(error.panels({"rows": rows}))
+    return drawn
+
+
+def _rows(found: Sequence[Result], routine: str, table: str = "rows") -> list[Row]:
+    return [row for result in found if result["routine"] == routine for row in result.get(table, ())]
+
+
+def _values(rows: Sequence[Row], key: str) -> list[int]:
+    return sorted({row[key] for row in rows})
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _grown(rows: Sequence[Row], keys: Sequence[str], line: Row) -> str:
+    """Slope of the line, if it was measured."""
+    return next((f"{row['slope']:.2f}" for row in rows if all(row[key] == line[key] for key in keys)), "")
+
+
+def _lengths(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple[object, ...], dict[int, Row]]:
+    """Rows of one line by length."""
+    lines: dict[tuple[object, ...], dict[int, Row]] = {}
+    for row in rows:
+        lines.setdefault(tuple(row[key] for key in keys), {})[row["keys"]] = row
+    return lines
+
+
+def _short(length: int) -> str:
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+
+
+def _decode_tables(found: Sequence[Result]) -> list[str]:
+    rows = [row for row in _rows(found, "decode") if row["ours"]]
+    grown = _rows(found, "decode", "slopes")
+    lengths = _values(rows, "keys")
+    heads = ["Hq/Hkv", "D", "dtype", *(f"{_short(n)}: ms (of read)" for n in lengths), "slope"]
+    heads += [f"{_short(n)}: × torch (× default)" for n in lengths] + ["max error"]
+    lines: list[str] = []
+    for threads in _values(rows, "threads"):
+        cells = []
+        mine = [row for row in rows if row["threads"] == threads]
+        for by_length in _lengths(mine, ("heads", "head_dim", "dtype")).values():
+            some = next(iter(by_length.values()))
+            times, ratios = [], []
+            for n in lengths:
+                row = by_length.get(n, {})
+                times.append(f"{row['ms']:.3g} ({row['of_read']:.0%})" if row else "")
+                best = row.get("vs_best_torch") or row.get("vs_torch_float32")
+                default = row.get("vs_enable_gqa")
+                ratios.append(_number(best, ".1f") + (f" ({default:.0f})" if default else ""))
+            worst = max(row["error"] for row in by_length.values())
+            slope = _grown(grown, decode.LINE, some)
+            cells.append([some["heads"], str(some["head_dim"]), some["dtype"], *times, slope, *ratios, f"{worst:.0e}"])
+        lines += _titled(threads, grid(heads, cells))
+    return lines
+
+
+def _prefill_tables(found: Sequence[Result]) -> list[str]:
+    rows = [row for row in _rows(found, "prefill") if row["ours"]]
+    grown = _rows(found, "prefill", "slopes")
+    memory = _rows(found, "prefill", "memory_slopes")
+    lengths = _values(rows, "keys")
+    heads = ["D", "dtype", *(f"{_short(n)}: ms (of FMA)" for n in lengths), "slope"]
+    heads += [*(f"{_short(n)}: × torch" for n in lengths), *(f"{_short(n)}: extra MB" for n in lengths), "its slope"]
+    lines: list[str] = []
+    for threads in _values(rows, "threads"):
+        cells = []
+        mine = [row for row in rows if row["threads"] == threads]
+        for by_length in _lengths(mine, ("method", "head_dim", "dtype")).values():
+            some = next(iter(by_length.values()))
+            kind = some["dtype"] + (", int8 scores" if some["method"] == prefill.INT8_SCORES else "")
+            measured = [by_length.get(n, {}) for n in lengths]
+            cells.append(
+                [str(some["head_dim"]), kind]
+                + [f"{row['ms']:.4g} ({row['of_fma']:.0%})" if row else "" for row in measured]
+                + [_grown(grown, prefill.LINE, some)]
+                + [_number(row.get("vs_torch"), ".2f") for row in measured]
+                + [_number(row.get("extra_mb"), ".2f") for row in measured]
+                + [_grown(memory, prefill.LINE, some)]
+            )
+        lines += _titled(threads, grid(heads, cells))
+    return lines
+
+
+def _peer_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, external.ROUTINE)
+    lines: list[str] = []
+    for threads in _values(rows, "threads"):
+        lines += _titled(threads, table([row for row in rows if row["threads"] == threads], decode.COLUMNS[1:]))
+    return lines
+
+
+def _error_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, "error")
+    return ["", *table(rows, error.COLUMNS)] if rows else []
+
+
+def _titled(threads: int, lines: list[str]) -> list[str]:
+    return ["", f"{count(threads)}:", "", *lines]
+
+
+def _decode_ratios(rows: Sequence[Row]) -> list[Panel | Bars]:
+    """Speed against torch's best form at the greatest length, a panel per width and thread count."""
+    ours = [row for row in rows if row["ours"] and row["keys"] == max(_values(rows, "keys"))]
+    dtypes = tuple(dict.fromkeys(row["dtype"] for row in ours))
+    panels: list[Panel | Bars] = []
+    for threads in _values(ours, "threads"):
+        for dim in _values(ours, "head_dim"):
+            mine = [row for row in ours if (row["threads"], row["head_dim"]) == (threads, dim)]
+            bars = {
+                heads: tuple(_first(mine, heads, dtype) for dtype in dtypes)
+                for heads in dict.fromkeys(row["heads"] for row in mine)
+            }
+            title = f"D {dim}, {_short(mine[0]['keys'])} keys, {count(threads)}: times as fast as torch's best"
+            panels.append(Bars(title, "ratio (int8, int4: to float32)", dtypes, bars, limit=1))
+    return panels
+
+
+def _first(rows: Sequence[Row], heads: str, dtype: str) -> float | None:
+    for row in rows:
+        if (row["heads"], row["dtype"]) == (heads, dtype):
+            ratio: float | None = row.get("vs_best_torch") or row.get("vs_torch_float32")
+            return ratio
+    return None
+
+
+def _prefill_lines(rows: Sequence[Row]) -> list[Panel | Bars]:
+    """Share of the multiply-add peak over length per dtype; then memory over length."""
+    ours = [
+        {**row, "percent": 100 * row["of_fma"], "line": row["dtype"] + row["method"].removeprefix(prefill.OURS)}
+        for row in rows
+        if row["ours"]
+    ]
+    panels: list[Panel | Bars] = []
+    for threads in _values(ours, "threads"):
+        for dim in _values(ours, "head_dim"):
+            mine = [row for row in ours if (row["threads"], row["head_dim"]) == (threads, dim)]
+            title = f"causal prefill, D {dim}, {count(threads)}"
+            lines = series(mine, "keys", "percent", by="line")
+            panels.append(Panel(title, "length", "% of multiply-add peak", lines, log_y=False, limit=100))
+    most = max(_values(ours, "threads"))
+    extra = [{**row, "line": f"D {row['head_dim']}, {row['dtype']}"} for row in ours if row["threads"] == most]
+    lines = series(extra, "keys", "extra_mb", by="line")
+    if lines:
+        panels.append(Panel(f"memory beyond inputs and outputs, {count(most)}", "length", "MB", lines))
+    return panels
+
+
+def _prefill_ratios(rows: Sequence[Row]) -> list[Panel | Bars]:
+    """Speed against torch, a group of bars per length, a panel per width and thread count."""
+    ours = [row for row in rows if row["method"] == prefill.OURS]
+    panels: list[Panel | Bars] = []
+    for threads in _values(ours, "threads"):
+        for dim in _values(ours, "head_dim"):
+            mine = [row for row in ours if (row["threads"], row["head_dim"]) == (threads, dim)]
+            found = {(row["dtype"], row["keys"]): row.get("vs_torch") for row in mine}
+            lengths = _values(mine, "keys")
+            bars = {
+                dtype: tuple(found.get((dtype, n)) for n in lengths)
+                for dtype in dict.fromkeys(row["dtype"] for row in mine)
+            }
+            title = f"D {dim}, {count(threads)}: times as fast as {prefill.TORCH}"
+            panels.append(Bars(title, "ratio", tuple(map(_short, lengths)), bars, limit=1))
+    return panels
+
+
+def _peer_ratios(rows: Sequence[Row]) -> list[Panel | Bars]:
+    """How many times as long the peers take, a panel per shape and thread count."""
+    theirs = [row for row in rows if row.get("peer") and row["times_ours"] is not None]
+    kinds = dict.fromkeys((row["heads"], row["head_dim"], row["threads"]) for row in theirs)
+    panels: list[Panel | Bars] = []
+    for heads, dim, threads in kinds:
+        mine = [row for row in theirs if (row["heads"], row["head_dim"], row["threads"]) == (heads, dim, threads)]
+        lengths = _values(mine, "keys")
+        found = {(row["method"], row["keys"]): row["times_ours"] for row in mine}
+        bars = {
+            method: tuple(found.get((method, n)) for n in lengths)
+            for method in dict.fromkeys(row["method"] for row in mine)
+        }
+        title = f"decode {heads} x {dim}, {count(threads)}: time as a multiple of ours"
+        panels.append(Bars(title, "ratio", tuple(map(_short, lengths)), bars, limit=1))
+    return panels
+
+
+SECTIONS: tuple[Section, ...] = (
+    Section(
+        "decode",
+        "Decode: one query row over a long cache",
+        "`of read`: own bytes of K and V per second over the read bandwidth. `× torch`: speed against the best "
+        "of torch's forms in the same dtype, for int8 and int4 against the best in float32; in brackets against the "
+        "default `enable_gqa` call. `slope`: of log time over log length.",
+        _decode_tables,
+    ),
+    Section(
+        "prefill",
+        "Prefill: causal attention of a whole sequence",
+        "8 heads. `of FMA`: causal half of the arithmetic as a share of the multiply-add peak. `× torch`: speed "
+        "against torch's fused kernel. `extra MB`: peak memory beyond inputs and outputs, and the slope of its growth.",
+        _prefill_tables,
+    ),
+    Section(
+        "peers",
+        "Decode beside other runtimes",
+        "Made by the scripts in `benches/peers`; `× ours` is the peer's time over ours in the same bits per element.",
+        _peer_tables,
+    ),
+    Section(
+        "error",
+        "Error of storage",
+        "Attention over stored keys and values against float64 attention over the float32 originals; relative to the "
+        "norm of the output (mean and 95th percentile over queries and heads) and to the rms row norm of V. `append`: "
+        "float32 bytes converted and stored per second, fresh memory included. `minilm` and `lm` are recordings in "
+        "float16, which stores them without an error.",
+        _error_tables,
+    ),
+)
