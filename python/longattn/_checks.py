@@ -76,6 +76,8 @@ def flag(value: object, name: str) -> bool:
 
 
 def real(value: object, name: str) -> float:
+    if type(value) is float:
+        return value
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, expected a number")
     return float(value)
@@ -207,7 +209,7 @@ def key_ends(visible_until: Array, batch: int, keys: int) -> NDArray[np.int32]:
 
 def skip_fraction(threshold: object) -> float:
     number = real(threshold, "skip_threshold")
-    if not 0 <= float(np.float32(number)) < 1:
+    if number != 0 and not 0 <= float(np.float32(number)) < 1:
         raise ValueError(f"skip_threshold: got {threshold}, expected 0 (off) or a number below 1")
     return number
 

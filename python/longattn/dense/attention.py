@@ -152,7 +152,7 @@ def attention(
     if state is not None:
         o, part = carried_state(state, shape, shape[:-1])
         options["state"] = batched(o, 4), batched(part, 3)
-    inputs = {"q": qn, "k": kn, "v": vn, **arrays_of(options)}
+    inputs = {} if out is None else {"q": qn, "k": kn, "v": vn, **arrays_of(options)}
     result = result_array(out, q, shape, qn.dtype, inputs)
 
     lse = np.empty(shape[:-1], np.float32)

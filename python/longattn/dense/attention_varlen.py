@@ -115,7 +115,7 @@ def attention_varlen(
     if state is not None:
         o, part = carried_state(state, shape, (heads, total_q))
         options["state"] = o.swapaxes(0, 1)[None], part[None]
-    inputs = {"q": qn, "k": kn, "v": vn, **arrays_of(options)}
+    inputs = {} if out is None else {"q": qn, "k": kn, "v": vn, **arrays_of(options)}
     result = result_array(out, q, shape, qn.dtype, inputs)
 
     lse = np.empty((heads, total_q), np.float32)
