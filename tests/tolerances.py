@@ -110,6 +110,86 @@ def stored(tolerance, dtype):
     return Tolerance(atol=tolerance.atol + smallest, rtol=tolerance.rtol + roundoff, lse_atol=tolerance.lse_atol)
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Allowed error of softmax weights, relative to each, and of sums over them, relative to the terms' sizes."""
+
+    rtol: float
+
+    #: Weights below `e^-87` may come out as 0.
+    SMALLEST = 2.0**-124
+    #: The most terms that are added in float32, the rest being float64: keys of a block.
+    BLOCK = 256
+
+    def check(self, actual, expected):
+        """Assert that weights, or the largest of some, are close."""
+        actual = np.asarray(actual, np.float64)
+        np.testing.assert_allclose(actual, expected, rtol=self.rtol, atol=self.SMALLEST, err_msg="weights")
+
+    def check_sums(self, actual, expected, size, factor_errors=0):
+        """Assert that sums over weights are close.
+
+        Args:
+            actual: sums.
+            expected: their references.
+            size: sums of the terms' magnitudes.
+            factor_errors: roundings that each weight's factor went through.
+        """
+        rtol = self.rtol + SAFETY * U * (np.sqrt(self.BLOCK) + factor_errors) + U
+        error = np.abs(np.asarray(actual, np.float64) - expected)
+        allowed = rtol * np.asarray(size) + self.SMALLEST
+        worst = (error / allowed).max(initial=0.0)
+        assert worst <= 1, f"{worst:.2f} times the error that is allowed"
+
+
+def weights(q, k, *, scale=None, offset=0.0):
+    """Tolerance of softmax weights `exp(logit - lse)` over these arrays, and of sums of them.
+
+    A weight errs by what its logit and its row's lse err by; a float32 lse that is given is rounded itself.
+
+    Args:
+        q: queries `[..., D]`.
+        k: keys `[..., Lk, D]`.
+        scale: as in the call.
+        offset: the largest magnitude of what is added to the logits (bias, ALiBi, sinks).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else abs(scale)
+    largest = scale * _row_norm(q) * _row_norm(k)
+    keys = k.shape[-2]
+    logit = SAFETY * U * (largest + 2 * offset + 4)
+    lse = logit + SAFETY * U * (np.sqrt(keys) + np.log(keys + 1))
+    return Weights(rtol=logit + lse + 8 * U)
+
+
+def selective(q, k, v, *, scale=None, state=0.0):
+    """Tolerance of selective attention, and that of its `F`.
+
+    `F` is a float32 sum of one selection per row. Each errs as its logit does, and each addition by `U` of the
+    sum so far, all of either sign: `sqrt(rows)` times both. In the output, `F` counts like a part of the logit
+    until `e^-F` makes the key's weight vanish, wherefore its own rounding matters up to `F = 104 + 2 * largest`.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        scale: as in the call.
+        state: the largest number in the state that was given.
+
+    Returns:
+        The pair of the output's tolerance and the absolute one of `F`.
+    """
+    dim, rows = q.shape[-1], q.shape[-2]
+    factor = dim**-0.5 if scale is None else abs(scale)
+    largest = factor * _row_norm(q) * _row_norm(k)
+    most = state + rows * largest
+    summed = np.sqrt(rows + 1) * SAFETY * U  # the state that was given is rounded, too
+    mattering = min(most, 104 + 2 * largest)
+    one = attention(q, k, v, scale=scale, offset=mattering)
+    logit = summed * (largest + 4 + mattering)
+    output = Tolerance(atol=one.atol + 2 * logit * _largest(v), rtol=one.rtol, lse_atol=one.lse_atol + logit)
+    return output, summed * (largest + 4 + most)
+
+
 def merge(outs, lses):
     """Tolerance of merging parts: storage rounding and a few float32 operations per part."""
     roundoff, smallest = ROUNDOFF[outs[0].dtype]

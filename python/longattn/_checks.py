@@ -75,6 +75,20 @@ def flag(value: object, name: str) -> bool:
     return bool(value)
 
 
+def integer(value: object, name: str, low: int, high: int | None = None) -> int:
+    """An integer of at least `low` and, where given, at most `high`."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: got {value!r}, expected an integer")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected an integer") from None
+    if number < low or (high is not None and number > high):
+        expected = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name}: got {number}, expected {expected}")
+    return number
+
+
 def real(value: object, name: str) -> float:
     if type(value) is float:
         return value

@@ -43,6 +43,47 @@ def merge(
     lse: NDArray[np.float32],
 ) -> None: ...
 
+# weights that are looked at, not multiplied by values
+
+def attention_weights(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    rows: list[int],
+    lse: NDArray[np.float32] | None,
+    out: NDArray[np.float32],
+    options: Options,
+) -> None: ...
+def prob_reduce(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    options: Options,
+    *,
+    given_lse: NDArray[np.float32] | None = None,
+    lse: NDArray[np.float32] | None = None,
+    column_mass: NDArray[np.float32] | None = None,
+    query_weights: NDArray[np.float32] | None = None,
+    column_max: NDArray[np.float32] | None = None,
+    segment_mass: NDArray[np.float32] | None = None,
+    segment_ids: NDArray[np.int32] | None = None,
+    entropy: NDArray[np.float32] | None = None,
+    distance_moments: NDArray[np.float32] | None = None,
+    distance_limit: float | None = None,
+    row_max: NDArray[np.float32] | None = None,
+    row_max_key: NDArray[np.int64] | None = None,
+) -> None: ...
+def selective_attention(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+    state: NDArray[np.float32],
+    selector_head: int,
+    protect_first: int,
+    scale: float,
+    softcap: float,
+) -> None: ...
+
 # key-value stores
 
 class Rows:

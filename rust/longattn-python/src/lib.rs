@@ -2,6 +2,7 @@
 
 mod arrays;
 mod dense;
+mod diagnostics;
 mod errors;
 mod options;
 mod retrieval;
@@ -15,6 +16,8 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use super::dense::{attention, attention_varlen, merge};
+    #[pymodule_export]
+    use super::diagnostics::{attention_weights, prob_reduce, selective_attention};
     #[pymodule_export]
     use super::retrieval::{Signatures, retrieval_attention};
     #[pymodule_export]

@@ -9,17 +9,25 @@
 //! How the work is cut depends on shapes only, so results do not depend on the number of threads.
 
 mod codes;
+mod logits;
 pub(crate) mod matrix;
 mod merge;
 mod options;
+mod reduce;
 pub(crate) mod rows;
 pub(crate) mod scores;
 pub(crate) mod scratch;
+mod selective;
 pub(crate) mod stream;
+mod sums;
 pub(crate) mod tile;
+mod weights;
 
 pub use merge::merge;
 pub use options::{Broadcast, Options, RelativeBias, Segments, State};
+pub use reduce::{MAX_MOMENTS, Reductions, prob_reduce};
+pub use selective::selective_attention;
+pub use weights::attention_weights;
 
 use crate::parallel::{Execution, for_each};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};

@@ -291,15 +291,15 @@ const fn rows_together<S: Simd>(n: usize) -> usize {
 }
 
 /// Scores of all rows for a block of keys; see [`scores_of`].
-struct BlockScores<'a, K, V> {
-    queries: &'a [f32],
-    padded_dim: usize,
-    rows: usize,
-    dim: usize,
-    k: K,
-    keys: Range<usize>,
-    next: (V, usize),
-    scores: &'a mut [f32],
+pub(super) struct BlockScores<'a, K, V> {
+    pub(super) queries: &'a [f32],
+    pub(super) padded_dim: usize,
+    pub(super) rows: usize,
+    pub(super) dim: usize,
+    pub(super) k: K,
+    pub(super) keys: Range<usize>,
+    pub(super) next: (V, usize),
+    pub(super) scores: &'a mut [f32],
 }
 
 impl<'a, K: Rows, V: Rows> BlockScores<'a, K, V> {

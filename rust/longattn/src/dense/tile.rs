@@ -242,20 +242,20 @@ unsafe fn pack_values<S: Simd, V: Rows>(
 }
 
 /// [`pack_transposed`] as a part of a kernel.
-struct PackKeys<K> {
-    k: K,
-    keys: Range<usize>,
-    dim: usize,
-    padded_dim: usize,
-    wide: *mut f32,
-    to: *mut f32,
+pub(super) struct PackKeys<K> {
+    pub(super) k: K,
+    pub(super) keys: Range<usize>,
+    pub(super) dim: usize,
+    pub(super) padded_dim: usize,
+    pub(super) wide: *mut f32,
+    pub(super) to: *mut f32,
 }
 
 impl<K: Rows> Kernel for PackKeys<K> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        // SAFETY: only `attend` makes this, with buffers of the right size and rows that its caller vouches for.
+        // SAFETY: whoever makes this gives it buffers of the right size and rows of a problem, whose maker vouched for them.
         unsafe { pack_transposed(s, self.k, self.keys, self.dim, self.padded_dim, self.wide, self.to) }
     }
 }

@@ -288,6 +288,17 @@ impl<'a> KvView<'a> {
         }
     }
 
+    /// One entry of the batch, as a batch of 1.
+    pub(crate) fn batch(&self, batch: usize) -> Self {
+        match self {
+            Self::Numbers(view) => Self::Numbers(view.batch(batch)),
+            Self::Codes(view) => {
+                assert!(batch == 0, "batch {batch} of 1");
+                Self::Codes(*view)
+            }
+        }
+    }
+
     /// Factors of the channels of a head, by which queries are multiplied beforehand.
     pub(crate) fn channels(&self, head: usize) -> Option<&'a [f32]> {
         match self {

@@ -108,6 +108,14 @@ impl<'a> TensorView<'a> {
         TensorView { ptr, shape: [self.shape[0], self.shape[1], rows.len(), self.shape[3]], ..*self }
     }
 
+    /// One entry of the batch, as a batch of 1.
+    pub(crate) fn batch(&self, batch: usize) -> TensorView<'a> {
+        assert!(batch < self.shape[0], "batch {batch} of {}", self.shape[0]);
+        let ptr = self.ptr.wrapping_offset(batch as isize * self.strides[0] * self.dtype.size() as isize);
+        let [_, h, l, d] = self.shape;
+        TensorView { ptr, shape: [1, h, l, d], ..*self }
+    }
+
     /// `[b, h, l, d]` seen as `[b, l, h, d]`: packed tokens become a batch of heads, and back.
     pub fn swap_heads_and_length(self) -> Self {
         let ([b, h, l, d], [sb, sh, sl, sd]) = (self.shape, self.strides);
@@ -210,6 +218,14 @@ impl<'a> TensorViewMut<'a> {
         let ptr = self.ptr.wrapping_offset(rows.start as isize * self.strides[2] * size);
         let shape = [self.shape[0], self.shape[1], rows.len(), self.shape[3]];
         TensorViewMut { ptr, shape, dtype: self.dtype, strides: self.strides, memory: PhantomData }
+    }
+
+    /// One entry of the batch, as a batch of 1, for the time of this borrow.
+    pub(crate) fn batch(&self, batch: usize) -> TensorViewMut<'_> {
+        assert!(batch < self.shape[0], "batch {batch} of {}", self.shape[0]);
+        let ptr = self.ptr.wrapping_offset(batch as isize * self.strides[0] * self.dtype.size() as isize);
+        let [_, h, l, d] = self.shape;
+        TensorViewMut { ptr, shape: [1, h, l, d], dtype: self.dtype, strides: self.strides, memory: PhantomData }
     }
 
     /// Pointer to one row of `shape[3]` elements. Two workers may hold pointers to different rows at once.
