@@ -1,5 +1,6 @@
 """`PrefixTree` and `chunk_attention`: what sequences have in common is stored and read once; nothing else changes."""
 
+import doctest
 import gc
 import sys
 import threading
@@ -593,3 +594,8 @@ def test_a_model_decodes_with_it(rng):
             k, v = batch.tree.rows(n)
             expected = la.attention(q[n][:, None], k, v, causal=True)
             tolerances.same_storage(q, k, v).check(row, expected[:, 0])
+
+
+def test_docstring_examples():
+    result = doctest.testmod(sys.modules["longattn.kv.chunk_attention"])
+    assert result.attempted > 0 and result.failed == 0
