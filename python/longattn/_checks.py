@@ -12,12 +12,13 @@ from numbers import Real
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from longattn._arrays import BFLOAT16, FLOATS, Array, CodedRows, as_numpy, as_output, like
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+_LARGEST_SIZE = int(np.iinfo(np.intp).max)
 
 
 def attention_inputs(
@@ -304,3 +305,24 @@ def result_array(
 def returned(out: Array | None, q: Array, result: NDArray[Any], lse: NDArray[np.float32] | None) -> Any:
     output = like(q, result) if out is None else out
     return output if lse is None else (output, like(q, lse))
+
+
+def size(value: object, name: str, least: int = 1) -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected an integer") from None
+    if not least <= number <= _LARGEST_SIZE:
+        raise ValueError(f"{name}: got {number}, expected at least {least} and at most {_LARGEST_SIZE}")
+    return number
+
+
+def storage(dtype: DTypeLike) -> np.dtype[Any]:
+    """A storage dtype of numbers, given by name or type."""
+    try:
+        found: np.dtype[Any] | None = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in FLOATS:
+        raise TypeError(f"dtype: got {dtype!r}, expected float32, float16 or bfloat16")
+    return found

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 import os
-import sys
 from typing import Any, Self
 
 import numpy as np
@@ -12,7 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from longattn import _core
 from longattn._arrays import BFLOAT16, CODES, FLOATS, Array, CodedRows, as_numpy
-from longattn._checks import check_floating
+from longattn._checks import check_floating, size
 
 
 class KVStore:
@@ -70,7 +68,7 @@ class KVStore:
         group_size: int | None = None,
         channel_scales: bool | Array = False,
     ) -> None:
-        heads, dim = _size("kv_heads", kv_heads), _size("head_dim", head_dim)
+        heads, dim = size(kv_heads, "kv_heads"), size(head_dim, "head_dim")
         storage = _storage(dtype)
         plain = isinstance(channel_scales, bool)
         if storage not in CODES:
@@ -81,10 +79,10 @@ class KVStore:
         self._handle = _core.KVStore(
             heads,
             dim,
-            _size("value_dim", head_dim if value_dim is None else value_dim),
+            size(head_dim if value_dim is None else value_dim, "value_dim"),
             storage,
-            _size("capacity", capacity),
-            None if group_size is None else _size("group_size", group_size),
+            size(capacity, "capacity"),
+            None if group_size is None else size(group_size, "group_size"),
             plain and bool(channel_scales),
             None if plain else _channels(channel_scales, (heads, dim)),
         )
@@ -123,7 +121,7 @@ class KVStore:
             TypeError: `length` is no integer.
             ValueError: it is negative.
         """
-        self._handle.truncate(_size("length", length, least=0))
+        self._handle.truncate(size(length, "length", least=0))
 
     def clear(self) -> None:
         """Drops all rows."""
@@ -165,7 +163,7 @@ class KVStore:
                 rows than `capacity`.
             MemoryError: the system refuses the memory.
         """
-        rows = None if capacity is None else _size("capacity", capacity)
+        rows = None if capacity is None else size(capacity, "capacity")
         return cls._around(_core.KVStore.load(os.fspath(path), rows))
 
     def __len__(self) -> int:
@@ -235,16 +233,6 @@ class KVStore:
             f"KVStore(kv_heads={self.kv_heads}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
             f"dtype={self._handle.dtype!r}, capacity={self.capacity}, len={len(self)})"
         )
-
-
-def _size(name: str, value: int, least: int = 1) -> int:
-    try:
-        size = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: got {value!r}, expected an integer") from None
-    if not least <= size <= sys.maxsize:
-        raise ValueError(f"{name}: got {size}, expected at least {least} and at most {sys.maxsize}")
-    return size
 
 
 def _storage(dtype: DTypeLike) -> str:

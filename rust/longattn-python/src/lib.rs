@@ -5,10 +5,12 @@ mod dense;
 mod diagnostics;
 mod errors;
 mod options;
+mod prefix_tree;
 mod retrieval;
 mod running;
 mod store;
 mod system;
+mod virtual_store;
 
 use pyo3::prelude::*;
 
@@ -19,6 +21,8 @@ mod _core {
     #[pymodule_export]
     use super::diagnostics::{attention_weights, prob_reduce, selective_attention};
     #[pymodule_export]
+    use super::prefix_tree::{PrefixTree, chunk_attention};
+    #[pymodule_export]
     use super::retrieval::{Signatures, retrieval_attention};
     #[pymodule_export]
     use super::store::{CodedRows, KVStore, Rows};
@@ -26,6 +30,8 @@ mod _core {
     use super::system::{
         available_isas, cpu_features, fma_peak, isa, num_threads, read_bandwidth, set_isa, set_num_threads,
     };
+    #[pymodule_export]
+    use super::virtual_store::VirtualKVStore;
 
     use pyo3::prelude::*;
 

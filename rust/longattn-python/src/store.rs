@@ -8,6 +8,7 @@ use numpy::{PyReadonlyArray1, PyReadwriteArray1, PyUntypedArray};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -148,12 +149,12 @@ impl KVStore {
     }
 }
 
-/// Rows of a store, `[kv_heads, len, dim]`: what `numpy.asarray` makes a read-only array of, whose base keeps the store alive.
+/// Rows of a store, of any rank-3 shape: what `numpy.asarray` makes a read-only array of, whose base keeps the store alive.
 /// numpy's protocol has no bfloat16, so its bits are given as uint16.
 #[pyclass(frozen, module = "longattn._core")]
 pub(crate) struct Rows {
-    /// Owns the memory at `address`.
-    _store: Arc<KvStore>,
+    /// Keeps the memory at `address`.
+    _owner: Arc<dyn Any + Send + Sync>,
     address: usize,
     dtype: DType,
     shape: [usize; 3],
@@ -165,8 +166,18 @@ impl Rows {
     fn new(store: &Arc<KvStore>, rows: &TensorView) -> Self {
         let ([_, heads, len, dim], strides) = (rows.shape(), rows.strides());
         let strides = [1, 2, 3].map(|axis| strides[axis] * rows.dtype().size() as isize);
-        let (address, dtype) = (rows.as_ptr() as usize, rows.dtype());
-        Self { _store: store.clone(), address, dtype, shape: [heads, len, dim], strides }
+        Self::of(store.clone(), rows.as_ptr() as usize, rows.dtype(), [heads, len, dim], strides)
+    }
+
+    /// Rows at `address`, readable as long as `owner` lives; strides in bytes.
+    pub(crate) fn of(
+        owner: Arc<dyn Any + Send + Sync>,
+        address: usize,
+        dtype: DType,
+        shape: [usize; 3],
+        strides: [isize; 3],
+    ) -> Self {
+        Self { _owner: owner, address, dtype, shape, strides }
     }
 }
 

@@ -8,6 +8,7 @@
 //! ```
 //! How the work is cut depends on shapes only, so results do not depend on the number of threads.
 
+mod chunk;
 mod codes;
 mod logits;
 pub(crate) mod matrix;
@@ -23,6 +24,7 @@ mod sums;
 pub(crate) mod tile;
 mod weights;
 
+pub use chunk::{ChunkOptions, chunk_attention};
 pub use merge::merge;
 pub use options::{Broadcast, Options, RelativeBias, Segments, State};
 pub use reduce::{MAX_MOMENTS, Reductions, prob_reduce};
@@ -32,7 +34,7 @@ pub use weights::attention_weights;
 use crate::parallel::{Execution, for_each};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
 use crate::tensor::{DType, Element, Error, KvView, Result, TensorView, TensorViewMut, with_element};
-use rows::{widen_row, with_rows};
+use rows::{Indexed, widen_row, with_rows};
 use scores::{RowId, Running, exp_difference};
 use scratch::{Scratch, with_scratch};
 use std::ops::Range;
@@ -217,10 +219,14 @@ fn split_length(blocks: usize, longest: usize) -> usize {
     (longest * blocks / (2 * ENOUGH)).max(SHORTEST).next_multiple_of(tile::KEYS)
 }
 
+/// Some rows of one KV head and the keys that they attend to.
 struct Item<'a, 's> {
     problem: &'a Problem<'a>,
-    block: &'a RowBlock,
+    /// At most [`QUERY_ROWS`].
+    ids: &'a [RowId],
     keys: Range<usize>,
+    /// Rows of the problem that the keys are; `None` is all, in their order.
+    index: Option<&'a [u32]>,
     scratch: &'s mut Scratch,
     finish: Option<&'a Job<'a, 'a>>,
 }
@@ -230,43 +236,49 @@ impl Kernel for Item<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Option<Partial> {
-        let Self { problem, block, keys, scratch, finish } = self;
-        let n = block.rows.len();
+        let Self { problem, ids, keys, index, scratch, finish } = self;
+        let n = ids.len();
         let few = n <= MAX_QUERY_ROWS;
         let padded_rows = if few { n } else { n.next_multiple_of(S::ROWS) };
         let pairs = !few && tile::multiplies_pairs::<S>(problem);
         let dp = if pairs { problem.dim / 2 } else { problem.dim }.next_multiple_of(S::LANES);
         let vp = problem.value_dim.next_multiple_of(if few { S::LANES } else { tile::panel::<S>() });
         let queries = scratch.queries.take(padded_rows * dp);
-        let mut ids = [RowId { batch: 0, head: 0, row: 0 }; QUERY_ROWS];
-        for (r, id) in ids.iter_mut().enumerate().take(n) {
-            *id = problem.id(block.batch, block.kv_head, block.rows.start + r);
+        for (r, &id) in ids.iter().enumerate() {
             let to = &mut queries[r * dp..(r + 1) * dp];
             if pairs {
-                load_query_pairs(problem, *id, to);
+                load_query_pairs(problem, id, to);
             } else {
-                load_query(s, problem, *id, to);
+                load_query(s, problem, id, to);
             }
         }
         queries[n * dp..padded_rows * dp].fill(0.0);
         let outputs = scratch.outputs.take(padded_rows * vp);
         outputs[..padded_rows * vp].fill(0.0);
         let mut running = [Running::EMPTY; QUERY_ROWS];
-        let (ids, running) = (&ids[..n], &mut running[..n]);
+        let running = &mut running[..n];
 
         if few {
             let scores = scratch.scores.take(n * stream::KEYS);
             let mut state = RowState { queries, padded_dim: dp, outputs, padded_value_dim: vp, running };
-            // SAFETY: `keys` lies inside the views' length; the buffers are padded as RowState says.
+            // SAFETY: `keys` lies inside the views' length or the index, whose rows the views have; the buffers are padded as
+            // RowState says.
             unsafe {
-                with_rows!(problem, block.batch, block.kv_head, |k, v| {
-                    stream::attend(s, problem, ids, k, v, keys, None, &mut state, scores, false)
+                with_rows!(problem, ids[0].batch, ids[0].head / problem.group, |k, v| {
+                    match index {
+                        None => stream::attend(s, problem, ids, k, v, keys, None, &mut state, scores, false),
+                        Some(index) => {
+                            let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
+                            let all = Some(0..index.len());
+                            stream::attend(s, problem, ids, k, v, keys, all, &mut state, scores, false)
+                        }
+                    }
                 });
             }
         } else {
             let mut state = TileState { queries, padded_dim: dp, pairs, outputs, padded_value_dim: vp, running };
             let Scratch { keys: kb, values: vb, scores: sb, extra, .. } = scratch;
-            tile::attend(s, problem, ids, keys, &mut state, kb, vb, sb, extra);
+            tile::attend(s, problem, ids, keys, index, &mut state, kb, vb, sb, extra);
         }
         let Some(job) = finish else {
             return Some(Partial { running: running.to_vec(), outputs: outputs[..n * vp].to_vec() });
@@ -385,6 +397,19 @@ fn careful_row(job: &Job, id: RowId) {
     dispatch(simd::current(), Careful(job, id));
 }
 
+/// Adds what a row found among other keys to what it has; returns the softmax over both. The shorter row is a multiple of `LANES`.
+#[inline(always)]
+fn fold<S: Simd>(s: S, running: Running, row: &mut [f32], other: Running, from: &[f32]) -> Running {
+    let max = running.max.max(other.max);
+    let (a, b) = (exp_difference(running.max, max), exp_difference(other.max, max));
+    scale_row(s, row, a);
+    for (to, from) in row.chunks_exact_mut(S::LANES).zip(from.chunks_exact(S::LANES)) {
+        // SAFETY: both chunks have LANES floats.
+        unsafe { s.store(to.as_mut_ptr(), s.fma(s.splat(b), s.load(from.as_ptr()), s.load(to.as_ptr()))) };
+    }
+    Running { max, sum: running.sum * a + other.sum * b }
+}
+
 struct MergeParts<'a> {
     job: &'a Job<'a, 'a>,
     block: &'a RowBlock,
@@ -404,16 +429,7 @@ impl Kernel for MergeParts<'_> {
             let row = &mut first.outputs[r * width..(r + 1) * width];
             let mut running = first.running[r];
             for part in rest.iter() {
-                let other = part.running[r];
-                let max = running.max.max(other.max);
-                let (a, b) = (exp_difference(running.max, max), exp_difference(other.max, max));
-                running = Running { max, sum: running.sum * a + other.sum * b };
-                scale_row(s, row, a);
-                let from = &part.outputs[r * width..(r + 1) * width];
-                for (to, from) in row.chunks_exact_mut(S::LANES).zip(from.chunks_exact(S::LANES)) {
-                    // SAFETY: both chunks have LANES floats.
-                    unsafe { s.store(to.as_mut_ptr(), s.fma(s.splat(b), s.load(from.as_ptr()), s.load(to.as_ptr()))) };
-                }
+                running = fold(s, running, row, part.running[r], &part.outputs[r * width..(r + 1) * width]);
             }
             finish_row(s, job, job.problem.id(block.batch, block.kv_head, block.rows.start + r), running, row);
         }
@@ -446,8 +462,13 @@ pub(crate) fn run(isa: Isa, jobs: &[Job], execution: &Execution) -> Result<()> {
         let keys = start..(start + length).min(block.keys.end).max(start);
         let count = block.keys.len().div_ceil(length).max(1);
         let finish = (count == 1).then_some(job);
-        let partial =
-            with_scratch(|scratch| dispatch(isa, Item { problem: &job.problem, block, keys, scratch, finish }));
+        let problem = &job.problem;
+        let mut ids = [RowId { batch: 0, head: 0, row: 0 }; QUERY_ROWS];
+        for (id, r) in ids.iter_mut().zip(block.rows.clone()) {
+            *id = problem.id(block.batch, block.kv_head, r);
+        }
+        let ids = &ids[..block.rows.len()];
+        let partial = with_scratch(|scratch| dispatch(isa, Item { problem, ids, keys, index: None, scratch, finish }));
         if partial.is_some() {
             let mut slots = pieces[b].lock().unwrap_or_else(|e| e.into_inner());
             slots.resize_with(count, || None);

@@ -10,7 +10,7 @@
 //! ```
 
 use super::Problem;
-use super::rows::{Row, Rows, Strided, numbers, widen_part, widen_row, with_rows};
+use super::rows::{Indexed, Row, Rows, Strided, numbers, widen_part, widen_row, with_rows};
 use super::scores::{RowId, Running, is_negligible, modify, online_softmax};
 use super::scratch::Buffer;
 use super::stream::scale_row;
@@ -279,6 +279,35 @@ impl<V: Rows> Kernel for PackValues<V> {
     }
 }
 
+/// Packs keys and values, of rows `index` if there is one.
+///
+/// # Safety
+/// As [`pack_transposed`] and [`pack_values`]; `dims` and `padded` are those of keys and of values.
+#[inline(always)]
+unsafe fn pack<S: Simd, K: Rows, V: Rows>(
+    s: S,
+    k: K,
+    v: V,
+    keys: Range<usize>,
+    index: Option<&[u32]>,
+    dims: [usize; 2],
+    padded: [usize; 2],
+    wide: *mut f32,
+    to_keys: *mut f32,
+    to_values: *mut f32,
+) {
+    let [key_dim, value_dim] = dims;
+    let [padded_key_dim, padded_value_dim] = padded;
+    if let Some(index) = index {
+        let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
+        s.call(PackKeys { k, keys: keys.clone(), dim: key_dim, padded_dim: padded_key_dim, wide, to: to_keys });
+        s.call(PackValues { v, keys, dim: value_dim, padded_dim: padded_value_dim, wide, to: to_values });
+    } else {
+        s.call(PackKeys { k, keys: keys.clone(), dim: key_dim, padded_dim: padded_key_dim, wide, to: to_keys });
+        s.call(PackValues { v, keys, dim: value_dim, padded_dim: padded_value_dim, wide, to: to_values });
+    }
+}
+
 /// Query rows of one item and what they accumulate; rows are padded to a multiple of `ROWS`.
 pub(crate) struct TileState<'a> {
     /// Scaled queries, `[padded rows, padded_dim]`, zeros beyond `dim` and beyond the last row.
@@ -293,13 +322,15 @@ pub(crate) struct TileState<'a> {
 }
 
 /// Attends from the rows of `state` to the keys `keys` of the problem, `ids[r]` being row r of one KV head's group; rows that belong
-/// to later positions come later. `state` is padded as its fields say.
+/// to later positions come later. `state` is padded as its fields say. With `index`, key j is row `index[j]` of the problem;
+/// what a row sees is counted along the index.
 #[inline(always)]
 pub(crate) fn attend<S: Simd>(
     s: S,
     problem: &Problem,
     ids: &[RowId],
     keys: Range<usize>,
+    index: Option<&[u32]>,
     state: &mut TileState,
     key_buffer: &mut Buffer,
     value_buffer: &mut Buffer,
@@ -307,6 +338,7 @@ pub(crate) fn attend<S: Simd>(
     extra: &mut Buffer,
 ) {
     assert!(keys.end <= problem.keys);
+    assert!(index.is_none_or(|index| index[keys.clone()].iter().all(|&j| (j as usize) < problem.keys)));
     let panel = panel::<S>();
     let tiles = ids.len().div_ceil(S::ROWS);
     let (dp, vp) = (state.padded_dim, state.padded_value_dim);
@@ -339,20 +371,16 @@ pub(crate) fn attend<S: Simd>(
         unsafe {
             let (batch, head) = (ids[0].batch, ids[0].head / problem.group);
             let keys = start..end;
+            let (to_keys, to_values) = (packed_keys.as_mut_ptr(), packed_values.as_mut_ptr());
             if state.pairs {
                 let k = numbers::<bf16>(&problem.k, batch, head);
                 let k = Strided { base: k.base.cast::<f32>(), stride: k.stride / 2 };
-                let (dim, to) = (problem.dim / 2, packed_keys.as_mut_ptr());
-                s.call(PackKeys { k, keys: keys.clone(), dim, padded_dim: dp, wide, to });
-                let (dim, to) = (problem.value_dim, packed_values.as_mut_ptr());
                 let v = numbers::<bf16>(&problem.v, batch, head);
-                s.call(PackValues { v, keys, dim, padded_dim: vp, wide, to });
+                pack(s, k, v, keys, index, [problem.dim / 2, problem.value_dim], [dp, vp], wide, to_keys, to_values);
             } else {
                 with_rows!(problem, batch, head, |k, v| {
-                    let (dim, to) = (problem.dim, packed_keys.as_mut_ptr());
-                    s.call(PackKeys { k, keys: keys.clone(), dim, padded_dim: dp, wide, to });
-                    let (dim, to) = (problem.value_dim, packed_values.as_mut_ptr());
-                    s.call(PackValues { v, keys: keys.clone(), dim, padded_dim: vp, wide, to });
+                    let keys = keys.clone();
+                    pack(s, k, v, keys, index, [problem.dim, problem.value_dim], [dp, vp], wide, to_keys, to_values);
                 });
             }
             for p in 0..columns / panel {

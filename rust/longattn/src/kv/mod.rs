@@ -4,11 +4,15 @@
 //! is committed as the sequence grows, so a row never moves, no append copies the past, and views stay valid.
 
 mod convert;
+pub(crate) mod prefix_tree;
 mod region;
 mod rows;
 mod snapshot;
 mod store;
 #[cfg(test)]
 mod tests;
+mod virtual_store;
 
+pub use prefix_tree::{PrefixTree, TreeReader};
 pub use store::{ChannelScales, Format, KvStore, Origin, Reader};
+pub use virtual_store::{Planes, RequestRows, VirtualOptions, VirtualStore};

@@ -55,6 +55,15 @@ impl Region {
         Ok(region)
     }
 
+    /// Takes back the wish for huge pages, for an owner whose commits are smaller than one.
+    pub(super) fn avoid_huge_pages(&self) {
+        #[cfg(target_os = "linux")]
+        // SAFETY: advice on a mapping that is ours. A kernel without huge pages refuses it, which changes nothing.
+        unsafe {
+            libc::madvise(self.base.as_ptr().cast(), self.bytes, libc::MADV_NOHUGEPAGE);
+        }
+    }
+
     /// First address.
     pub(super) fn base(&self) -> *mut u8 {
         self.base.as_ptr()
@@ -73,6 +82,18 @@ impl Region {
         let status =
             unsafe { libc::mprotect(self.page(&range).as_ptr().cast(), bytes, libc::PROT_READ | libc::PROT_WRITE) };
         if status == 0 { Ok(()) } else { Err(refused) }
+    }
+
+    /// As [`commit`](Self::commit), and has the system put memory behind the pages now, not when they are first written. The range
+    /// holds nothing yet: it was never committed, or was decommitted.
+    pub(super) fn commit_now(&self, range: Range<usize>, what: &'static str) -> Result<()> {
+        self.commit(range.clone(), what)?;
+        let first = self.page(&range).as_ptr();
+        for offset in (0..range.len()).step_by(page_size()) {
+            // SAFETY: the page was committed just now; it is zero, and stays so.
+            unsafe { first.add(offset).write_volatile(0) };
+        }
+        Ok(())
     }
 
     /// Gives the memory of whole committed pages back; they stay readable and writable and read as zero. Returns whether this

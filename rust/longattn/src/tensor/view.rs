@@ -128,6 +128,13 @@ impl<'a> TensorView<'a> {
         Self { shape: [b, h, l, 1], strides: [sb, sh, sl, 1], ..self }
     }
 
+    /// The addresses from the first byte that the shape reaches to the last.
+    pub(crate) fn addresses(&self) -> std::ops::Range<usize> {
+        let Some((low, high)) = extent(self.shape, self.strides) else { return 0..0 };
+        let (start, size) = (self.ptr as usize, self.dtype.size() as isize);
+        start.wrapping_add_signed(low * size)..start.wrapping_add_signed((high + 1) * size)
+    }
+
     /// Elements between two rows of one head.
     #[inline]
     pub(crate) fn row_stride(&self) -> isize {
