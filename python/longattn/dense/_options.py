@@ -41,6 +41,7 @@ class Options(TypedDict, total=False):
     segments: tuple[NDArray[np.int32], NDArray[np.int32]]  # [B, Lq] and [B, Lk]
     visible_until: NDArray[np.int32]  # [B, Lk]
     skip_threshold: float
+    qk_int8: bool
     state: tuple[NDArray[Any], NDArray[np.float32]]  # [B, Hq, Lq, Dv] and [B, Hq, Lq]
 
 

@@ -46,6 +46,7 @@ def attention(
     segments: tuple[Array, Array] | None = None,
     visible_until: Array | None = None,
     skip_threshold: float = 0.0,
+    qk_int8: bool = False,
     state: tuple[Array, Array] | None = None,
     return_lse: bool = False,
     out: Array | None = None,
@@ -90,6 +91,12 @@ def attention(
             neither in the output nor in the lse: with `n` of them, the lse is too low by at most
             `log(1 + n * t)`, and the output off by at most `2 * n * t * max |v|`. Which blocks these are depends
             on the instruction set, not on the number of threads.
+        qk_int8: where a KV head's group has more than 8 query rows, multiply queries and keys rounded to 8 bits, in
+            the manner of SageAttention: keys less the mean key of their head, one scale per row of each.
+            Approximate: a logit errs by about 1 % of the standard deviation of the logits of random vectors, and
+            by at most `scale * sum_d(|q_d| g + |k_d - c_d| f + f g / 2) / 2` with `f` and `g` the two scales
+            (largest magnitude over 127). Values and weights stay float32. Fewer rows, and CPUs that do not
+            multiply bytes, compute the logits as without it.
         state: pair `(o, lse)` of an earlier part over other keys, which enters the softmax: the result is
             `merge([state, (output, lse)])` without the rounding between. `o` floating `[B, Hq, Lq, Dv]` (or
             `[Hq, Lq, Dv]`), float64 costs a copy; `lse` floating `[B, Hq, Lq]` (or `[Hq, Lq]`). Rows with
@@ -149,6 +156,8 @@ def attention(
     )
     return_lse = flag(return_lse, "return_lse")
     shape = (*qn.shape[:-1], vn.shape[-1])
+    if flag(qk_int8, "qk_int8"):
+        options["qk_int8"] = True
     if state is not None:
         o, part = carried_state(state, shape, shape[:-1])
         options["state"] = batched(o, 4), batched(part, 3)

@@ -29,6 +29,7 @@ pub(crate) struct Given<'py> {
     segments: Option<(PyReadonlyArray2<'py, i32>, PyReadonlyArray2<'py, i32>)>,
     visible_until: Option<PyReadonlyArray2<'py, i32>>,
     skip_threshold: f32,
+    qk_int8: bool,
     state: Option<(Bound<'py, PyUntypedArray>, Bound<'py, PyUntypedArray>)>,
 }
 
@@ -53,6 +54,7 @@ impl<'py> Given<'py> {
                 "segments" => given.segments = Some(value.extract()?),
                 "visible_until" => given.visible_until = Some(value.extract()?),
                 "skip_threshold" => given.skip_threshold = value.extract()?,
+                "qk_int8" => given.qk_int8 = value.extract()?,
                 "state" => given.state = Some(value.extract()?),
                 other => return Err(PyTypeError::new_err(format!("options: got {other:?}, expected a known option"))),
             }
@@ -86,6 +88,7 @@ impl<'py> Given<'py> {
             },
             visible_until: self.visible_until.as_ref().map(|a| a.as_slice()).transpose()?,
             skip_threshold: self.skip_threshold,
+            qk_int8: self.qk_int8,
             state: match &self.state {
                 Some((out, lse)) if lse.shape().len() == out.shape().len() - 1 => {
                     Some(State { out: view("state", out)?, lse: view("state", lse)?.with_unit_axis() })

@@ -8,6 +8,7 @@
 //! ```
 //! How the work is cut depends on shapes only, so results do not depend on the number of threads.
 
+mod bytes;
 mod chunk;
 mod codes;
 mod logits;
@@ -34,13 +35,14 @@ pub use weights::attention_weights;
 use crate::parallel::{Execution, for_each};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
 use crate::tensor::{DType, Element, Error, KvView, Result, TensorView, TensorViewMut, with_element};
+use bytes::{ByteKeys, ByteRows};
 use rows::{Indexed, widen_row, with_rows};
 use scores::{RowId, Running, exp_difference};
 use scratch::{Scratch, with_scratch};
 use std::ops::Range;
 use std::sync::Mutex;
 use stream::{MAX_QUERY_ROWS, RowState, scale_row};
-use tile::{QUERY_ROWS, TileState};
+use tile::{Form, QUERY_ROWS, TileState};
 
 /// Checked inputs of one attention call.
 #[derive(Clone, Copy)]
@@ -48,6 +50,8 @@ pub(crate) struct Problem<'a> {
     pub(crate) q: TensorView<'a>,
     pub(crate) k: KvView<'a>,
     pub(crate) v: KvView<'a>,
+    /// The keys as bytes, where scores may be computed from them.
+    pub(crate) byte_keys: Option<&'a ByteKeys>,
     pub(crate) options: Options<'a>,
     /// Factor of all dot products; 1 where each row has its own.
     pub(crate) scale: f32,
@@ -99,6 +103,7 @@ impl<'a> Problem<'a> {
             q,
             k,
             v,
+            byte_keys: None,
             options,
             scale,
             log_skip,
@@ -241,17 +246,38 @@ impl Kernel for Item<'_, '_> {
         let few = n <= MAX_QUERY_ROWS;
         let padded_rows = if few { n } else { n.next_multiple_of(S::ROWS) };
         let pairs = !few && tile::multiplies_pairs::<S>(problem);
-        let dp = if pairs { problem.dim / 2 } else { problem.dim }.next_multiple_of(S::LANES);
+        let as_bytes = !few && S::DOT_BYTES && problem.byte_keys.is_some() && index.is_none();
+        let dp = match (as_bytes, pairs) {
+            (true, _) => bytes::words(problem.dim),
+            (_, true) => problem.dim / 2,
+            _ => problem.dim,
+        }
+        .next_multiple_of(S::LANES);
         let vp = problem.value_dim.next_multiple_of(if few { S::LANES } else { tile::panel::<S>() });
         let queries = scratch.queries.take(padded_rows * dp);
-        for (r, &id) in ids.iter().enumerate() {
-            let to = &mut queries[r * dp..(r + 1) * dp];
-            if pairs {
-                load_query_pairs(problem, id, to);
-            } else {
-                load_query(s, problem, id, to);
+        let form = match problem.byte_keys {
+            Some(all) if as_bytes => {
+                let head_bytes = all.head(ids[0].batch * problem.kv_heads + ids[0].head / problem.group);
+                let mut rows = Box::new(ByteRows::new());
+                let mut query = vec![0f32; problem.dim.next_multiple_of(S::LANES)];
+                for (r, &id) in ids.iter().enumerate() {
+                    load_query(s, problem, id, &mut query);
+                    rows.load(r, &query[..problem.dim], head_bytes.mean, &mut queries[r * dp..(r + 1) * dp]);
+                }
+                Form::Bytes { rows, keys: head_bytes }
             }
-        }
+            _ => {
+                for (r, &id) in ids.iter().enumerate() {
+                    let to = &mut queries[r * dp..(r + 1) * dp];
+                    if pairs {
+                        load_query_pairs(problem, id, to);
+                    } else {
+                        load_query(s, problem, id, to);
+                    }
+                }
+                if pairs { Form::Pairs } else { Form::Floats }
+            }
+        };
         queries[n * dp..padded_rows * dp].fill(0.0);
         let outputs = scratch.outputs.take(padded_rows * vp);
         outputs[..padded_rows * vp].fill(0.0);
@@ -276,7 +302,7 @@ impl Kernel for Item<'_, '_> {
                 });
             }
         } else {
-            let mut state = TileState { queries, padded_dim: dp, pairs, outputs, padded_value_dim: vp, running };
+            let mut state = TileState { queries, padded_dim: dp, form, outputs, padded_value_dim: vp, running };
             let Scratch { keys: kb, values: vb, scores: sb, extra, .. } = scratch;
             tile::attend(s, problem, ids, keys, index, &mut state, kb, vb, sb, extra);
         }
@@ -508,8 +534,14 @@ pub fn attention<'a>(
     lse: &mut TensorViewMut,
     execution: &Execution,
 ) -> Result<()> {
-    let problem = Problem::new(q, k.into(), v.into(), options)?;
+    let mut problem = Problem::new(q, k.into(), v.into(), options)?;
     check_outputs(&problem, out, lse)?;
+    let byte_keys;
+    // Few rows are bound by reading keys, and read them as they are.
+    if options.qk_int8 && problem.queries * problem.group > MAX_QUERY_ROWS {
+        byte_keys = ByteKeys::new(simd::current(), &problem, execution)?;
+        problem.byte_keys = Some(&byte_keys);
+    }
     run(simd::current(), &[Job { problem, out, lse }], execution)
 }
 
@@ -531,6 +563,9 @@ pub fn attention_varlen(
 ) -> Result<()> {
     if options.bias.is_some() || options.mask.is_some() {
         return Err(Error::value("mask", "a bias or mask", "none: packed sequences take neither"));
+    }
+    if options.qk_int8 {
+        return Err(Error::value("qk_int8", true, "false: packed sequences are not offered in bytes"));
     }
     if options.segments.is_some() || options.visible_until.is_some() {
         return Err(Error::value("segments", "segments or visible_until", "none: packed sequences take neither"));

@@ -136,6 +136,9 @@ pub struct Options<'a> {
     ///
     /// A key left out weighs at most this, the row's largest 1: `n` keys left out are a share of at most `n * skip_threshold`.
     pub skip_threshold: f32,
+    /// Scores of more than 8 query rows per KV head come from queries and keys rounded to 8 bits, keys less their mean
+    /// (`dense/bytes.rs`), where the CPU multiplies bytes; elsewhere from floats.
+    pub qk_int8: bool,
     /// The result over other keys that these are added to.
     pub state: Option<State<'a>>,
 }

@@ -10,6 +10,7 @@
 //! ```
 
 use super::Problem;
+use super::bytes::{ByteProduct, ByteRows, HeadBytes, words};
 use super::rows::{Indexed, Row, Rows, Strided, numbers, widen_part, widen_row, with_rows};
 use super::scores::{RowId, Running, is_negligible, modify, online_softmax};
 use super::scratch::Buffer;
@@ -35,86 +36,162 @@ pub(crate) const fn panel<S: Simd>() -> usize {
     PANEL_VECTORS * S::LANES
 }
 
-/// `c[r][0..PANEL] (+)= sum_k a[r][k] b[k][0..PANEL]` for `R` rows; panels of `b` are packed, `PANEL` floats per k.
+/// How the micro-kernel multiplies and adds. A row's part is one float of `a` (or what its four bytes hold), a column's a vector of `b`.
+pub(super) trait Product<S: Simd>: Copy {
+    type Sum: Copy;
+    type Part: Copy;
+    /// A sum to begin with, for the columns from `column` on of the row at `c`.
+    ///
+    /// # Safety
+    /// `c` is the row's place in the result.
+    unsafe fn start(self, s: S, c: *const f32, column: usize) -> Self::Sum;
+    /// # Safety
+    /// `a` is readable for a float.
+    unsafe fn row(self, s: S, a: *const f32) -> Self::Part;
+    /// # Safety
+    /// `b` is readable for `LANES` floats.
+    unsafe fn column(self, s: S, b: *const f32) -> Self::Part;
+    fn add(self, s: S, sum: Self::Sum, row: Self::Part, column: Self::Part) -> Self::Sum;
+    /// The result for the columns from `column` on of row `r`.
+    fn finish(self, s: S, sum: Self::Sum, r: usize, column: usize) -> S::F32;
+}
+
+/// Sums of products of floats; added to what is there, or in its place.
+#[derive(Clone, Copy)]
+struct Floats {
+    add: bool,
+}
+
+impl<S: Simd> Product<S> for Floats {
+    type Sum = S::F32;
+    type Part = S::F32;
+
+    #[inline(always)]
+    unsafe fn start(self, s: S, c: *const f32, column: usize) -> S::F32 {
+        // SAFETY: the caller's promise.
+        if self.add { unsafe { s.load(c.add(column)) } } else { s.zero() }
+    }
+    #[inline(always)]
+    unsafe fn row(self, s: S, a: *const f32) -> S::F32 {
+        // SAFETY: the caller's promise.
+        s.splat(unsafe { *a })
+    }
+    #[inline(always)]
+    unsafe fn column(self, s: S, b: *const f32) -> S::F32 {
+        // SAFETY: the caller's promise.
+        unsafe { s.load(b) }
+    }
+    #[inline(always)]
+    fn add(self, s: S, sum: S::F32, row: S::F32, column: S::F32) -> S::F32 {
+        s.fma(row, column, sum)
+    }
+    #[inline(always)]
+    fn finish(self, _: S, sum: S::F32, _r: usize, _column: usize) -> S::F32 {
+        sum
+    }
+}
+
+/// Scaled sums of products of pairs of bf16.
+#[derive(Clone, Copy)]
+struct Pairs {
+    scale: f32,
+}
+
+impl<S: Simd> Product<S> for Pairs {
+    type Sum = S::F32;
+    type Part = S::I32;
+
+    #[inline(always)]
+    unsafe fn start(self, s: S, _c: *const f32, _column: usize) -> S::F32 {
+        s.zero()
+    }
+    #[inline(always)]
+    unsafe fn row(self, s: S, a: *const f32) -> S::I32 {
+        // SAFETY: the caller's promise; a pair of bf16 is four plain bytes.
+        s.splat_i32(unsafe { *a.cast::<i32>() })
+    }
+    #[inline(always)]
+    unsafe fn column(self, s: S, b: *const f32) -> S::I32 {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_bytes(b.cast()) }
+    }
+    #[inline(always)]
+    fn add(self, s: S, sum: S::F32, row: S::I32, column: S::I32) -> S::F32 {
+        s.dot2_bf16(sum, row, column)
+    }
+    #[inline(always)]
+    fn finish(self, s: S, sum: S::F32, _r: usize, _column: usize) -> S::F32 {
+        s.mul(sum, s.splat(self.scale))
+    }
+}
+
+/// `c[r][0..PANEL] = sum_k a[r][k] b[k][0..PANEL]` for `R` rows, as `product` says; panels of `b` are packed, `PANEL` floats per k.
 ///
 /// # Safety
 /// `a` holds `R` rows of `k` floats, `b` `k` rows of `PANEL`, `c` `R` rows of `PANEL`.
 #[inline(always)]
-unsafe fn micro<S: Simd, const R: usize>(
+unsafe fn micro<S: Simd, P: Product<S>, const R: usize>(
     s: S,
+    product: P,
     k: usize,
     a: *const f32,
     lda: usize,
     b: *const f32,
     c: *mut f32,
     ldc: usize,
-    add: bool,
 ) {
-    let mut acc = [[s.zero(); PANEL_VECTORS]; R];
     // SAFETY: the caller's promise on a, b and c.
     unsafe {
-        if add {
-            for (r, acc) in acc.iter_mut().enumerate() {
-                for (v, acc) in acc.iter_mut().enumerate() {
-                    *acc = s.load(c.add(r * ldc + v * S::LANES));
-                }
+        let mut acc = [[product.start(s, c, 0); PANEL_VECTORS]; R];
+        for (r, acc) in acc.iter_mut().enumerate() {
+            for (v, acc) in acc.iter_mut().enumerate() {
+                *acc = product.start(s, c.add(r * ldc), v * S::LANES);
             }
         }
         for i in 0..k {
             let row = b.add(i * panel::<S>());
-            let columns: [S::F32; PANEL_VECTORS] = [s.load(row), s.load(row.add(S::LANES))];
+            let columns: [P::Part; PANEL_VECTORS] = [product.column(s, row), product.column(s, row.add(S::LANES))];
             for (r, acc) in acc.iter_mut().enumerate() {
-                let x = s.splat(*a.add(r * lda + i));
+                let x = product.row(s, a.add(r * lda + i));
                 for (acc, &column) in acc.iter_mut().zip(&columns) {
-                    *acc = s.fma(x, column, *acc);
+                    *acc = product.add(s, *acc, x, column);
                 }
             }
         }
         for (r, acc) in acc.iter().enumerate() {
             for (v, &acc) in acc.iter().enumerate() {
-                s.store(c.add(r * ldc + v * S::LANES), acc);
-            }
-        }
-    }
-}
-
-/// `c[r][0..PANEL] = scale * sum_k a[r][k] . b[k][0..PANEL]` for `R` rows, where `a` and `b` hold pairs of bf16.
-///
-/// # Safety
-/// As [`micro`], `k` counting pairs.
-#[inline(always)]
-unsafe fn micro_pairs<S: Simd, const R: usize>(
-    s: S,
-    k: usize,
-    a: *const f32,
-    lda: usize,
-    b: *const f32,
-    c: *mut f32,
-    ldc: usize,
-    scale: f32,
-) {
-    let mut acc = [[s.zero(); PANEL_VECTORS]; R];
-    // SAFETY: the caller's promise on a, b and c; an f32 and a pair of bf16 are both four plain bytes.
-    unsafe {
-        for i in 0..k {
-            let row = b.add(i * panel::<S>()).cast::<u8>();
-            let columns: [S::I32; PANEL_VECTORS] = [s.load_bytes(row), s.load_bytes(row.add(4 * S::LANES))];
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let x = s.splat_i32(*a.add(r * lda + i).cast::<i32>());
-                for (acc, &column) in acc.iter_mut().zip(&columns) {
-                    *acc = s.dot2_bf16(*acc, x, column);
-                }
-            }
-        }
-        for (r, acc) in acc.iter().enumerate() {
-            for (v, &acc) in acc.iter().enumerate() {
-                s.store(c.add(r * ldc + v * S::LANES), s.mul(acc, s.splat(scale)));
+                s.store(c.add(r * ldc + v * S::LANES), product.finish(s, acc, r, v * S::LANES));
             }
         }
     }
 }
 
 /// [`micro`] with the instruction set's own number of rows.
+///
+/// # Safety
+/// As [`micro`], with `S::ROWS` rows.
+#[inline(always)]
+unsafe fn multiply_by<S: Simd, P: Product<S>>(
+    s: S,
+    product: P,
+    k: usize,
+    a: *const f32,
+    lda: usize,
+    b: *const f32,
+    c: *mut f32,
+    ldc: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match S::ROWS {
+            12 => micro::<S, P, 12>(s, product, k, a, lda, b, c, ldc),
+            6 => micro::<S, P, 6>(s, product, k, a, lda, b, c, ldc),
+            _ => micro::<S, P, 4>(s, product, k, a, lda, b, c, ldc),
+        }
+    }
+}
+
+/// `c[r][0..PANEL] (+)= sum_k a[r][k] b[k][0..PANEL]` of floats, for the instruction set's own number of rows.
 ///
 /// # Safety
 /// As [`micro`], with `S::ROWS` rows.
@@ -130,32 +207,7 @@ pub(crate) unsafe fn multiply<S: Simd>(
     add: bool,
 ) {
     // SAFETY: the caller's promise.
-    unsafe {
-        match S::ROWS {
-            12 => micro::<S, 12>(s, k, a, lda, b, c, ldc, add),
-            6 => micro::<S, 6>(s, k, a, lda, b, c, ldc, add),
-            _ => micro::<S, 4>(s, k, a, lda, b, c, ldc, add),
-        }
-    }
-}
-
-/// [`micro_pairs`] with the instruction set's own number of rows.
-///
-/// # Safety
-/// As [`micro_pairs`], with `S::ROWS` rows.
-#[inline(always)]
-unsafe fn multiply_pairs<S: Simd>(
-    s: S,
-    k: usize,
-    a: *const f32,
-    lda: usize,
-    b: *const f32,
-    c: *mut f32,
-    ldc: usize,
-    scale: f32,
-) {
-    // SAFETY: the caller's promise. Only AVX-512 has the instruction, with 12 rows.
-    unsafe { micro_pairs::<S, 12>(s, k, a, lda, b, c, ldc, scale) }
+    unsafe { multiply_by(s, Floats { add }, k, a, lda, b, c, ldc) }
 }
 
 /// Whether queries and keys of a problem can stay pairs of bf16.
@@ -308,13 +360,22 @@ unsafe fn pack<S: Simd, K: Rows, V: Rows>(
     }
 }
 
+/// In what form queries and keys are multiplied.
+pub(crate) enum Form<'a> {
+    /// Floats.
+    Floats,
+    /// Unscaled pairs of bf16, `dim / 2` of them a row.
+    Pairs,
+    /// Bytes, four to a float; of the keys less their mean.
+    Bytes { rows: Box<ByteRows>, keys: HeadBytes<'a> },
+}
+
 /// Query rows of one item and what they accumulate; rows are padded to a multiple of `ROWS`.
 pub(crate) struct TileState<'a> {
     /// Scaled queries, `[padded rows, padded_dim]`, zeros beyond `dim` and beyond the last row.
     pub(crate) queries: &'a [f32],
     pub(crate) padded_dim: usize,
-    /// The queries are unscaled pairs of bf16 (`dim / 2` of them a row), and so are the keys.
-    pub(crate) pairs: bool,
+    pub(crate) form: Form<'a>,
     /// `[padded rows, padded_value_dim]`, the width a multiple of the panel.
     pub(crate) outputs: &'a mut [f32],
     pub(crate) padded_value_dim: usize,
@@ -349,7 +410,7 @@ pub(crate) fn attend<S: Simd>(
     let packed_keys = key_buffer.take(KEYS * dp);
     let packed_values = value_buffer.take(KEYS * vp);
     let scores = score_buffer.take(tiles * S::ROWS * KEYS);
-    let wide = extra.take((panel * dp).max(vp)).as_mut_ptr();
+    let wide = extra.take((panel * dp).max(vp));
     let mut ranges = [(0usize, 0usize); QUERY_ROWS.div_ceil(4)];
 
     let mut start = keys.start;
@@ -372,16 +433,35 @@ pub(crate) fn attend<S: Simd>(
             let (batch, head) = (ids[0].batch, ids[0].head / problem.group);
             let keys = start..end;
             let (to_keys, to_values) = (packed_keys.as_mut_ptr(), packed_values.as_mut_ptr());
-            if state.pairs {
-                let k = numbers::<bf16>(&problem.k, batch, head);
-                let k = Strided { base: k.base.cast::<f32>(), stride: k.stride / 2 };
-                let v = numbers::<bf16>(&problem.v, batch, head);
-                pack(s, k, v, keys, index, [problem.dim / 2, problem.value_dim], [dp, vp], wide, to_keys, to_values);
-            } else {
-                with_rows!(problem, batch, head, |k, v| {
+            let dims = ([problem.dim, problem.value_dim], [dp, vp]);
+            match &state.form {
+                Form::Pairs => {
+                    let k = numbers::<bf16>(&problem.k, batch, head);
+                    let k = Strided { base: k.base.cast::<f32>(), stride: k.stride / 2 };
+                    let v = numbers::<bf16>(&problem.v, batch, head);
+                    let dims = [problem.dim / 2, problem.value_dim];
+                    pack(s, k, v, keys, index, dims, [dp, vp], wide.as_mut_ptr(), to_keys, to_values);
+                }
+                Form::Floats => with_rows!(problem, batch, head, |k, v| {
                     let keys = keys.clone();
-                    pack(s, k, v, keys, index, [problem.dim, problem.value_dim], [dp, vp], wide, to_keys, to_values);
-                });
+                    pack(s, k, v, keys, index, dims.0, dims.1, wide.as_mut_ptr(), to_keys, to_values);
+                }),
+                Form::Bytes { keys: bytes, .. } => {
+                    assert!(index.is_none());
+                    let (k, dim) = (bytes.rows(), words(problem.dim));
+                    s.call(PackKeys {
+                        k,
+                        keys: keys.clone(),
+                        dim,
+                        padded_dim: dp,
+                        wide: wide.as_mut_ptr(),
+                        to: to_keys,
+                    });
+                    with_rows!(problem, batch, head, |_k, v| {
+                        let (dim, padded_dim, wide) = (problem.value_dim, vp, wide.as_mut_ptr());
+                        s.call(PackValues { v, keys: keys.clone(), dim, padded_dim, wide, to: to_values });
+                    });
+                }
             }
             for p in 0..columns / panel {
                 let b = packed_keys.as_ptr().add(p * dp * panel);
@@ -389,10 +469,18 @@ pub(crate) fn attend<S: Simd>(
                     if low < (p + 1) * panel && p * panel < high {
                         let a = state.queries.as_ptr().add(t * S::ROWS * dp);
                         let c = scores.as_mut_ptr().add(t * S::ROWS * KEYS + p * panel);
-                        if state.pairs {
-                            multiply_pairs(s, problem.dim / 2, a, dp, b, c, KEYS, problem.scale);
-                        } else {
-                            multiply(s, problem.dim, a, dp, b, c, KEYS, false);
+                        match &state.form {
+                            Form::Floats => multiply(s, problem.dim, a, dp, b, c, KEYS, false),
+                            // Only AVX-512 multiplies pairs, with 12 rows.
+                            Form::Pairs => {
+                                let product = Pairs { scale: problem.scale };
+                                micro::<S, _, 12>(s, product, problem.dim / 2, a, dp, b, c, KEYS);
+                            }
+                            Form::Bytes { rows, keys } => {
+                                let (keys, first_row, first_key) = (*keys, t * S::ROWS, start + p * panel);
+                                let product = ByteProduct { rows, keys, first_row, first_key };
+                                multiply_by(s, product, words(problem.dim), a, dp, b, c, KEYS);
+                            }
                         }
                     }
                 }
@@ -407,7 +495,7 @@ pub(crate) fn attend<S: Simd>(
                 continue;
             }
             let rows = t * S::ROWS..((t + 1) * S::ROWS).min(ids.len());
-            if state.pairs && problem.options.row_scales.is_some() {
+            if matches!(state.form, Form::Pairs) && problem.options.row_scales.is_some() {
                 for r in rows.clone() {
                     scale_row(s, &mut scores[r * KEYS..r * KEYS + columns], problem.row_scale(ids[r]));
                 }
