@@ -35,12 +35,12 @@ pub(crate) struct RowState<'a> {
 }
 
 /// Bytes of rows asked for ahead of their use: what memory delivers while a request for more is on its way.
-const AHEAD_BYTES: usize = 4096;
+const AHEAD_BYTES: usize = 8192;
 
 /// Keys asked for ahead of their use.
 #[inline(always)]
 pub(super) fn ahead(row_bytes: usize) -> usize {
-    (AHEAD_BYTES / row_bytes.max(1)).clamp(4, KEYS / 4)
+    (AHEAD_BYTES / row_bytes.max(1)).clamp(4, KEYS / 2)
 }
 
 /// Asks for the rows that come after `turn`: those of a block's keys and, towards the end of the block, the first of `next`, whose turn
