@@ -25,9 +25,9 @@ mod _core {
     #[pymodule_export]
     use super::diagnostics::{attention_weights, prob_reduce, selective_attention};
     #[pymodule_export]
-    use super::prefix_tree::{PrefixTree, chunk_attention};
-    #[pymodule_export]
     use super::double::{attention_backward_double, attention_double};
+    #[pymodule_export]
+    use super::prefix_tree::{PrefixTree, chunk_attention};
     #[pymodule_export]
     use super::retrieval::{Signatures, retrieval_attention};
     #[pymodule_export]

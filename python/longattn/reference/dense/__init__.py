@@ -1,8 +1,8 @@
 """Oracles of `longattn.dense`."""
 
 from longattn.reference.dense.attention import attention, attention_varlen, merge, visible_keys, weighted_values
-from longattn.reference.dense.attention_weights import attention_weights
 from longattn.reference.dense.attention_backward import attention_backward
+from longattn.reference.dense.attention_weights import attention_weights
 from longattn.reference.dense.fixed_head_size_attention import fixed_head_size_attention
 from longattn.reference.dense.generalized_gaussian_bias_attention import generalized_gaussian_bias_attention
 from longattn.reference.dense.grouped_query_attention import grouped_query_attention, mha_to_gqa

@@ -8,12 +8,12 @@
 //! ```
 //! How the work is cut depends on shapes only, so results do not depend on the number of threads.
 
+mod backward;
 mod bytes;
 mod chunk;
 mod codes;
-mod logits;
-mod backward;
 pub mod double;
+mod logits;
 pub(crate) mod matrix;
 mod merge;
 mod options;
@@ -27,8 +27,8 @@ mod sums;
 pub(crate) mod tile;
 mod weights;
 
-pub use chunk::{ChunkOptions, chunk_attention};
 pub use backward::{Forward, Gradients, attention_backward, attention_varlen_backward};
+pub use chunk::{ChunkOptions, chunk_attention};
 pub use merge::merge;
 pub use options::{Broadcast, Options, RelativeBias, Segments, State};
 pub use reduce::{MAX_MOMENTS, Reductions, prob_reduce};
