@@ -50,7 +50,7 @@ def attention_backward(
     the latter two summed over the query group, and `d_sinks = -sum(exp(sink - lse) * delta)`. Biases, masks,
     slopes and scales are constants. A row that sees no key has no part in any gradient. NaN and infinities
     reach the gradients of what sees them. A forward call with a `state` has these gradients too, from its own
-    output and lse; one with a `skip_threshold` has none.
+    output and lse; one with a `skip_threshold` or `qk_int8` has none.
 
     Args:
         d_out: gradient of the output, shape and dtype of `out`.

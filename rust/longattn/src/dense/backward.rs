@@ -76,8 +76,9 @@ impl<'a> Job<'a> {
         if problem.value_dim == 0 {
             return Err(Error::value("v", format!("shape {:?}", v.shape()), "a head_dim of at least 1"));
         }
-        if options.state.is_some() || options.skip_threshold > 0.0 {
-            return Err(Error::value("options", "a state or a skip_threshold", "neither: they have no gradient"));
+        if options.state.is_some() || options.skip_threshold > 0.0 || options.qk_int8 {
+            let got = "a state, a skip_threshold or qk_int8";
+            return Err(Error::value("options", got, "none of these: they have no gradient"));
         }
         let rows = [problem.batch, problem.query_heads, problem.queries];
         let outputs = [rows[0], rows[1], rows[2], problem.value_dim];
