@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 
 F32, F16, BF16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+F64 = np.dtype(np.float64)
 DTYPES = (F32, F16, BF16)
 
 #: Memory layouts of a `[B, H, L, D]` array. The last two cannot be read in place and cost a copy.

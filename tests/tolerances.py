@@ -1,6 +1,7 @@
 """How far a result may be from its float64 reference: the one place where tolerances are stated.
 
-Kernels read storage dtypes exactly and compute in float32, whose unit roundoff is `U`. Rounding errors have
+Kernels read storage dtypes exactly and compute in float32, whose unit roundoff is `U` (float64 arrays in float64,
+where `U_DOUBLE` stands in its place). Rounding errors have
 either sign and mostly cancel, so sums are held to what their terms' size allows, not to the worst case:
 
 - A logit is a sum of products that never exceeds `S`, the largest `scale * |q| |k|`, and errs by `U * S`;
@@ -19,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 U = 2.0**-24
+U_DOUBLE = 2.0**-53
 SAFETY = 4.0
 
 #: Unit roundoff and half the smallest subnormal of each storage dtype.
@@ -26,7 +28,13 @@ ROUNDOFF = {
     np.dtype(np.float32): (2.0**-24, 2.0**-150),
     np.dtype(np.float16): (2.0**-11, 2.0**-25),
     np.dtype(ml_dtypes.bfloat16): (2.0**-8, 2.0**-134),
+    np.dtype(np.float64): (2.0**-53, 0.0),
 }
+
+
+def unit(dtype):
+    """Unit roundoff of the arithmetic that inputs of this dtype get."""
+    return U_DOUBLE if dtype == np.float64 else U
 
 
 @dataclass(frozen=True)
@@ -57,13 +65,94 @@ def attention(q, k, v, *, scale=None, offset=0.0):
         scale: as in the call.
         offset: the largest magnitude of what is added to the logits (bias, ALiBi).
     """
-    dim = q.shape[-1]
-    scale = dim**-0.5 if scale is None else abs(scale)
-    largest = scale * _row_norm(q) * _row_norm(k)
-    logit = SAFETY * U * (largest + 2 * offset + 4)
-    summed = SAFETY * U * np.sqrt(k.shape[-2])
+    u = unit(q.dtype)
+    logit, summed = _logit(q, k, scale, offset), SAFETY * u * np.sqrt(k.shape[-2])
     roundoff, smallest = ROUNDOFF[q.dtype]
-    return Tolerance(atol=2 * logit * _largest(v) + smallest, rtol=roundoff + summed + 2 * U, lse_atol=logit + summed)
+    atol, rtol = 2 * logit * _largest(v) + smallest, roundoff + summed + 2 * u
+    return Tolerance(atol=atol, rtol=rtol, lse_atol=logit + summed, lse_rtol=2 * u)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Allowed `|actual - expected|` of each element of the gradients, but for the rounding of the result."""
+
+    allowed: tuple[np.ndarray, ...]
+    roundoff: tuple[float, ...]
+
+    def check(self, actual, expected):
+        """Assert that gradients `(dq, dk, dv)`, and `d_sinks` where there is one, are close; NaN must be the same."""
+        names = ("dq", "dk", "dv", "d_sinks")
+        for name, x, y, atol, rtol in zip(names, actual, expected, self.allowed, self.roundoff, strict=False):
+            error, allowed = np.abs(np.asarray(x, np.float64) - y), atol + rtol * np.abs(y)
+            far = ~(error <= allowed) & ~(np.isnan(x) & np.isnan(y))
+            if far.any():
+                at = np.unravel_index(np.argmax(np.where(far, error / allowed, 0.0)), error.shape)
+                raise AssertionError(
+                    f"{name}: {far.sum()} of {far.size} elements are off, {at} is {x[at]} for {y[at]}, "
+                    f"allowed {allowed[at]:.2e}"
+                )
+
+
+def attention_backward(q, k, v, d_out, *, weights, sink_weights=None, d_lse=None, scale=None, offset=0.0):
+    """Tolerance of the gradients by `q`, `k`, `v` and the sink logits.
+
+    A weight `p` errs by a factor within `1 +- w`, `w` the error of logit and lse and of the sums it goes into.
+    `d_out . v` errs by `e`, the rounding of a product, and `delta = d_out . out` by `f`, which has the rounding of
+    the stored output as well. So a score's gradient errs by `p (w |d_out . v - delta| + e + f)`. `f` is one number
+    per row and adds up along it; all other errors have either sign, so that of a sum is the root of their squares.
+
+    Args:
+        q: queries `[..., Hq, Lq, D]`.
+        k: keys `[..., Hkv, Lk, D]`.
+        v: values.
+        d_out: gradient of the output.
+        weights: the softmax weights, `[..., Hq, Lq, Lk]`, of the reference.
+        sink_weights: those of the sinks, `[..., Hq, Lq]`.
+        d_lse: gradient of the lse.
+        scale: as in the call; the largest counts.
+        offset: as in `attention`.
+    """
+    u, dtypes = (
+        unit(q.dtype),
+        (q.dtype, k.dtype, v.dtype, np.dtype(np.float64 if q.dtype == np.float64 else np.float32)),
+    )
+    factor = q.shape[-1] ** -0.5 if scale is None else float(np.max(np.abs(scale)))
+    group = q.shape[-3] // k.shape[-3]
+    most = max(group * q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1])
+    w = 2 * _logit(q, k, scale, offset) + SAFETY * u * np.sqrt(most)
+    q, k, v, d_out = (_finite(np.asarray(x, np.float64)) for x in (q, k, v, d_out))
+    k, v = (np.repeat(x, group, axis=-3) for x in (k, v))
+    out = weights @ v
+    lse = np.zeros(q.shape[:-1]) if d_lse is None else _finite(np.asarray(d_lse, np.float64))
+    delta = (d_out * out).sum(axis=-1) - lse
+    long, across = np.linalg.norm(d_out, axis=-1), v.swapaxes(-1, -2)
+    e = SAFETY * u * long[..., None] * np.linalg.norm(v, axis=-1)[..., None, :]
+    f = SAFETY * (u * (long * np.linalg.norm(out, axis=-1) + np.abs(lse)))
+    f = f + SAFETY * ROUNDOFF[dtypes[0]][0] * np.linalg.norm(d_out * out, axis=-1)
+    change = d_out @ across - delta[..., None]
+    own, common = weights * (w * np.abs(change) + e), weights * f[..., None]
+
+    def over_group(x):
+        return x.reshape(*x.shape[:-3], -1, group, *x.shape[-2:]).sum(axis=-3)
+
+    dq = factor * (np.sqrt(own**2 @ k**2) + common @ np.abs(k))
+    dk = factor * np.sqrt(over_group(((own + common) ** 2).swapaxes(-1, -2) @ q**2))
+    dv = np.sqrt(over_group(((w * weights) ** 2).swapaxes(-1, -2) @ d_out**2))
+    allowed = [dq, dk, dv]
+    if sink_weights is not None:
+        shares = sink_weights * (w * np.abs(delta) + f)
+        axes = tuple(n for n in range(shares.ndim) if n != shares.ndim - 2)
+        allowed.append(np.sqrt((shares**2).sum(axis=axes)))
+    # Weights that underflow in float32, and results that do in storage.
+    tiny = 0.0 if dtypes[0] == np.float64 else 1e-37
+    floors = (x + tiny + ROUNDOFF[dtype][1] for x, dtype in zip(allowed, dtypes, strict=False))
+    return Gradients(tuple(floors), tuple(ROUNDOFF[dtype][0] for dtype in dtypes))
+
+
+def _logit(q, k, scale, offset):
+    """Error of a logit."""
+    scale = q.shape[-1] ** -0.5 if scale is None else float(np.max(np.abs(scale)))
+    return SAFETY * unit(q.dtype) * (scale * _row_norm(q) * _row_norm(k) + 2 * offset + 4)
 
 
 def latent_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, *, scale=None, offset=0.0):

@@ -22,6 +22,8 @@ Array: TypeAlias = Any
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 #: Storage dtypes of queries, keys, values and outputs.
 FLOATS: tuple[np.dtype[Any], ...] = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+#: What dense attention takes beside them, slowly.
+FLOAT64: np.dtype[Any] = np.dtype(np.float64)
 
 #: Storage of a `KVStore` that keeps codes instead of numbers.
 CODES = ("int8", "int4")
@@ -191,8 +193,8 @@ def _borrow_torch(t: Any, name: str) -> NDArray[Any]:
     if t.requires_grad:
         if torch.is_grad_enabled():
             raise ValueError(
-                f"{name}: got a tensor that requires grad, expected none: longattn computes no gradients; "
-                "pass tensor.detach() or call under torch.no_grad()"
+                f"{name}: got a tensor that requires grad, expected none: this function computes no "
+                "gradients; call longattn.torch.attention, which does, or call under torch.no_grad()"
             )
         t = t.detach()
     if t.dtype == torch.bfloat16:  # numpy() knows no bfloat16; the bits do

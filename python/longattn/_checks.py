@@ -14,19 +14,54 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from longattn._arrays import BFLOAT16, FLOATS, Array, CodedRows, as_numpy, as_output, like
+from longattn._arrays import BFLOAT16, FLOAT64, FLOATS, Array, CodedRows, as_numpy, as_output, like
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 _LARGEST_SIZE = int(np.iinfo(np.intp).max)
 
 
+def arithmetic(qn: NDArray[Any]) -> np.dtype[Any]:
+    """The dtype that attention of the queries `qn` computes in."""
+    return FLOAT64 if qn.dtype == FLOAT64 else np.dtype(np.float32)
+
+
+def dense_inputs(
+    q: Array, k: Array, v: Array, *, codes: bool = False
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Queries, keys and values `[B, H, L, D]` or `[H, L, D]` that fit each other; `codes` as in `attention_inputs`."""
+    qn, kn, vn = attention_inputs(q, k, v, ranks=(3, 4), codes=codes, double=True)
+    for x, name in ((kn, "k"), (vn, "v")):
+        if x.shape[:-3] != qn.shape[:-3]:
+            raise ValueError(f"{name}: got batch {x.shape[0]}, expected {qn.shape[0]} as in q")
+    check_heads(qn.shape[-3], kn.shape[-3], vn.shape[-3])
+    if vn.shape[-2] != kn.shape[-2]:
+        raise ValueError(f"v: got length {vn.shape[-2]}, expected {kn.shape[-2]} as in k")
+    return qn, kn, vn
+
+
+def packed_inputs(
+    q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+    """Packed queries, keys and values `[T, H, D]` that fit each other, and the bounds of their sequences."""
+    qn, kn, vn = attention_inputs(q, k, v, ranks=(3,))
+    check_heads(qn.shape[1], kn.shape[1], vn.shape[1])
+    if vn.shape[0] != kn.shape[0]:
+        raise ValueError(f"v: got length {vn.shape[0]}, expected {kn.shape[0]} as in k")
+    cu_q = sequence_bounds(cu_seqlens_q, "cu_seqlens_q", qn.shape[0])
+    cu_k = sequence_bounds(cu_seqlens_k, "cu_seqlens_k", kn.shape[0])
+    if len(cu_k) != len(cu_q):
+        raise ValueError(f"cu_seqlens_k: got {len(cu_k) - 1} sequences, expected {len(cu_q) - 1} as in cu_seqlens_q")
+    return qn, kn, vn, cu_q, cu_k
+
+
 def attention_inputs(
-    q: Array, k: Array, v: Array, *, ranks: tuple[int, ...], codes: bool = False
+    q: Array, k: Array, v: Array, *, ranks: tuple[int, ...], codes: bool = False, double: bool = False
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Queries, keys and values as numpy arrays of fitting rank, dtype and head_dim.
 
-    With `codes`, keys and values may also be rows of codes, which look like arrays as far as checks go.
+    With `codes`, keys and values may also be rows of codes, which look like arrays as far as checks go; with
+    `double`, all three may be float64.
     """
     qn = as_numpy(q, "q")
     kn, vn = (
@@ -37,8 +72,10 @@ def attention_inputs(
     for x, name in ((kn, "k"), (vn, "v")):
         if x.ndim != qn.ndim:
             raise ValueError(f"{name}: got shape {x.shape}, expected rank {qn.ndim} as q")
+    all_double = double and all(x.dtype == FLOAT64 for x in (qn, kn, vn))
     for x, name in ((qn, "q"), (kn, "k"), (vn, "v")):
-        check_float_storage(x, name)
+        if not all_double:
+            check_float_storage(x, name, double)
         if x.shape[-1] == 0:
             raise ValueError(f"{name}: got head_dim 0 in shape {x.shape}, expected at least 1")
     if vn.dtype != kn.dtype:
@@ -53,9 +90,11 @@ def shape_of(x: Array, name: str) -> tuple[int, ...]:
     return tuple(x.shape) if hasattr(x, "shape") else as_numpy(x, name, any_strides=True).shape
 
 
-def check_float_storage(x: NDArray[Any], name: str) -> None:
+def check_float_storage(x: NDArray[Any], name: str, double: bool = False) -> None:
+    """Whether a storage dtype came; `double`: where float64 would do, if it were everywhere."""
     if not isinstance(x, CodedRows) and x.dtype not in FLOATS:
-        raise TypeError(f"{name}: got dtype {x.dtype}, expected float32, float16 or bfloat16")
+        hint = ", or float64 for all of q, k and v" if double else ""
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected float32, float16 or bfloat16{hint}")
 
 
 def check_floating(x: NDArray[Any], name: str) -> None:
@@ -107,7 +146,7 @@ def scale_factor(scale: object, dim: int) -> float:
     return number
 
 
-def row_scales(scale: Array, rows: tuple[int, ...]) -> NDArray[np.float32]:
+def row_scales(scale: Array, rows: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """Factors of query rows as `[B, Hq, Lq, 1]`, from `[Hq]`, `[Hq, Lq]` or `[B, Hq, Lq]`."""
     x = as_numpy(scale, "scale", any_strides=True)
     check_floating(x, "scale")
@@ -117,9 +156,9 @@ def row_scales(scale: Array, rows: tuple[int, ...]) -> NDArray[np.float32]:
             f"scale: got shape {x.shape}, expected {(heads,)}, {(heads, length)} or {(batch, heads, length)}"
         )
     with np.errstate(over="ignore"):
-        factors = x.astype(np.float32, copy=False)
+        factors: NDArray[Any] = x.astype(dtype, copy=False)
     if not np.isfinite(factors).all():
-        raise ValueError("scale: got an array with numbers that are no finite float32, expected finite ones")
+        raise ValueError(f"scale: got an array with numbers that are no finite {np.dtype(dtype)}, expected finite ones")
     if factors.ndim == 1:
         factors = factors[:, None]
     return np.broadcast_to(factors, (batch, heads, length))[..., None]
@@ -154,11 +193,11 @@ def broadcast_scores(x: NDArray[Any], name: str, shape: tuple[int, ...]) -> NDAr
     return batched(full, 4)
 
 
-def bias_scores(bias: Array, scores: tuple[int, ...]) -> NDArray[np.float32]:
+def bias_scores(bias: Array, scores: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     x = as_numpy(bias, "bias", any_strides=True)
     check_floating(x, "bias")
     with np.errstate(over="ignore"):  # float64's lowest number, a common "masked", becomes -inf
-        return broadcast_scores(x.astype(np.float32, copy=False), "bias", scores)
+        return broadcast_scores(x.astype(dtype, copy=False), "bias", scores)
 
 
 def mask_scores(mask: Array, scores: tuple[int, ...]) -> NDArray[np.bool_]:
@@ -168,7 +207,7 @@ def mask_scores(mask: Array, scores: tuple[int, ...]) -> NDArray[np.bool_]:
     return broadcast_scores(x, "mask", scores)
 
 
-def relative_table(table: Array, zero: object, heads: int) -> tuple[NDArray[np.float32], int]:
+def relative_table(table: Array, zero: object, heads: int, dtype: DTypeLike) -> tuple[NDArray[Any], int]:
     """The table `[Hq, n]` and the entry of distance 0."""
     x = as_numpy(table, "relative_bias")
     check_floating(x, "relative_bias")
@@ -185,7 +224,7 @@ def relative_table(table: Array, zero: object, heads: int) -> tuple[NDArray[np.f
         if not 0 <= at < entries:
             raise ValueError(f"relative_zero: got {at}, expected an entry of the table, 0 to {entries - 1}")
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(x, np.float32), at
+        return np.ascontiguousarray(x, dtype), at
 
 
 def int32_rows(values: Array, name: str, batch: int, length: int) -> NDArray[Any]:
@@ -230,8 +269,8 @@ def skip_fraction(threshold: object) -> float:
 
 
 def carried_state(
-    state: object, out_shape: tuple[int, ...], lse_shape: tuple[int, ...]
-) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    state: object, out_shape: tuple[int, ...], lse_shape: tuple[int, ...], dtype: DTypeLike = np.float32
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Output and log-sum-exp of an earlier part, in the shapes of this call's own."""
     if not isinstance(state, tuple | list) or len(state) != 2:
         raise TypeError(f"state: got {type(state).__name__}, expected a pair (o, lse)")
@@ -242,10 +281,11 @@ def carried_state(
         raise ValueError(f"state o: got shape {o.shape}, expected {out_shape} as the output")
     if lse.shape != lse_shape:
         raise ValueError(f"state lse: got shape {lse.shape}, expected {lse_shape}")
-    return (o if o.dtype in FLOATS else o.astype(np.float32)), np.ascontiguousarray(lse, np.float32)
+    kept = o.dtype in FLOATS if dtype == np.float32 else o.dtype == dtype
+    return (o if kept else o.astype(dtype)), np.ascontiguousarray(lse, dtype)
 
 
-def slopes_per_head(alibi_slopes: Array, batch_heads: tuple[int, ...]) -> NDArray[np.float32]:
+def slopes_per_head(alibi_slopes: Array, batch_heads: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """Slopes as contiguous `[B, Hq]`."""
     x = as_numpy(alibi_slopes, "alibi_slopes")
     check_floating(x, "alibi_slopes")
@@ -253,15 +293,15 @@ def slopes_per_head(alibi_slopes: Array, batch_heads: tuple[int, ...]) -> NDArra
     batch = math.prod(batch_heads[:-1])
     if x.shape not in ((heads,), (batch, heads)):
         raise ValueError(f"alibi_slopes: got shape {x.shape}, expected {(heads,)} or {(batch, heads)}")
-    return np.ascontiguousarray(np.broadcast_to(x, (batch, heads)), np.float32)
+    return np.ascontiguousarray(np.broadcast_to(x, (batch, heads)), dtype)
 
 
-def per_head(values: Array, name: str, heads: int) -> NDArray[np.float32]:
+def per_head(values: Array, name: str, heads: int, dtype: DTypeLike = np.float32) -> NDArray[Any]:
     x = as_numpy(values, name)
     check_floating(x, name)
     if x.shape != (heads,):
         raise ValueError(f"{name}: got shape {x.shape}, expected {(heads,)}, one per query head")
-    return np.ascontiguousarray(x, np.float32)
+    return np.ascontiguousarray(x, dtype)
 
 
 def sequence_bounds(cu_seqlens: Array, name: str, total: int) -> NDArray[np.int64]:
@@ -302,7 +342,7 @@ def result_array(
     return as_output(out, like=q, shape=shape, dtype=dtype, inputs=inputs)
 
 
-def returned(out: Array | None, q: Array, result: NDArray[Any], lse: NDArray[np.float32] | None) -> Any:
+def returned(out: Array | None, q: Array, result: NDArray[Any], lse: NDArray[Any] | None) -> Any:
     output = like(q, result) if out is None else out
     return output if lse is None else (output, like(q, lse))
 

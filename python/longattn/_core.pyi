@@ -42,6 +42,52 @@ def merge(
     out: NDArray[Any],
     lse: NDArray[np.float32],
 ) -> None: ...
+def attention_backward(
+    d_out: NDArray[Any],
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+    d_lse: NDArray[np.float32] | None,
+    dq: NDArray[Any],
+    dk: NDArray[Any],
+    dv: NDArray[Any],
+    d_sinks: NDArray[np.float32] | None,
+    options: Options,
+) -> None: ...
+def attention_varlen_backward(
+    d_out: NDArray[Any],
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+    d_lse: NDArray[np.float32] | None,
+    dq: NDArray[Any],
+    dk: NDArray[Any],
+    dv: NDArray[Any],
+    d_sinks: NDArray[np.float32] | None,
+    cu_seqlens_q: NDArray[np.int64],
+    cu_seqlens_k: NDArray[np.int64],
+    options: Options,
+) -> None: ...
+def attention_double(
+    q: NDArray[np.float64],
+    k: NDArray[np.float64],
+    v: NDArray[np.float64],
+    options: Options,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+def attention_backward_double(
+    d_out: NDArray[np.float64],
+    q: NDArray[np.float64],
+    k: NDArray[np.float64],
+    v: NDArray[np.float64],
+    out: NDArray[np.float64],
+    lse: NDArray[np.float64],
+    d_lse: NDArray[np.float64] | None,
+    options: Options,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]: ...
 
 # weights that are looked at, not multiplied by values
 

@@ -1,6 +1,7 @@
 """Exact attention and the methods that are it: one module per method."""
 
 from longattn.dense.attention import attention
+from longattn.dense.attention_backward import attention_backward, attention_varlen_backward
 from longattn.dense.attention_varlen import attention_varlen
 from longattn.dense.attention_weights import attention_weights
 from longattn.dense.fixed_head_size_attention import ScoreRank, fixed_head_size_attention, score_rank
@@ -20,7 +21,9 @@ __all__ = [
     "ProbReductions",
     "ScoreRank",
     "attention",
+    "attention_backward",
     "attention_varlen",
+    "attention_varlen_backward",
     "attention_weights",
     "fixed_head_size_attention",
     "generalized_gaussian_bias_attention",

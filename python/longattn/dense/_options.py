@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from longattn._arrays import Array
 from longattn._checks import (
@@ -26,23 +26,26 @@ from longattn._checks import (
 
 
 class Options(TypedDict, total=False):
-    """What differs from plain softmax attention; names are those of the arguments."""
+    """What differs from plain softmax attention; names are those of the arguments.
 
-    scale: float | NDArray[np.float32]  # a number, or [B, Hq, Lq, 1]
+    Arrays of floats are float32, for float64 queries float64, but for what a state holds.
+    """
+
+    scale: float | NDArray[Any]  # a number, or [B, Hq, Lq, 1]
     causal: bool
     window: tuple[int, int]
     softcap: float
-    bias: NDArray[np.float32]  # [B, Hq, Lq, Lk], as mask
+    bias: NDArray[Any]  # [B, Hq, Lq, Lk], as mask
     mask: NDArray[np.bool_]
-    alibi_slopes: NDArray[np.float32]  # [B, Hq]
-    sinks: NDArray[np.float32]  # [Hq]
-    relative_bias: NDArray[np.float32]  # [Hq, n]
+    alibi_slopes: NDArray[Any]  # [B, Hq]
+    sinks: NDArray[Any]  # [Hq]
+    relative_bias: NDArray[Any]  # [Hq, n]
     relative_zero: int
     segments: tuple[NDArray[np.int32], NDArray[np.int32]]  # [B, Lq] and [B, Lk]
     visible_until: NDArray[np.int32]  # [B, Lk]
     skip_threshold: float
     qk_int8: bool
-    state: tuple[NDArray[Any], NDArray[np.float32]]  # [B, Hq, Lq, Dv] and [B, Hq, Lq]
+    state: tuple[NDArray[Any], NDArray[Any]]  # [B, Hq, Lq, Dv] and [B, Hq, Lq]; for float64 [B, Hq, Lq, 1]
 
 
 def is_array(x: object) -> bool:
@@ -55,6 +58,7 @@ def score_options(
     keys: int,
     *,
     span: int,
+    dtype: DTypeLike = np.float32,
     causal: object = False,
     window: object = (-1, -1),
     scale: object = None,
@@ -69,11 +73,14 @@ def score_options(
     visible_until: Array | None = None,
     skip_threshold: object = 0.0,
 ) -> Options:
-    """Options of queries of shape `[..., Hq, Lq, D]` over `keys` keys; distances stay below `span`."""
+    """Options of queries of shape `[..., Hq, Lq, D]` over `keys` keys, for arithmetic in `dtype`.
+
+    Distances stay below `span`.
+    """
     *outer, heads, length, dim = shape
     batch = outer[0] if outer else 1
     rows = shape[:-1]
-    options: Options = {"scale": row_scales(scale, rows) if is_array(scale) else scale_factor(scale, dim)}
+    options: Options = {"scale": row_scales(scale, rows, dtype) if is_array(scale) else scale_factor(scale, dim)}
     if flag(causal, "causal"):
         options["causal"] = True
     sides = window_sides(window, span)
@@ -83,15 +90,15 @@ def score_options(
     if cap:
         options["softcap"] = cap
     if bias is not None:
-        options["bias"] = bias_scores(bias, (*rows, keys))
+        options["bias"] = bias_scores(bias, (*rows, keys), dtype)
     if mask is not None:
         options["mask"] = mask_scores(mask, (*rows, keys))
     if alibi_slopes is not None:
-        options["alibi_slopes"] = slopes_per_head(alibi_slopes, shape[:-2])
+        options["alibi_slopes"] = slopes_per_head(alibi_slopes, shape[:-2], dtype)
     if sinks is not None:
-        options["sinks"] = per_head(sinks, "sinks", heads)
+        options["sinks"] = per_head(sinks, "sinks", heads, dtype)
     if relative_bias is not None:
-        options["relative_bias"], options["relative_zero"] = relative_table(relative_bias, relative_zero, heads)
+        options["relative_bias"], options["relative_zero"] = relative_table(relative_bias, relative_zero, heads, dtype)
     elif relative_zero is not None:
         raise ValueError(f"relative_zero: got {relative_zero!r} without relative_bias, expected both or neither")
     if segments is not None:
@@ -102,6 +109,21 @@ def score_options(
     if skip:
         options["skip_threshold"] = skip
     return options
+
+
+def packed_options(
+    shape: tuple[int, ...], keys: int, *, scale: object = None, alibi_slopes: Array | None = None, **options: Any
+) -> Options:
+    """Options of packed queries `[Tq, Hq, D]`: one query row stands for all, as nothing differs between them."""
+    total, heads, dim = shape
+    return score_options(
+        (heads, 1, dim),
+        keys,
+        span=total + keys,
+        scale=per_head(scale, "scale", heads) if is_array(scale) else scale,
+        alibi_slopes=None if alibi_slopes is None else per_head(alibi_slopes, "alibi_slopes", heads),
+        **options,
+    )
 
 
 def arrays_of(options: Options) -> dict[str, NDArray[Any]]:

@@ -2,8 +2,8 @@
 
 Arrays are numpy arrays, torch CPU tensors or other DLPack CPU arrays. They are read where they lie, with any
 strides whose last axis is contiguous; another layout costs one copy (`bias` and `mask` may have any). Storage
-is float32, float16 or bfloat16, arithmetic float32. Results have the kind and dtype of `q`, and the same bits
-whatever the number of threads.
+is float32, float16 or bfloat16, arithmetic float32; or both are float64. Results have the kind and dtype of `q`,
+and the same bits whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -13,16 +13,8 @@ from typing import Any
 import numpy as np
 
 from longattn import _core
-from longattn._arrays import Array
-from longattn._checks import (
-    attention_inputs,
-    batched,
-    carried_state,
-    check_heads,
-    flag,
-    result_array,
-    returned,
-)
+from longattn._arrays import FLOAT64, Array
+from longattn._checks import arithmetic, batched, carried_state, dense_inputs, flag, result_array, returned
 from longattn.dense._options import arrays_of, score_options
 from longattn.methods import Method
 from longattn.reference import dense as reference
@@ -59,7 +51,9 @@ def attention(
     in visible keys and values propagate, those in masked ones do not.
 
     Args:
-        q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16.
+        q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16, or all of `q`, `k` and `v`
+            float64: plain code in double precision, 10 to 20 times slower than float32 for many query rows, 40
+            times for few.
         k: keys `[B, Hkv, Lk, D]`, or `[Hkv, Lk, D]`; any of the three dtypes, not necessarily that of `q`. Or the
             `keys` of a `KVStore` of codes, `[Hkv, Lk, D]`, which are decoded in registers.
         v: values `[B, Hkv, Lk, Dv]`, or `[Hkv, Lk, Dv]`; dtype of `k`.
@@ -90,13 +84,13 @@ def attention(
             ranges are cut into pieces of at least 1024 keys, and each piece starts anew. Keys left out count
             neither in the output nor in the lse: with `n` of them, the lse is too low by at most
             `log(1 + n * t)`, and the output off by at most `2 * n * t * max |v|`. Which blocks these are depends
-            on the instruction set, not on the number of threads.
+            on the instruction set, not on the number of threads. For float64 none are.
         qk_int8: where a KV head's group has more than 8 query rows, multiply queries and keys rounded to 8 bits, in
             the manner of SageAttention: keys less the mean key of their head, one scale per row of each.
             Approximate: a logit errs by about 1 % of the standard deviation of the logits of random vectors, and
             by at most `scale * sum_d(|q_d| g + |k_d - c_d| f + f g / 2) / 2` with `f` and `g` the two scales
-            (largest magnitude over 127). Values and weights stay float32. Fewer rows, and CPUs that do not
-            multiply bytes, compute the logits as without it.
+            (largest magnitude over 127). Values and weights stay float32. Fewer rows, float64, and CPUs that
+            do not multiply bytes, compute the logits as without it.
         state: pair `(o, lse)` of an earlier part over other keys, which enters the softmax: the result is
             `merge([state, (output, lse)])` without the rounding between. `o` floating `[B, Hq, Lq, Dv]` (or
             `[Hq, Lq, Dv]`), float64 costs a copy; `lse` floating `[B, Hq, Lq]` (or `[Hq, Lq]`). Rows with
@@ -107,8 +101,9 @@ def attention(
 
     Returns:
         The output `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`), in the kind and dtype of `q`: `out` itself where it
-        was given. With `return_lse`, the pair `(output, lse)`, `lse` float32 `[B, Hq, Lq]` (or `[Hq, Lq]`) by
-        natural logarithm, `sinks` and `state` included, and -inf where there is neither a visible key nor those.
+        was given. With `return_lse`, the pair `(output, lse)`, `lse` float32 (float64 for float64) `[B, Hq, Lq]`
+        (or `[Hq, Lq]`) by natural logarithm, `sinks` and `state` included, and -inf where there is neither a
+        visible key nor those.
 
     Raises:
         TypeError: an argument of another kind or dtype.
@@ -128,18 +123,13 @@ def attention(
         >>> out.shape, lse.shape
         ((1, 8, 1, 64), (1, 8, 1))
     """
-    qn, kn, vn = attention_inputs(q, k, v, ranks=(3, 4), codes=True)
-    for x, name in ((kn, "k"), (vn, "v")):
-        if x.shape[:-3] != qn.shape[:-3]:
-            raise ValueError(f"{name}: got batch {x.shape[0]}, expected {qn.shape[0]} as in q")
-    check_heads(qn.shape[-3], kn.shape[-3], vn.shape[-3])
-    if vn.shape[-2] != kn.shape[-2]:
-        raise ValueError(f"v: got length {vn.shape[-2]}, expected {kn.shape[-2]} as in k")
-    keys = kn.shape[-2]
+    qn, kn, vn = dense_inputs(q, k, v, codes=True)
+    keys, dtype = kn.shape[-2], arithmetic(qn)
     options = score_options(
         qn.shape,
         keys,
         span=qn.shape[-2] + keys,
+        dtype=dtype,
         causal=causal,
         window=window,
         scale=scale,
@@ -158,16 +148,21 @@ def attention(
     shape = (*qn.shape[:-1], vn.shape[-1])
     if flag(qk_int8, "qk_int8"):
         options["qk_int8"] = True
+    double = dtype == FLOAT64
     if state is not None:
-        o, part = carried_state(state, shape, shape[:-1])
-        options["state"] = batched(o, 4), batched(part, 3)
+        o, part = carried_state(state, shape, shape[:-1], dtype)
+        options["state"] = batched(o, 4), batched(part[..., None], 4) if double else batched(part, 3)
     inputs = {} if out is None else {"q": qn, "k": kn, "v": vn, **arrays_of(options)}
     result = result_array(out, q, shape, qn.dtype, inputs)
 
-    lse = np.empty(shape[:-1], np.float32)
+    lse = np.empty(shape[:-1], dtype)
     if lse.size:
         q4, k4, v4, out4 = (batched(x, 4) for x in (qn, kn, vn, result))
-        _core.attention(q4, k4, v4, out4, batched(lse, 3), options)
+        if double:
+            flat, sums = _core.attention_double(q4, k4, v4, options)
+            out4[...], lse[...] = flat.reshape(out4.shape), sums.reshape(lse.shape)
+        else:
+            _core.attention(q4, k4, v4, out4, batched(lse, 3), options)
     return returned(out, q, result, lse if return_lse else None)
 
 
@@ -182,6 +177,7 @@ METHOD = Method(
     exact=True,
     modes=frozenset({"causal", "non-causal", "self", "cross"}),
     gqa=True,
+    dtypes=("float32", "float16", "bfloat16", "float64"),
     checks=(
         "Query heads of a group give what they give over repeated keys and values.",
         "A window is the mask that it stands for.",

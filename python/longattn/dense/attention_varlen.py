@@ -8,17 +8,8 @@ import numpy as np
 
 from longattn import _core
 from longattn._arrays import Array
-from longattn._checks import (
-    attention_inputs,
-    carried_state,
-    check_heads,
-    flag,
-    per_head,
-    result_array,
-    returned,
-    sequence_bounds,
-)
-from longattn.dense._options import arrays_of, is_array, score_options
+from longattn._checks import carried_state, flag, packed_inputs, result_array, returned
+from longattn.dense._options import arrays_of, packed_options
 from longattn.methods import Method
 from longattn.reference import dense as reference
 
@@ -86,31 +77,22 @@ def attention_varlen(
         >>> la.attention_varlen(q, k, v, np.array([0, 2, 5]), np.array([0, 2, 5]), causal=True).shape
         (5, 2, 4)
     """
-    qn, kn, vn = attention_inputs(q, k, v, ranks=(3,))
-    total_q, heads, dim = qn.shape
-    check_heads(heads, kn.shape[1], vn.shape[1])
-    if vn.shape[0] != kn.shape[0]:
-        raise ValueError(f"v: got length {vn.shape[0]}, expected {kn.shape[0]} as in k")
-    cu_q = sequence_bounds(cu_seqlens_q, "cu_seqlens_q", total_q)
-    cu_k = sequence_bounds(cu_seqlens_k, "cu_seqlens_k", kn.shape[0])
-    if len(cu_k) != len(cu_q):
-        raise ValueError(f"cu_seqlens_k: got {len(cu_k) - 1} sequences, expected {len(cu_q) - 1} as in cu_seqlens_q")
-    # One query row stands for all: nothing but the state differs between the rows of a head.
-    options = score_options(
-        (heads, 1, dim),
+    qn, kn, vn, cu_q, cu_k = packed_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    options = packed_options(
+        qn.shape,
         kn.shape[0],
-        span=total_q + kn.shape[0],
         causal=causal,
         window=window,
-        scale=per_head(scale, "scale", heads) if is_array(scale) else scale,
+        scale=scale,
         softcap=softcap,
-        alibi_slopes=None if alibi_slopes is None else per_head(alibi_slopes, "alibi_slopes", heads),
+        alibi_slopes=alibi_slopes,
         sinks=sinks,
         relative_bias=relative_bias,
         relative_zero=relative_zero,
         skip_threshold=skip_threshold,
     )
     return_lse = flag(return_lse, "return_lse")
+    total_q, heads, _ = qn.shape
     shape = (total_q, heads, vn.shape[2])
     if state is not None:
         o, part = carried_state(state, shape, (heads, total_q))

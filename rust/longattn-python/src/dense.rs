@@ -12,7 +12,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-fn operations(q: &TensorView, k: &KvView, v: &KvView) -> f64 {
+pub(crate) fn operations(q: &TensorView, k: &KvView, v: &KvView) -> f64 {
     let ([b, h, l, d], keys, dv) = (q.shape(), k.shape()[2], v.shape()[3]);
     [b, h, l, keys, d + dv].iter().map(|&n| n as f64).product()
 }
@@ -38,7 +38,7 @@ pub(crate) fn attention(
 }
 
 /// `[tokens, heads, dim]` as `[1, heads, tokens, dim]`.
-fn packed<'a>(name: &'static str, array: &'a Bound<'_, PyUntypedArray>) -> PyResult<TensorView<'a>> {
+pub(crate) fn packed<'a>(name: &'static str, array: &'a Bound<'_, PyUntypedArray>) -> PyResult<TensorView<'a>> {
     if array.shape().len() != 3 {
         return Err(PyValueError::new_err(format!(
             "{name}: got shape {:?}, expected [tokens, heads, dim]",
@@ -48,7 +48,7 @@ fn packed<'a>(name: &'static str, array: &'a Bound<'_, PyUntypedArray>) -> PyRes
     Ok(view(name, array)?.swap_heads_and_length())
 }
 
-fn offsets(name: &str, array: &PyReadonlyArray1<'_, i64>) -> PyResult<Vec<usize>> {
+pub(crate) fn offsets(name: &str, array: &PyReadonlyArray1<'_, i64>) -> PyResult<Vec<usize>> {
     array
         .as_slice()?
         .iter()

@@ -1,8 +1,10 @@
 //! Python bindings of longattn: arrays in, arrays out; no arithmetic of their own.
 
 mod arrays;
+mod backward;
 mod dense;
 mod diagnostics;
+mod double;
 mod errors;
 mod options;
 mod prefix_tree;
@@ -17,9 +19,13 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
+    use super::backward::{attention_backward, attention_varlen_backward};
+    #[pymodule_export]
     use super::dense::{attention, attention_varlen, merge};
     #[pymodule_export]
     use super::diagnostics::{attention_weights, prob_reduce, selective_attention};
+    #[pymodule_export]
+    use super::double::{attention_backward_double, attention_double};
     #[pymodule_export]
     use super::prefix_tree::{PrefixTree, chunk_attention};
     #[pymodule_export]

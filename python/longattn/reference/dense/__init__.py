@@ -1,6 +1,7 @@
 """Oracles of `longattn.dense`."""
 
 from longattn.reference.dense.attention import attention, attention_varlen, merge, visible_keys, weighted_values
+from longattn.reference.dense.attention_backward import attention_backward
 from longattn.reference.dense.attention_weights import attention_weights
 from longattn.reference.dense.fixed_head_size_attention import fixed_head_size_attention
 from longattn.reference.dense.generalized_gaussian_bias_attention import generalized_gaussian_bias_attention
@@ -13,6 +14,7 @@ from longattn.reference.dense.selective_attention import selective_attention
 
 __all__ = [
     "attention",
+    "attention_backward",
     "attention_varlen",
     "attention_weights",
     "fixed_head_size_attention",

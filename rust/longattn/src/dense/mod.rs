@@ -8,9 +8,11 @@
 //! ```
 //! How the work is cut depends on shapes only, so results do not depend on the number of threads.
 
+mod backward;
 mod bytes;
 mod chunk;
 mod codes;
+pub mod double;
 mod logits;
 pub(crate) mod matrix;
 mod merge;
@@ -25,6 +27,7 @@ mod sums;
 pub(crate) mod tile;
 mod weights;
 
+pub use backward::{Forward, Gradients, attention_backward, attention_varlen_backward};
 pub use chunk::{ChunkOptions, chunk_attention};
 pub use merge::merge;
 pub use options::{Broadcast, Options, RelativeBias, Segments, State};
@@ -127,18 +130,8 @@ impl<'a> Problem<'a> {
     /// Keys that causality and window leave a row.
     #[inline(always)]
     pub(crate) fn visible(&self, row: usize) -> Range<usize> {
-        let (position, keys) = (self.position(row), self.keys as isize);
-        let clamp = |x: isize| x.clamp(0, keys) as usize;
-        let mut end = keys;
-        if self.options.causal {
-            end = end.min(position + 1);
-        }
-        if let Some(right) = self.options.window_right {
-            end = end.min(position.saturating_add_unsigned(right).saturating_add(1));
-        }
-        let start = self.options.window_left.map_or(0, |left| position.saturating_sub_unsigned(left));
-        let (start, end) = (clamp(start), clamp(end));
-        start..end.max(start)
+        let Options { causal, window_left, window_right, .. } = self.options;
+        visible_keys(causal, window_left, window_right, self.queries, self.keys, row)
     }
 
     /// Factor of a row's dot products.
@@ -173,6 +166,30 @@ impl<'a> Problem<'a> {
     fn id(&self, batch: usize, kv_head: usize, r: usize) -> RowId {
         RowId { batch, head: kv_head * self.group + r % self.group, row: r / self.group }
     }
+}
+
+/// Keys that causality and window leave query row `row` of `queries`, the last of which is at the last of `keys`.
+#[inline(always)]
+fn visible_keys(
+    causal: bool,
+    left: Option<usize>,
+    right: Option<usize>,
+    queries: usize,
+    keys: usize,
+    row: usize,
+) -> Range<usize> {
+    let (position, keys) = (keys as isize - queries as isize + row as isize, keys as isize);
+    let clamp = |x: isize| x.clamp(0, keys) as usize;
+    let mut end = keys;
+    if causal {
+        end = end.min(position + 1);
+    }
+    if let Some(right) = right {
+        end = end.min(position.saturating_add_unsigned(right).saturating_add(1));
+    }
+    let start = left.map_or(0, |left| position.saturating_sub_unsigned(left));
+    let (start, end) = (clamp(start), clamp(end));
+    start..end.max(start)
 }
 
 /// Rows `rows` of one KV head, row r being query `r / group` of head `r % group`.
@@ -545,21 +562,13 @@ pub fn attention<'a>(
     run(simd::current(), &[Job { problem, out, lse }], execution)
 }
 
-/// Attention of several sequences packed one after another, as one call.
-///
-/// `q` is `[1, query heads, total queries, dim]` and so on; sequence s owns rows `queries[s]..queries[s + 1]` and keys
-/// `keys[s]..keys[s + 1]`. Bias, mask, segments and `visible_until` are not offered; `alibi_slopes` is `[query heads]`,
-/// `row_scales` may differ by head only, and distances are those inside a sequence.
-pub fn attention_varlen(
-    q: TensorView,
-    k: TensorView,
-    v: TensorView,
+/// What packed sequences ask for beyond a problem's own checks.
+fn check_packed(
+    q: &TensorView,
+    k: &TensorView,
     query_ends: &[usize],
     key_ends: &[usize],
-    options: Options,
-    out: &mut TensorViewMut,
-    lse: &mut TensorViewMut,
-    execution: &Execution,
+    options: &Options,
 ) -> Result<()> {
     if options.bias.is_some() || options.mask.is_some() {
         return Err(Error::value("mask", "a bias or mask", "none: packed sequences take neither"));
@@ -577,6 +586,26 @@ pub fn attention_varlen(
             return Err(Error::value(name, format!("{ends:?}"), expected));
         }
     }
+    Ok(())
+}
+
+/// Attention of several sequences packed one after another, as one call.
+///
+/// `q` is `[1, query heads, total queries, dim]` and so on; sequence s owns rows `queries[s]..queries[s + 1]` and keys
+/// `keys[s]..keys[s + 1]`. Bias, mask, segments and `visible_until` are not offered; `alibi_slopes` is `[query heads]`,
+/// `row_scales` may differ by head only, and distances are those inside a sequence.
+pub fn attention_varlen(
+    q: TensorView,
+    k: TensorView,
+    v: TensorView,
+    query_ends: &[usize],
+    key_ends: &[usize],
+    options: Options,
+    out: &mut TensorViewMut,
+    lse: &mut TensorViewMut,
+    execution: &Execution,
+) -> Result<()> {
+    check_packed(&q, &k, query_ends, key_ends, &options)?;
     let (k, v) = (KvView::from(k), KvView::from(v));
     check_outputs(&Problem::new(q, k, v, options)?, out, lse)?;
     let parts: Vec<_> = (1..query_ends.len())

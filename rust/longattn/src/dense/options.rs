@@ -49,6 +49,11 @@ impl<'a, T> Broadcast<'a, T> {
         Err(Error::value(name, format!("shape {:?}", self.shape), format!("{shape:?}, axes may be 1")))
     }
 
+    /// `[batch, query heads, queries, keys]`, or what the axes of another use are.
+    pub(crate) fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
     /// Pointer to an element and the stride along the keys.
     #[inline(always)]
     pub(crate) fn row(&self, batch: usize, head: usize, row: usize, key: usize) -> (*const T, isize) {
@@ -60,17 +65,17 @@ impl<'a, T> Broadcast<'a, T> {
 
 /// A bias that depends on the distance between key and position.
 #[derive(Clone, Copy, Debug)]
-pub struct RelativeBias<'a> {
+pub struct RelativeBias<'a, F = f32> {
     /// `[query heads, entries]`; entry `key - position + zero`, or the nearest there is, is added to the logit.
-    pub table: &'a [f32],
+    pub table: &'a [F],
     /// The entry of the key at the query's own position.
     pub zero: usize,
 }
 
-impl<'a> RelativeBias<'a> {
+impl<'a, F> RelativeBias<'a, F> {
     /// Entries of one of `heads` heads.
     #[inline(always)]
-    pub(crate) fn of_head(&self, head: usize, heads: usize) -> &'a [f32] {
+    pub(crate) fn of_head(&self, head: usize, heads: usize) -> &'a [F] {
         let entries = self.table.len() / heads;
         &self.table[head * entries..(head + 1) * entries]
     }
@@ -102,13 +107,14 @@ impl State<'_> {
     }
 }
 
-/// What changes the scores. Logits are `scale * q . k`, then softcap, then ALiBi, relative bias and bias, then masks.
+/// What changes the scores. Logits are `scale * q . k`, then softcap, then ALiBi, relative bias and bias, then masks. `F` is the type
+/// of the arithmetic.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Options<'a> {
+pub struct Options<'a, F = f32> {
     /// Factor of the dot products; `None` is `head_dim^-0.5`.
-    pub scale: Option<f32>,
+    pub scale: Option<F>,
     /// Factors of each query row's dot products in place of `scale`, `[batch, query heads, queries, 1]`.
-    pub row_scales: Option<Broadcast<'a, f32>>,
+    pub row_scales: Option<Broadcast<'a, F>>,
     /// Query row i, at position `keys - queries + i`, sees keys up to its own position.
     pub causal: bool,
     /// Keys that a row sees before its position; `None` is all.
@@ -116,11 +122,11 @@ pub struct Options<'a> {
     /// Keys that a row sees after its position; `None` is all.
     pub window_right: Option<usize>,
     /// `c * tanh(s / c)` when above 0.
-    pub softcap: f32,
+    pub softcap: F,
     /// Added to the logits.
-    pub bias: Option<Broadcast<'a, f32>>,
+    pub bias: Option<Broadcast<'a, F>>,
     /// Added to the logits by distance.
-    pub relative_bias: Option<RelativeBias<'a>>,
+    pub relative_bias: Option<RelativeBias<'a, F>>,
     /// Non-zero where a row sees a key.
     pub mask: Option<Broadcast<'a, u8>>,
     /// Segments that keep to themselves.
@@ -128,9 +134,9 @@ pub struct Options<'a> {
     /// The first position that does not see a key any more, `[batch, keys]`.
     pub visible_until: Option<&'a [i32]>,
     /// `-slope * |position - key|`, `[batch, query heads]`.
-    pub alibi_slopes: Option<&'a [f32]>,
+    pub alibi_slopes: Option<&'a [F]>,
     /// A logit of each query head that takes part in the denominator only.
-    pub sinks: Option<&'a [f32]>,
+    pub sinks: Option<&'a [F]>,
     /// Blocks of keys are left out of a row's softmax whose weights all lie below this, relative to the largest weight the row met
     /// before; 0 leaves out none. Several rows go together, and a block is left out for all of them or for none.
     ///
@@ -155,15 +161,18 @@ impl Options<'_> {
             && self.segments.is_none()
             && self.visible_until.is_none()
     }
+}
 
+impl<F: Copy + Into<f64>> Options<'_, F> {
     /// Whether the options fit scores of this shape, `[batch, query heads, queries, keys]`, and outputs of `value_dim` numbers.
     pub(crate) fn check(&self, scores: [usize; 4], value_dim: usize) -> Result<()> {
         let [batch, heads, queries, keys] = scores;
-        if self.scale.is_some_and(|scale| !scale.is_finite()) {
-            return Err(Error::value("scale", self.scale.unwrap_or_default(), "a finite number"));
+        let (scale, softcap): (f64, f64) = (self.scale.map_or(1.0, Into::into), self.softcap.into());
+        if !scale.is_finite() {
+            return Err(Error::value("scale", scale, "a finite number"));
         }
-        if !(self.softcap >= 0.0 && self.softcap.is_finite()) {
-            return Err(Error::value("softcap", self.softcap, "0 (off) or a positive number"));
+        if !(softcap >= 0.0 && softcap.is_finite()) {
+            return Err(Error::value("softcap", softcap, "0 (off) or a positive number"));
         }
         if !(0.0..1.0).contains(&self.skip_threshold) {
             return Err(Error::value("skip_threshold", self.skip_threshold, "0 (off) or a number below 1"));
@@ -178,8 +187,8 @@ impl Options<'_> {
             mask.check("mask", scores)?;
         }
         let lengths = [
-            ("alibi_slopes", self.alibi_slopes.map(<[f32]>::len), batch * heads),
-            ("sinks", self.sinks.map(<[f32]>::len), heads),
+            ("alibi_slopes", self.alibi_slopes.map(<[F]>::len), batch * heads),
+            ("sinks", self.sinks.map(<[F]>::len), heads),
             ("segments", self.segments.map(|s| s.queries.len()), batch * queries),
             ("segments", self.segments.map(|s| s.keys.len()), batch * keys),
             ("visible_until", self.visible_until.map(<[i32]>::len), batch * keys),

@@ -261,7 +261,7 @@ pub(crate) unsafe fn pack_transposed<S: Simd, K: Rows>(
 /// # Safety
 /// `rows` yields `dim` readable elements for every key; `to` holds `padded_dim / PANEL` panels of [`KEYS`] rows, `wide` one row.
 #[inline(always)]
-unsafe fn pack_values<S: Simd, V: Rows>(
+pub(crate) unsafe fn pack_values<S: Simd, V: Rows>(
     s: S,
     rows: V,
     keys: Range<usize>,

@@ -1,0 +1,548 @@
+"""longattn inside torch: autograd and `torch.compile`. Needs torch 2.5; import it as `longattn.torch`.
+
+    import longattn.torch
+    out = longattn.torch.attention(q, k, v, causal=True)     # q, k, v may require grad
+
+`attention` takes the place of `torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True,
+enable_gqa=True)` for CPU tensors. What differs: masks of booleans go to `mask`, masks to add to `bias`; grouped
+heads need no flag; with fewer queries than keys `causal` aligns at the end; there is no dropout.
+
+The operators behind the functions are `torch.ops.longattn.attention`, `.attention_varlen` and `.merge`, each with
+its gradient and the shapes of its results, so that `torch.compile(fullgraph=True)` keeps them whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+import longattn as la
+
+__all__ = ["attention", "attention_varlen", "merge"]
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | torch.Tensor | None = None,
+    softcap: float = 0.0,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    relative_bias: torch.Tensor | None = None,
+    relative_zero: int | None = None,
+    segments: tuple[torch.Tensor, torch.Tensor] | None = None,
+    visible_until: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`longattn.attention` for torch's autograd and `torch.compile`, with equal results.
+
+    Args:
+        q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16, or all of `q`, `k` and `v`
+            float64 (slowly). May require grad.
+        k: keys `[B, Hkv, Lk, D]`, or `[Hkv, Lk, D]`; any of the three dtypes. May require grad.
+        v: values `[B, Hkv, Lk, Dv]`, or `[Hkv, Lk, Dv]`; dtype of `k`. May require grad.
+        causal: a query sees only keys at its own position and before; the last query is at the last key.
+        window: `(left, right)`: keys that a query sees before and after its position; -1 is unbounded.
+        scale: factor on the dot products; `None` is `D ** -0.5`. A floating tensor `[Hq]`, `[Hq, Lq]` or
+            `[B, Hq, Lq]` has one factor per head or per query row; a constant.
+        softcap: `c > 0` turns each scaled logit `s` into `c * tanh(s / c)`; 0 is off.
+        bias: floating, broadcastable to `[B, Hq, Lq, Lk]`, added to the logits; a constant.
+        mask: boolean, broadcastable as `bias`; True lets the query see the key.
+        alibi_slopes: floating `[Hq]` or `[B, Hq]`; a constant.
+        sinks: floating `[Hq]`: a logit per head without a value. May require grad.
+        relative_bias: floating `[Hq, n]`: a bias by distance, as in `longattn.attention`; a constant.
+        relative_zero: the entry of distance 0; `None` is the last.
+        segments: pair of integers `[Lq]` or `[B, Lq]` and `[Lk]` or `[B, Lk]`: a query sees only keys of its own
+            number.
+        visible_until: integers `[Lk]` or `[B, Lk]`: only positions below `visible_until[j]` see key `j`.
+        return_lse: also return the log-sum-exp of the logits, differentiable as well, so that parts over
+            disjoint keys merge under autograd.
+
+    Returns:
+        The output `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`) in the dtype of `q`; with `return_lse`, the pair with
+        the lse, float32 (float64 for float64) `[B, Hq, Lq]` (or `[Hq, Lq]`).
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes or values that do not fit, a tensor outside CPU memory, or a constant that
+            requires grad.
+        RuntimeError: from a second backward pass: gradients of gradients are not computed.
+
+    Cost:
+        Forward as `longattn.attention`; backward 2.5 times its arithmetic, with `q`, `k`, `v`, the output and the
+        lse saved and a float32 copy of the gradient of `q` held meanwhile: memory linear in the lengths.
+
+    Example:
+        >>> import torch, longattn.torch
+        >>> q = torch.randn(1, 8, 100, 64, requires_grad=True)
+        >>> k, v = torch.randn(2, 1, 2, 100, 64)
+        >>> longattn.torch.attention(q, k, v, causal=True).square().sum().backward()
+        >>> q.grad.shape
+        torch.Size([1, 8, 100, 64])
+    """
+    number, factors = (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
+    of_queries, of_keys = _pair(segments, "segments")
+    _check(
+        {"q": q, "k": k, "v": v, "sinks": sinks},
+        {
+            "scale": factors,
+            "bias": bias,
+            "mask": mask,
+            "alibi_slopes": alibi_slopes,
+            "relative_bias": relative_bias,
+            "segments[0]": of_queries,
+            "segments[1]": of_keys,
+            "visible_until": visible_until,
+        },
+    )
+    left, right = _pair(window, "window")
+    out, lse = _attention(
+        q,
+        k,
+        v,
+        causal,
+        left,
+        right,
+        number,
+        factors,
+        softcap,
+        bias,
+        mask,
+        alibi_slopes,
+        relative_bias,
+        relative_zero,
+        of_queries,
+        of_keys,
+        visible_until,
+        sinks,
+    )
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | torch.Tensor | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    relative_bias: torch.Tensor | None = None,
+    relative_zero: int | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`longattn.attention_varlen` for torch's autograd and `torch.compile`, with equal results.
+
+    Args:
+        q: queries `[Tq, Hq, D]`; float32, float16 or bfloat16. May require grad.
+        k: keys `[Tk, Hkv, D]`; any of the three dtypes. May require grad.
+        v: values `[Tk, Hkv, Dv]`; dtype of `k`. May require grad.
+        cu_seqlens_q: integers `[sequences + 1]` that start at 0, never fall, and end at `Tq`.
+        cu_seqlens_k: the same for keys, ending at `Tk`.
+        causal: as in `attention`, inside each sequence.
+        window: as in `attention`, inside each sequence.
+        scale: as in `attention`, a tensor being `[Hq]`.
+        softcap: as in `attention`.
+        alibi_slopes: floating `[Hq]`; a constant.
+        sinks: floating `[Hq]`. May require grad.
+        relative_bias: floating `[Hq, n]`; a constant.
+        relative_zero: as in `attention`.
+        return_lse: also return the log-sum-exp of the logits, differentiable as well.
+
+    Returns:
+        The output `[Tq, Hq, Dv]` in the dtype of `q`; with `return_lse`, the pair with the lse, float32
+        `[Hq, Tq]`.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: as in `attention`, or sequence bounds that do not fit the arrays.
+        RuntimeError: from a second backward pass.
+
+    Cost:
+        That of `attention` summed over the sequences.
+    """
+    number, factors = (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
+    _check(
+        {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "sinks": sinks},
+        {"scale": factors, "alibi_slopes": alibi_slopes, "relative_bias": relative_bias},
+    )
+    left, right = _pair(window, "window")
+    out, lse = _varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        causal,
+        left,
+        right,
+        number,
+        factors,
+        softcap,
+        alibi_slopes,
+        relative_bias,
+        relative_zero,
+        sinks,
+    )
+    return (out, lse) if return_lse else out
+
+
+def merge(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`longattn.merge` for torch's autograd and `torch.compile`, with equal results.
+
+    Args:
+        parts: pairs `(o, lse)`, at least one, of attention over disjoint keys: `o` `[B, H, L, Dv]` or
+            `[H, L, Dv]`, float32, float16 or bfloat16; `lse` floating `[B, H, L]` or `[H, L]`. All may require
+            grad.
+
+    Returns:
+        The pair `(o, lse)` over the union of the keys: the dtype of the parts, and float32.
+
+    Raises:
+        TypeError: a part that is no pair, or tensors of another kind or dtype.
+        ValueError: no parts, shapes that differ, or a tensor outside CPU memory.
+
+    Cost:
+        One pass over all parts; backward some passes in float32.
+    """
+    pairs = list(parts)
+    for n, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"parts[{n}]: got {type(pair).__name__}, expected a pair (o, lse)")
+        _check({f"parts[{n}] o": pair[0], f"parts[{n}] lse": pair[1]}, {})
+    if not pairs:
+        raise ValueError("parts: got none, expected at least one pair (o, lse)")
+    return cast("tuple[torch.Tensor, torch.Tensor]", _merge([o for o, _ in pairs], [lse for _, lse in pairs]))
+
+
+def _check(tensors: Mapping[str, torch.Tensor | None], constants: Mapping[str, torch.Tensor | None]) -> None:
+    """What the operators cannot say clearly: kinds, devices, and gradients that do not exist."""
+    for name, x in (*tensors.items(), *constants.items()):
+        if x is None and name not in ("q", "k", "v"):
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}, expected a torch tensor")
+        if x.device.type != "cpu":
+            raise ValueError(
+                f"{name}: got a tensor on device {x.device}, expected a CPU tensor: pass tensor.cpu(), or use "
+                "torch.nn.functional.scaled_dot_product_attention there"
+            )
+    for name, x in constants.items():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: got a tensor that requires grad, expected none: {name} is a constant here; pass "
+                f"{name}.detach(), or train it with torch.nn.functional.scaled_dot_product_attention"
+            )
+
+
+def _pair(values: Any, name: str) -> tuple[Any, Any]:
+    """Both of a pair; where `None` stands for it, twice that."""
+    if values is None and name != "window":
+        return None, None
+    if not isinstance(values, tuple | list) or len(values) != 2:
+        raise TypeError(f"{name}: got {values!r}, expected a pair")
+    return values[0], values[1]
+
+
+# The operators: plain arguments in, tensors out. What they are given is checked by the functions they call.
+
+
+@torch.library.custom_op("longattn::attention", mutates_args=(), device_types="cpu")
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    scale: float | None,
+    row_scales: torch.Tensor | None,
+    softcap: float,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    relative_bias: torch.Tensor | None,
+    relative_zero: int | None,
+    q_segments: torch.Tensor | None,
+    k_segments: torch.Tensor | None,
+    visible_until: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return cast(
+        "tuple[torch.Tensor, torch.Tensor]",
+        la.attention(
+            q,
+            k,
+            v,
+            causal=causal,
+            window=(window_left, window_right),
+            scale=scale if row_scales is None else row_scales,
+            softcap=softcap,
+            bias=bias,
+            mask=mask,
+            alibi_slopes=alibi_slopes,
+            relative_bias=relative_bias,
+            relative_zero=relative_zero,
+            segments=None if q_segments is None or k_segments is None else (q_segments, k_segments),
+            visible_until=visible_until,
+            sinks=sinks,
+            return_lse=True,
+        ),
+    )
+
+
+@torch.library.custom_op("longattn::attention_backward", mutates_args=(), device_types="cpu")
+def _attention_backward(
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    scale: float | None,
+    row_scales: torch.Tensor | None,
+    softcap: float,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    relative_bias: torch.Tensor | None,
+    relative_zero: int | None,
+    q_segments: torch.Tensor | None,
+    k_segments: torch.Tensor | None,
+    visible_until: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    gradients = la.dense.attention_backward(
+        d_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        d_lse=d_lse,
+        causal=causal,
+        window=(window_left, window_right),
+        scale=scale if row_scales is None else row_scales,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        relative_bias=relative_bias,
+        relative_zero=relative_zero,
+        segments=None if q_segments is None or k_segments is None else (q_segments, k_segments),
+        visible_until=visible_until,
+        sinks=sinks,
+        return_d_sinks=sinks is not None,
+    )
+    return _with_sinks(gradients, sinks)
+
+
+@torch.library.custom_op("longattn::attention_varlen", mutates_args=(), device_types="cpu")
+def _varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    scale: float | None,
+    row_scales: torch.Tensor | None,
+    softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    relative_bias: torch.Tensor | None,
+    relative_zero: int | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return cast(
+        "tuple[torch.Tensor, torch.Tensor]",
+        la.attention_varlen(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            causal=causal,
+            window=(window_left, window_right),
+            scale=scale if row_scales is None else row_scales,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            relative_bias=relative_bias,
+            relative_zero=relative_zero,
+            sinks=sinks,
+            return_lse=True,
+        ),
+    )
+
+
+@torch.library.custom_op("longattn::attention_varlen_backward", mutates_args=(), device_types="cpu")
+def _varlen_backward(
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    scale: float | None,
+    row_scales: torch.Tensor | None,
+    softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    relative_bias: torch.Tensor | None,
+    relative_zero: int | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    gradients = la.dense.attention_varlen_backward(
+        d_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        d_lse=d_lse,
+        causal=causal,
+        window=(window_left, window_right),
+        scale=scale if row_scales is None else row_scales,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        relative_bias=relative_bias,
+        relative_zero=relative_zero,
+        sinks=sinks,
+        return_d_sinks=sinks is not None,
+    )
+    return _with_sinks(gradients, sinks)
+
+
+@torch.library.custom_op("longattn::merge", mutates_args=(), device_types="cpu")
+def _merge(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return la.merge(zip(outs, lses, strict=True))
+
+
+def _with_sinks(
+    gradients: tuple[torch.Tensor, ...], sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Operators have one number of results: without sinks their gradient is empty."""
+    dq, dk, dv = gradients[:3]
+    return dq, dk, dv, dq.new_empty(0) if sinks is None else gradients[3].to(sinks.dtype)
+
+
+# Shapes and dtypes of the results, for tensors without memory.
+
+
+def _sums_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@_attention.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=_sums_dtype(q))
+
+
+@_varlen.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+def _fake_gradients(
+    d_out: torch.Tensor, d_lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    sinks = rest[-1]
+    d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_sinks
+
+
+_attention_backward.register_fake(_fake_gradients)
+_varlen_backward.register_fake(_fake_gradients)
+
+
+@_merge.register_fake
+def _(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape, dtype=torch.float32)
+
+
+# Gradients.
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Saves tensors as tensors and the rest as it is, to be put together again in the order of the arguments."""
+    given = (*inputs[:3], *output, *inputs[3:])
+    ctx.save_for_backward(*(x for x in given if isinstance(x, torch.Tensor)))
+    ctx.others = tuple(None if isinstance(x, torch.Tensor) else (x,) for x in given)
+
+
+def _saved(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if other is None else other[0] for other in ctx.others]
+
+
+def _backward(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    saved = _saved(ctx)
+    dq, dk, dv, d_sinks = _attention_backward(d_out, d_lse, *saved)
+    return dq, dk, dv, *(None,) * (len(saved) - 6), None if saved[-1] is None else d_sinks
+
+
+def _backward_of_varlen(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    saved = _saved(ctx)
+    dq, dk, dv, d_sinks = _varlen_backward(d_out, d_lse, *saved)
+    return dq, dk, dv, *(None,) * (len(saved) - 6), None if saved[-1] is None else d_sinks
+
+
+def _save_parts(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    outs, lses = inputs
+    ctx.save_for_backward(*outs, *lses, *output)
+
+
+def _backward_of_merge(
+    ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """With `w = exp(lse_p - lse)`: `d_o_p = w d_out` and `d_lse_p = w (d_out (o_p - out) + d_lse)`."""
+    *parts, out, lse = ctx.saved_tensors
+    count = len(parts) // 2
+    d_outs, d_lses = [], []
+    for o, part in zip(parts[:count], parts[count:], strict=True):
+        # Parts that saw nothing have no weight, whatever they hold.
+        seen = part != -torch.inf
+        weight = torch.where(seen, (part.float() - lse).exp(), 0.0)
+        d_outs.append((weight.unsqueeze(-1) * d_out.float()).to(o.dtype))
+        change = (d_out.float() * (o.float() - out.float())).sum(-1) + d_lse
+        d_lses.append(torch.where(seen, weight * change, 0.0).to(part.dtype))
+    return d_outs, d_lses
+
+
+def _no_second_derivative(ctx: Any, *_: torch.Tensor) -> None:
+    raise RuntimeError(
+        "longattn.torch: got a second backward pass (create_graph=True), expected one: gradients of gradients are not "
+        "computed; use torch.nn.functional.scaled_dot_product_attention for them"
+    )
+
+
+torch.library.register_autograd("longattn::attention", _backward, setup_context=_save)
+torch.library.register_autograd("longattn::attention_varlen", _backward_of_varlen, setup_context=_save)
+torch.library.register_autograd("longattn::merge", _backward_of_merge, setup_context=_save_parts)
+torch.library.register_autograd("longattn::attention_backward", _no_second_derivative)
+torch.library.register_autograd("longattn::attention_varlen_backward", _no_second_derivative)

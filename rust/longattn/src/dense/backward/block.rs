@@ -1,0 +1,368 @@
+//! One block of keys: the gradients of its keys and values, and its part of every query's.
+
+use super::{Job, ROWS, Sum, Tile, load_row, store_row};
+use crate::dense::load_query;
+use crate::dense::rows::Strided;
+use crate::dense::scores::{RowId, modify};
+use crate::dense::scratch::{Buffer, Scratch};
+use crate::dense::tile::{KEYS, multiply, pack_transposed, pack_values, panel};
+use crate::parallel::Cancel;
+use crate::simd::{MAX_ROWS, Simd};
+use std::ops::Range;
+
+/// Keys of a block, rounded up to whole tiles of any instruction set.
+const KEY_ROWS: usize = KEYS.next_multiple_of(MAX_ROWS);
+
+const _: () = assert!(ROWS <= KEYS && ROWS.is_multiple_of(16) && ROWS.is_multiple_of(MAX_ROWS) && MAX_ROWS == 12);
+
+/// The block `block` of one KV head's keys, and the tiles of all query rows of the head's group.
+pub(super) struct Block<'a, 's> {
+    pub(super) job: &'a Job<'a>,
+    pub(super) batch: usize,
+    pub(super) kv_head: usize,
+    pub(super) block: usize,
+    pub(super) tiles: &'a [Tile],
+    pub(super) cancel: &'a Cancel,
+    pub(super) scratch: &'s mut Scratch,
+}
+
+/// Cuts a buffer into pieces of at least the sizes asked for, each on a cache line of its own.
+fn carve<const N: usize>(buffer: &mut Buffer, sizes: [usize; N]) -> [&mut [f32]; N] {
+    let sizes = sizes.map(|n| n.next_multiple_of(16));
+    let mut rest = buffer.take(sizes.iter().sum());
+    sizes.map(|n| {
+        let (piece, after) = std::mem::take(&mut rest).split_at_mut(n);
+        rest = after;
+        piece
+    })
+}
+
+/// Whether a row holds finite numbers only; its length is a multiple of `LANES`.
+#[inline(always)]
+fn is_finite<S: Simd>(s: S, row: &[f32]) -> bool {
+    let mut sum = s.zero();
+    for chunk in row.chunks_exact(S::LANES) {
+        // SAFETY: the chunk has LANES floats.
+        sum = s.fma(unsafe { s.load(chunk.as_ptr()) }, s.zero(), sum);
+    }
+    s.sum(sum) == 0.0
+}
+
+/// Turns logits into softmax weights: `exp(logit - lse)` where the row sees the key, else 0, even if `lse` is NaN.
+#[inline(always)]
+fn weights<S: Simd>(s: S, row: &mut [f32], visible: &Range<usize>, lse: f32) {
+    if lse == f32::NEG_INFINITY || visible.is_empty() {
+        row.fill(0.0);
+        return;
+    }
+    let (shift, lowest) = (s.splat(lse), s.splat(f32::MIN));
+    for chunk in row.chunks_exact_mut(S::LANES) {
+        // SAFETY: the chunk has LANES floats.
+        unsafe {
+            let logit = s.load(chunk.as_ptr());
+            let weight = s.exp(s.sub(logit, shift));
+            s.store(chunk.as_mut_ptr(), s.select_less(logit, lowest, s.zero(), weight));
+        }
+    }
+    row[..visible.start].fill(0.0);
+    row[visible.end..].fill(0.0);
+}
+
+/// The derivative of softcap at each scaled dot product.
+#[inline(always)]
+fn softcap_slope<S: Simd>(s: S, scores: &[f32], softcap: f32, to: &mut [f32]) {
+    let (inverse, one) = (s.splat(1.0 / softcap), s.splat(1.0));
+    for (from, to) in scores.chunks_exact(S::LANES).zip(to.chunks_exact_mut(S::LANES)) {
+        // SAFETY: both chunks have LANES floats.
+        unsafe {
+            let t = s.tanh(s.mul(s.load(from.as_ptr()), inverse));
+            s.store(to.as_mut_ptr(), s.sub(one, s.mul(t, t)));
+        }
+    }
+}
+
+/// `p = p (d_p - delta) slope`, and 0 wherever the weight `p` is 0, whatever the rest holds.
+#[inline(always)]
+fn score_gradient<S: Simd>(s: S, p: &mut [f32], d_p: &[f32], delta: f32, slope: Option<&[f32]>) {
+    let (delta, tiny) = (s.splat(delta), s.splat(f32::MIN_POSITIVE));
+    for j in (0..p.len()).step_by(S::LANES) {
+        // SAFETY: the slices have one length, a multiple of LANES.
+        unsafe {
+            let weight = s.load(p.as_ptr().add(j));
+            let mut x = s.mul(weight, s.sub(s.load(d_p.as_ptr().add(j)), delta));
+            if let Some(slope) = slope {
+                x = s.mul(x, s.load(slope.as_ptr().add(j)));
+            }
+            s.store(p.as_mut_ptr().add(j), s.select_less(weight, tiny, s.zero(), x));
+        }
+    }
+}
+
+/// `to[c][r] = from[r][c]` for the first `rows` rows and `columns` columns; rows are `KEYS` and `ROWS` floats apart.
+#[inline(always)]
+fn transpose<S: Simd>(s: S, from: &[f32], rows: usize, columns: usize, to: &mut [f32]) {
+    let rows = rows.next_multiple_of(S::LANES);
+    assert!(rows <= ROWS && columns <= KEYS && columns.is_multiple_of(S::LANES));
+    assert!(from.len() >= ROWS * KEYS && to.len() >= KEYS * ROWS);
+    for c in (0..columns).step_by(S::LANES) {
+        for r in (0..rows).step_by(S::LANES) {
+            // SAFETY: rows r.. and columns c.. of whole vectors lie inside both, by the assertions.
+            unsafe { s.transpose(from.as_ptr().add(r * KEYS + c), KEYS, to.as_mut_ptr().add(c * ROWS + r), ROWS) };
+        }
+    }
+}
+
+/// `to[key] += sum_r weights[key][r] rows[r]` for the block's keys: `weights` transposed, `panels` the packed rows. `seen[r]` is the
+/// range of keys that row r sees; both its ends rise with r.
+#[inline(always)]
+fn add_transposed<S: Simd>(
+    s: S,
+    weights: &[f32],
+    panels: &[f32],
+    seen: &[(usize, usize)],
+    keys: usize,
+    to: &mut [f32],
+    width: usize,
+) {
+    let panel = panel::<S>();
+    assert!(weights.len() >= KEY_ROWS * ROWS && panels.len() >= KEYS * width && to.len() >= KEY_ROWS * width);
+    assert!(seen.len() <= ROWS && keys <= KEYS && width.is_multiple_of(panel));
+    for p in 0..width / panel {
+        for first in (0..keys).step_by(S::ROWS) {
+            let low = seen.partition_point(|x| x.1 <= first);
+            let high = seen.partition_point(|x| x.0 < first + S::ROWS);
+            if low < high {
+                // SAFETY: rows of KEY_ROWS >= first + S::ROWS keys and of low..high <= ROWS exist by the assertions.
+                unsafe {
+                    let a = weights.as_ptr().add(first * ROWS + low);
+                    let b = panels.as_ptr().add((p * KEYS + low) * panel);
+                    let c = to.as_mut_ptr().add(first * width + p * panel);
+                    multiply(s, high - low, a, ROWS, b, c, width, true);
+                }
+            }
+        }
+    }
+}
+
+/// `to[r][key] = sum_d rows[r][d] panels[key][d]`, panels of keys only where `ranges` says that some row of a tile sees one.
+#[inline(always)]
+fn dot_products<S: Simd>(
+    s: S,
+    rows: &[f32],
+    width: usize,
+    dim: usize,
+    panels: &[f32],
+    columns: usize,
+    ranges: &[(usize, usize)],
+    to: &mut [f32],
+) {
+    let panel = panel::<S>();
+    let tiles = ranges.len();
+    assert!(rows.len() >= tiles * S::ROWS * width && panels.len() >= columns * width && dim <= width);
+    assert!(columns <= KEYS && columns.is_multiple_of(panel) && to.len() >= tiles * S::ROWS * KEYS);
+    for p in 0..columns / panel {
+        for (t, &(low, high)) in ranges.iter().enumerate() {
+            if low < (p + 1) * panel && p * panel < high {
+                // SAFETY: tile t of the rows and of `to`, and panel p, exist by the assertions.
+                unsafe {
+                    let a = rows.as_ptr().add(t * S::ROWS * width);
+                    let b = panels.as_ptr().add(p * width * panel);
+                    let c = to.as_mut_ptr().add(t * S::ROWS * KEYS + p * panel);
+                    multiply(s, dim, a, width, b, c, KEYS, false);
+                }
+            }
+        }
+    }
+}
+
+/// Adds `sum_key weights[r][key] keys[key]` to a tile's dQ.
+#[inline(always)]
+fn add_keys<S: Simd>(s: S, weights: &[f32], panels: &[f32], ranges: &[(usize, usize)], to: &mut [f32], width: usize) {
+    let panel = panel::<S>();
+    let tiles = ranges.len();
+    assert!(weights.len() >= tiles * S::ROWS * KEYS && panels.len() >= KEYS * width);
+    assert!(to.len() >= tiles * S::ROWS * width && width.is_multiple_of(panel));
+    for p in 0..width / panel {
+        for (t, &(low, high)) in ranges.iter().enumerate() {
+            if low < high {
+                assert!(high <= KEYS);
+                // SAFETY: columns low..high of tile t, panel p and the tile's rows exist by the assertions.
+                unsafe {
+                    let a = weights.as_ptr().add(t * S::ROWS * KEYS + low);
+                    let b = panels.as_ptr().add((p * KEYS + low) * panel);
+                    let c = to.as_mut_ptr().add(t * S::ROWS * width + p * panel);
+                    multiply(s, high - low, a, KEYS, b, c, width, true);
+                }
+            }
+        }
+    }
+}
+
+impl crate::simd::Kernel for Block<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { job, batch, kv_head, block, tiles, cancel, scratch } = self;
+        let Job { problem, forward, dq, dk, dv } = job;
+        let softcap = problem.options.softcap;
+        let plain = problem.options.is_plain();
+        let panel = panel::<S>();
+        let (dim, value_dim) = (problem.dim, problem.value_dim);
+        let (dw, vw) = (dim.next_multiple_of(panel), value_dim.next_multiple_of(panel));
+        let keys = block * KEYS..((block + 1) * KEYS).min(problem.keys);
+        let columns = keys.len().next_multiple_of(panel);
+        let slopes = if softcap > 0.0 { ROWS * KEYS } else { 0 };
+        // The block's keys and values, transposed and as they are; the tile's queries and output gradients, in rows and in
+        // panels; weights, value products, a transposed matrix, slopes; gradients of keys and values; room for packing.
+        let [k_across, k_panels, v_across, q, d_out, q_panels, d_panels, p, d_p, turned, slope, d_keys, d_values, wide] =
+            carve(
+                &mut scratch.extra,
+                [
+                    KEYS * dw,
+                    KEYS * dw,
+                    KEYS * vw,
+                    ROWS * dw,
+                    ROWS * vw,
+                    KEYS * dw,
+                    KEYS * vw,
+                    ROWS * KEYS,
+                    ROWS * KEYS,
+                    KEY_ROWS * ROWS,
+                    slopes,
+                    KEY_ROWS * dw,
+                    KEY_ROWS * vw,
+                    panel * dw.max(vw),
+                ],
+            );
+        d_keys.fill(0.0);
+        d_values.fill(0.0);
+
+        // A row that is not finite is left out of the products, where a weight of 0 would turn into NaN. What sees it becomes NaN
+        // all the same: by its logits where it is a key, else by delta.
+        let mut bad_keys: Vec<usize> = Vec::new();
+        let rows = scratch.keys.take(KEYS * dw);
+        for (j, row) in rows.chunks_exact_mut(dw).take(keys.len()).enumerate() {
+            load_row(s, &forward.k, [batch, kv_head, keys.start + j], row);
+            if !is_finite(s, row) {
+                row.fill(0.0);
+                bad_keys.push(j);
+            }
+        }
+        let strided = Strided { base: rows.as_ptr(), stride: dw as isize };
+        // SAFETY: `rows` has keys.len() <= KEYS rows of `dw >= dim` floats; the panels and `wide` were sized for KEYS rows.
+        unsafe {
+            pack_transposed(s, strided, 0..keys.len(), dim, dw, wide.as_mut_ptr(), k_across.as_mut_ptr());
+            pack_values(s, strided, 0..keys.len(), dim, dw, wide.as_mut_ptr(), k_panels.as_mut_ptr());
+        }
+        let rows = scratch.values.take(KEYS * vw);
+        for (j, row) in rows.chunks_exact_mut(vw).take(keys.len()).enumerate() {
+            load_row(s, &forward.v, [batch, kv_head, keys.start + j], row);
+            if !is_finite(s, row) {
+                row.fill(0.0);
+            }
+        }
+        let strided = Strided { base: rows.as_ptr(), stride: vw as isize };
+        // SAFETY: as above, with rows of `vw >= value_dim` floats.
+        unsafe {
+            let (wide, to) = (wide.as_mut_ptr(), v_across.as_mut_ptr());
+            pack_transposed(s, strided, 0..keys.len(), value_dim, vw, wide, to);
+        }
+
+        for tile in tiles.iter().filter(|tile| tile.blocks.contains(&block)) {
+            let Tile { batch, head, ref rows, .. } = *tile;
+            let n = rows.len();
+            let mut seen = [(0usize, 0usize); ROWS];
+            let mut bad_rows: Vec<usize> = Vec::new();
+            for (r, row) in rows.clone().enumerate() {
+                let visible = problem.visible(row);
+                let low = visible.start.clamp(keys.start, keys.end) - keys.start;
+                let high = visible.end.clamp(keys.start, keys.end) - keys.start;
+                seen[r] = (low, high.max(low));
+                let (q, d_out) = (&mut q[r * dw..(r + 1) * dw], &mut d_out[r * vw..(r + 1) * vw]);
+                load_query(s, problem, RowId { batch, head, row }, q);
+                load_row(s, &forward.d_out, [batch, head, row], d_out);
+                if !is_finite(s, q) || !is_finite(s, d_out) {
+                    q.fill(0.0);
+                    d_out.fill(0.0);
+                    bad_rows.push(r);
+                }
+            }
+            let seen = &seen[..n];
+            let padded = n.next_multiple_of(S::ROWS);
+            q[n * dw..padded * dw].fill(0.0);
+            d_out[n * vw..padded * vw].fill(0.0);
+            let (q_rows, d_rows) = (
+                Strided { base: q.as_ptr(), stride: dw as isize },
+                Strided { base: d_out.as_ptr(), stride: vw as isize },
+            );
+            // SAFETY: both have n <= ROWS <= KEYS rows; the panels were sized for KEYS.
+            unsafe {
+                pack_values(s, q_rows, 0..n, dim, dw, wide.as_mut_ptr(), q_panels.as_mut_ptr());
+                pack_values(s, d_rows, 0..n, value_dim, vw, wide.as_mut_ptr(), d_panels.as_mut_ptr());
+            }
+
+            // Range of the block's columns that some row of a micro-kernel's tile sees.
+            let mut ranges = [(0usize, 0usize); ROWS.div_ceil(4)];
+            let ranges = &mut ranges[..padded / S::ROWS];
+            for (range, seen) in ranges.iter_mut().zip(seen.chunks(S::ROWS)) {
+                *range = (columns, 0);
+                for &(low, high) in seen.iter().filter(|(low, high)| low < high) {
+                    *range = (range.0.min(low), range.1.max(high));
+                }
+            }
+            let ranges = &*ranges;
+
+            dot_products(s, q, dw, dim, k_across, columns, ranges, p);
+            for (r, &(low, high)) in seen.iter().enumerate() {
+                let row = &mut p[r * KEYS..r * KEYS + columns];
+                let id = RowId { batch, head, row: rows.start + r };
+                if ranges[r / S::ROWS].0 < ranges[r / S::ROWS].1 {
+                    if bad_rows.contains(&r) {
+                        row.fill(f32::NAN);
+                    }
+                    for &j in &bad_keys {
+                        row[j] = f32::NAN;
+                    }
+                    if softcap > 0.0 {
+                        softcap_slope(s, row, softcap, &mut slope[r * KEYS..r * KEYS + columns]);
+                    }
+                    if !plain {
+                        modify(s, problem, id, row, keys.start);
+                    }
+                }
+                weights(s, row, &(low..high), forward.lse.row::<f32>(batch, head, id.row)[0]);
+            }
+            transpose(s, p, n, columns, turned);
+            add_transposed(s, turned, d_panels, seen, keys.len(), d_values, vw);
+
+            dot_products(s, d_out, vw, value_dim, v_across, columns, ranges, d_p);
+            for r in 0..n {
+                let (from, to) = (r * KEYS, r * KEYS + columns);
+                let slope = (softcap > 0.0).then(|| &slope[from..to]);
+                score_gradient(s, &mut p[from..to], &d_p[from..to], tile.delta[r], slope);
+            }
+            transpose(s, p, n, columns, turned);
+            add_transposed(s, turned, q_panels, seen, keys.len(), d_keys, dw);
+
+            let Some(mut sum) = tile.turn_of(block, cancel) else {
+                return;
+            };
+            let Sum { next, dq: total } = &mut *sum;
+            let total_rows = total.take(padded * dw);
+            add_keys(s, p, k_panels, ranges, total_rows, dw);
+            if *next + 1 == tile.blocks.end {
+                for (r, from) in rows.clone().zip(total_rows.chunks_exact(dw)) {
+                    let scale = problem.row_scale(RowId { batch, head, row: r });
+                    store_row(dq, [batch, head, r], from[..dim].iter().map(|x| x * scale));
+                }
+                *total = Buffer::default();
+            }
+            tile.pass_on(sum);
+        }
+        for (j, key) in keys.enumerate() {
+            store_row(dk, [batch, kv_head, key], d_keys[j * dw..j * dw + dim].iter().copied());
+            store_row(dv, [batch, kv_head, key], d_values[j * vw..j * vw + value_dim].iter().copied());
+        }
+    }
+}
