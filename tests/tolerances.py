@@ -238,21 +238,22 @@ def coded_attention(q, k, v, *, channels=None, integers=False, scale=None, offse
 
     Kernels may sum `offset * sum(q)` and `scale * sum(q * code)` of a group apart. For numbers up to `m` an offset is
     at most `m` and a scale times a code at most `2 m`, so terms sum up to `S = 3 m * sum |q|`, and weighted
-    values to `3 max |v|`. Kernels with products of integers round each query to 15 bits of its largest magnitude, which
-    shifts a logit by at most `max |q| * 2 ** -15 * sum |k|`; the sums that follow are exact.
+    values to `3 max |v|`. Kernels with products of integers round each query to 15 bits of its largest magnitude, where
+    it meets the codes: that shifts a logit by at most `max |q| / (2 * 127 * 128) * sum(k - offset)`, and the sums that
+    follow are exact.
 
     Args:
         q: queries `[..., D]`.
         k: decoded keys `[Hkv, Lk, D]`.
         v: decoded values.
         channels: what the keys were divided by, `[Hkv, D]`; it is multiplied into the queries.
-        integers: whether products are of integers.
+        integers: whether products are of integers, which takes keys with one scale each.
         scale: as in the call.
         offset: as in `attention`.
     """
     dim = q.shape[-1]
     scale = dim**-0.5 if scale is None else abs(scale)
-    size, keys = np.abs(_finite(np.asarray(q, np.float64))), np.abs(_finite(np.asarray(k, np.float64)))
+    size, keys = np.abs(_finite(np.asarray(q, np.float64))), _finite(np.asarray(k, np.float64))
     if channels is not None:
         groups = len(size) // len(channels)
         size = size * np.repeat(channels, groups, axis=0)[:, None]
@@ -260,7 +261,8 @@ def coded_attention(q, k, v, *, channels=None, integers=False, scale=None, offse
     largest = 3 * scale * _largest(keys) * size.sum(axis=-1).max(initial=0.0)
     logit = SAFETY * U * (largest + 2 * offset + 4)
     if integers:
-        logit += scale * _largest(size) * 2.0**-15 * keys.sum(axis=-1).max(initial=0.0)
+        above = (keys - keys.min(axis=-1, keepdims=True)).sum(axis=-1)
+        logit += scale * _largest(size) / (2 * 127 * 128) * above.max(initial=0.0)
     summed = SAFETY * U * np.sqrt(k.shape[-2])
     roundoff, smallest = ROUNDOFF[q.dtype]
     atol = (2 * logit + 3 * summed) * _largest(v) + smallest
