@@ -238,6 +238,17 @@ def test_numbers_that_are_decoded_beforehand(rng, isa, kind, rows):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_scores_from_8_bits_of_decoded_rows(rng, isa, kind):
+    """Rows of codes are rounded to bytes as the numbers that they stand for."""
+    q, store = problem(rng, kind, rows=40, keys=500, dim=80, group_size=32)
+    ours = la.attention(q, store.keys, store.values, qk_int8=True, return_lse=True)
+    theirs = la.attention(q, np.asarray(store.keys), np.asarray(store.values), qk_int8=True, return_lse=True)
+    same(q, store, ours, theirs)
+    exact = la.attention(q, store.keys, store.values)
+    assert isa not in ("avx512vnni", "avx512bf16") or (ours[0] != exact).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_store(isa, kind):
     store = la.KVStore(2, 40, 33, kind, 10, channel_scales=True)
     for rows in (1, 20):
