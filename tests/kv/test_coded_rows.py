@@ -87,9 +87,6 @@ def test_rows_that_were_dropped_are_refused(rng, dtype):
     assert la.attention(q, store.keys, store.values).shape == (4, 1, 40)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="only the length is compared, so that other rows in their place are taken for them"
-)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_were_replaced_are_refused(rng, dtype):
     """Other rows in their place do not bring dropped rows back."""
