@@ -11,9 +11,10 @@ def rows(rng, kv_heads=2, count=1000, dim=32, value_dim=None, *, spread=1.0, off
     return keys, values + normal(rng, (kv_heads, 1, values.shape[-1]), spread=0.3)
 
 
-def store_of(keys, values, dtype=F32, room=8192):
+def store_of(keys, values, dtype=F32, room=8192, **options):
     """A store that holds these rows and has room for more."""
-    store = la.KVStore(len(keys), keys.shape[-1], values.shape[-1], dtype=dtype, capacity=keys.shape[1] + room)
+    capacity = keys.shape[1] + room
+    store = la.KVStore(len(keys), keys.shape[-1], values.shape[-1], dtype=dtype, capacity=capacity, **options)
     store.append(keys, values)
     return store
 

@@ -23,7 +23,7 @@ impl KVStore {
         match view {
             KvView::Numbers(view) => Ok(Bound::new(py, Rows::new(&self.0, &view))?.into_any()),
             KvView::Codes(_) => {
-                let rows = CodedRows { store: self.0.clone(), values, len: reader.len() };
+                let rows = CodedRows { store: self.0.clone(), values, len: reader.len(), epoch: reader.epoch() };
                 Ok(Bound::new(py, rows)?.into_any())
             }
         }
@@ -206,12 +206,14 @@ pub(crate) struct CodedRows {
     store: Arc<KvStore>,
     values: bool,
     len: usize,
+    /// The store's when they were taken: rows that were dropped since are not there any more, whatever came after them.
+    epoch: u64,
 }
 
 impl CodedRows {
     fn of<'a>(&self, reader: &'a Reader) -> PyResult<KvView<'a>> {
-        if reader.len() < self.len {
-            let message = format!("store: got {} rows, expected the {} that were there", reader.len(), self.len);
+        if let Some(left) = reader.store().low_water(self.epoch).filter(|&left| left < self.len) {
+            let message = format!("store: got {left} rows, expected the {} that were there", self.len);
             return Err(PyValueError::new_err(message));
         }
         Ok(if self.values { reader.values() } else { reader.keys() }.rows(0..self.len))

@@ -17,6 +17,12 @@ use std::ops::Range;
 /// Bytes that one vector of bytes has at most: queries are padded to a multiple of it.
 const CHUNK: usize = 64;
 
+/// Channels of the widest rows whose sums of products of bytes fit the 32 bits of one of `lanes`, whatever the bytes are.
+pub(super) const fn widest(lanes: usize, bits: usize) -> usize {
+    // Four channels go to a lane at a time.
+    i32::MAX as usize / (128 * 128 * ((1 << bits) - 1)) / 4 * 4 * lanes
+}
+
 /// Query rows as bytes, in the order in which the codes of `BITS` bits lie.
 pub(super) struct ByteQueries {
     /// `[rows, 2 (high, low), bytes]`.
@@ -44,9 +50,10 @@ impl ByteQueries {
             if !bytes {
                 continue;
             }
-            // A query that is not finite makes its factor so, and with it the scores.
-            let largest = query.iter().fold(0f32, |m, x| if x.abs() <= m { m } else { x.abs() });
-            made.factors[r] = if largest == 0.0 { 1.0 } else { largest / (127.0 * 128.0) };
+            // A query with NaN has the sum NaN, and one with an infinity that factor: so are the scores, whatever the bytes are.
+            let largest = query.iter().fold(0f32, |m, x| m.max(x.abs()));
+            // Of the normal numbers, so that it has an inverse.
+            made.factors[r] = (largest / (127.0 * 128.0)).max(f32::MIN_POSITIVE);
             let inverse = 1.0 / made.factors[r];
             let (high, low) = made.bytes[2 * r * stride..2 * (r + 1) * stride].split_at_mut(stride);
             for (d, x) in query.iter().enumerate() {

@@ -11,7 +11,7 @@
 //! All rows of a KV head's query group go together, so each K and V byte is read once per group.
 
 use super::Problem;
-use super::codes::{ByteQueries, ByteScores, ScaleScores, ScaleWeights};
+use super::codes::{ByteQueries, ByteScores, ScaleScores, ScaleWeights, widest};
 use super::rows::{BareRows, Row, Rows};
 use super::scores::{RowId, Running, is_negligible, modify, online_softmax};
 use crate::simd::{Kernel, Simd};
@@ -477,10 +477,10 @@ pub(crate) unsafe fn attend<S: Simd, K: Rows, V: Rows>(
     let n = ids.len();
     assert!(n == state.running.len());
     let skips = problem.options.skip_threshold > 0.0 && !careful;
-    let byte_queries = k.bare().is_some().then(|| {
-        let (dim, bits) = (problem.dim, <K::Bare as BareRows>::BITS);
-        ByteQueries::new(state.queries, state.padded_dim, n, dim, bits, S::DOT_BYTES)
-    });
+    let bits = <K::Bare as BareRows>::BITS;
+    let dot_bytes = S::DOT_BYTES && problem.dim <= widest(S::LANES, bits);
+    let byte_queries =
+        k.bare().is_some().then(|| ByteQueries::new(state.queries, state.padded_dim, n, problem.dim, bits, dot_bytes));
     let mut start = keys.start;
     while start < keys.end {
         let end = (start + KEYS).min(keys.end);
@@ -489,7 +489,7 @@ pub(crate) unsafe fn attend<S: Simd, K: Rows, V: Rows>(
         match (k.bare(), &byte_queries) {
             (Some(k), Some(queries)) => {
                 let next = (v, problem.value_dim);
-                if S::DOT_BYTES {
+                if dot_bytes {
                     let dim = problem.dim;
                     s.call_bytes(ByteScores { queries, rows: n, dim, k, keys: keys.clone(), next, scores });
                 } else {

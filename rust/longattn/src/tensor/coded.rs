@@ -58,7 +58,8 @@ impl CodeFormat {
 
     /// Bytes of a row's codes.
     pub fn code_bytes(&self) -> usize {
-        self.dim.next_multiple_of(CODE_STEP) * self.bits / 8
+        // In this order, as it is no overflow then where a dimension is none.
+        self.dim.next_multiple_of(CODE_STEP) / 8 * self.bits
     }
 
     /// Bytes of a row.
@@ -93,26 +94,29 @@ impl CodeFormat {
             }
             let low = lows.into_iter().fold(f32::INFINITY, f32::min);
             let high = highs.into_iter().fold(f32::NEG_INFINITY, f32::max);
-            let (mut scale, mut offset) = (high / self.largest() - low / self.largest(), low);
+            // A range may be more than a float holds; half of it is not.
+            let half = if (high - low).is_finite() { 1.0 } else { 0.5 };
+            let (mut scale, mut offset) = ((high * half - low * half) / (self.largest() * half), low);
             if finite.contains(&false) {
                 (scale, offset) = (0.0, f32::NAN);
             }
             parameters[8 * g..8 * g + 4].copy_from_slice(&scale.to_ne_bytes());
             parameters[8 * g + 4..8 * g + 8].copy_from_slice(&offset.to_ne_bytes());
-            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+            let inverse = if scale > 0.0 { 1.0 / (scale * half) } else { 0.0 };
             // A scale among the subnormal numbers has no finite inverse.
             let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+            let start = offset * half;
             let first = g * self.group;
             // Conversions to bytes saturate, and make 0 of NaN.
             if self.bits == 8 {
                 for (code, &x) in codes[first..].iter_mut().zip(values) {
-                    *code = ((x - offset) * inverse + 0.5) as u8;
+                    *code = ((x * half - start) * inverse + 0.5) as u8;
                 }
             } else {
                 for (run, values) in codes[first / 2..].chunks_mut(16).zip(values.chunks(32)) {
                     let mut code = [0u8; 32];
                     for (code, &x) in code.iter_mut().zip(values) {
-                        *code = (((x - offset) * inverse + 0.5) as u8).min(15);
+                        *code = (((x * half - start) * inverse + 0.5) as u8).min(15);
                     }
                     for (i, byte) in run.iter_mut().enumerate() {
                         *byte = code[i] | code[i + 16] << 4;
@@ -343,7 +347,10 @@ mod tests {
         };
         assert_eq!(code([3.5; 4]), [3.5; 4]);
         assert_eq!(code([0.0; 4]), [0.0; 4]);
-        assert!(code([f32::MAX / 2.0, f32::MIN / 2.0, 0.0, 1.0]).iter().all(|x| x.is_finite()));
+        let wide = [f32::MAX, f32::MIN, f32::MAX / 3.0, f32::MIN / 3.0];
+        for (x, y) in wide.into_iter().zip(code(wide)) {
+            assert!((x / 255.0 - y / 255.0).abs() <= f32::MAX / 255.0 / 254.0, "{x} became {y}");
+        }
         assert!(code([1e-45, 0.0, 0.0, 0.0]).iter().all(|x| x.abs() <= 2e-45));
         assert!(code([f32::NAN, 0.0, 1.0, 2.0]).iter().all(|x| x.is_nan()));
         assert!(code([f32::INFINITY, 0.0, 1.0, 2.0]).iter().all(|x| x.is_nan()));
