@@ -10,7 +10,7 @@
 //! `q = f (128 high + low)` with signed bytes `high` and `low`.
 
 use super::rows::{BareRows, Rows};
-use super::stream::{KEYS, MAX_QUERY_ROWS, ahead, ask_ahead};
+use super::stream::{Coming, KEYS, MAX_QUERY_ROWS, ahead};
 use crate::simd::{Kernel, Simd};
 use std::ops::Range;
 
@@ -124,18 +124,21 @@ unsafe fn byte_scores<S: Simd, K: BareRows, V: Rows, const R: usize, const C: us
     let ahead = ahead(k.row_bytes(dim));
     let mut j = keys.start;
     while j < keys.end {
-        ask_ahead(k, dim, ahead, j..j + C, &keys, next);
+        let coming = Coming::<C>::new(k, dim, ahead, j, &keys, next);
         let to = &mut scores[j - keys.start..];
         // SAFETY: the caller's promise; fewer than C keys are left only where one at a time is taken.
         unsafe {
             if j + C <= keys.end {
-                let sums = byte_dots::<S, K, R, C>(s, queries, first, k, j);
+                let sums = byte_dots::<S, K, R, C>(s, queries, first, k, j, coming);
                 for (r, sums) in sums.iter().enumerate() {
                     to[r * KEYS..r * KEYS + C].copy_from_slice(sums);
                 }
             } else {
+                coming.ask(0, usize::MAX);
                 for c in 0..keys.end - j {
-                    for (r, &[sum]) in byte_dots::<S, K, R, 1>(s, queries, first, k, j + c).iter().enumerate() {
+                    for (r, &[sum]) in
+                        byte_dots::<S, K, R, 1>(s, queries, first, k, j + c, Coming::none()).iter().enumerate()
+                    {
                         to[r * KEYS + c] = sum;
                     }
                 }
@@ -157,6 +160,7 @@ unsafe fn byte_dots<S: Simd, K: BareRows, const R: usize, const C: usize>(
     first: usize,
     k: K,
     j: usize,
+    coming: Coming<C>,
 ) -> [[f32; C]; R] {
     let (bytes, step) = (k.code_bytes(), 4 * S::LANES);
     // 4-bit codes: two vectors of the query for one of bytes, which come in chunks of 64.
@@ -168,7 +172,7 @@ unsafe fn byte_dots<S: Simd, K: BareRows, const R: usize, const C: usize>(
         while at < bytes {
             let mut x = [s.splat_i32(0); C];
             for (c, x) in x.iter_mut().enumerate() {
-                let codes = k.codes(j + c).wrapping_add(at);
+                let codes = k.start(j + c).wrapping_add(at);
                 // SAFETY: the row has `bytes` bytes.
                 *x = unsafe {
                     if at + step <= bytes { s.load_bytes(codes) } else { s.load_bytes_first(codes, bytes - at) }
@@ -190,9 +194,13 @@ unsafe fn byte_dots<S: Simd, K: BareRows, const R: usize, const C: usize>(
                     }
                 }
             }
+            if part == 0 {
+                coming.ask(at, at + step);
+            }
             at += step;
         }
         if part == 0 {
+            coming.ask(at, usize::MAX);
             for acc in acc.as_flattened_mut() {
                 *acc = s.times128(*acc);
             }

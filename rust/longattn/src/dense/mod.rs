@@ -17,6 +17,7 @@ mod logits;
 pub(crate) mod matrix;
 mod merge;
 mod options;
+mod pairs;
 mod reduce;
 pub(crate) mod rows;
 pub(crate) mod scores;

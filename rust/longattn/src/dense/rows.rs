@@ -1,7 +1,7 @@
 //! Rows of one head as kernels read them: numbers or codes, one after another or picked by an index list.
 
 use crate::simd::{Simd, prefetch};
-use crate::tensor::{CODE_STEP, CodeFormat, Element, KvView};
+use crate::tensor::{CODE_STEP, CodeFormat, DType, Element, KvView};
 
 /// One stored row, whose elements are floats once loaded.
 pub(crate) trait Row: Copy {
@@ -59,7 +59,12 @@ pub(crate) trait Rows: Copy {
     /// Bytes that a row takes in memory.
     fn row_bytes(self, dim: usize) -> usize;
 
-    /// These rows of codes without their scales; numbers are their own.
+    /// Whether the rows are contiguous numbers of bf16.
+    const BF16: bool = false;
+    /// First byte of row `j`.
+    fn start(self, j: usize) -> *const u8;
+
+    /// These rows of codes without their scales; numbers have none.
     type Bare: BareRows;
     /// The rows without their scales, if they are codes with one scale and one offset each.
     #[inline(always)]
@@ -77,9 +82,7 @@ pub(crate) trait BareRows: Rows {
     /// # Safety
     /// The row exists.
     unsafe fn scale_and_offset(self, j: usize) -> [f32; 2];
-    /// The bytes of row `j`'s codes.
-    fn codes(self, j: usize) -> *const u8;
-    /// How many bytes those are.
+    /// Bytes of a row's codes, with which it starts.
     fn code_bytes(self) -> usize;
 }
 
@@ -93,6 +96,12 @@ pub(crate) struct Strided<T> {
 impl<T: Element> Rows for Strided<T> {
     type Row = *const T;
     type Bare = NoRows;
+    const BF16: bool = matches!(T::DTYPE, DType::BF16);
+
+    #[inline(always)]
+    fn start(self, j: usize) -> *const u8 {
+        self.row(j).cast()
+    }
 
     #[inline(always)]
     fn row(self, j: usize) -> *const T {
@@ -115,6 +124,12 @@ pub(crate) struct Indexed<'a, R> {
 impl<R: Rows> Rows for Indexed<'_, R> {
     type Row = R::Row;
     type Bare = NoRows;
+    const BF16: bool = R::BF16;
+
+    #[inline(always)]
+    fn start(self, j: usize) -> *const u8 {
+        self.rows.start(self.index.get(j).copied().unwrap_or(0) as usize)
+    }
 
     #[inline(always)]
     fn row(self, j: usize) -> R::Row {
@@ -149,6 +164,9 @@ impl Row for NoRows {
 impl Rows for NoRows {
     type Row = Self;
     type Bare = Self;
+    fn start(self, _j: usize) -> *const u8 {
+        match self {}
+    }
     fn row(self, _j: usize) -> Self {
         match self {}
     }
@@ -160,9 +178,6 @@ impl Rows for NoRows {
 impl BareRows for NoRows {
     const BITS: usize = 8;
     unsafe fn scale_and_offset(self, _j: usize) -> [f32; 2] {
-        match self {}
-    }
-    fn codes(self, _j: usize) -> *const u8 {
         match self {}
     }
     fn code_bytes(self) -> usize {
@@ -229,13 +244,18 @@ impl<const BITS: usize> Rows for Coded<BITS> {
     type Bare = BareCodes<BITS>;
 
     #[inline(always)]
+    fn start(self, j: usize) -> *const u8 {
+        self.base.wrapping_add(j * self.row_bytes)
+    }
+
+    #[inline(always)]
     fn bare(self) -> Option<BareCodes<BITS>> {
         self.one_group.then_some(BareCodes(self))
     }
 
     #[inline(always)]
     fn row(self, j: usize) -> CodedRow<BITS> {
-        let codes = self.base.wrapping_add(j * self.row_bytes);
+        let codes = self.start(j);
         CodedRow { codes, parameters: codes.wrapping_add(self.code_bytes).cast(), group_shift: self.group_shift }
     }
 
@@ -293,8 +313,13 @@ impl<const BITS: usize> Rows for BareCodes<BITS> {
     type Bare = Self;
 
     #[inline(always)]
+    fn start(self, j: usize) -> *const u8 {
+        self.0.start(j)
+    }
+
+    #[inline(always)]
     fn row(self, j: usize) -> BareRow<BITS> {
-        BareRow(self.codes(j))
+        BareRow(self.start(j))
     }
 
     #[inline(always)]
@@ -309,12 +334,7 @@ impl<const BITS: usize> BareRows for BareCodes<BITS> {
     #[inline(always)]
     unsafe fn scale_and_offset(self, j: usize) -> [f32; 2] {
         // SAFETY: the row exists, and its scale and offset follow its codes.
-        unsafe { self.codes(j).add(self.0.code_bytes).cast::<[f32; 2]>().read_unaligned() }
-    }
-
-    #[inline(always)]
-    fn codes(self, j: usize) -> *const u8 {
-        self.0.base.wrapping_add(j * self.0.row_bytes)
+        unsafe { self.start(j).add(self.0.code_bytes).cast::<[f32; 2]>().read_unaligned() }
     }
 
     #[inline(always)]

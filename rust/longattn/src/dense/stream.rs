@@ -12,9 +12,11 @@
 
 use super::Problem;
 use super::codes::{ByteQueries, ByteScores, ScaleScores, ScaleWeights, widest};
+use super::pairs::{PairQueries, PairScores};
 use super::rows::{BareRows, Row, Rows};
 use super::scores::{RowId, Running, is_negligible, modify, online_softmax};
-use crate::simd::{Kernel, Simd};
+use crate::simd::{Kernel, Simd, prefetch};
+use crate::tensor::DType;
 use std::ops::Range;
 
 /// Keys per block: their scores, K and V stay in the L1 and L2 caches.
@@ -35,31 +37,59 @@ pub(crate) struct RowState<'a> {
 }
 
 /// Bytes of rows asked for ahead of their use: what memory delivers while a request for more is on its way.
-const AHEAD_BYTES: usize = 8192;
+const AHEAD_BYTES: usize = 8 << 10;
 
 /// Keys asked for ahead of their use.
 #[inline(always)]
 pub(super) fn ahead(row_bytes: usize) -> usize {
-    (AHEAD_BYTES / row_bytes.max(1)).clamp(4, KEYS / 2)
+    (AHEAD_BYTES / row_bytes.max(1)).clamp(4, KEYS / 4)
 }
 
-/// Asks for the rows that come after `turn`: those of a block's keys and, towards the end of the block, the first of `next`, whose turn
-/// it is then.
-#[inline(always)]
-pub(super) fn ask_ahead<K: Rows, V: Rows>(
-    rows: K,
-    dim: usize,
-    ahead: usize,
-    turn: Range<usize>,
-    keys: &Range<usize>,
-    next: Option<(V, usize)>,
-) {
-    let Some((next, next_dim)) = next else { return };
-    for coming in turn.start + ahead..turn.end + ahead {
-        if coming < keys.end {
-            rows.row(coming).prefetch(dim);
-        } else {
-            next.row(keys.start + (coming - keys.end)).prefetch(next_dim);
+/// Rows to come, of which memory is asked for line by line while others are computed with: a burst of requests would stall loads.
+#[derive(Clone, Copy)]
+pub(super) struct Coming<const C: usize> {
+    starts: [*const u8; C],
+    bytes: usize,
+}
+
+impl<const C: usize> Coming<C> {
+    /// What comes `ahead` after the keys `j..j + C`: rows of the block `keys` and, towards its end, the first of `next`, whose turn
+    /// it is then. Nothing without `next`.
+    #[inline(always)]
+    pub(super) fn new<K: Rows, V: Rows>(
+        rows: K,
+        dim: usize,
+        ahead: usize,
+        j: usize,
+        keys: &Range<usize>,
+        next: Option<(V, usize)>,
+    ) -> Self {
+        let Some((next, next_dim)) = next else { return Self::none() };
+        let mut starts = [std::ptr::null(); C];
+        for (c, start) in starts.iter_mut().enumerate() {
+            let coming = j + c + ahead;
+            let inside = coming < keys.end;
+            *start = if inside { rows.start(coming) } else { next.start(keys.start + (coming - keys.end)) };
+        }
+        let inside = j + ahead < keys.end;
+        Self { starts, bytes: if inside { rows.row_bytes(dim) } else { next.row_bytes(next_dim) } }
+    }
+
+    /// Nothing to ask for.
+    #[inline(always)]
+    pub(super) fn none() -> Self {
+        Self { starts: [std::ptr::null(); C], bytes: 0 }
+    }
+
+    /// Asks for the lines from byte `from` up to byte `to` of each row.
+    #[inline(always)]
+    pub(super) fn ask(&self, from: usize, to: usize) {
+        let mut at = from;
+        while at < to.min(self.bytes) {
+            for start in self.starts {
+                prefetch(start.wrapping_add(at));
+            }
+            at += 64;
         }
     }
 }
@@ -86,16 +116,18 @@ unsafe fn scores_of<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
     // SAFETY: keys j.. are in `keys`; scores holds KEYS per row.
     unsafe {
         while j < keys.end {
-            ask_ahead(rows, dim, ahead, j..j + C, &keys, next);
+            let coming = Coming::<C>::new(rows, dim, ahead, j, &keys, next);
             let to = scores.add(j - keys.start);
             if j + C <= keys.end {
-                let sums = dots::<S, K, R, C>(s, queries, padded_dim, dim, rows, j);
+                let sums = dots::<S, K, R, C>(s, queries, padded_dim, dim, rows, j, coming);
                 for (r, sums) in sums.iter().enumerate() {
                     to.add(r * KEYS).cast::<[f32; C]>().write_unaligned(*sums);
                 }
             } else {
+                coming.ask(0, usize::MAX);
                 for c in 0..keys.end - j {
-                    let sums = dots::<S, K, R, 1>(s, queries, padded_dim, dim, rows, j + c);
+                    let coming = Coming::<1>::none();
+                    let sums = dots::<S, K, R, 1>(s, queries, padded_dim, dim, rows, j + c, coming);
                     for (r, &[sum]) in sums.iter().enumerate() {
                         *to.add(r * KEYS + c) = sum;
                     }
@@ -118,7 +150,9 @@ unsafe fn dots<S: Simd, K: Rows, const R: usize, const C: usize>(
     dim: usize,
     rows: K,
     first: usize,
+    coming: Coming<C>,
 ) -> [[f32; C]; R] {
+    let mut asked = 0;
     let mut keys = [rows.row(first); C];
     for (c, key) in keys.iter_mut().enumerate() {
         *key = rows.row(first + c);
@@ -139,7 +173,11 @@ unsafe fn dots<S: Simd, K: Rows, const R: usize, const C: usize>(
                 }
             }
             d += S::LANES;
+            // At the pace of the widest rows, 4 bytes an element.
+            coming.ask(asked, asked + 4 * S::LANES);
+            asked = (asked + 4 * S::LANES).next_multiple_of(64);
         }
+        coming.ask(asked, usize::MAX);
         if d < dim {
             for (x, key) in x.iter_mut().zip(&keys) {
                 *x = key.load_first(s, d, dim - d);
@@ -160,7 +198,8 @@ const VALUE_BYTES: usize = 16 << 10;
 
 /// `outputs[r] += sum_j p[r][j] v_j` for `R` rows and the keys `keys`, `C` vectors of columns at a time.
 ///
-/// With `next`, the rows to come are asked for: those of the values and, towards the end of the block, the keys of the next block.
+/// With `next`, the rows to come are asked for, in the first pass: those of the values and, towards the end of the block, the keys of
+/// the next block.
 ///
 /// # Safety
 /// `rows` yields `dim` readable elements for every key; outputs hold `R` rows of `padded_dim >= dim` floats, a multiple of `LANES`.
@@ -180,25 +219,42 @@ unsafe fn accumulate<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
     let step = (VALUE_BYTES / row_bytes.max(1)).clamp(16, KEYS);
     for first in keys.clone().step_by(step) {
         let part = first..(first + step).min(keys.end);
-        if let Some((next, next_dim)) = next {
-            for coming in part.start + ahead..part.end + ahead {
-                if coming < keys.end {
-                    rows.row(coming).prefetch(dim);
-                } else {
-                    next.row(coming).prefetch(next_dim);
-                }
-            }
-        }
         let mut d = 0;
         // SAFETY: columns d.. + C vectors are inside `dim`, or C is 1 and the rest is read by its length; outputs are padded.
         unsafe {
             let weights = weights.add(first - keys.start);
             while d + C * S::LANES <= dim {
-                accumulate_columns::<S, V, R, C>(s, weights, rows, part.clone(), d, dim, outputs, padded_dim);
+                let next = if d == 0 { next } else { None };
+                accumulate_columns::<S, K, V, R, C>(
+                    s,
+                    weights,
+                    rows,
+                    part.clone(),
+                    keys.end,
+                    ahead,
+                    next,
+                    d,
+                    dim,
+                    outputs,
+                    padded_dim,
+                );
                 d += C * S::LANES;
             }
             while d < dim {
-                accumulate_columns::<S, V, R, 1>(s, weights, rows, part.clone(), d, dim, outputs, padded_dim);
+                let next = if d == 0 { next } else { None };
+                accumulate_columns::<S, K, V, R, 1>(
+                    s,
+                    weights,
+                    rows,
+                    part.clone(),
+                    keys.end,
+                    ahead,
+                    next,
+                    d,
+                    dim,
+                    outputs,
+                    padded_dim,
+                );
                 d += S::LANES;
             }
         }
@@ -210,11 +266,14 @@ unsafe fn accumulate<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
 /// # Safety
 /// As [`accumulate`]; the columns are inside `dim`, or `C` is 1.
 #[inline(always)]
-unsafe fn accumulate_columns<S: Simd, V: Rows, const R: usize, const C: usize>(
+unsafe fn accumulate_columns<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
     s: S,
     weights: *const f32,
     rows: V,
     keys: Range<usize>,
+    block_end: usize,
+    ahead: usize,
+    next: Option<(K, usize)>,
     d: usize,
     dim: usize,
     outputs: *mut f32,
@@ -232,6 +291,14 @@ unsafe fn accumulate_columns<S: Simd, V: Rows, const R: usize, const C: usize>(
         }
         for j in 0..keys.len() {
             let row = rows.row(keys.start + j);
+            if let Some((next, next_dim)) = next {
+                let coming = keys.start + j + ahead;
+                if coming < block_end {
+                    rows.row(coming).prefetch(dim);
+                } else {
+                    next.row(coming).prefetch(next_dim);
+                }
+            }
             if ragged {
                 v[0] = row.load_first(s, d, dim - d);
             } else {
@@ -481,6 +548,8 @@ pub(crate) unsafe fn attend<S: Simd, K: Rows, V: Rows>(
     let dot_bytes = S::DOT_BYTES && problem.dim <= widest(S::LANES, bits);
     let byte_queries =
         k.bare().is_some().then(|| ByteQueries::new(state.queries, state.padded_dim, n, problem.dim, bits, dot_bytes));
+    let pairs = S::DOT2_BF16 && K::BF16 && problem.q.dtype() == DType::BF16;
+    let pair_queries = pairs.then(|| PairQueries::new(problem, ids));
     let mut start = keys.start;
     while start < keys.end {
         let end = (start + KEYS).min(keys.end);
@@ -497,7 +566,16 @@ pub(crate) unsafe fn attend<S: Simd, K: Rows, V: Rows>(
                 }
                 s.call(ScaleScores { queries, rows: n, k, keys: keys.clone(), scores });
             }
-            _ => s.call(BlockScores::new(state, problem, k, keys.clone(), (v, problem.value_dim), scores)),
+            _ => {
+                let next = (v, problem.value_dim);
+                match &pair_queries {
+                    Some(queries) => {
+                        let (dim, keys) = (problem.dim, keys.clone());
+                        s.call_pairs(PairScores { queries, rows: n, dim, k, keys, next, scores });
+                    }
+                    None => s.call(BlockScores::new(state, problem, k, keys.clone(), next, scores)),
+                }
+            }
         }
         let weights = BlockWeights { problem, ids, keys: keys.clone(), visible: visible.clone(), state, scores, skips };
         if s.call(weights) {

@@ -26,6 +26,7 @@ pub(super) unsafe fn run_vnni<K: Kernel>(kernel: K) -> K::Output {
 /// # Safety
 /// As [`run_vnni`], and the CPU has AVX-512 BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
+#[inline(never)]
 pub(super) unsafe fn run_bf16<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx512::<true, true>(()))
 }
@@ -247,6 +248,10 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
                 _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)))
             }
         }
+    }
+    #[inline(always)]
+    fn call_pairs<K: Kernel>(self, kernel: K) -> K::Output {
+        unsafe { if BF16 { run_bf16(kernel) } else { run(kernel) } }
     }
     const DOT2_BF16: bool = BF16;
     #[inline(always)]

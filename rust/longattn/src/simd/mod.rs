@@ -134,7 +134,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn dot4(self, acc: Self::I32, a: Self::I32, b: Self::I32) -> Self::I32;
     fn to_f32(self, a: Self::I32) -> Self::F32;
 
-    /// Whether [`Self::dot2_bf16`] is an instruction.
+    /// As [`Self::call`], with products of pairs of bf16.
+    #[inline(always)]
+    fn call_pairs<K: Kernel>(self, kernel: K) -> K::Output {
+        self.call(kernel)
+    }
+    /// Whether [`Self::dot2_bf16`] is an instruction, in kernels that run by [`Self::call_pairs`].
     const DOT2_BF16: bool = false;
     /// `acc + a0 b0 + a1 b1` in each lane, `a` and `b` pairs of bf16: exact products, accumulated in f32. Only where
     /// [`Self::DOT2_BF16`] says so.
