@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import tolerances
-from random_arrays import BF16, DTYPES, F32, qkv
 
 import longattn as la
+import tolerances
 from longattn.reference import dense as reference
+from random_arrays import BF16, DTYPES, F32, qkv
 
 #: Instruction sets that multiply bytes; others compute the logits in float32.
 BYTES = ("scalar", "avx512vnni", "avx512bf16")

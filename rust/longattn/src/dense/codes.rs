@@ -234,8 +234,8 @@ impl<K: BareRows> Kernel for ScaleScores<'_, K> {
         let (scales, offsets) = scales_and_offsets(k, keys);
         for (r, scores) in scores.chunks_exact_mut(KEYS).take(rows).enumerate() {
             let (factor, sum) = (queries.factors[r], queries.sums[r]);
-            for j in 0..n {
-                scores[j] = scales[j] * factor * scores[j] + offsets[j] * sum;
+            for (score, (scale, offset)) in scores[..n].iter_mut().zip(scales.iter().zip(&offsets)) {
+                *score = scale * factor * *score + offset * sum;
             }
         }
     }
@@ -271,10 +271,14 @@ impl<V: BareRows> Kernel for ScaleWeights<'_, V> {
         let (scales, offsets) = scales_and_offsets(v, keys);
         for r in 0..rows {
             let weights = &mut weights[r * KEYS..(r + 1) * KEYS];
+            // Lanes of their own, so that the loop becomes vector code.
             let mut sums = [0f32; 16];
-            for j in 0..n {
-                sums[j % 16] += weights[j] * offsets[j];
-                weights[j] *= scales[j];
+            let parameters = scales.as_chunks::<16>().0.iter().zip(offsets.as_chunks::<16>().0);
+            for (weights, (scales, offsets)) in weights[..n].chunks_mut(16).zip(parameters) {
+                for (((sum, weight), scale), offset) in sums.iter_mut().zip(weights).zip(scales).zip(offsets) {
+                    *sum += *weight * offset;
+                    *weight *= scale;
+                }
             }
             let sum: f32 = sums.iter().sum();
             outputs[r * padded_dim..(r + 1) * padded_dim].iter_mut().for_each(|x| *x += sum);
