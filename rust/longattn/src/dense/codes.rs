@@ -10,7 +10,7 @@
 //! `q = f (128 high + low)` with signed bytes `high` and `low`.
 
 use super::rows::{BareRows, Rows};
-use super::stream::{Coming, KEYS, MAX_QUERY_ROWS, ahead};
+use super::stream::{Coming, Dots, KEYS, MAX_QUERY_ROWS, fill_scores};
 use crate::simd::{Kernel, Simd};
 use std::ops::Range;
 
@@ -89,130 +89,81 @@ impl<K: BareRows, V: Rows> Kernel for ByteScores<'_, K, V> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { queries, rows: n, dim, k, keys, next, scores } = self;
-        assert!(keys.len() <= KEYS && scores.len() >= n * KEYS && queries.bytes.len() >= 2 * n * queries.stride);
-        let mut r = 0;
-        while r < n {
-            let next = (r == 0).then_some(next);
-            let (keys, out) = (keys.clone(), &mut scores[r * KEYS..]);
-            // SAFETY: rows r.. of queries and scores exist by the assertion; whoever made this vouches for the keys.
-            r += unsafe {
-                match n - r {
-                    1 => byte_scores::<S, K, V, 1, 8>(s, queries, r, dim, k, keys, next, out),
-                    2 | 3 => byte_scores::<S, K, V, 2, 4>(s, queries, r, dim, k, keys, next, out),
-                    _ => byte_scores::<S, K, V, 4, 4>(s, queries, r, dim, k, keys, next, out),
-                }
-            };
-        }
+        assert!(queries.bytes.len() >= 2 * n * queries.stride);
+        // SAFETY: the queries are there by the assertion; whoever made this vouches for the keys.
+        unsafe { fill_scores(s, ByteDots { queries, k }, n, k, dim, keys, next, scores) }
     }
 }
 
-/// Scores of `R` rows from row `first` on, `C` keys at a time. Returns `R`.
-///
-/// # Safety
-/// The rows of `keys` exist, and `queries` has the query rows.
-#[inline(always)]
-unsafe fn byte_scores<S: Simd, K: BareRows, V: Rows, const R: usize, const C: usize>(
-    s: S,
-    queries: &ByteQueries,
-    first: usize,
-    dim: usize,
+/// `128 high . c_j + low . c_j`.
+#[derive(Clone, Copy)]
+struct ByteDots<'a, K> {
+    queries: &'a ByteQueries,
     k: K,
-    keys: Range<usize>,
-    next: Option<(V, usize)>,
-    scores: &mut [f32],
-) -> usize {
-    let ahead = ahead(k.row_bytes(dim));
-    let mut j = keys.start;
-    while j < keys.end {
-        let coming = Coming::<C>::new(k, dim, ahead, j, &keys, next);
-        let to = &mut scores[j - keys.start..];
-        // SAFETY: the caller's promise; fewer than C keys are left only where one at a time is taken.
-        unsafe {
-            if j + C <= keys.end {
-                let sums = byte_dots::<S, K, R, C>(s, queries, first, k, j, coming);
-                for (r, sums) in sums.iter().enumerate() {
-                    to[r * KEYS..r * KEYS + C].copy_from_slice(sums);
-                }
-            } else {
-                coming.ask(0, usize::MAX);
-                for c in 0..keys.end - j {
-                    for (r, &[sum]) in
-                        byte_dots::<S, K, R, 1>(s, queries, first, k, j + c, Coming::none()).iter().enumerate()
-                    {
-                        to[r * KEYS + c] = sum;
-                    }
-                }
-            }
-        }
-        j += C;
-    }
-    R
 }
 
-/// `128 high . c_j + low . c_j` of `R` query rows and the `C` keys from `j` on.
-///
-/// # Safety
-/// As [`byte_scores`].
-#[inline(always)]
-unsafe fn byte_dots<S: Simd, K: BareRows, const R: usize, const C: usize>(
-    s: S,
-    queries: &ByteQueries,
-    first: usize,
-    k: K,
-    j: usize,
-    coming: Coming<C>,
-) -> [[f32; C]; R] {
-    let (bytes, step) = (k.code_bytes(), 4 * S::LANES);
-    // 4-bit codes: two vectors of the query for one of bytes, which come in chunks of 64.
-    let halves = if K::BITS == 4 { 2 } else { 1 };
-    let low_halves = s.splat_i32(0x0f0f_0f0f);
-    let mut acc = [[s.splat_i32(0); C]; R];
-    for part in 0..2 {
-        let mut at = 0;
-        while at < bytes {
-            let mut x = [s.splat_i32(0); C];
-            for (c, x) in x.iter_mut().enumerate() {
-                let codes = k.start(j + c).wrapping_add(at);
-                // SAFETY: the row has `bytes` bytes.
-                *x = unsafe {
-                    if at + step <= bytes { s.load_bytes(codes) } else { s.load_bytes_first(codes, bytes - at) }
-                };
-            }
-            for half in 0..halves {
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let row = (2 * (first + r) + part) * queries.stride;
-                    let q = row + at / CHUNK * CHUNK * halves + half * CHUNK + at % CHUNK;
-                    // SAFETY: queries are padded to whole chunks.
-                    let q = unsafe { s.load_bytes(queries.bytes.as_ptr().add(q).cast()) };
-                    for (acc, &x) in acc.iter_mut().zip(&x) {
-                        let codes = match (K::BITS, half) {
-                            (4, 0) => s.and(x, low_halves),
-                            (4, _) => s.and(s.shift_right_16::<4>(x), low_halves),
-                            _ => x,
-                        };
-                        *acc = s.dot4(*acc, codes, q);
+impl<K: BareRows> Dots for ByteDots<'_, K> {
+    #[inline(always)]
+    unsafe fn dots<S: Simd, const R: usize, const C: usize>(
+        self,
+        s: S,
+        first: usize,
+        j: usize,
+        coming: Coming<C>,
+    ) -> [[f32; C]; R] {
+        let Self { queries, k } = self;
+        let (bytes, step) = (k.code_bytes(), 4 * S::LANES);
+        // 4-bit codes: two vectors of the query for one of bytes, which come in chunks of 64.
+        let halves = if K::BITS == 4 { 2 } else { 1 };
+        let low_halves = s.splat_i32(0x0f0f_0f0f);
+        let mut acc = [[s.splat_i32(0); C]; R];
+        for part in 0..2 {
+            let mut at = 0;
+            while at < bytes {
+                let mut x = [s.splat_i32(0); C];
+                for (c, x) in x.iter_mut().enumerate() {
+                    let codes = k.start(j + c).wrapping_add(at);
+                    // SAFETY: the row has `bytes` bytes.
+                    *x = unsafe {
+                        if at + step <= bytes { s.load_bytes(codes) } else { s.load_bytes_first(codes, bytes - at) }
+                    };
+                }
+                for half in 0..halves {
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        let row = (2 * (first + r) + part) * queries.stride;
+                        let q = row + at / CHUNK * CHUNK * halves + half * CHUNK + at % CHUNK;
+                        // SAFETY: queries are padded to whole chunks.
+                        let q = unsafe { s.load_bytes(queries.bytes.as_ptr().add(q).cast()) };
+                        for (acc, &x) in acc.iter_mut().zip(&x) {
+                            let codes = match (K::BITS, half) {
+                                (4, 0) => s.and(x, low_halves),
+                                (4, _) => s.and(s.shift_right_16::<4>(x), low_halves),
+                                _ => x,
+                            };
+                            *acc = s.dot4(*acc, codes, q);
+                        }
                     }
                 }
+                if part == 0 {
+                    coming.ask(at, at + step);
+                }
+                at += step;
             }
             if part == 0 {
-                coming.ask(at, at + step);
-            }
-            at += step;
-        }
-        if part == 0 {
-            coming.ask(at, usize::MAX);
-            for acc in acc.as_flattened_mut() {
-                *acc = s.times128(*acc);
+                coming.ask(at, usize::MAX);
+                for acc in acc.as_flattened_mut() {
+                    *acc = s.times128(*acc);
+                }
             }
         }
-    }
-    let mut sums = [[s.zero(); C]; R];
-    for (sums, acc) in sums.iter_mut().zip(&acc) {
-        for (sum, &acc) in sums.iter_mut().zip(acc) {
-            *sum = s.to_f32(acc);
+        let mut sums = [[s.zero(); C]; R];
+        for (sums, acc) in sums.iter_mut().zip(&acc) {
+            for (sum, &acc) in sums.iter_mut().zip(acc) {
+                *sum = s.to_f32(acc);
+            }
         }
+        s.sums(sums)
     }
-    s.sums(sums)
 }
 
 /// Turns products with bare codes into scores.

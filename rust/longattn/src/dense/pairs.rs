@@ -3,7 +3,7 @@
 use super::Problem;
 use super::rows::Rows;
 use super::scores::RowId;
-use super::stream::{Coming, KEYS, MAX_QUERY_ROWS, ahead};
+use super::stream::{Coming, Dots, MAX_QUERY_ROWS, fill_scores};
 use crate::simd::{Kernel, MAX_LANES, Simd};
 use half::bf16;
 use std::ops::Range;
@@ -49,105 +49,57 @@ impl<K: Rows, V: Rows> Kernel for PairScores<'_, K, V> {
             unreachable!("asked for where pairs are multiplied only");
         }
         let Self { queries, rows: n, dim, k, keys, next, scores } = self;
-        assert!(keys.len() <= KEYS && scores.len() >= n * KEYS && queries.numbers.len() >= n * queries.stride);
-        let mut r = 0;
-        while r < n {
-            let next = (r == 0).then_some(next);
-            let (keys, out) = (keys.clone(), &mut scores[r * KEYS..]);
-            // SAFETY: rows r.. of queries and scores exist by the assertion; whoever made this vouches for the keys.
-            r += unsafe {
-                match n - r {
-                    1 => pair_scores::<S, K, V, 1, 8>(s, queries, r, dim, k, keys, next, out),
-                    2 | 3 => pair_scores::<S, K, V, 2, 8>(s, queries, r, dim, k, keys, next, out),
-                    4..=7 => pair_scores::<S, K, V, 4, 4>(s, queries, r, dim, k, keys, next, out),
-                    _ => pair_scores::<S, K, V, 8, 2>(s, queries, r, dim, k, keys, next, out),
-                }
-            };
-        }
+        assert!(queries.numbers.len() >= n * queries.stride);
+        // SAFETY: the queries are there by the assertion; whoever made this vouches for the keys.
+        unsafe { fill_scores(s, PairDots { queries, dim, k }, n, k, dim, keys, next, scores) }
     }
 }
 
-/// Scores of `R` rows from row `first` on, `C` keys at a time. Returns `R`.
-///
-/// # Safety
-/// The rows of `keys` exist and are bf16, and `queries` has the query rows.
-#[inline(always)]
-unsafe fn pair_scores<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
-    s: S,
-    queries: &PairQueries,
-    first: usize,
+#[derive(Clone, Copy)]
+struct PairDots<'a, K> {
+    queries: &'a PairQueries,
     dim: usize,
     k: K,
-    keys: Range<usize>,
-    next: Option<(V, usize)>,
-    scores: &mut [f32],
-) -> usize {
-    let ahead = ahead(k.row_bytes(dim));
-    let mut j = keys.start;
-    while j < keys.end {
-        let coming = Coming::<C>::new(k, dim, ahead, j, &keys, next);
-        let to = &mut scores[j - keys.start..];
-        // SAFETY: the caller's promise; fewer than C keys are left only where one at a time is taken.
-        unsafe {
-            if j + C <= keys.end {
-                let sums = pair_dots::<S, K, R, C>(s, queries, first, dim, k, j, coming);
-                for (r, sums) in sums.iter().enumerate() {
-                    for (to, sum) in to[r * KEYS..r * KEYS + C].iter_mut().zip(sums) {
-                        *to = queries.scales[first + r] * sum;
-                    }
-                }
-            } else {
-                coming.ask(0, usize::MAX);
-                for c in 0..keys.end - j {
-                    for (r, &[sum]) in
-                        pair_dots::<S, K, R, 1>(s, queries, first, dim, k, j + c, Coming::none()).iter().enumerate()
-                    {
-                        to[r * KEYS + c] = queries.scales[first + r] * sum;
-                    }
-                }
-            }
-        }
-        j += C;
-    }
-    R
 }
 
-/// Dot products of `R` query rows with the `C` keys from `j` on.
-///
-/// # Safety
-/// As [`pair_scores`].
-#[inline(always)]
-unsafe fn pair_dots<S: Simd, K: Rows, const R: usize, const C: usize>(
-    s: S,
-    queries: &PairQueries,
-    first: usize,
-    dim: usize,
-    k: K,
-    j: usize,
-    coming: Coming<C>,
-) -> [[f32; C]; R] {
-    let (bytes, step) = (2 * dim, 4 * S::LANES);
-    let mut acc = [[s.zero(); C]; R];
-    let mut at = 0;
-    while at < bytes {
-        let mut x = [s.splat_i32(0); C];
-        for (c, x) in x.iter_mut().enumerate() {
-            let row = k.start(j + c).wrapping_add(at);
-            // SAFETY: the row has `bytes` bytes.
-            *x = unsafe { if at + step <= bytes { s.load_bytes(row) } else { s.load_bytes_first(row, bytes - at) } };
-        }
-        for (r, acc) in acc.iter_mut().enumerate() {
-            // SAFETY: queries are padded to whole vectors.
-            let q = unsafe {
-                s.load_bytes(queries.numbers.as_ptr().add((first + r) * queries.stride).cast::<u8>().add(at))
-            };
-            for (acc, &x) in acc.iter_mut().zip(&x) {
-                *acc = s.dot2_bf16(*acc, q, x);
+impl<K: Rows> Dots for PairDots<'_, K> {
+    #[inline(always)]
+    unsafe fn dots<S: Simd, const R: usize, const C: usize>(
+        self,
+        s: S,
+        first: usize,
+        j: usize,
+        coming: Coming<C>,
+    ) -> [[f32; C]; R] {
+        let Self { queries, dim, k } = self;
+        let (bytes, step) = (2 * dim, 4 * S::LANES);
+        let mut acc = [[s.zero(); C]; R];
+        let mut at = 0;
+        while at < bytes {
+            let mut x = [s.splat_i32(0); C];
+            for (c, x) in x.iter_mut().enumerate() {
+                let row = k.start(j + c).wrapping_add(at);
+                // SAFETY: the row has `bytes` bytes.
+                *x =
+                    unsafe { if at + step <= bytes { s.load_bytes(row) } else { s.load_bytes_first(row, bytes - at) } };
             }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: queries are padded to whole vectors.
+                let q = unsafe {
+                    s.load_bytes(queries.numbers.as_ptr().add((first + r) * queries.stride).cast::<u8>().add(at))
+                };
+                for (acc, &x) in acc.iter_mut().zip(&x) {
+                    *acc = s.dot2_bf16(*acc, q, x);
+                }
+            }
+            coming.ask(at, at + step);
+            at += step;
         }
-        coming.ask(at, at + step);
-        at += step;
+        coming.ask(at, usize::MAX);
+        let mut sums = s.sums(acc);
+        for (sums, scale) in sums.iter_mut().zip(&queries.scales[first..]) {
+            sums.iter_mut().for_each(|sum| *sum *= scale);
+        }
+        sums
     }
-    coming.ask(at, usize::MAX);
-    s.sums(acc)
 }

@@ -94,54 +94,127 @@ impl<const C: usize> Coming<C> {
     }
 }
 
-/// `scores[r][j] = q_r . k_j` for `R` rows and the keys `keys`, `C` keys at a time; rows of scores are [`KEYS`] apart.
-///
-/// With `next`, the rows to come are asked for.
+/// How dot products come about: of floats, of pairs of bf16 (pairs.rs) or of bytes (codes.rs).
+pub(super) trait Dots: Copy {
+    /// Products of the `R` query rows from `first` on with the `C` keys from `j` on; asks for what is `coming` meanwhile.
+    ///
+    /// # Safety
+    /// The keys and the query rows exist.
+    unsafe fn dots<S: Simd, const R: usize, const C: usize>(
+        self,
+        s: S,
+        first: usize,
+        j: usize,
+        coming: Coming<C>,
+    ) -> [[f32; C]; R];
+}
+
+/// `scores[r][j] = q_r . k_j` for `n` rows and the keys `keys` of `k`; rows of scores are [`KEYS`] apart. The rows to come, of `k` and
+/// then of `next`, are asked for.
 ///
 /// # Safety
-/// `rows` yields `dim` readable elements for every key; queries are padded with zeros to a multiple of `LANES`.
+/// The rows of `keys` exist, and `dots` has `n` query rows.
 #[inline(always)]
-unsafe fn scores_of<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
+pub(super) unsafe fn fill_scores<S: Simd, D: Dots, K: Rows, V: Rows>(
     s: S,
-    queries: *const f32,
-    padded_dim: usize,
+    dots: D,
+    n: usize,
+    k: K,
     dim: usize,
-    rows: K,
+    keys: Range<usize>,
+    next: (V, usize),
+    scores: &mut [f32],
+) {
+    assert!(keys.len() <= KEYS && scores.len() >= n * KEYS);
+    let mut r = 0;
+    while r < n {
+        let together = rows_together::<S>(n - r);
+        // The first rows bring the block into the cache for the others.
+        let next = (r == 0).then_some(next);
+        let (keys, out) = (keys.clone(), &mut scores[r * KEYS..]);
+        // SAFETY: the caller's promise.
+        unsafe {
+            match together {
+                1 => fill_rows::<S, D, K, V, 1, 8>(s, dots, r, k, dim, keys, next, out),
+                2 if S::SUMS == 16 => fill_rows::<S, D, K, V, 2, 8>(s, dots, r, k, dim, keys, next, out),
+                2 => fill_rows::<S, D, K, V, 2, 4>(s, dots, r, k, dim, keys, next, out),
+                4 if S::SUMS == 16 => fill_rows::<S, D, K, V, 4, 4>(s, dots, r, k, dim, keys, next, out),
+                4 => fill_rows::<S, D, K, V, 4, 2>(s, dots, r, k, dim, keys, next, out),
+                _ => fill_rows::<S, D, K, V, 8, 2>(s, dots, r, k, dim, keys, next, out),
+            }
+        }
+        r += together;
+    }
+}
+
+/// [`fill_scores`] for the `R` rows from `first` on, `C` keys at a time.
+///
+/// # Safety
+/// As [`fill_scores`].
+#[inline(always)]
+unsafe fn fill_rows<S: Simd, D: Dots, K: Rows, V: Rows, const R: usize, const C: usize>(
+    s: S,
+    dots: D,
+    first: usize,
+    k: K,
+    dim: usize,
     keys: Range<usize>,
     next: Option<(V, usize)>,
-    scores: *mut f32,
+    scores: &mut [f32],
 ) {
-    let ahead = ahead(rows.row_bytes(dim));
+    let ahead = ahead(k.row_bytes(dim));
     let mut j = keys.start;
-    // SAFETY: keys j.. are in `keys`; scores holds KEYS per row.
-    unsafe {
-        while j < keys.end {
-            let coming = Coming::<C>::new(rows, dim, ahead, j, &keys, next);
-            let to = scores.add(j - keys.start);
+    while j < keys.end {
+        let coming = Coming::<C>::new(k, dim, ahead, j, &keys, next);
+        let to = &mut scores[j - keys.start..];
+        // SAFETY: the caller's promise; fewer than C keys are left only where one at a time is taken.
+        unsafe {
             if j + C <= keys.end {
-                let sums = dots::<S, K, R, C>(s, queries, padded_dim, dim, rows, j, coming);
-                for (r, sums) in sums.iter().enumerate() {
-                    to.add(r * KEYS).cast::<[f32; C]>().write_unaligned(*sums);
+                for (r, sums) in dots.dots::<S, R, C>(s, first, j, coming).iter().enumerate() {
+                    to[r * KEYS..r * KEYS + C].copy_from_slice(sums);
                 }
             } else {
                 coming.ask(0, usize::MAX);
                 for c in 0..keys.end - j {
-                    let coming = Coming::<1>::none();
-                    let sums = dots::<S, K, R, 1>(s, queries, padded_dim, dim, rows, j + c, coming);
-                    for (r, &[sum]) in sums.iter().enumerate() {
-                        *to.add(r * KEYS + c) = sum;
+                    for (r, &[sum]) in dots.dots::<S, R, 1>(s, first, j + c, Coming::none()).iter().enumerate() {
+                        to[r * KEYS + c] = sum;
                     }
                 }
             }
-            j += C;
         }
+        j += C;
+    }
+}
+
+/// Products of floats.
+#[derive(Clone, Copy)]
+struct FloatDots<'a, K> {
+    /// Padded with zeros to a multiple of `LANES`.
+    queries: &'a [f32],
+    padded_dim: usize,
+    dim: usize,
+    k: K,
+}
+
+impl<K: Rows> Dots for FloatDots<'_, K> {
+    #[inline(always)]
+    unsafe fn dots<S: Simd, const R: usize, const C: usize>(
+        self,
+        s: S,
+        first: usize,
+        j: usize,
+        coming: Coming<C>,
+    ) -> [[f32; C]; R] {
+        let Self { queries, padded_dim, dim, k } = self;
+        // SAFETY: the caller's promise on rows and keys.
+        unsafe { dots(s, queries.as_ptr().add(first * padded_dim), padded_dim, dim, k, j, coming) }
     }
 }
 
 /// Dot products of `R` query rows with the `C` keys from `first` on.
 ///
 /// # Safety
-/// As [`scores_of`].
+/// `rows` yields `dim` readable elements for these keys; queries are padded with zeros to a multiple of `LANES`.
 #[inline(always)]
 unsafe fn dots<S: Simd, K: Rows, const R: usize, const C: usize>(
     s: S,
@@ -357,7 +430,7 @@ const fn rows_together<S: Simd>(n: usize) -> usize {
     }
 }
 
-/// Scores of all rows for a block of keys; see [`scores_of`].
+/// Scores of all rows for a block of keys; see [`fill_scores`].
 pub(super) struct BlockScores<'a, K, V> {
     pub(super) queries: &'a [f32],
     pub(super) padded_dim: usize,
@@ -389,28 +462,11 @@ impl<K: Rows, V: Rows> Kernel for BlockScores<'_, K, V> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { queries, padded_dim: dp, rows: n, dim, k, keys, next, scores } = self;
-        assert!(keys.len() <= KEYS && scores.len() >= n * KEYS && queries.len() >= n * dp);
-        let mut r = 0;
-        while r < n {
-            let together = rows_together::<S>(n - r);
-            // The first rows bring the block into the cache for the others.
-            let next = (r == 0).then_some(next);
-            let keys = keys.clone();
-            // SAFETY: rows r.. of queries and scores exist by the assertion; whoever made this vouches for the keys.
-            unsafe {
-                let (q, out) = (queries.as_ptr().add(r * dp), scores.as_mut_ptr().add(r * KEYS));
-                match together {
-                    1 => scores_of::<S, K, V, 1, 8>(s, q, dp, dim, k, keys, next, out),
-                    2 if S::SUMS == 16 => scores_of::<S, K, V, 2, 8>(s, q, dp, dim, k, keys, next, out),
-                    2 => scores_of::<S, K, V, 2, 4>(s, q, dp, dim, k, keys, next, out),
-                    4 if S::SUMS == 16 => scores_of::<S, K, V, 4, 4>(s, q, dp, dim, k, keys, next, out),
-                    4 => scores_of::<S, K, V, 4, 2>(s, q, dp, dim, k, keys, next, out),
-                    _ => scores_of::<S, K, V, 8, 2>(s, q, dp, dim, k, keys, next, out),
-                }
-            }
-            r += together;
-        }
+        let Self { queries, padded_dim, rows, dim, k, keys, next, scores } = self;
+        assert!(queries.len() >= rows * padded_dim);
+        let dots = FloatDots { queries, padded_dim, dim, k };
+        // SAFETY: the queries are there by the assertion; whoever made this vouches for the keys.
+        unsafe { fill_scores(s, dots, rows, k, dim, keys, next, scores) }
     }
 }
 
