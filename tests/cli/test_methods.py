@@ -33,7 +33,7 @@ def test_json(capsys):
     assert cli.main(["methods", "--json", "retrieval_attention"]) == 0
     (fact,) = json.loads(capsys.readouterr().out)
     assert fact["function"] == "longattn.retrieval_attention"
-    assert fact["reference"] == "longattn.reference.retrieval.attention"
+    assert fact["reference"] == "longattn.reference.retrieval.retrieval_attention.attention"
     assert fact["exact"] is False and fact["modes"] == ["causal", "self"]
 
 

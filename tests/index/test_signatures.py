@@ -128,7 +128,7 @@ def test_memory_is_as_documented(rng, bits):
     clusters = 2 * 187 * 64 * 4  # one number per cluster and column; a few of them are kept
     assert rows_bytes + 2 * clusters <= index.nbytes - matrices <= rows_bytes + 8 * clusters
     assert len(index) == 6000
-    assert repr(index) == f"Signatures(bits={bits}, rows=6000, nbytes={index.nbytes})"
+    assert repr(index) == f"Signatures(bits={bits}, seed=0, rows=6000, nbytes={index.nbytes})"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -1,5 +1,6 @@
-"""Indexes over a `KVStore`'s keys: small codes that are scanned instead of the keys, and grow with the store."""
+"""Indexes over a `KVStore`'s rows: each picks the rows that are worth reading, and grows with the store."""
 
+from longattn.index._index import Index
 from longattn.index.signatures import Signatures
 
-__all__ = ["Signatures"]
+__all__ = ["Index", "Signatures"]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import operator
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy
+from longattn.index._index import Index, check_seed, check_store, integer
 from longattn.kv import KVStore
 
 
-class Signatures:
+class Signatures(Index):
     """Codes of every key of a store: 1, 2 or 4 bits per dimension, scanned instead of the keys.
 
     Each key, less the head's mean key and turned by a random rotation, is replaced by the grid point nearest in
@@ -54,12 +55,9 @@ class Signatures:
         Large Model Inference", 2025.
     """
 
-    __slots__ = ("_handle", "_store", "bits", "estimates")
+    __slots__ = ()
 
-    #: Bits per dimension.
-    bits: int
-    #: Whether the codes estimate logits; plain sign codes only rank.
-    estimates: bool
+    KIND: ClassVar[str] = "signatures"
 
     def __init__(
         self,
@@ -70,14 +68,11 @@ class Signatures:
         hash_weights: Array | None = None,
         use_norm: bool = False,
     ) -> None:
-        if not isinstance(store, KVStore):
-            raise TypeError(f"store: got {type(store).__name__}, expected a KVStore")
-        self.bits = _integer(bits, "bits")
-        if self.bits not in (1, 2, 4):
+        check_store(store)
+        bits = integer(bits, "bits")
+        if bits not in (1, 2, 4):
             raise ValueError(f"bits: got {bits}, expected 1, 2 or 4")
-        seed = _integer(seed, "seed")
-        if not 0 <= seed < 1 << 64:
-            raise ValueError(f"seed: got {seed}, expected 0 to 2**64 - 1")
+        seed = check_seed(seed)
         weights: NDArray[np.float32] | None = None
         if hash_weights is not None:
             weights = np.ascontiguousarray(as_numpy(hash_weights, "hash_weights"), np.float32)
@@ -85,48 +80,16 @@ class Signatures:
                 raise ValueError(
                     f"hash_weights: got shape {weights.shape}, expected [{store.kv_heads}, {store.head_dim}, code_bits]"
                 )
-            if self.bits != 1:
+            if bits != 1:
                 raise ValueError(f"bits: got {bits}, expected 1 with hash_weights, whose codes are signs")
         elif use_norm:
             raise ValueError("use_norm: got True without hash_weights, expected weights: other codes use the norm")
-        self._store = store
-        self.estimates = weights is None
-        self._handle = _core.Signatures(store._handle, self.bits, seed, weights, bool(use_norm))
+        self._set(_core.signatures(store._handle, bits, seed, weights, bool(use_norm)), store)
 
     @property
-    def store(self) -> KVStore:
-        """The store that is indexed."""
-        return self._store
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the codes, clusters and matrices."""
-        return self._handle.nbytes
-
-    def fork(self, store: KVStore) -> Signatures:
-        """Index of a fork of the store, with the codes of the rows they share: a copy instead of coding anew.
-
-        Args:
-            store: `index.store.fork()`, with whatever was appended or truncated since.
-
-        Raises:
-            TypeError: `store` is no KVStore.
-            ValueError: `store` is not a fork of the indexed store.
-        """
-        if not isinstance(store, KVStore):
-            raise TypeError(f"store: got {type(store).__name__}, expected a KVStore")
-        copy = object.__new__(Signatures)
-        copy._handle = self._handle.fork(store._handle)
-        copy._store, copy.bits, copy.estimates = store, self.bits, self.estimates
-        return copy
-
-    def update(self) -> None:
-        """Codes the rows appended since the last call; `retrieval_attention` does so by itself.
-
-        Raises:
-            ValueError: a key that is not finite.
-        """
-        self._handle.update()
+    def bits(self) -> int:
+        """Bits per dimension."""
+        return int(self.parameters["bits"])
 
     def sigma(self) -> NDArray[np.float32]:
         """Root mean square error of an estimated `q . k` per KV head, `[kv_heads]`, for a query of norm 1.
@@ -134,21 +97,4 @@ class Signatures:
         Times the norm of a query and the softmax scale: the error of its logits in nats. Empty before the first
         codes, and for plain sign codes.
         """
-        return np.asarray(self._handle.sigma(), np.float32)
-
-    def __len__(self) -> int:
-        """Rows coded so far."""
-        return len(self._handle)
-
-    def __repr__(self) -> str:
-        """The index in one line."""
-        return f"Signatures(bits={self.bits}, rows={len(self)}, nbytes={self.nbytes})"
-
-
-def _integer(value: object, name: str) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected an integer")
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name}: got {value!r}, expected an integer") from None
+        return np.asarray(_core.signatures_sigma(self._handle), np.float32)

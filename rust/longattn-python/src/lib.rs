@@ -6,6 +6,7 @@ mod dense;
 mod diagnostics;
 mod double;
 mod errors;
+mod index;
 mod options;
 mod prefix_tree;
 mod retrieval;
@@ -27,9 +28,13 @@ mod _core {
     #[pymodule_export]
     use super::double::{attention_backward_double, attention_double};
     #[pymodule_export]
+    use super::index::Index;
+    #[pymodule_export]
+    use super::index::signatures::{signatures, signatures_sigma};
+    #[pymodule_export]
     use super::prefix_tree::{PrefixTree, chunk_attention};
     #[pymodule_export]
-    use super::retrieval::{Signatures, retrieval_attention};
+    use super::retrieval::retrieval_attention;
     #[pymodule_export]
     use super::store::{CodedRows, KVStore, Rows};
     #[pymodule_export]

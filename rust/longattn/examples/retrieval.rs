@@ -5,7 +5,7 @@
 //! ```
 
 use longattn::dense::{self, Options};
-use longattn::index::{SignatureOptions, Signatures};
+use longattn::index::{Index, SignatureOptions, Signatures};
 use longattn::kv::KvStore;
 use longattn::parallel::Execution;
 use longattn::retrieval::{Rest, RetrievalOptions, Select, retrieval_attention};

@@ -4,8 +4,9 @@ use crate::dense::matrix::{PackedMatrix, ROWS};
 use crate::dense::rows::{Rows, Strided};
 use crate::dense::scratch::Buffer;
 use crate::index::rotation::Random;
+use crate::index::snapshot::Saved;
 use crate::simd::{Isa, Kernel, Simd, dispatch};
-use crate::tensor::Element;
+use crate::tensor::{Element, Error, Result};
 use std::ops::Range;
 
 /// The most clusters: a row's cluster is one byte.
@@ -189,6 +190,45 @@ impl Clusters {
             self.renew();
         }
         true
+    }
+
+    /// Adds what is needed to have them again to an index as data, under names that end in `suffix`.
+    pub(crate) fn save(&self, saved: Saved, suffix: &str) -> Saved {
+        let (n, dim) = (self.len(), self.dim);
+        let name = |part: &str| format!("{part}.{suffix}");
+        let saved = saved.tensor(name("centroids"), &[n, dim], self.centroids.clone());
+        let rows = vec![self.members.rows as u64, self.settled.rows as u64];
+        let saved = saved.tensor(name("member_rows"), &[2], rows);
+        [("members", &self.members), ("settled", &self.settled)].into_iter().fold(saved, |saved, (part, members)| {
+            saved.tensor(name(&format!("{part}_sums")), &[n, dim], members.sums.clone()).tensor(
+                name(&format!("{part}_counts")),
+                &[n],
+                members.counts.clone(),
+            )
+        })
+    }
+
+    /// What [`Self::save`] saved: at most 256 clusters of width `dim`.
+    pub(crate) fn load(saved: &mut Saved, suffix: &str, dim: usize) -> Result<Self> {
+        let name = |part: &str| format!("{part}.{suffix}");
+        let member_rows: Vec<u64> = saved.take(&name("member_rows"), &[2])?;
+        let mut members = Vec::new();
+        for (part, rows) in ["members", "settled"].into_iter().zip(member_rows) {
+            let counts: Vec<u32> = saved.take_list(&name(&format!("{part}_counts")))?;
+            let sums = saved.take(&name(&format!("{part}_sums")), &[counts.len(), dim])?;
+            members.push(Members { rows: rows as usize, sums, counts });
+        }
+        let (settled, members) = (members.pop().expect("two"), members.pop().expect("two"));
+        let n = members.counts.len();
+        if n > MAX_CLUSTERS || settled.counts.len() != n || settled.rows > members.rows {
+            return Err(Error::value("path", format!("{n} value clusters"), "clusters as they are saved"));
+        }
+        let centroids: Vec<f32> = saved.take(&name("centroids"), &[n, dim])?;
+        let mut clusters = Self { dim, means: centroids.clone(), centroids, members, settled };
+        if n > 0 {
+            clusters.renew();
+        }
+        Ok(clusters)
     }
 
     fn renew(&mut self) {

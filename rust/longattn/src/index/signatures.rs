@@ -3,16 +3,19 @@
 use super::clusters::Clusters;
 use super::codes::{BLOCK, Encode, Format, ScanQuery};
 use super::rotation::orthogonal;
+use super::snapshot::{Parameters, Saved};
+use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_store, not_finite, numbers};
 use crate::dense::matrix::{PackedMatrix, ROWS};
 use crate::dense::rows::Strided;
 use crate::dense::scratch::Buffer;
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
-use crate::tensor::{Element, Error, KvView, Result, Storage, TensorView, with_element};
+use crate::tensor::{Element, Error, Result, with_element};
 use half::f16;
+use std::any::Any;
 use std::ops::Range;
-use std::sync::{Arc, RwLock, RwLockReadGuard};
+use std::sync::Arc;
 
 /// Rows that a store must have before the first codes are made: fewer are always read exactly.
 const FIRST_FIT: usize = 512;
@@ -106,42 +109,38 @@ pub struct HeadStats {
     pub sigma_max: f32,
 }
 
+#[derive(Clone)]
 struct State {
+    format: Format,
     /// Rows coded, a multiple of [`BLOCK`].
     coded: usize,
     /// Rows at the last fit.
     fitted: usize,
-    /// The store's epoch that the codes belong to.
-    epoch: u64,
     heads: Vec<HeadCodes>,
 }
 
 /// An index of codes over every key of a store.
 ///
-/// Codes follow the store by themselves: [`Self::read`] codes rows that were appended since and drops those that were truncated.
 /// Memory: `bits * head_dim / 8 + 3` bytes per key and KV head, plus the value clusters.
 pub struct Signatures {
-    store: Arc<KvStore>,
     options: SignatureOptions,
     format: Format,
     /// `[kv_heads or 1, outputs, head_dim]`: what a key, less its centre, is multiplied by before it is coded.
     map: Vec<f32>,
-    state: RwLock<State>,
+    codes: Followed<State>,
 }
 
 /// The codes of a store at one moment.
 pub(crate) struct Snapshot<'a> {
     index: &'a Signatures,
-    state: RwLockReadGuard<'a, State>,
+    state: Grown<'a, State>,
 }
 
 impl Signatures {
     /// An index over a store, empty until it is first read.
     pub fn new(store: Arc<KvStore>, options: SignatureOptions) -> Result<Self> {
         let dim = store.head_dim();
-        if matches!(store.storage(), Storage::Codes(_)) {
-            return Err(Error::dtype("store", store.storage(), "a store of float32, float16 or bfloat16 rows"));
-        }
+        check_store(&store)?;
         let (format, map) = match &options.hash {
             Some(hash) => {
                 if options.bits != 1 {
@@ -175,29 +174,8 @@ impl Signatures {
                 (Format { bits: options.bits, dim }, orthogonal(dim, options.seed))
             }
         };
-        let state = State { coded: 0, fitted: 0, epoch: store.epoch(), heads: Vec::new() };
-        Ok(Self { store, options, format, map, state: RwLock::new(state) })
-    }
-
-    /// The codes of a fork of the store, as far as its rows are those that were coded here: a copy instead of coding anew.
-    pub fn fork(&self, store: Arc<KvStore>) -> Result<Self> {
-        let Some(origin) = store.origin().filter(|origin| origin.id == self.store.id()) else {
-            return Err(Error::value("store", "a store of its own", "a fork of the indexed store"));
-        };
-        let epoch = store.epoch();
-        let state = self.state();
-        let changed = [self.store.low_water(state.epoch.min(origin.epoch)), store.low_water(0), Some(origin.len)];
-        let limit = changed.into_iter().flatten().min().unwrap_or(0);
-        let mut copy = State { coded: state.coded, fitted: state.fitted, epoch, heads: state.heads.clone() };
-        drop(state);
-        copy.cut(limit, self.format);
-        let (options, map) = (self.options.clone(), self.map.clone());
-        Ok(Self { store, options, format: self.format, map, state: RwLock::new(copy) })
-    }
-
-    /// The store that is indexed.
-    pub fn store(&self) -> &Arc<KvStore> {
-        &self.store
+        let state = State { format, coded: 0, fitted: 0, heads: Vec::new() };
+        Ok(Self { options, format, map, codes: Followed::new(store, state) })
     }
 
     /// What the codes are made of.
@@ -205,74 +183,92 @@ impl Signatures {
         &self.options
     }
 
-    /// Whether the codes give logits, which weights of unread rows and bounds need; plain hash codes only rank.
-    pub fn estimates(&self) -> bool {
-        self.options.hash.is_none()
-    }
-
-    /// Rows coded so far.
-    pub fn len(&self) -> usize {
-        self.state().coded
-    }
-
-    /// Whether no row is coded.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Bytes of codes, value clusters and matrices.
-    pub fn nbytes(&self) -> usize {
-        let heads: usize = self
-            .state()
-            .heads
-            .iter()
-            .map(|h| h.codes.len() + h.value_ids.len() + h.values.nbytes() + 4 * h.centre.len())
-            .sum();
-        heads + 4 * self.map.len()
-    }
-
     /// Error of each head's estimates; empty before the first codes, or for hash codes.
     pub fn head_stats(&self) -> Vec<HeadStats> {
-        let state = self.state();
+        let state = self.codes.look();
         if !self.estimates() {
             return Vec::new();
         }
         (0..state.heads.len()).map(|h| state.stats(h)).collect()
     }
 
-    fn state(&self) -> RwLockReadGuard<'_, State> {
-        self.state.read().unwrap_or_else(|e| e.into_inner())
+    fn store(&self) -> &Arc<KvStore> {
+        self.codes.store()
     }
 
-    /// Codes every complete block of the store's rows.
-    pub fn update(&self, execution: &Execution) -> Result<()> {
-        let reader = self.store.read();
-        self.read(&reader, execution).map(drop)
-    }
-
-    /// The codes of the rows that `reader` sees, brought up to date first.
-    pub(crate) fn read<'a>(&'a self, reader: &Reader, execution: &Execution) -> Result<Snapshot<'a>> {
-        loop {
-            let state = self.state();
-            if state.is_current(reader) {
-                return Ok(Snapshot { index: self, state });
-            }
-            drop(state);
-            let mut state = self.state.write().unwrap_or_else(|e| e.into_inner());
-            self.follow(&mut state, reader, execution)?;
+    fn saved(&self) -> Saved {
+        let (grown, options) = (self.codes.look(), &self.options);
+        let mut saved = Saved::new(grown.coded, self.parameters()).with("fitted", grown.fitted);
+        if let Some(hash) = &options.hash {
+            let shape = [self.store().kv_heads(), self.store().head_dim(), hash.code_bits];
+            saved = saved.tensor("hash_weights", &shape, hash.weights.clone());
         }
+        for (h, head) in grown.heads.iter().enumerate() {
+            let Moments { count, squares, largest } = head.deviations;
+            saved = saved
+                .tensor(format!("codes.{h}"), &[head.codes.len()], head.codes.clone())
+                .tensor(format!("centre.{h}"), &[head.centre.len()], head.centre.clone())
+                .tensor(format!("value_ids.{h}"), &[head.value_ids.len()], head.value_ids.clone())
+                .tensor(format!("unit.{h}"), &[1], vec![head.unit])
+                .tensor(format!("deviations.{h}"), &[3], vec![count as f64, squares, f64::from(largest)]);
+            if self.estimates() {
+                saved = head.values.save(saved, &h.to_string());
+            }
+        }
+        saved
+    }
+
+    /// The index that was saved, over a store that has its rows.
+    pub(crate) fn load(store: Arc<KvStore>, mut saved: Saved) -> Result<Self> {
+        let (heads, dim, value_dim) = (store.kv_heads(), store.head_dim(), store.value_dim());
+        let hash = match saved.integer("code_bits") {
+            Ok(bits) => {
+                let weights = saved.take("hash_weights", &[heads, dim, bits as usize])?;
+                Some(Hash { weights, code_bits: bits as usize, use_norm: saved.flag("use_norm")? })
+            }
+            Err(_) => None,
+        };
+        let options = SignatureOptions { bits: saved.integer("bits")? as usize, seed: saved.integer("seed")?, hash };
+        let mut index = Self::new(Arc::clone(&store), options)?;
+        let (format, coded, estimates) = (index.format, saved.rows, index.estimates());
+        if coded == 0 {
+            return Ok(index);
+        }
+        if coded % BLOCK != 0 {
+            return Err(Error::value("path", format!("{coded} rows with codes"), format!("a multiple of {BLOCK}")));
+        }
+        let mut state = State { format, coded, fitted: saved.integer("fitted")? as usize, heads: Vec::new() };
+        for h in 0..heads {
+            let deviations: Vec<f64> = saved.take(&format!("deviations.{h}"), &[3])?;
+            let unit: Vec<f32> = saved.take(&format!("unit.{h}"), &[1])?;
+            let head = HeadCodes {
+                codes: saved.take(&format!("codes.{h}"), &[coded / BLOCK * format.block_bytes()])?,
+                centre: saved.take(&format!("centre.{h}"), &[dim])?,
+                unit: unit[0],
+                deviations: Moments {
+                    count: deviations[0] as u64,
+                    squares: deviations[1],
+                    largest: deviations[2] as f32,
+                },
+                value_ids: saved.take(&format!("value_ids.{h}"), &[if estimates { coded } else { 0 }])?,
+                values: if estimates {
+                    Clusters::load(&mut saved, &h.to_string(), value_dim)?
+                } else {
+                    Clusters::default()
+                },
+            };
+            if head.value_ids.iter().any(|&id| usize::from(id) >= head.values.len()) {
+                return Err(Error::value("path", "a row of a value cluster that is not there", "clusters as saved"));
+            }
+            state.heads.push(head);
+        }
+        index.codes = Followed::new(store, state);
+        Ok(index)
     }
 
     /// Brings the codes up to `reader`. Leaves them as they were, or shorter, on an error.
     fn follow(&self, state: &mut State, reader: &Reader, execution: &Execution) -> Result<()> {
-        if let Some(low) = self.store.low_water(state.epoch) {
-            state.cut(low, self.format);
-        }
-        state.epoch = reader.epoch();
-        let target = (reader.len() / BLOCK * BLOCK).max(state.coded);
-        if state.fitted == 0 && target < FIRST_FIT {
-            return Ok(());
-        }
+        let target = reader.len() / BLOCK * BLOCK;
         let isa = simd::current();
         let grown = state.fitted == 0 || target >= REFIT_GROWTH * state.fitted;
         if grown || !self.code(isa, state, reader, target, execution)? {
@@ -405,15 +401,10 @@ impl Signatures {
     }
 
     fn map_of(&self, head: usize) -> &[f32] {
-        let size = self.format.dim * self.store.head_dim();
+        let size = self.format.dim * self.store().head_dim();
         let start = if self.options.hash.is_some() { head * size } else { 0 };
         &self.map[start..start + size]
     }
-}
-
-fn not_finite(row: usize, head: usize) -> Error {
-    let got = format!("NaN or infinity in key {row} of head {head}");
-    Error::value("store", got, "finite keys: an index cannot rank others")
 }
 
 /// Appends to a long vector that grows by an eighth, not by doubling: `coming` bytes are on their way, these among them.
@@ -425,11 +416,6 @@ fn extend(to: &mut Vec<u8>, bytes: &[u8], coming: usize) {
 }
 
 type Coded = (Vec<u8>, Moments);
-
-/// Rows of the store, which holds numbers.
-fn numbers(rows: KvView<'_>) -> TensorView<'_> {
-    rows.numbers().expect("asked when the index was made")
-}
 
 /// Codes the rows of one head; `None` where a factor is beyond f16.
 struct CodeRows<'a, T> {
@@ -448,7 +434,7 @@ impl<T: Element> Kernel for CodeRows<'_, T> {
         let Self { index, head, state, rows, range } = self;
         let (format, codes) = (index.format, &state.heads[head]);
         let hash = index.options.hash.as_ref();
-        let mut matrix = PackedMatrix::new(s, index.map_of(head), format.dim, index.store.head_dim());
+        let mut matrix = PackedMatrix::new(s, index.map_of(head), format.dim, index.store().head_dim());
         let (mut out, mut wide) = (vec![0f32; matrix.result_len::<S>()], Buffer::default());
         let mut packed = vec![0u8; range.len() / BLOCK * format.block_bytes()];
         let mut levels = vec![0u8; format.padded_dim()];
@@ -473,7 +459,7 @@ impl<T: Element> Kernel for CodeRows<'_, T> {
                         if hash.use_norm {
                             let row = crate::dense::rows::Rows::row(rows, first + r);
                             // SAFETY: as above, a row has head_dim elements.
-                            let row = unsafe { std::slice::from_raw_parts(row, index.store.head_dim()) };
+                            let row = unsafe { std::slice::from_raw_parts(row, index.store().head_dim()) };
                             row.iter().map(|x| x.to_f32() * x.to_f32()).sum::<f32>().sqrt() / codes.unit
                         } else {
                             1.0
@@ -496,14 +482,13 @@ impl<T: Element> Kernel for CodeRows<'_, T> {
     }
 }
 
-impl State {
-    fn is_current(&self, reader: &Reader) -> bool {
-        let target = reader.len() / BLOCK * BLOCK;
-        self.epoch == reader.epoch() && (self.coded >= target || (self.fitted == 0 && target < FIRST_FIT))
+impl Grow for State {
+    fn wants(&self, len: usize) -> bool {
+        let target = len / BLOCK * BLOCK;
+        self.coded < target && (self.fitted > 0 || target >= FIRST_FIT)
     }
 
-    /// Forgets rows from `len` on.
-    fn cut(&mut self, len: usize, format: Format) {
+    fn cut(&mut self, len: usize) {
         let keep = len / BLOCK * BLOCK;
         if keep >= self.coded {
             return;
@@ -514,11 +499,13 @@ impl State {
         }
         self.coded = keep;
         for head in &mut self.heads {
-            head.codes.truncate(keep / BLOCK * format.block_bytes());
+            head.codes.truncate(keep / BLOCK * self.format.block_bytes());
             head.value_ids.truncate(keep);
         }
     }
+}
 
+impl State {
     /// Forgets everything.
     fn forget(&mut self) {
         (self.coded, self.fitted) = (0, 0);
@@ -531,12 +518,80 @@ impl State {
     }
 }
 
-impl Snapshot<'_> {
-    /// Rows coded.
-    pub(crate) fn coded(&self) -> usize {
+impl Index for Signatures {
+    fn store(&self) -> &Arc<KvStore> {
+        self.codes.store()
+    }
+
+    fn kind(&self) -> &'static str {
+        "signatures"
+    }
+
+    fn estimates(&self) -> bool {
+        // Plain hash codes only rank.
+        self.options.hash.is_none()
+    }
+
+    fn len(&self) -> usize {
+        self.codes.look().coded
+    }
+
+    fn nbytes(&self) -> usize {
+        let grown = self.codes.look();
+        let bytes = |h: &HeadCodes| h.codes.len() + h.value_ids.len() + h.values.nbytes() + 4 * h.centre.len();
+        grown.heads.iter().map(bytes).sum::<usize>() + 4 * self.map.len()
+    }
+
+    fn pending_operations(&self) -> f64 {
+        // Coding costs about head_dim multiply-adds per number of the new keys, the clusters' fit a few times that.
+        let store = self.store();
+        let rows = store.len().saturating_sub(self.len()) * store.kv_heads();
+        (rows * store.head_dim() * (store.head_dim() + 2048)) as f64
+    }
+
+    fn read<'a>(&'a self, reader: &'a Reader<'a>, execution: &Execution) -> Result<Box<dyn View + 'a>> {
+        let state =
+            self.codes.read(reader, execution, |state, reader, execution| self.follow(state, reader, execution))?;
+        Ok(Box::new(Snapshot { index: self, state }))
+    }
+
+    fn fork(&self, store: Arc<KvStore>) -> Result<Arc<dyn Index>> {
+        let codes = self.codes.fork(store)?;
+        Ok(Arc::new(Self { options: self.options.clone(), format: self.format, map: self.map.clone(), codes }))
+    }
+
+    fn parameters(&self) -> Parameters {
+        let SignatureOptions { bits, seed, hash } = &self.options;
+        let mut parameters = Parameters::new();
+        parameters.insert("bits".into(), (*bits).into());
+        parameters.insert("seed".into(), (*seed).into());
+        if let Some(hash) = hash {
+            parameters.insert("code_bits".into(), hash.code_bits.into());
+            parameters.insert("use_norm".into(), hash.use_norm.into());
+        }
+        parameters
+    }
+
+    fn save(&self) -> Saved {
+        self.saved()
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl View for Snapshot<'_> {
+    fn covered(&self) -> usize {
         self.state.coded
     }
 
+    fn pick(&self, ask: &Ask) -> Pick {
+        crate::retrieval::scan::pick(self, ask)
+    }
+}
+
+impl Snapshot<'_> {
     pub(crate) fn format(&self) -> Format {
         self.index.format
     }

@@ -7,7 +7,7 @@ mod convert;
 pub(crate) mod prefix_tree;
 mod region;
 mod rows;
-mod snapshot;
+pub(crate) mod snapshot;
 mod store;
 #[cfg(test)]
 mod tests;

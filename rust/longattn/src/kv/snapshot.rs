@@ -26,25 +26,15 @@ const VERSION: &str = "1";
 const MAX_HEADER: u64 = 1 << 16;
 /// Bytes hashed and read or written at a time, so that the second pass finds them in the cache.
 const BLOCK: usize = 1 << 18;
-const NO_CHECKSUM: &str = "0000000000000000";
+pub(crate) const NO_CHECKSUM: &str = "0000000000000000";
 
 impl KvStore {
     /// Writes the rows stored now to a file, which appears under `path` complete or not at all. Appends may go on meanwhile.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
-        let io_error = |source| Error::Io { path: path.display().to_string(), source };
-        let (file, temporary) = create_beside(path).map_err(io_error)?;
-        let done = self.write_to(file).and_then(|()| fs::rename(&temporary, path));
-        if let Err(error) = done {
-            // The first error is the one to report; a file left behind changes nothing.
-            let _ = fs::remove_file(&temporary);
-            return Err(io_error(error));
-        }
-        // The name is durable only once the folder is.
-        File::open(folder_of(path)).and_then(|folder| folder.sync_all()).map_err(io_error)
+        replace_file(path.as_ref(), |file| self.write_to(file))
     }
 
-    fn write_to(&self, mut file: File) -> io::Result<()> {
+    fn write_to(&self, file: &mut File) -> io::Result<()> {
         let reader = self.read();
         let rows = match self.format() {
             Format::Numbers(dtype) => RowsOf::Numbers(*dtype),
@@ -90,16 +80,22 @@ impl KvStore {
     /// Reads a store from a file that [`save`](Self::save) wrote. It has the capacity of the saved one, or the given capacity.
     pub fn load(path: impl AsRef<Path>, capacity: Option<usize>) -> Result<Self> {
         let path = path.as_ref();
-        let name = || path.display().to_string();
-        read_store(path, capacity).map_err(|refusal| match refusal {
-            Refusal::Corrupt(reason) => Error::Corrupt { path: name(), reason },
-            Refusal::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                Error::Corrupt { path: name(), reason: "cut off while it was read".into() }
-            }
-            Refusal::Io(source) => Error::Io { path: name(), source },
-            Refusal::Other(error) => error,
-        })
+        read_store(path, capacity).map_err(|refusal| refusal.about(path))
     }
+}
+
+/// Puts what `write` writes under `path`, complete or not at all.
+pub(crate) fn replace_file(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
+    let io_error = |source| Error::Io { path: path.display().to_string(), source };
+    let (mut file, temporary) = create_beside(path).map_err(io_error)?;
+    let done = write(&mut file).and_then(|()| fs::rename(&temporary, path));
+    if let Err(error) = done {
+        // The first error is the one to report; a file left behind changes nothing.
+        let _ = fs::remove_file(&temporary);
+        return Err(io_error(error));
+    }
+    // The name is durable only once the folder is.
+    File::open(folder_of(path)).and_then(|folder| folder.sync_all()).map_err(io_error)
 }
 
 /// A new file in the folder of `path`, under a name that nobody else uses.
@@ -124,10 +120,25 @@ fn folder_of(path: &Path) -> &Path {
 }
 
 /// Why a file is not loaded, before the path is put to it.
-enum Refusal {
+pub(crate) enum Refusal {
     Corrupt(String),
     Io(io::Error),
     Other(Error),
+}
+
+impl Refusal {
+    /// The error for the file `path`.
+    pub(crate) fn about(self, path: &Path) -> Error {
+        let path = path.display().to_string();
+        match self {
+            Self::Corrupt(reason) => Error::Corrupt { path, reason },
+            Self::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Error::Corrupt { path, reason: "cut off while it was read".into() }
+            }
+            Self::Io(source) => Error::Io { path, source },
+            Self::Other(error) => error,
+        }
+    }
 }
 
 impl From<io::Error> for Refusal {
@@ -142,11 +153,12 @@ impl From<Error> for Refusal {
     }
 }
 
-fn corrupt<T>(reason: impl Into<String>) -> std::result::Result<T, Refusal> {
+pub(crate) fn corrupt<T>(reason: impl Into<String>) -> std::result::Result<T, Refusal> {
     Err(Refusal::Corrupt(reason.into()))
 }
 
-fn read_store(path: &Path, capacity: Option<usize>) -> std::result::Result<KvStore, Refusal> {
+/// Opens a file of ours: the file behind its header, the header with the length in front of it, and the bytes of the file.
+pub(crate) fn open_checked(path: &Path, format: &str) -> std::result::Result<(File, Vec<u8>, u64), Refusal> {
     // Asked before it is opened, since opening a pipe waits for its other end.
     if !fs::metadata(path)?.is_file() {
         return corrupt("not a regular file");
@@ -161,13 +173,18 @@ fn read_store(path: &Path, capacity: Option<usize>) -> std::result::Result<KvSto
     let claimed = u64::from_le_bytes(head[..8].try_into().expect("8 bytes"));
     if claimed > MAX_HEADER || claimed > file_bytes - 8 {
         return corrupt(format!(
-            "cut off, or not a {FORMAT} file: a header of {claimed} bytes in a file of {file_bytes} (at most {MAX_HEADER})"
+            "cut off, or not a {format} file: a header of {claimed} bytes in a file of {file_bytes} (at most {MAX_HEADER})"
         ));
     }
     head.resize(8 + claimed as usize, 0);
     file.read_exact(&mut head[8..])?;
+    Ok((file, head, file_bytes))
+}
+
+fn read_store(path: &Path, capacity: Option<usize>) -> std::result::Result<KvStore, Refusal> {
+    let (mut file, head, file_bytes) = open_checked(path, FORMAT)?;
     let (header, checksum) = Header::parse(&head[8..])?;
-    let expected = header.data_bytes().saturating_add(u128::from(8 + claimed));
+    let expected = header.data_bytes().saturating_add(head.len() as u128);
     if u128::from(file_bytes) != expected {
         let word = if u128::from(file_bytes) < expected { "cut off" } else { "too long" };
         return corrupt(format!("{word}: {file_bytes} bytes, while its header says {expected}"));

@@ -443,7 +443,7 @@ impl Reader<'_> {
     }
 
     /// Keys, then values, head by head, as bytes.
-    pub(super) fn heads(&self) -> impl Iterator<Item = &[u8]> {
+    pub(crate) fn heads(&self) -> impl Iterator<Item = &[u8]> {
         let rows = [&self.store.keys, &self.store.values];
         // SAFETY: as in `keys`.
         rows.into_iter()

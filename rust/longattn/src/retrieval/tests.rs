@@ -1,7 +1,7 @@
 //! Retrieval attention against exact attention over the rows it read, in f64.
 
 use super::*;
-use crate::index::{Hash, Random, SignatureOptions};
+use crate::index::{Hash, Index, Random, SignatureOptions, Signatures};
 use crate::kv::KvStore;
 use proptest::prelude::*;
 

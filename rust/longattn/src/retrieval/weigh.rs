@@ -1,6 +1,6 @@
 //! What the scan's estimated logits weigh: sums over chunks of candidates, shares of rows, sums by value cluster.
 
-use super::CHUNK;
+use super::scan::CHUNK;
 use super::select::Weights;
 use crate::dense::scores::{Running, exp_difference};
 use crate::index::clusters::MAX_CLUSTERS;

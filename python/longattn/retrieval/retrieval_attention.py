@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy, like
-from longattn.index.signatures import Signatures
+from longattn.index import Index
 from longattn.kv import KVStore
 from longattn.methods import Method
-from longattn.reference import retrieval as reference
+from longattn.reference.retrieval import retrieval_attention as reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +25,14 @@ class RetrievalStats:
 
     Attributes:
         keys_total: `[Hkv, Lq]`, rows that each query saw.
-        keys_scored: `[Hkv, Lq]`, rows whose codes were scanned.
+        keys_scored: `[Hkv, Lq]`, rows, or units of several rows, that the index scored.
         keys_attended: `[Hkv, Lq]`, rows whose keys and values were read.
+        index_bytes: `[Hkv, Lq]`, bytes of the index that were read.
         missed_mass: float32 `[Hq, Lq]`, estimated share of the softmax mass outside the rows that were read. With
             `rest="values"` that mass is in the result, as an estimate; with `rest="none"` it is left out.
-        missed_mass_bound: float32 `[Hq, Lq]`, upper bound of the true share. It holds if no logit is
-            underestimated by more than 5.5 standard deviations of its code's error: loose with 4 bits (0.9 and more
-            on heads that spread their mass), close to 1 with fewer. 1 for plain sign codes, which estimate nothing.
+        missed_mass_bound: float32 `[Hq, Lq]`, upper bound of the true share. For `Signatures` it holds if no logit
+            is underestimated by more than 5.5 standard deviations of its code's error: loose with 4 bits (0.9 and
+            more on heads that spread their mass), close to 1 with fewer. 1 where an index gives no bound.
         selected: rows picked through the index, ascending, `[Hkv][Lq]` lists of uint32 arrays; empty lists
             unless `return_selected` was set.
     """
@@ -39,6 +40,7 @@ class RetrievalStats:
     keys_total: NDArray[np.int64]
     keys_scored: NDArray[np.int64]
     keys_attended: NDArray[np.int64]
+    index_bytes: NDArray[np.int64]
     missed_mass: NDArray[np.float32]
     missed_mass_bound: NDArray[np.float32]
     selected: list[list[NDArray[np.uint32]]]
@@ -68,7 +70,7 @@ class RetrievalResult:
 def retrieval_attention(
     q: Array,
     store: KVStore,
-    index: Signatures,
+    index: Index,
     *,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -82,11 +84,14 @@ def retrieval_attention(
 ) -> RetrievalResult:
     """Causal attention of the newest queries over a store, reading few of its rows.
 
-    The first `sinks` and the last `window` rows are read exactly. The codes of all rows between them are scanned
-    once per KV head for its whole query group; the rows of most estimated weight (the mean over the group's heads
-    of each row's share of the softmax) are then read exactly, where they lie. All other rows enter with their
-    code's weight times the mean value of their value cluster, so that flat heads come out right too: on those the
-    rows that a budget can afford hold only a small part of the mass.
+    The first `sinks` and the last `window` rows are read exactly. The index picks among the rows between them, once
+    per KV head for its whole query group; those are then read exactly, where they lie. All other rows enter as the
+    index estimates them, so that flat heads come out right too: on those the rows that a budget can afford hold
+    only a small part of the mass.
+
+    `Signatures` scan the codes of all rows and pick those of most estimated weight (the mean over the group's heads
+    of each row's share of the softmax); a row left unread has its code's weight times the mean value of its value
+    cluster.
 
     Query row `i` sits at position `len(store) - Lq + i` and sees the rows up to its own: append a step's keys and
     values before attending. With several rows, `rest="values"` uses cluster means of all rows of the store, so the
@@ -96,7 +101,7 @@ def retrieval_attention(
         q: queries `[Hq, Lq, D]` or `[1, Hq, Lq, D]`; float32, float16 or bfloat16; at most 64 query heads per KV
             head.
         store: keys and values; at least `Lq` rows.
-        index: codes of that store. Brought up to date first.
+        index: an index of that store. Brought up to date first.
         top_k: rows to select per KV head, beside sinks and window. `None` without `top_p` is 1 % of the rows, at
             least 64.
         top_p: instead of `top_k`: the fewest rows that, with sinks and window, hold this share of every head's
@@ -105,7 +110,7 @@ def retrieval_attention(
         window: last rows that are always read.
         scale: factor of the logits; `None` is `D ** -0.5`.
         rest: what becomes of the rows not read: `"values"` estimates them, `"none"` leaves them out. `None` is
-            `"values"` for codes that estimate logits, else `"none"`.
+            `"values"` for an index that estimates them, else `"none"`.
         sink_logits: floating `[Hq]`: an extra logit per head that takes part in the denominator only.
         return_stats: return what was read and missed.
         return_selected: also list the selected rows in the statistics.
@@ -128,8 +133,8 @@ def retrieval_attention(
     """
     if not isinstance(store, KVStore):
         raise TypeError(f"store: got {type(store).__name__}, expected a KVStore")
-    if not isinstance(index, Signatures):
-        raise TypeError(f"index: got {type(index).__name__}, expected a Signatures")
+    if not isinstance(index, Index):
+        raise TypeError(f"index: got {type(index).__name__}, expected an Index")
     if index.store is not store:
         raise ValueError("index: got the index of another store, expected one built on `store`")
     qn = as_numpy(q, "q")
@@ -163,7 +168,7 @@ def retrieval_attention(
 
     out = np.empty((heads, rows, store.value_dim), qn.dtype)
     lse = np.empty((heads, rows), np.float32)
-    total, scored, attended, missed, bound, picked = _core.retrieval_attention(
+    total, scored, attended, read, missed, bound, picked = _core.retrieval_attention(
         q3,
         index._handle,
         out,
@@ -190,6 +195,7 @@ def retrieval_attention(
             np.asarray(total, np.int64).reshape(shape),
             np.asarray(scored, np.int64).reshape(shape),
             np.asarray(attended, np.int64).reshape(shape),
+            np.asarray(read, np.int64).reshape(shape),
             mass(missed),
             mass(bound),
             [lists[h * rows : (h + 1) * rows] for h in range(kv_heads)],

@@ -1,0 +1,28 @@
+"""Oracles of `longattn.retrieval` and of the indexes."""
+
+from longattn.reference.retrieval.hata_topk_attention import HashAttention, hata_topk_attention
+from longattn.reference.retrieval.retrieval_attention import ReadAttention, attention, candidates
+from longattn.reference.retrieval.signatures import (
+    BLOCK,
+    STEPS,
+    Codes,
+    encode,
+    estimate,
+    rotation,
+    unread_log_weights,
+)
+
+__all__ = [
+    "BLOCK",
+    "STEPS",
+    "Codes",
+    "HashAttention",
+    "ReadAttention",
+    "attention",
+    "candidates",
+    "encode",
+    "estimate",
+    "hata_topk_attention",
+    "rotation",
+    "unread_log_weights",
+]
