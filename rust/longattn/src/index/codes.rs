@@ -17,6 +17,9 @@ use half::f16;
 /// Keys per block, whatever the instruction set.
 pub(crate) const BLOCK: usize = 16;
 
+/// Bytes ahead that a scan asks for.
+const AHEAD: usize = 4096;
+
 /// Layout of the codes of one head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Format {
@@ -144,8 +147,8 @@ impl Scan<'_> {
                 // SAFETY: run() checked the lengths: a block has `groups` groups of 64 bytes and 16 factors, a query
                 // 8 / BITS quadruples per group, and scores a row of `stride` floats per query.
                 unsafe {
-                    crate::simd::prefetch(block.as_ptr().wrapping_add(2 * bytes));
                     for group in 0..groups {
+                        crate::simd::prefetch(block.as_ptr().wrapping_add(group * 64 + AHEAD));
                         let packed = s.load_bytes(block.as_ptr().add(group * 64 + 4 * part));
                         let quads = quads.map(|q| q.add(group * (8 / BITS)));
                         self.fields::<S, BITS, G>(s, packed, quads, &mut acc);

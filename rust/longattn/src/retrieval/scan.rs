@@ -2,7 +2,7 @@
 
 use super::chunks::{Shared, Slots};
 use super::select::{self, Budget, Weights};
-use super::weigh::{Bulk, HeadWeight, Summarise, Weigh};
+use super::weigh::{Bulk, CodeError, HeadWeight, NEGLIGIBLE, Summarise, Weigh, WeighTile};
 use crate::dense::scores::Running;
 use crate::dense::scratch::with_scratch;
 use crate::index::codes::{BLOCK, Scan, ScanQuery};
@@ -16,8 +16,11 @@ const BOUND_SIGMAS: f32 = 5.5;
 /// Relative error of a sum of weights.
 const SUM_ROUNDING: f64 = 1e-6;
 
-/// Candidates that one item scans, a multiple of [`BLOCK`].
+/// Candidates that one item scans, a multiple of [`TILE`].
 pub(super) const CHUNK: usize = 16 * 1024;
+
+/// Candidates whose scores are made and summed while they are in the first cache, a multiple of [`BLOCK`].
+pub(super) const TILE: usize = 1024;
 
 /// Scans the candidates and selects rows; weighs the rest.
 pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
@@ -32,33 +35,39 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
     let chunks = n.div_ceil(CHUNK);
     let mut memory = with_scratch(|scratch| std::mem::take(&mut scratch.extra));
     let mut memory2 = with_scratch(|scratch| std::mem::take(&mut scratch.values));
-    let scores = Shared::new(memory.take(group * chunks * CHUNK));
-    let weights = Shared::new(memory2.take(chunks * CHUNK));
+    let tiles = n.div_ceil(TILE);
+    let scores = Shared::new(memory.take(group * tiles * TILE));
+    let (weights, origins) = memory2.take(tiles * (TILE + group)).split_at_mut(tiles * TILE);
+    let (weights, origins) = (Shared::new(weights), Shared::new(origins));
     let run = |work: &(dyn Fn(usize) + Sync)| match parallel {
         // A cancelled call's results are never seen.
         Some(execution) => drop(for_each(execution, chunks, work)),
         None => (0..chunks).for_each(work),
     };
-    let chunk_rows = |c: usize| {
-        let start = base + c * CHUNK;
-        start..(start + CHUNK).min(base + n)
-    };
+    let tiles_of = |c: usize| c * (CHUNK / TILE)..((c + 1) * (CHUNK / TILE)).min(tiles);
+    let tile_rows = |t: usize| base + t * TILE..(base + (t + 1) * TILE).min(base + n);
 
-    // Scan: scores of each chunk, [group, CHUNK] one chunk after another.
+    // Scan: the scores of each tile, `[group, TILE]` one tile after another, which become weights relative to the tile's largest.
+    let sigma = if estimates { snapshot.stats(head).sigma } else { 0.0 };
+    let errors: Vec<CodeError> = norms.iter().map(|norm| CodeError::new(sigma * norm)).collect();
+    let (format, bytes) = (snapshot.format(), snapshot.format().block_bytes());
     let bulks = Slots::new(chunks);
     run(&|c| {
-        let range = chunk_rows(c);
-        let bytes = snapshot.format().block_bytes();
-        // SAFETY: chunk c is this worker's own.
-        let scores = unsafe { scores.part(c * group * CHUNK, group * CHUNK) };
-        let codes = &codes.codes[range.start / BLOCK * bytes..range.end / BLOCK * bytes];
-        let format = snapshot.format();
-        dispatch(isa, Scan { format, codes, queries: &queries, scores, stride: CHUNK });
-        let inside = candidates.start.max(range.start) - range.start..candidates.end.min(range.end) - range.start;
-        let summed = dispatch(isa, Summarise { scores, group, len: range.len(), inside, estimates });
-        bulks.set(c, summed);
+        let mut bulk = vec![Bulk::EMPTY; group];
+        for t in tiles_of(c) {
+            let range = tile_rows(t);
+            // SAFETY: the tiles of chunk c are this worker's own.
+            let (scores, origins) =
+                unsafe { (scores.part(t * group * TILE, group * TILE), origins.part(t * group, group)) };
+            let codes = &codes.codes[range.start / BLOCK * bytes..range.end / BLOCK * bytes];
+            dispatch(isa, Scan { format, codes, queries: &queries, scores, stride: TILE });
+            let inside = candidates.start.max(range.start) - range.start..candidates.end.min(range.end) - range.start;
+            let errors = estimates.then_some(&errors[..]);
+            dispatch(isa, Summarise { scores, origins, len: range.len(), inside, errors, bulk: &mut bulk });
+        }
+        bulks.set(c, bulk);
     });
-    let mut bulk = vec![Bulk { softmax: Running::EMPTY, sum: 0.0, squares: 0.0 }; group];
+    let mut bulk = vec![Bulk::EMPTY; group];
     for part in bulks.into_values() {
         for (all, part) in bulk.iter_mut().zip(part) {
             all.join(part);
@@ -66,26 +75,35 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
     }
 
     // Weights of the group: the mean over its heads of each row's estimated share of all mass.
-    let sigma = if estimates { snapshot.stats(head).sigma } else { 0.0 };
     let heads: Vec<HeadWeight> =
-        (0..group).map(|g| HeadWeight::new(&bulk[g], ask.steady[g], sigma * norms[g], candidates.len())).collect();
+        (0..group).map(|g| HeadWeight::new(&bulk[g], ask.steady[g], errors[g], candidates.len())).collect();
     let by_mass = matches!(ask.select, Select::TopP(_));
     let clusters = if ask.rest && estimates { codes.values.len() } else { 0 };
     let parts = Slots::new(chunks);
+    // Sloped weights of rows with a small share need not be small.
+    let scaled = heads.iter().all(HeadWeight::is_scaled);
+    let negligible = if scaled { NEGLIGIBLE / candidates.len() as f32 } else { 0.0 };
     run(&|c| {
-        let range = chunk_rows(c);
-        // SAFETY: chunk c is this worker's own.
-        let (scores, weights) =
-            unsafe { (scores.part(c * group * CHUNK, group * CHUNK), weights.part(c * CHUNK, CHUNK)) };
-        let ids: &[u8] = if clusters > 0 { &codes.value_ids[range.clone()] } else { &[] };
-        let work = Weigh { scores, weights, heads: &heads, len: range.len(), estimates, ids, clusters, by_mass };
-        parts.set(c, dispatch(isa, work));
+        let mut weigh = Weigh::new(&heads, estimates, clusters, by_mass);
+        for t in tiles_of(c) {
+            let range = tile_rows(t);
+            // SAFETY: the tiles of chunk c are this worker's own.
+            let (scores, weights, origins) = unsafe {
+                let scores = scores.part(t * group * TILE, group * TILE);
+                (scores, weights.part(t * TILE, TILE), origins.part(t * group, group))
+            };
+            let ids: &[u8] = if clusters > 0 { &codes.value_ids[range.clone()] } else { &[] };
+            dispatch(isa, WeighTile { scores, origins, weights, ids, len: range.len(), negligible, weigh: &mut weigh });
+        }
+        parts.set(c, weigh.finish());
     });
     // SAFETY: the workers are done.
-    let (scores, weights) = unsafe { (scores.part(0, group * chunks * CHUNK), weights.part(0, n)) };
+    let (scores, weights, origins) =
+        unsafe { (scores.part(0, group * tiles * TILE), weights.part(0, n), origins.part(0, group * tiles)) };
+    // What the scan left of a row: its weight relative to the tile's origin, or its logit.
     let score = |g: usize, row: usize| {
-        let at = row - base;
-        scores[at / CHUNK * group * CHUNK + g * CHUNK + at % CHUNK]
+        let (tile, at) = ((row - base) / TILE, (row - base) % TILE);
+        (scores[tile * group * TILE + g * TILE + at], origins[tile * group + g])
     };
     let mut sums = vec![0f32; group * clusters.max(1)];
     let mut totals = Weights::new(group, by_mass);
@@ -110,9 +128,12 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
         && totals.positive() < k.min(inside.len())
     {
         // Shares below the smallest float are all 0. There the logits keep the order; they stay below every share.
-        for (j, weight) in weights[inside.clone()].iter_mut().enumerate().filter(|(_, weight)| **weight == 0.0) {
-            let logits = heads.iter().enumerate().map(|(g, head)| score(g, candidates.start + j) - head.log_total);
-            *weight = logits.fold(f32::NEG_INFINITY, f32::max);
+        let mut logits = vec![0.0; group * n];
+        let codes = &codes.codes[base / BLOCK * bytes..(base + n) / BLOCK * bytes];
+        dispatch(isa, Scan { format, codes, queries: &queries, scores: &mut logits, stride: n });
+        for (j, weight) in weights[..n].iter_mut().enumerate().filter(|(_, weight)| **weight == 0.0) {
+            let below = heads.iter().enumerate().map(|(g, head)| logits[g * n + j] - head.log_total);
+            *weight = below.fold(f32::NEG_INFINITY, f32::max);
         }
     }
     let mut rows = select::select(weights, &totals, inside, &budget);

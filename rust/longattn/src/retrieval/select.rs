@@ -16,7 +16,7 @@ pub(super) enum Budget {
 /// Histogram of weights, with what each bin holds of each head where a mass budget needs it.
 pub(super) struct Weights {
     /// Two histograms, even and odd rows: neighbours often share a bin, and would wait for each other's count.
-    counts: [Vec<u32>; 2],
+    counts: Box<[[u32; BINS]; 2]>,
     /// `[bins, heads]`, or empty.
     bin_mass: Vec<f64>,
     /// Sum of the shares of each head, and of the unread rows' weights.
@@ -27,13 +27,14 @@ pub(super) struct Weights {
 /// Larger weights have larger bins; what is not positive has bin 0.
 #[inline(always)]
 fn bin(weight: f32) -> usize {
-    if weight > 0.0 { (weight.to_bits() >> SHIFT) as usize } else { 0 }
+    // A positive float has no sign bit; the mask says so to the compiler.
+    (weight.max(0.0).to_bits() >> SHIFT) as usize & (BINS - 1)
 }
 
 impl Weights {
     pub(super) fn new(heads: usize, with_mass: bool) -> Self {
         Self {
-            counts: [vec![0; BINS], vec![0; BINS]],
+            counts: Box::new([[0; BINS]; 2]),
             bin_mass: if with_mass { vec![0.0; BINS * heads] } else { Vec::new() },
             mass: vec![0.0; heads],
             rest: vec![0.0; heads],
@@ -43,7 +44,7 @@ impl Weights {
     /// Counts some rows; `rest` holds each head's weights of these rows, `stride` apart.
     #[inline(always)]
     pub(super) fn count(&mut self, weights: &[f32], rest: &[f32], stride: usize) {
-        let [even, odd] = &mut self.counts;
+        let [even, odd] = &mut *self.counts;
         let (pairs, last) = weights.as_chunks::<2>();
         for &[a, b] in pairs {
             even[bin(a)] += 1;
@@ -63,7 +64,7 @@ impl Weights {
     }
 
     pub(super) fn join(&mut self, other: &Self) {
-        for (to, from) in self.counts.iter_mut().zip(&other.counts) {
+        for (to, from) in self.counts.iter_mut().zip(other.counts.iter()) {
             to.iter_mut().zip(from).for_each(|(a, b)| *a += b);
         }
         for (a, b) in
