@@ -347,7 +347,11 @@ def test_assessment_of_perfect_and_of_poor_retrieval(rng):
         return quality.Retrieved(np.array(out), np.array(rows_only), rows, estimates, estimates / 2)
 
     options = {"sinks": sinks, "window": window, "heads": ["0", "1"]}
-    best = quality.assess(queries, keys, values, lambda query: retrieve(query, False), **options)
+    found = {name: [retrieve(query, name == "poor") for query in queries] for name in ("best", "poor")}
+    assessed = quality.assess(queries, keys, values, found, **options)
+    best, poor = assessed["best"], assessed["poor"]
+    assert best["recall"] == 1
+    assert poor["recall"] == 0
     assert best["selected_kept_shared"] == pytest.approx(1)
     assert best["kept_shared_beside"] == pytest.approx(1)
     assert best["selected_kept_own"] < 1, "the set is shared"
@@ -356,6 +360,5 @@ def test_assessment_of_perfect_and_of_poor_retrieval(rng):
     assert best["error_o"] == pytest.approx(0, abs=1e-6) and best["error_o_rows_only"] > 0.05
     assert best["missed_estimate_error"] == pytest.approx(0, abs=1e-5)
     assert best["bound_violated"] == 1
-    poor = quality.assess(queries, keys, values, lambda query: retrieve(query, True), **options)
     assert poor["selected_kept_shared"] < 0.1
     assert poor["mass_read"] < best["mass_read"]

@@ -48,6 +48,16 @@ def test_figures_of_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "8 facts" in printed
 
 
+def test_other_ways_are_asked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "demo.json"
+    assert demo.main([*SMALL, "--ways", "2 bits", "--json", str(file)]) == 0
+    contestants = json.loads(file.read_text())["contestants"]
+    assert "signatures, 2 bits" in contestants
+    assert 0 < contestants["signatures, 2 bits"]["keys_read_fraction"] < 0.1
+    assert "signatures, 2 bits" in capsys.readouterr().out
+    assert demo.main([*SMALL, "--ways", "no such"]) == 2
+
+
 def test_peer_answers_the_same(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("torch")

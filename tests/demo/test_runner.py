@@ -11,6 +11,7 @@ from longattn.demo import text
 from longattn.demo.runner import (
     MODEL,
     Model,
+    PrefillReader,
     Reader,
     RetrievalReader,
     Session,
@@ -18,6 +19,7 @@ from longattn.demo.runner import (
     read_all,
     read_safetensors,
 )
+from longattn.retrieval.ways import WAYS, Way
 
 LENGTH = 1500
 # Logits reach about 20. Another order of float32 sums moves most of them by 1e-5, and some by a few 1e-4
@@ -77,17 +79,19 @@ def test_rewind_forgets_what_came_after(model: Model, tokens: np.ndarray) -> Non
     np.testing.assert_array_equal(session.forward(tokens[1000:1020], read_all), first)
 
 
-def continued(model: Model, tokens: np.ndarray, reader: type[Reader] | Reader, **options: int) -> np.ndarray:
+def continued(model: Model, tokens: np.ndarray, reader: Reader | Way, **options: int) -> np.ndarray:
     """Logits of the last 20 tokens, read by `reader`, after an exact prefill of all others."""
     session = Session(model, LENGTH)
-    session.forward(tokens[:-20], read_all)
-    return session.forward(
-        tokens[-20:], RetrievalReader(session.stores, **options) if reader is RetrievalReader else reader
-    )
+    prefill = PrefillReader()
+    session.forward(tokens[:-20], prefill)
+    if isinstance(reader, Way):
+        reader = RetrievalReader(session.stores, prefill, reader, **options)
+    return session.forward(tokens[-20:], reader)
 
 
-def test_retrieval_of_all_keys_is_exact(model: Model, tokens: np.ndarray, whole: np.ndarray) -> None:
-    logits = continued(model, tokens, RetrievalReader, top_k=LENGTH, sinks=4, window=32)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_retrieval_of_all_keys_is_exact(model: Model, tokens: np.ndarray, whole: np.ndarray, way: Way) -> None:
+    logits = continued(model, tokens, way, top_k=LENGTH, sinks=4, window=32)
     np.testing.assert_allclose(logits, whole[-20:], rtol=0, atol=TOLERANCE)
 
 

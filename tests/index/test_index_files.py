@@ -86,7 +86,7 @@ def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="too long"):
         la.index.Signatures.load(path, store)
     store.save(path)
-    with pytest.raises(ValueError, match="not a longattn.index file"):
+    with pytest.raises(ValueError, match=r"not a longattn\.index file"):
         la.index.Signatures.load(path, store)
     with pytest.raises(FileNotFoundError):
         la.index.Signatures.load(tmp_path / "none", store)

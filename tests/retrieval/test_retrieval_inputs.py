@@ -54,7 +54,11 @@ BAD = [
     ({"top_k": None, "top_p": 1 - 1e-12}, ValueError, "top_p: got"),
     ({"top_k": None, "top_p": NAN}, ValueError, "top_p: got nan"),
     ({"top_k": None, "top_p": "0.5"}, TypeError, "top_p: got '0.5', expected a number"),
-    ({"top_k": None, "top_p": 0.5, "index": HASHED}, ValueError, "top_p: got an index of signatures that estimates nothing"),
+    (
+        {"top_k": None, "top_p": 0.5, "index": HASHED},
+        ValueError,
+        "top_p: got an index of signatures that estimates nothing",
+    ),
     ({"rest": "values", "index": HASHED}, ValueError, "rest: got values with signatures that estimate nothing"),
     ({"rest": "value"}, ValueError, "rest: got 'value', expected 'values', 'none' or None"),
     ({"rest": True}, ValueError, "rest: got True"),

@@ -107,7 +107,7 @@ def test_per_layer_choice_min_length_and_prefill_stay_exact(build_model: Any) ->
         ({"top_k": 0}, "top_k"),
         ({"top_p": 1.0}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),
-        ({"top_k": 4, "bits": 3}, "bits"),
+        ({"top_k": 4, "index": "none"}, "index: got 'none', expected one of signatures"),
         ({"top_k": 4, "rest": "some"}, "rest"),
         ({"top_k": 4, "window": -1}, "window"),
         ({"top_k": 4, "sinks": -1}, "sinks"),
@@ -117,6 +117,11 @@ def test_per_layer_choice_min_length_and_prefill_stay_exact(build_model: Any) ->
 def test_config_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RetrievalConfig(**arguments)
+
+
+def test_config_refuses_parameters_of_another_index() -> None:
+    with pytest.raises(TypeError, match="pages"):
+        RetrievalConfig(top_k=4, parameters={"pages": 3})
 
 
 def test_retrieval_refuses_what_it_cannot_do(build_model: Any) -> None:

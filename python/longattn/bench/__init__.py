@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import longattn as la
-from longattn.bench import decode, error, options, prefill, report, results, retrieval, suite
+from longattn.bench import compare, decode, error, options, prefill, report, results, retrieval, suite
 from longattn.bench.harness import Bench
-from longattn.bench.plots import Bars, Panel, draw, need_matplotlib
+from longattn.bench.plots import Bars, Panel, Scatter, draw, need_matplotlib
 from longattn.bench.tables import Column, as_text
 
 __all__ = ["add_arguments", "run"]
@@ -35,25 +35,50 @@ class Routine(Protocol):
         """Runs it: `rows` (a table), `slopes`, and whatever else belongs into the result."""
         ...
 
-    def panels(self, result: results.Result) -> Sequence[Panel | Bars]:
+    def panels(self, result: results.Result) -> Sequence[Panel | Bars | Scatter]:
         """What to draw of the result."""
         ...
 
 
-ROUTINES: dict[str, Routine] = {"decode": decode, "prefill": prefill, "retrieval": retrieval, "error": error}
+ROUTINES: dict[str, Routine] = {
+    "decode": decode,
+    "prefill": prefill,
+    "retrieval": retrieval,
+    "compare": compare,
+    "error": error,
+}
 TOOLS = {"suite": suite, "report": report}
+
+
+class Shortcut:
+    """A routine as a command of its own: `longattn compare` is `longattn bench compare`."""
+
+    def __init__(self, routine: str) -> None:
+        self.routine = routine
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the routine's options."""
+        _add_routine(parser, ROUTINES[self.routine])
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Runs it; status as of `longattn bench`."""
+        args.routine = self.routine
+        return run(args)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a subcommand per routine, and those that run or present them all, to `parser`."""
     routines = parser.add_subparsers(dest="routine", required=True, metavar="ROUTINE")
     for name, routine in ROUTINES.items():
-        sub = routines.add_parser(name, help=routine.SUMMARY, description=routine.SUMMARY)
-        routine.add_arguments(sub)
-        options.add_common(sub)
-        options.add_own(sub)
+        _add_routine(routines.add_parser(name, help=routine.SUMMARY, description=routine.SUMMARY), routine)
     for name, tool in TOOLS.items():
         tool.add_arguments(routines.add_parser(name, help=tool.SUMMARY, description=tool.SUMMARY))
+
+
+def _add_routine(parser: argparse.ArgumentParser, routine: Routine) -> None:
+    routine.add_arguments(parser)
+    options.add_common(parser)
+    options.add_own(parser)
 
 
 def run(args: argparse.Namespace) -> int:

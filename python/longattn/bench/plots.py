@@ -39,6 +39,18 @@ class Bars:
     log_y: bool = False
 
 
+@dataclass(frozen=True)
+class Scatter:
+    """One set of axes: a named point each, both axes logarithmic, and the front of those that no other beats."""
+
+    title: str
+    x: str
+    y: str
+    points: dict[str, tuple[float, float]]
+    limit: float | None = None
+    log_y: bool = True
+
+
 def need_matplotlib(what: str) -> None:
     """Checks for what drawing needs.
 
@@ -49,7 +61,7 @@ def need_matplotlib(what: str) -> None:
         raise ModuleNotFoundError(f"{what} needs matplotlib: pip install 'longattn[plot]'", name="matplotlib")
 
 
-def draw(panels: Sequence[Panel | Bars], path: Path) -> None:
+def draw(panels: Sequence[Panel | Bars | Scatter], path: Path) -> None:
     """Draws the panels in rows of three (four in two rows), in a file of some ten kilobytes per panel."""
     from matplotlib.figure import Figure
     from PIL import Image  # matplotlib depends on it
@@ -61,6 +73,8 @@ def draw(panels: Sequence[Panel | Bars], path: Path) -> None:
     for axes, panel in zip(grid, panels, strict=False):
         if isinstance(panel, Panel):
             _lines(axes, panel)
+        elif isinstance(panel, Scatter):
+            _scatter(axes, panel)
         else:
             _bars(axes, panel)
         if panel.limit is not None:
@@ -71,8 +85,9 @@ def draw(panels: Sequence[Panel | Bars], path: Path) -> None:
         axes.set_title(panel.title, fontsize=9)
         axes.set_ylabel(panel.y, fontsize=8)
         axes.tick_params(which="both", labelsize=7)
-        axes.grid(alpha=0.3, axis="both" if isinstance(panel, Panel) else "y")
-        axes.legend(fontsize=6.5)
+        axes.grid(alpha=0.3, axis="y" if isinstance(panel, Bars) else "both")
+        if not isinstance(panel, Scatter):
+            axes.legend(fontsize=6.5)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +108,25 @@ def _lines(axes: Any, panel: Panel) -> None:
     axes.set_xticks(ticks, [f"{tick // 1024}K" if tick % 1024 == 0 else f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(panel.x, fontsize=8)
+
+
+def _scatter(axes: Any, panel: Scatter) -> None:
+    axes.set_xscale("log")
+    front = pareto_front(panel.points)
+    axes.plot(*zip(*(panel.points[name] for name in front), strict=True), "-", color="0.6", linewidth=1)
+    for name, (x, y) in panel.points.items():
+        axes.plot(x, y, "o" if name in front else "x", markersize=4)
+        axes.annotate(name, (x, y), fontsize=5.5, xytext=(3, 2), textcoords="offset points")
+    axes.set_xlabel(panel.x, fontsize=8)
+
+
+def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
+    """Names of the points that no other is below in both coordinates, by x."""
+    front: list[str] = []
+    for name in sorted(points, key=lambda name: points[name]):
+        if not front or points[name][1] < points[front[-1]][1]:
+            front.append(name)
+    return front
 
 
 def _bars(axes: Any, panel: Bars) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,50 +60,55 @@ def assess(
     queries: NDArray[np.float32],
     keys: NDArray[Any],
     values: NDArray[Any],
-    retrieve: Callable[[NDArray[np.float32]], Retrieved],
+    found: Mapping[str, Sequence[Retrieved]],
     *,
     sinks: int,
     window: int,
     heads: Sequence[str],
-) -> dict[str, Any]:
-    """Retrieval against exact attention.
+) -> dict[str, dict[str, Any]]:
+    """Retrievals of the same queries, by method, against exact attention.
 
     The mass kept is what the rows read exactly hold, divided by what the best set of as many rows holds:
     `kept_*` against the best rows anywhere; `selected_kept_*` leaves sinks and window out on both sides;
     `kept_*_beside` counts them on both sides. `*_shared` compares with the best set for the whole query group
     (largest mean mass), `*_own` with the best set of each query head alone, which rows that a group shares
-    cannot reach.
+    cannot reach. `recall` is the share of the group's best rows, as many as were selected, that are among them.
 
     Args:
-        queries: `[n, Hq, D]`, rounded to what `retrieve` sees.
+        queries: `[n, Hq, D]`, rounded to what the methods saw.
         keys: `[Hkv, N, D]`, as stored.
         values: `[Hkv, N, Dv]`, as stored.
-        retrieve: a query `[Hq, D]` to its result.
+        found: of each method, what it gave for every query.
         sinks: first rows, always read.
         window: last rows, always read.
         heads: names of the KV heads.
 
     Returns:
-        Means over all query groups (`kept` also 5th percentiles, `error_*` also 95th), and per KV head.
-        `error_o` is relative to the norm of the exact output, `error_v` to the rms row norm of the values.
+        For each method the means over all query groups (`kept` also 5th percentiles, `error_*` also 95th), and
+        per KV head. `error_o` is relative to the norm of the exact output, `error_v` to the rms row norm of the
+        values.
 
     Cost: 8 * n * group * N bytes, and exact attention in float64 of every query.
     """
     _, query_heads, dim = queries.shape
     group = query_heads // len(keys)
-    found = [retrieve(query) for query in queries]
-    per_head: list[dict[str, Float64]] = []
+    per_head: dict[str, list[dict[str, Float64]]] = {name: [] for name in found}
     for h in range(len(heads)):
         mine = slice(h * group, (h + 1) * group)
         truth = exact(queries[:, mine].reshape(-1, dim), keys[h], values[h])
         value_norm = float(np.sqrt(np.mean(np.sum(values[h].astype(np.float64) ** 2, -1))))
-        groups = []
-        for i, result in enumerate(found):
-            rows = slice(i * group, (i + 1) * group)
-            one = Exact(truth.weights[rows], truth.lse[rows], truth.out[rows])
-            kept = _kept(one.weights, result.selected[h], sinks, window)
-            groups.append(kept | _errors(one, result, mine, 1 - kept["mass_read"], value_norm))
-        per_head.append({key: np.concatenate([one[key] for one in groups]) for key in groups[0]})
+        for name, results in found.items():
+            groups = []
+            for i, result in enumerate(results):
+                rows = slice(i * group, (i + 1) * group)
+                one = Exact(truth.weights[rows], truth.lse[rows], truth.out[rows])
+                kept = _kept(one.weights, result.selected[h], sinks, window)
+                groups.append(kept | _errors(one, result, mine, 1 - kept["mass_read"], value_norm))
+            per_head[name].append({key: np.concatenate([one[key] for one in groups]) for key in groups[0]})
+    return {name: _summarise(of_heads, heads) for name, of_heads in per_head.items()}
+
+
+def _summarise(per_head: list[dict[str, Float64]], heads: Sequence[str]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for key in per_head[0]:
         summary |= _summary(key, np.concatenate([head[key] for head in per_head]))
@@ -121,10 +126,25 @@ def _kept(weights: Float64, selected: NDArray[np.integer[Any]], sinks: int, wind
     between = weights[:, sinks : keys - window]
     forced = weights.sum(-1) - between.sum(-1)
     found = weights[:, selected].sum(-1)
+    if len(selected) == 0:  # sinks and window alone
+        nothing = np.ones(len(weights))
+        shared, own = best_mass(weights, sinks + window)
+        beside = {"kept_shared_beside": np.ones(1), "kept_own_beside": nothing}
+        return {
+            "rows": np.array([(sinks + window) / keys]),
+            "mass_read": forced,
+            "kept_shared": np.array([forced.mean() / shared.mean()]),
+            "kept_own": forced / own,
+            "selected_kept_shared": np.ones(1),
+            "selected_kept_own": nothing,
+            "recall": np.ones(1),
+            **beside,
+        }
     mass = forced + found
     rows = sinks + window + len(selected)
     shared, own = best_mass(weights, rows)
     free_shared, free_own = best_mass(between, len(selected))
+    best = sinks + np.argpartition(between.mean(0), -len(selected))[-len(selected) :]
     return {
         "rows": np.array([rows / keys]),
         "mass_read": mass,
@@ -134,6 +154,7 @@ def _kept(weights: Float64, selected: NDArray[np.integer[Any]], sinks: int, wind
         "kept_own_beside": mass / (forced + free_own),
         "selected_kept_shared": np.array([found.mean() / free_shared.mean()]),
         "selected_kept_own": found / free_own,
+        "recall": np.array([np.isin(best, selected, assume_unique=True).mean()]),
     }
 
 

@@ -219,8 +219,9 @@ class _Case:
             )
 
         queries, keys, values = self.queries.astype(np.float32), self.store.keys, self.store.values
+        found = {"": [retrieve(query) for query in queries]}
         heads = self.data.heads
-        return quality.assess(queries, keys, values, retrieve, sinks=self.sinks, window=self.window, heads=heads)
+        return quality.assess(queries, keys, values, found, sinks=self.sinks, window=self.window, heads=heads)[""]
 
 
 def _shortened(data: vectors.Vectors, length: int) -> vectors.Vectors:

@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["transformers"],
         help="also run transformers' own attention and cache on the same prompt",
     )
+    parser.add_argument(
+        "--ways", default="", help="also ask through these ways of `longattn compare`: parts of names, or all"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures there (needs matplotlib)")
 
@@ -54,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         _check_extras(args)
-        settings = Settings(args.context, args.questions, args.seed, args.top_k, args.window, args.sinks, args.dtype)
+        settings = Settings(
+            args.context, args.questions, args.seed, args.top_k, args.window, args.sinks, args.dtype, args.ways
+        )
         haystack = settings.haystack()
     except (ValueError, RuntimeError) as error:
         print(f"longattn demo: {error}", file=sys.stderr)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 import longattn as la
 from longattn.demo import text
 from longattn.demo.report import Progress
-from longattn.demo.runner import Model, Reader, RetrievalReader, Session, WindowReader, read_all
+from longattn.demo.runner import Model, PrefillReader, Reader, RetrievalReader, Session, WindowReader, read_all
+from longattn.retrieval.ways import WAYS, Way, chosen
 
 CHUNK = 1024  # tokens per prefill step
 ROOM = 64  # tokens that a question and its answer take at most
@@ -24,7 +25,10 @@ ROOM = 64  # tokens that a question and its answer take at most
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of one run. The window-only contestant gets `window + top_k` keys, as many as retrieval reads."""
+    """Sizes of one run. The window-only contestant gets `window + top_k` keys, as many as retrieval reads.
+
+    `ways` adds contestants: parts of names of `longattn.retrieval.ways.WAYS`, or "all".
+    """
 
     context: int = 65536
     questions: int = 32
@@ -33,6 +37,7 @@ class Settings:
     window: int = 128
     sinks: int = 4
     dtype: str = "float32"
+    ways: str = ""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -47,6 +52,11 @@ class Settings:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least {least}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: {self.dtype!r}, expected 'float32' or 'bfloat16'")
+        self.other_ways()
+
+    def other_ways(self) -> list[Way]:
+        """The ways beside the default one that are asked."""
+        return [way for way in chosen(self.ways) if way is not WAYS[0]] if self.ways else []
 
     def haystack(self) -> text.Haystack:
         clear_tail = self.sinks + self.window + self.top_k + ROOM
@@ -160,19 +170,26 @@ def measure(
     """
     progress = progress or Progress(None)
     session = Session(model, settings.context + ROOM, settings.dtype)
+    prefill = PrefillReader()
     start = time.perf_counter()
     for chunk in progress.over("prefill", list(chunks(haystack.tokens, CHUNK)), settings.context):
-        session.forward(chunk, read_all)
+        session.forward(chunk, prefill)
     prefill_s = time.perf_counter() - start
 
     start = time.perf_counter()
-    retrieval = RetrievalReader(session.stores, top_k=settings.top_k, sinks=settings.sinks, window=settings.window)
+    budget = {"top_k": settings.top_k, "sinks": settings.sinks, "window": settings.window}
+    retrieval = RetrievalReader(session.stores, prefill, WAYS[0], **budget)
     index_s = time.perf_counter() - start
+    others = {
+        way.name: RetrievalReader(session.stores, prefill, way, **budget)
+        for way in progress.over("indexes", settings.other_ways(), len(settings.other_ways()))
+    }
     tallies = {
         "exact": Tally(LongattnDecoder(session, read_all)),
         "retrieval": Tally(LongattnDecoder(session, retrieval)),
         "window": Tally(LongattnDecoder(session, WindowReader(settings.sinks, settings.window + settings.top_k))),
     }
+    tallies |= {name: Tally(LongattnDecoder(session, reader)) for name, reader in others.items()}
     versions = {name: metadata.version(name) for name in ("longattn", "numpy")} | {"python": platform.python_version()}
     peer_figures = None
     if peer == "transformers":
@@ -195,9 +212,10 @@ def measure(
         for tally in tallies.values():
             tally.ask(needle)
 
-    fraction = retrieval.keys_attended / retrieval.keys_total
+    fraction = retrieval.fraction_read
     everything = dict.fromkeys(tallies, 1.0)
     read = everything | {
+        **{name: reader.fraction_read for name, reader in others.items()},
         "retrieval": fraction,
         "window": (settings.sinks + settings.window + settings.top_k) / settings.context,
     }

@@ -58,12 +58,13 @@ def introduction(settings: dict[str, Any], parameters: int) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """One line per contestant; times are medians over the decoded tokens."""
-    lines = [f"{'':18}{'right answers':>15}{'keys read':>12}{'ms/token':>11}{'attention ms/token':>21}"]
+    lines = [f"{'':31}{'right answers':>15}{'keys read':>12}{'ms/token':>11}{'attention ms/token':>21}"]
     for name, row in result["contestants"].items():
         right = f"{round(row['accuracy'] * result['questions'])} of {result['questions']}"
         share = f"{100 * row['keys_read_fraction']:.2f} %"
         lines.append(
-            f"{NAMES[name]:18}{right:>15}{share:>12}{row['ms_per_token']:>11.2f}{row['attention_ms_per_token']:>21.2f}"
+            f"{NAMES.get(name, name):31}{right:>15}{share:>12}{row['ms_per_token']:>11.2f}"
+            f"{row['attention_ms_per_token']:>21.2f}"
         )
     megabytes = {name: result[f"{name}_bytes"] / 1e6 for name in ("store", "index")}
     lines.append(
@@ -83,7 +84,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = result["contestants"]
-    labels = [NAMES[name].replace(" ", "\n", 1) for name in rows]
+    labels = [NAMES.get(name, name).replace(" ", "\n", 1) for name in rows]
     panels = (
         ("right answers, %", "accuracy", 100),
         ("keys read, %", "keys_read_fraction", 100),

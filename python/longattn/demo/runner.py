@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import longattn as la
+from longattn.retrieval.ways import Way
 
 Array = NDArray[np.float32]
 
@@ -240,16 +241,47 @@ class WindowReader:
         return out
 
 
-class RetrievalReader:
-    """Sinks, window, the `top_k` keys per KV head that signatures point at, and an estimate of the rest."""
+class PrefillReader:
+    """Exact attention that keeps some of the queries, for the indexes that learn from them."""
 
-    def __init__(self, stores: dict[int, la.KVStore], *, top_k: int, sinks: int, window: int) -> None:
-        self.options: dict[str, Any] = {"top_k": top_k, "sinks": sinks, "window": window}
-        self.indexes = {i: la.index.Signatures(store) for i, store in stores.items()}
+    EVERY = 128
+
+    def __init__(self) -> None:
+        self._kept: dict[int, list[NDArray[Any]]] = {}
+
+    def __call__(self, layer: int, q: Array, store: la.KVStore) -> Array:
+        self._kept.setdefault(layer, []).append(np.array(q[:, :: self.EVERY]))
+        return read_all(layer, q, store)
+
+    def queries(self, layer: int) -> NDArray[np.float32]:
+        """Kept queries of a layer, `[Hq, n, D]`."""
+        return np.concatenate(self._kept[layer], axis=1).astype(np.float32)
+
+
+class RetrievalReader:
+    """Sinks, window, the `top_k` keys per KV head that an index points at, and its estimate of the rest."""
+
+    def __init__(
+        self,
+        stores: dict[int, la.KVStore],
+        prefill: PrefillReader,
+        way: Way,
+        *,
+        top_k: int,
+        sinks: int,
+        window: int,
+    ) -> None:
+        self.options: dict[str, Any] = {"top_k": top_k, "sinks": sinks, "window": window, "rest": way.rest}
+        self.indexes = {i: way.index(store, prefill.queries(i)) for i, store in stores.items()}
         for index in self.indexes.values():
             index.update()
         self.keys_attended = 0  # of single-token steps, over all KV heads and layers
         self.keys_total = 0
+
+    @property
+    def fraction_read(self) -> float:
+        """Keys read over keys seen."""
+        return self.keys_attended / self.keys_total
 
     def __call__(self, layer: int, q: Array, store: la.KVStore) -> Array:
         result = la.retrieval_attention(q, store, self.indexes[layer], **self.options)

@@ -1,6 +1,7 @@
 """Indexes over a `KVStore`'s rows: each picks the rows that are worth reading, and grows with the store."""
 
 from longattn.index._index import Index
+from longattn.index.by_name import KINDS, make
 from longattn.index.signatures import Signatures
 
-__all__ = ["Index", "Signatures"]
+__all__ = ["KINDS", "Index", "Signatures", "make"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from longattn.index import by_name
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,15 @@ class RetrievalConfig:
             either, 1 % of the keys are selected, at least 64.
         sinks: first keys of the sequence, always read.
         window: last keys of the sequence, always read.
-        bits: bits per dimension of the key signatures: 1, 2 or 4.
-        seed: seed of the signatures.
-        rest: what stands for the keys that are not read: `"values"` (an estimate of their part) or `"none"`.
+        index: kind of the index, one of `longattn.index.KINDS`.
+        parameters: of the index, for instance `{"page_size": 32}` for pages. Kinds that learn from queries get
+            some of each prefill by themselves.
+        rest: what stands for the keys that are not read: `"values"` (an estimate of their part) or `"none"`; `None`
+            is an estimate where the index makes one.
         min_length: sequences shorter than this are attended exactly.
 
     Raises:
+        TypeError: a parameter that the index does not have.
         ValueError: a value outside the range stated above, or both `top_k` and `top_p`.
     """
 
@@ -29,22 +35,23 @@ class RetrievalConfig:
     top_p: float | None = None
     sinks: int = 4
     window: int = 512
-    bits: int = 4
-    seed: int = 0
-    rest: Literal["values", "none"] = "values"
+    index: str = "signatures"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    rest: Literal["values", "none"] | None = None
     min_length: int = 2048
 
     def __post_init__(self) -> None:
         """Checks the values."""
         if self.top_k is not None and self.top_p is not None:
             raise ValueError(f"top_k, top_p: got {self.top_k} and {self.top_p}, expected one of the two")
-        for name, least in (("top_k", 1), ("sinks", 0), ("window", 0), ("seed", 0), ("min_length", 0)):
+        for name, least in (("top_k", 1), ("sinks", 0), ("window", 0), ("min_length", 0)):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= least):
                 raise ValueError(f"{name}: got {value!r}, expected an integer >= {least}")
         if self.top_p is not None and not 0 < self.top_p < 1:
             raise ValueError(f"top_p: got {self.top_p!r}, expected a number between 0 and 1")
-        if self.bits not in (1, 2, 4):
-            raise ValueError(f"bits: got {self.bits!r}, expected 1, 2 or 4")
-        if self.rest not in ("values", "none"):
-            raise ValueError(f"rest: got {self.rest!r}, expected 'values' or 'none'")
+        if self.rest not in ("values", "none", None):
+            raise ValueError(f"rest: got {self.rest!r}, expected 'values', 'none' or None")
+        if self.index not in by_name.KINDS:
+            raise ValueError(f"index: got {self.index!r}, expected one of {', '.join(by_name.KINDS)}")
+        by_name.check(self.index, dict(self.parameters))

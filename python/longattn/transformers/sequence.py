@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import longattn as la
+from longattn.index import by_name
 from longattn.transformers.retrieval import RetrievalConfig
 
 # Rows a sliding layer keeps beyond its window, so that rejected candidate tokens can be cropped.
 _CROP_MARGIN = 1024
+
+# Queries of a prefill that an index learns from.
+_SAMPLE = 512
 
 
 class ScoreOptions(TypedDict):
@@ -48,14 +54,16 @@ class Sequence:
         window: sliding window of the layer, `None` for full attention.
         retrieval: how to decode without reading all rows, `None` to read them all.
         dropped: rows a sliding layer has let go of, in front of the stored ones.
-        index: signatures of the stored keys, made as soon as the sequence is long enough for retrieval.
+        index: over the stored keys, made as soon as the sequence is long enough for retrieval.
+        sample: queries `[Hq, n, D]` of the last prefill, for an index that learns from them.
     """
 
     store: la.KVStore
     window: int | None
     retrieval: RetrievalConfig | None
     dropped: int = 0
-    index: la.index.Signatures | None = field(default=None, repr=False)
+    index: la.index.Index | None = field(default=None, repr=False)
+    sample: NDArray[np.float32] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         """Tokens of this sequence, rows that were dropped included."""
@@ -118,7 +126,10 @@ class Sequence:
         if query.shape[1] == 0:  # nothing but padding arrived
             return
         how = self.retrieval
-        index = None if how is None or len(self.store) < how.min_length else self._signatures(how)
+        if how is not None and not decode and self.index is None and by_name.learns_from_queries(how.index):
+            step = -(-query.shape[1] // _SAMPLE)
+            self.sample = query[:, ::step].float().numpy()
+        index = None if how is None or len(self.store) < how.min_length else self._index(how)
         if decode and how is not None and index is not None:
             out.copy_(self._retrieve(query, index, how, options, counts))
             return
@@ -144,15 +155,15 @@ class Sequence:
         elif index is not None:
             index.update()  # a part of the prefill's time, not of the first decoding step's
 
-    def _signatures(self, how: RetrievalConfig) -> la.index.Signatures:
+    def _index(self, how: RetrievalConfig) -> la.index.Index:
         if self.index is None:
-            self.index = la.index.Signatures(self.store, bits=how.bits, seed=how.seed)
+            self.index = la.index.make(how.index, self.store, queries=self.sample, **how.parameters)
         return self.index
 
     def _retrieve(
         self,
         query: torch.Tensor,
-        index: la.index.Signatures,
+        index: la.index.Index,
         how: RetrievalConfig,
         options: ScoreOptions,
         counts: ReadCounts,

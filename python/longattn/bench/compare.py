@@ -1,0 +1,273 @@
+"""Every way to read a part of a store, at equal budgets of rows, on the same queries.
+
+A way is an index with its parameters, or rows that a policy keeps for all queries. All ways read the same sinks and
+window and as many rows beside them (the sampling ones as many as they draw). The table says what they found, how far
+their output is from exact attention, what they read and how long they took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import longattn as la
+from longattn import vectors
+from longattn.bench import peers, quality
+from longattn.bench.arrays import DTYPES
+from longattn.bench.harness import Bench, Candidate, slopes, timed
+from longattn.bench.options import integers
+from longattn.bench.plots import Bars, Panel, Scatter
+from longattn.bench.results import Result, Row
+from longattn.bench.tables import Column
+from longattn.retrieval.ways import WAYS, Way, chosen
+from longattn.vectors.command import progress_line
+
+SUMMARY = "every way to read a part of a store at equal budgets: what it finds, its error, its time, its index"
+COLUMNS: tuple[Column, ...] = (
+    Column("vectors", "vectors"),
+    Column("keys", "keys"),
+    Column("way", "method"),
+    Column("rows", "rows_read", ".2%"),
+    Column("recall", "recall", ".3f"),
+    Column("mass", "mass_read", ".3f"),
+    Column("error/‖o‖", "error_o", ".3f"),
+    Column("p95", "error_o_p95", ".3f"),
+    Column("error/rms‖v‖", "error_v", ".4f"),
+    Column("p95", "error_v_p95", ".4f"),
+    Column("bytes read", "bytes_read", ".2%"),
+    Column("µs/query head", "us", ".1f"),
+    Column("vs la.attention", "faster_than_exact", ".1f"),
+    Column("vs best torch", "faster_than_torch", ".1f"),
+    Column("index B/key", "index_bytes_per_key", ".1f"),
+    Column("build s", "build_s", ".2f"),
+)
+EXACT = "longattn.attention"
+GROWTH_ERROR = 0.02
+QUICK_LENGTH, QUICK_WINDOW = 4096, 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the routine's options to `parser`."""
+    parser.add_argument(
+        "--vectors",
+        default="real",
+        help=f"comma-separated: {', '.join(vectors.names())}; real for the recorded ones, all (default %(default)s)",
+    )
+    parser.add_argument("--heads", help="KV heads by name, comma-separated (default: the set's choice)")
+    parser.add_argument("--ways", help="only those whose name contains one of these, comma-separated")
+    parser.add_argument("--length", type=int, default=vectors.LENGTH, help="keys (default %(default)s)")
+    parser.add_argument("--rows", type=float, default=0.02, help="share of the rows to read (default %(default)s)")
+    parser.add_argument("--groups", type=int, default=16, help="queries (default %(default)s)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the store (default %(default)s)")
+    parser.add_argument("--sinks", type=int, default=4, help="first rows that are always read (default %(default)s)")
+    parser.add_argument("--window", type=int, default=64, help="last rows that are always read (default %(default)s)")
+    parser.add_argument(
+        "--growth",
+        type=integers,
+        metavar="N,N",
+        help="instead: the time at these lengths, with the smallest budget that keeps error/rms‖v‖ under --error",
+    )
+    parser.add_argument(
+        "--error", type=float, default=GROWTH_ERROR, help="the error of --growth, a mean (default %(default)s)"
+    )
+
+
+def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+    """Every data set: a row per way and thread count."""
+    if not 0 < args.rows < 1:
+        raise ValueError(f"--rows: got {args.rows}, expected a share between 0 and 1")
+    ways = chosen(args.ways) if args.ways else WAYS
+    groups = 3 if bench.quick else args.groups
+    window = min(args.window, QUICK_WINDOW) if bench.quick else args.window
+    heads = args.heads.split(",") if args.heads else None
+    lengths = args.growth or [args.length]
+    if bench.quick:
+        lengths = [min(n, QUICK_LENGTH) for n in lengths]
+    rows: list[Row] = []
+    for name in _names(args.vectors):
+        try:
+            vectors.prepare(name, progress=progress_line(name))
+        except (FileNotFoundError, ModuleNotFoundError) as error:
+            bench.notes.append(f"{name} left out: {error}")
+            continue
+        for length in lengths:
+            bench.say(f"compare on {name}, {length} keys: loading")
+            data = vectors.load(name, length=length, groups=groups, heads=heads)
+            case = _Case(bench, data, args.dtype, args.sinks, window)
+            if args.growth:
+                rows += case.at_error(ways, args.error)
+            else:
+                rows += case.at_budget(ways, max(1, round(args.rows * length) - args.sinks - window))
+    return {"rows": rows, "slopes": slopes(rows, ("method", "vectors", "threads"), "ms")}
+
+
+def _names(asked: str) -> Sequence[str]:
+    if asked == "real":
+        return tuple(vectors.RECORDED)
+    return vectors.names() if asked == "all" else asked.split(",")
+
+
+class _Case:
+    """One data set in a store."""
+
+    def __init__(self, bench: Bench, data: vectors.Vectors, dtype: str, sinks: int, window: int) -> None:
+        self.bench, self.data, self.sinks, self.window = bench, data, sinks, window
+        self.store = la.KVStore(
+            kv_heads=data.kv_heads,
+            head_dim=data.head_dim,
+            value_dim=data.values.shape[2],
+            dtype=dtype,
+            capacity=len(data),
+        )
+        self.store.append(data.keys, data.values)
+        self.queries = data.queries.astype(DTYPES[dtype])
+
+    def at_budget(self, ways: Sequence[Way], top_k: int) -> list[Row]:
+        """All ways with `top_k` rows beside sinks and window."""
+        built = {way.name: self._build(way) for way in ways}
+        budgets = dict.fromkeys(built, top_k)
+        return self._rows(built, budgets, self._assessed(built, budgets))
+
+    def at_error(self, ways: Sequence[Way], error: float) -> list[Row]:
+        """Those ways that reach a mean error, each with its smallest budget of a doubling sequence."""
+        built = {way.name: self._build(way) for way in ways}
+        budgets: dict[str, int] = {}
+        found: dict[str, dict[str, Any]] = {}
+        top_k = 32
+        while top_k <= len(self.data) // 4 and len(budgets) < len(built):
+            left = {name: way for name, way in built.items() if name not in budgets}
+            for name, figures in self._assessed(left, dict.fromkeys(left, top_k)).items():
+                if figures["error_v"] <= error:
+                    budgets[name], found[name] = top_k, figures
+            top_k *= 2
+        for name in built.keys() - budgets.keys():
+            self.bench.notes.append(f"{name} on {self.data.name}, {len(self.data)} keys: error above {error}")
+        return self._rows({name: built[name] for name in budgets}, budgets, found)
+
+    def _build(self, way: Way) -> _Built:
+        self.bench.say(f"compare on {self.data.name}, {len(self.data)} keys: {way.name}")
+        queries = np.ascontiguousarray(self.data.prefill_queries.transpose(1, 0, 2)) if way.queries else None
+
+        def index() -> la.index.Index:
+            made = way.index(self.store, queries)
+            made.update()
+            return made
+
+        seconds, made = timed(index)
+        return _Built(way, made, seconds)
+
+    def _retrieve(self, built: _Built, query: NDArray[Any], top_k: int, *, listed: bool = False) -> la.RetrievalResult:
+        return la.retrieval_attention(
+            query,
+            self.store,
+            built.index,
+            top_k=top_k,
+            sinks=self.sinks,
+            window=self.window,
+            rest=built.way.rest,
+            return_selected=listed,
+        )
+
+    def _assessed(self, built: dict[str, _Built], budgets: dict[str, int]) -> dict[str, dict[str, Any]]:
+        """What each way finds and how far its output is from exact attention's."""
+        found: dict[str, list[quality.Retrieved]] = {}
+        read: dict[str, dict[str, Any]] = {}
+        width = self.store.keys.nbytes + self.store.values.nbytes
+        for name, way in built.items():
+            results = [self._retrieve(way, query[:, None], budgets[name], listed=True) for query in self.queries]
+            stats = [result.stats for result in results if result.stats is not None]
+            attended = np.mean([s.keys_attended.mean() for s in stats]) / len(self.data)
+            index_bytes = np.mean([s.index_bytes.sum() for s in stats])
+            read[name] = {"rows_read": attended, "bytes_read": attended + index_bytes / width}
+            found[name] = [_retrieved(result) for result in results]
+        figures = quality.assess(
+            self.queries.astype(np.float32),
+            self.store.keys,
+            self.store.values,
+            found,
+            sinks=self.sinks,
+            window=self.window,
+            heads=self.data.heads,
+        )
+        return {name: figures[name] | read[name] for name in built}
+
+    def _rows(self, built: dict[str, _Built], budgets: dict[str, int], found: dict[str, dict[str, Any]]) -> list[Row]:
+        data = self.data
+        candidates = [Candidate(name, self._rotating(way, budgets[name]), peer=False) for name, way in built.items()]
+        q = np.ascontiguousarray(self.queries[0][:, None])
+        keys, values = self.store.keys, self.store.values
+        candidates.append(Candidate(EXACT, lambda: la.attention(q, keys, values, causal=True), peer=False))
+        if self.bench.peers:
+            candidates += [way for way in peers.decode(q[None], keys[None], values[None]) if "repeat" not in way.name]
+        rows: list[Row] = []
+        for threads in self.bench.each_threads():
+            self.bench.say(f"compare on {data.name}, {len(data)} keys: timing")
+            outcomes = self.bench.interleave(candidates)
+            exact_ms = outcomes[EXACT].median_ms
+            torch_ms = [o.median_ms for name, o in outcomes.items() if name.startswith("torch") and not o.failure]
+            for name, outcome in outcomes.items():
+                row: Row = {"threads": threads, "vectors": data.name, "keys": len(data), "method": name}
+                row |= outcome.columns()
+                if row["ms"] is not None:
+                    row["us"] = 1e3 * row["ms"] / data.query_heads
+                    row["faster_than_exact"] = exact_ms / row["ms"]
+                    row["faster_than_torch"] = min(torch_ms) / row["ms"] if torch_ms else None
+                if name in built:
+                    index = built[name].index
+                    row |= found[name] | {
+                        "top_k": budgets[name],
+                        "build_s": built[name].seconds,
+                        "index_bytes": index.nbytes,
+                        "index_bytes_per_key": index.nbytes / (data.kv_heads * len(data)),
+                    }
+                rows.append(row)
+        return rows
+
+    def _rotating(self, built: _Built, top_k: int) -> Callable[[], la.RetrievalResult]:
+        """A call that asks the next query each time, so that no selection stays in the caches."""
+        rotation = itertools.cycle(np.ascontiguousarray(self.queries[:, :, None]))
+        return lambda: self._retrieve(built, next(rotation), top_k)
+
+
+@dataclass(frozen=True)
+class _Built:
+    way: Way
+    index: la.index.Index
+    seconds: float
+
+
+def _retrieved(result: la.RetrievalResult) -> quality.Retrieved:
+    stats = result.stats
+    assert stats is not None  # asked for
+    return quality.Retrieved(
+        out=result.out[:, 0],
+        out_rows_only=result.out[:, 0],
+        selected=[rows for (rows,) in stats.selected],
+        missed=stats.missed_mass[:, 0],
+        missed_bound=stats.missed_mass_bound[:, 0],
+    )
+
+
+def panels(result: Result) -> list[Panel | Bars | Scatter]:
+    """Error over time, a panel per data set and length; growth of the time where several lengths were measured."""
+    drawn: list[Panel | Bars | Scatter] = []
+    names = dict.fromkeys(row["vectors"] for row in result["rows"])
+    for name in names:
+        rows = [row for row in result["rows"] if row["vectors"] == name and row.get("ms")]
+        lengths = sorted({row["keys"] for row in rows})
+        if len(lengths) > 1:
+            series: dict[str, list[tuple[float, float]]] = {}
+            for row in rows:
+                series.setdefault(row["method"], []).append((row["keys"], row["ms"]))
+            drawn.append(Panel(f"decode step at equal error, {name}", "keys", "ms", series))
+            continue
+        points = {row["method"]: (row["us"], row["error_v"]) for row in rows if row.get("error_v") is not None}
+        title = f"{name}, {lengths[0]} keys"
+        drawn.append(Scatter(title, "µs per query head", "mean error / rms ‖v‖", points))
+    return drawn

@@ -1,0 +1,53 @@
+"""Indexes by the name of their kind, for settings that are data: configurations, command lines, comparisons."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from longattn._arrays import Array
+from longattn.index._index import Index
+from longattn.index.signatures import Signatures
+from longattn.kv import KVStore
+
+#: Every kind of index by its name.
+KINDS: dict[str, type[Index]] = {kind.KIND: kind for kind in (Signatures,)}
+
+
+def make(kind: str, store: KVStore, *, queries: Array | None = None, **parameters: Any) -> Index:
+    """An index of a kind given by its name.
+
+    Args:
+        kind: one of `KINDS`.
+        store: the store to index.
+        queries: queries of the prefill, `[Hq, n, D]`, for the kinds that learn from them; the others do without.
+        parameters: the kind's own arguments.
+
+    Raises:
+        TypeError: a parameter that the kind does not have.
+        ValueError: an unknown kind, or what the kind refuses.
+
+    Example:
+        index = la.index.make("signatures", store, bits=2)
+    """
+    check(kind, parameters)
+    if queries is not None and "queries" in inspect.signature(KINDS[kind]).parameters:
+        parameters["queries"] = queries
+    constructor: Any = KINDS[kind]
+    index: Index = constructor(store, **parameters)
+    return index
+
+
+def check(kind: str, parameters: dict[str, Any]) -> None:
+    """Refuses an unknown kind, and parameters that it does not have."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+    known = list(inspect.signature(KINDS[kind]).parameters)[1:]  # the store comes first
+    for name in parameters:
+        if name not in known:
+            raise TypeError(f"{name}: no parameter of an index of {kind}, which has {', '.join(known)}")
+
+
+def learns_from_queries(kind: str) -> bool:
+    """Whether an index of this kind may be given queries of the prefill."""
+    return "queries" in inspect.signature(KINDS[kind]).parameters

@@ -1,0 +1,60 @@
+"""Indexes by name, and the named ways to pick rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import longattn as la
+from longattn.index import by_name
+from longattn.retrieval.ways import WAYS, Way, chosen
+
+ROWS, HEADS, DIM = 2048, 2, 32
+
+
+@pytest.fixture(scope="module")
+def store() -> la.KVStore:
+    rng = np.random.default_rng(0)
+    store = la.KVStore(kv_heads=HEADS, head_dim=DIM, capacity=ROWS)
+    store.append(*rng.normal(size=(2, HEADS, ROWS, DIM)).astype(np.float32))
+    return store
+
+
+def test_every_kind_is_known_by_its_name():
+    exported = [getattr(la.index, name) for name in la.index.__all__]
+    kinds = {kind for kind in exported if isinstance(kind, type) and kind is not la.index.Index}
+    assert set(la.index.KINDS.values()) == kinds
+    assert all(name == kind.KIND for name, kind in la.index.KINDS.items())
+
+
+def test_names_of_ways_differ():
+    assert len({way.name for way in WAYS}) == len(WAYS)
+    assert {way.kind for way in WAYS} == set(la.index.KINDS)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_a_way_with_every_row_is_exact_attention(store, way: Way):
+    rng = np.random.default_rng(1)
+    q = rng.normal(size=(4, 1, DIM)).astype(np.float32)
+    index = way.index(store, rng.normal(size=(4, 256, DIM)).astype(np.float32))
+    result = la.retrieval_attention(q, store, index, top_k=ROWS, window=64, rest=way.rest)
+    np.testing.assert_allclose(result.out, la.attention(q, store.keys, store.values), atol=2e-5)
+    few = la.retrieval_attention(q, store, index, top_k=100, window=64, rest=way.rest)
+    assert few.stats is not None
+    assert (few.stats.keys_attended <= 4 + 64 + 100 + 16).all()
+    assert (few.stats.keys_total == ROWS).all()
+
+
+def test_unknown_names_are_refused(store):
+    with pytest.raises(ValueError, match="kind: got 'nothing', expected one of signatures"):
+        la.index.make("nothing", store)
+    with pytest.raises(TypeError, match="page: no parameter of an index of signatures, which has bits"):
+        la.index.make("signatures", store, page=3)
+    with pytest.raises(ValueError, match="ways: got 'nothing'"):
+        chosen("nothing")
+    assert chosen("all") == WAYS
+    assert [way.name for way in chosen("2 bits,1 bit")] == ["signatures, 2 bits", "signatures, 1 bit"]
+
+
+def test_queries_go_to_those_that_learn():
+    assert not by_name.learns_from_queries("signatures")
