@@ -6,7 +6,11 @@
 
 pub(crate) mod clusters;
 pub(crate) mod codes;
+mod flat;
 mod follow;
+mod graph;
+mod inverted_lists;
+mod kmeans;
 mod rotation;
 mod signatures;
 mod snapshot;
@@ -16,7 +20,9 @@ use crate::parallel::Execution;
 use crate::simd::Isa;
 use crate::tensor::{Error, KvView, Result, Storage, TensorView};
 pub(crate) use follow::{Followed, Grow, Grown};
-#[cfg(test)]
+pub use flat::Flat;
+pub use graph::{Graph, GraphOptions, IndexPer, KeyMetric, SearchBy};
+pub use inverted_lists::{InvertedListOptions, InvertedLists, Probe};
 pub(crate) use rotation::Random;
 pub(crate) use signatures::Snapshot;
 pub use signatures::{Hash, HeadStats, SignatureOptions, Signatures};
@@ -35,6 +41,11 @@ pub trait Index: Any + Send + Sync {
 
     /// Whether it weighs the rows it leaves unread, which an estimate of the rest, a bound and a budget of mass need.
     fn estimates(&self) -> bool;
+
+    /// Whether it knows what share of the mass rows have, which a budget of mass needs.
+    fn knows_mass(&self) -> bool {
+        self.estimates()
+    }
 
     /// Rows indexed so far.
     fn len(&self) -> usize;
