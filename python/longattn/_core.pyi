@@ -286,6 +286,22 @@ class Index:
     @property
     def nbytes(self) -> int: ...
 
+def flat(store: KVStore) -> Index: ...
+def graph(
+    store: KVStore,
+    queries: NDArray[np.float32] | None,
+    neighbours: int,
+    max_degree: int,
+    query_neighbours: int,
+    beam: int,
+    ef: int,
+    kk_metric: str,
+    index_per: str,
+    search_by: str,
+    tail_max: int,
+    seed: int,
+) -> Index: ...
+def inverted_lists(store: KVStore, lists: int | None, nprobe: int, probe_rows: int | None, seed: int) -> Index: ...
 def signatures(
     store: KVStore, bits: int, seed: int, hash_weights: NDArray[np.float32] | None, use_norm: bool
 ) -> Index: ...

@@ -2,6 +2,9 @@
 
 from longattn.index._index import Index
 from longattn.index.by_name import KINDS, make
+from longattn.index.flat import Flat
+from longattn.index.graph import Graph
+from longattn.index.inverted_lists import InvertedLists
 from longattn.index.signatures import Signatures
 
-__all__ = ["KINDS", "Index", "Signatures", "make"]
+__all__ = ["KINDS", "Flat", "Graph", "Index", "InvertedLists", "Signatures", "make"]

@@ -93,6 +93,9 @@ def retrieval_attention(
     of each row's share of the softmax); a row left unread has its code's weight times the mean value of its value
     cluster.
 
+    `Flat`, `Graph` and `InvertedLists` score keys themselves, all of them or those that a search or the nearest
+    centroids lead to, and leave the rest out.
+
     Query row `i` sits at position `len(store) - Lq + i` and sees the rows up to its own: append a step's keys and
     values before attending. With several rows, `rest="values"` uses cluster means of all rows of the store, so the
     result equals one call per row only approximately; the rows selected are the same.
@@ -105,7 +108,7 @@ def retrieval_attention(
         top_k: rows to select per KV head, beside sinks and window. `None` without `top_p` is 1 % of the rows, at
             least 64.
         top_p: instead of `top_k`: the fewest rows that, with sinks and window, hold this share of every head's
-            estimated mass. Sensible with 4 bits; on flat heads it reads much of the store.
+            mass, as the index estimates it. Sensible with 4 bits; on flat heads it reads much of the store.
         sinks: first rows that are always read.
         window: last rows that are always read.
         scale: factor of the logits; `None` is `D ** -0.5`.

@@ -30,6 +30,12 @@ mod _core {
     #[pymodule_export]
     use super::index::Index;
     #[pymodule_export]
+    use super::index::flat::flat;
+    #[pymodule_export]
+    use super::index::graph::graph;
+    #[pymodule_export]
+    use super::index::inverted_lists::inverted_lists;
+    #[pymodule_export]
     use super::index::signatures::{signatures, signatures_sigma};
     #[pymodule_export]
     use super::prefix_tree::{PrefixTree, chunk_attention};

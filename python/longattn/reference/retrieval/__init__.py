@@ -1,7 +1,7 @@
 """Oracles of `longattn.retrieval` and of the indexes."""
 
 from longattn.reference.retrieval.hata_topk_attention import HashAttention, hata_topk_attention
-from longattn.reference.retrieval.retrieval_attention import ReadAttention, attention, candidates
+from longattn.reference.retrieval.retrieval_attention import ReadAttention, attention, best_rows, candidates
 from longattn.reference.retrieval.signatures import (
     BLOCK,
     STEPS,
@@ -19,6 +19,7 @@ __all__ = [
     "HashAttention",
     "ReadAttention",
     "attention",
+    "best_rows",
     "candidates",
     "encode",
     "estimate",

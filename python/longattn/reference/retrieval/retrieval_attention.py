@@ -84,3 +84,42 @@ def attention(
             out[h, i] = weights[read] @ values[h // group, :total][read] / (held + sink)
             lse[h, i] = top + np.log(held + sink)
     return ReadAttention(out, lse, missed)
+
+
+def best_rows(
+    q: ArrayLike,
+    keys: ArrayLike,
+    top_k: int,
+    *,
+    sinks: int = 4,
+    window: int = 512,
+    scale: float | None = None,
+) -> list[list[Rows]]:
+    """Rows that an exact scan selects: by the mean over a KV head's queries of each row's share of the softmax.
+
+    Args:
+        q: queries `[Hq, Lq, D]`, the last positions of the sequence.
+        keys: `[Hkv, N, D]`.
+        top_k: rows per KV head, beside sinks and window.
+        sinks: first rows, always read.
+        window: last rows, always read.
+        scale: factor of the logits; `None` is `D ** -0.5`.
+
+    Returns:
+        `[Hkv][Lq]` ascending lists; ties go to the lower row.
+    """
+    q, keys = np.asarray(q, np.float64), np.asarray(keys, np.float64)
+    heads, rows, dim = q.shape
+    group, length = heads // len(keys), keys.shape[1]
+    selected: list[list[Rows]] = []
+    for h, of_head in enumerate(keys):
+        lists = []
+        for i in range(rows):
+            total = length - rows + i + 1
+            logits = (dim**-0.5 if scale is None else scale) * (q[h * group : (h + 1) * group, i] @ of_head[:total].T)
+            weights = np.exp(logits - logits.max(-1, keepdims=True))
+            share = (weights / weights.sum(-1, keepdims=True)).mean(0)
+            among = candidates(total, total, sinks, window)
+            lists.append(np.sort(among[np.argsort(-share[among], kind="stable")][:top_k]))
+        selected.append(lists)
+    return selected

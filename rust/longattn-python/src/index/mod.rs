@@ -1,5 +1,8 @@
 //! Indexes: one class for all, one function per kind that makes it.
 
+pub(crate) mod flat;
+pub(crate) mod graph;
+pub(crate) mod inverted_lists;
 pub(crate) mod signatures;
 
 use crate::errors::to_py;

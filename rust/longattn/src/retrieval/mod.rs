@@ -11,6 +11,7 @@
 //! The parts share one running softmax, so the result is the softmax over all rows with some logits and values estimated.
 
 mod chunks;
+pub(crate) mod exact;
 pub(crate) mod scan;
 mod select;
 mod weigh;
@@ -163,7 +164,7 @@ fn check(
     match options.select {
         Select::TopK(0) => return Err(Error::value("top_k", 0, "at least 1")),
         Select::TopP(p) if !(p > 0.0 && p < 1.0) => return Err(Error::value("top_p", p, "between 0 and 1")),
-        Select::TopP(_) if !index.estimates() => {
+        Select::TopP(_) if !index.knows_mass() => {
             return Err(Error::value(
                 "top_p",
                 format!("an index of {} that estimates nothing", index.kind()),

@@ -1,14 +1,16 @@
-//! Picking rows by a scan of codes: an estimated logit of every candidate, the rows of most weight, an estimate of the others.
+//! Picking rows by a scan of codes, or of keys: a logit of every candidate, the rows of most weight, an estimate of the others.
 
 use super::chunks::{Shared, Slots};
 use super::select::{self, Budget, Weights};
 use super::weigh::{Bulk, CodeError, HeadWeight, NEGLIGIBLE, Summarise, Weigh, WeighTile};
 use crate::dense::scores::Running;
 use crate::dense::scratch::with_scratch;
+use crate::index::clusters::Clusters;
 use crate::index::codes::{BLOCK, Scan, ScanQuery};
 use crate::index::{Ask, Pick, RestMass, Select, Snapshot};
 use crate::parallel::for_each;
 use crate::simd::dispatch;
+use std::ops::Range;
 
 /// Standard deviations of a code's error that the bound of the missed mass allows for.
 const BOUND_SIGMAS: f32 = 5.5;
@@ -22,13 +24,46 @@ pub(super) const CHUNK: usize = 16 * 1024;
 /// Candidates whose scores are made and summed while they are in the first cache, a multiple of [`BLOCK`].
 pub(super) const TILE: usize = 1024;
 
-/// Scans the candidates and selects rows; weighs the rest.
+/// What gives candidates their scores. Candidates have places: row numbers, or places in a list of rows.
+pub(crate) struct Scored<'a> {
+    /// Writes the scores of a range of places for query g to what begins at g times the stride, its last argument. Ranges start and end
+    /// at multiples of [`BLOCK`] and may go beyond the candidates; what is written there does not matter.
+    pub(crate) scan: &'a (dyn Fn(Range<usize>, &mut [f32], usize) + Sync),
+    /// Bytes read for a block of places.
+    pub(crate) block_bytes: usize,
+    /// Whether scores are logits, or rank and nothing else.
+    pub(crate) estimates: bool,
+    /// Standard deviation of the logits' error for each query: root mean square over the rows, and largest of a row.
+    pub(crate) sigma: &'a [[f32; 2]],
+    /// Cluster of each place's value.
+    pub(crate) values: Option<(&'a [u8], &'a Clusters)>,
+}
+
+/// Scans the codes of the candidates and selects rows; weighs the rest.
 pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
-    let Ask { head, candidates, isa, parallel, .. } = ask;
-    let (head, isa, group) = (*head, *isa, ask.queries.len());
-    let (codes, estimates) = (snapshot.head(head), snapshot.estimates());
+    let head = ask.head;
+    let (codes, estimates, format) = (snapshot.head(head), snapshot.estimates(), snapshot.format());
     let queries: Vec<ScanQuery> = ask.queries.iter().map(|query| snapshot.query(head, query)).collect();
-    let norms: Vec<f32> = ask.queries.iter().map(|q| q.iter().map(|x| x * x).sum::<f32>().sqrt()).collect();
+    let block_bytes = format.block_bytes();
+    let scan = |range: Range<usize>, scores: &mut [f32], stride: usize| {
+        let codes = &codes.codes[range.start / BLOCK * block_bytes..range.end / BLOCK * block_bytes];
+        dispatch(ask.isa, Scan { format, codes, queries: &queries, scores, stride });
+    };
+    let sigma: Vec<[f32; 2]> = if estimates {
+        let stats = snapshot.stats(head);
+        let norm = |q: &&[f32]| q.iter().map(|x| x * x).sum::<f32>().sqrt();
+        ask.queries.iter().map(|q| [stats.sigma * norm(q), stats.sigma_max * norm(q)]).collect()
+    } else {
+        vec![[0.0; 2]; ask.queries.len()]
+    };
+    let values = (ask.rest && estimates).then_some((&codes.value_ids[..], &codes.values));
+    pick_scored(&Scored { scan: &scan, block_bytes, estimates, sigma: &sigma, values }, ask, ask.candidates.clone())
+}
+
+/// Scores candidates and selects those of most weight; weighs the rest. The rows of what it returns are places.
+pub(crate) fn pick_scored(scored: &Scored, ask: &Ask, candidates: Range<usize>) -> Pick {
+    let Ask { isa, parallel, .. } = ask;
+    let (isa, group, estimates) = (*isa, ask.queries.len(), scored.estimates);
     let blocks = candidates.start / BLOCK..candidates.end.div_ceil(BLOCK);
     let base = blocks.start * BLOCK;
     let n = blocks.len() * BLOCK;
@@ -48,9 +83,7 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
     let tile_rows = |t: usize| base + t * TILE..(base + (t + 1) * TILE).min(base + n);
 
     // Scan: the scores of each tile, `[group, TILE]` one tile after another, which become weights relative to the tile's largest.
-    let sigma = if estimates { snapshot.stats(head).sigma } else { 0.0 };
-    let errors: Vec<CodeError> = norms.iter().map(|norm| CodeError::new(sigma * norm)).collect();
-    let (format, bytes) = (snapshot.format(), snapshot.format().block_bytes());
+    let errors: Vec<CodeError> = scored.sigma.iter().map(|&[sigma, _]| CodeError::new(sigma)).collect();
     let bulks = Slots::new(chunks);
     run(&|c| {
         let mut bulk = vec![Bulk::EMPTY; group];
@@ -59,8 +92,7 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
             // SAFETY: the tiles of chunk c are this worker's own.
             let (scores, origins) =
                 unsafe { (scores.part(t * group * TILE, group * TILE), origins.part(t * group, group)) };
-            let codes = &codes.codes[range.start / BLOCK * bytes..range.end / BLOCK * bytes];
-            dispatch(isa, Scan { format, codes, queries: &queries, scores, stride: TILE });
+            (scored.scan)(range.clone(), scores, TILE);
             let inside = candidates.start.max(range.start) - range.start..candidates.end.min(range.end) - range.start;
             let errors = estimates.then_some(&errors[..]);
             dispatch(isa, Summarise { scores, origins, len: range.len(), inside, errors, bulk: &mut bulk });
@@ -78,7 +110,7 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
     let heads: Vec<HeadWeight> =
         (0..group).map(|g| HeadWeight::new(&bulk[g], ask.steady[g], errors[g], candidates.len())).collect();
     let by_mass = matches!(ask.select, Select::TopP(_));
-    let clusters = if ask.rest && estimates { codes.values.len() } else { 0 };
+    let (value_ids, clusters) = scored.values.map_or((&[][..], 0), |(ids, clusters)| (ids, clusters.len()));
     let parts = Slots::new(chunks);
     // Sloped weights of rows with a small share need not be small.
     let scaled = heads.iter().all(HeadWeight::is_scaled);
@@ -92,7 +124,7 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
                 let scores = scores.part(t * group * TILE, group * TILE);
                 (scores, weights.part(t * TILE, TILE), origins.part(t * group, group))
             };
-            let ids: &[u8] = if clusters > 0 { &codes.value_ids[range.clone()] } else { &[] };
+            let ids: &[u8] = if clusters > 0 { &value_ids[range.clone()] } else { &[] };
             dispatch(isa, WeighTile { scores, origins, weights, ids, len: range.len(), negligible, weigh: &mut weigh });
         }
         parts.set(c, weigh.finish());
@@ -129,8 +161,7 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
     {
         // Shares below the smallest float are all 0. There the logits keep the order; they stay below every share.
         let mut logits = vec![0.0; group * n];
-        let codes = &codes.codes[base / BLOCK * bytes..(base + n) / BLOCK * bytes];
-        dispatch(isa, Scan { format, codes, queries: &queries, scores: &mut logits, stride: n });
+        (scored.scan)(base..base + n, &mut logits, n);
         for (j, weight) in weights[..n].iter_mut().enumerate().filter(|(_, weight)| **weight == 0.0) {
             let below = heads.iter().enumerate().map(|(g, head)| logits[g * n + j] - head.log_total);
             *weight = below.fold(f32::NEG_INFINITY, f32::max);
@@ -140,13 +171,11 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
     rows.iter_mut().for_each(|row| *row += base as u32);
 
     // What is left: all weights less those of the selected rows.
-    let mut pick =
-        Pick { scored: candidates.len(), bytes: n / BLOCK * snapshot.format().block_bytes(), ..Pick::default() };
+    let mut pick = Pick { scored: candidates.len(), bytes: n / BLOCK * scored.block_bytes, ..Pick::default() };
     if clusters > 0 {
         pick.bytes += n;
     }
     if estimates {
-        let sigma_max = snapshot.stats(head).sigma_max;
         let all = rows.len() == candidates.len();
         let (mut rest, mut bound) = (Vec::with_capacity(group), Vec::with_capacity(group));
         for (g, head) in heads.iter().enumerate() {
@@ -161,18 +190,18 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
                 mass -= f64::from(share);
                 left -= f64::from(weight);
                 if clusters > 0 {
-                    let sum = &mut sums[usize::from(codes.value_ids[row as usize]) * group + g];
+                    let sum = &mut sums[usize::from(value_ids[row as usize]) * group + g];
                     *sum = (*sum - weight).max(0.0);
                 }
             }
             let log_mass = Running { max: head.log_total, sum: left.max(0.0) as f32 }.lse();
-            let mean = if clusters > 0 { mean_value(codes.values.means(), &sums, g, group) } else { Vec::new() };
+            let mean = scored.values.map_or_else(Vec::new, |(_, values)| mean_value(values.means(), &sums, g, group));
             rest.push(RestMass { log_mass, mean });
             // Plain exp(s), up by what a code may be wrong; with what the difference of the sums may have rounded away, and what
             // lies below the smallest float.
             let unread = (candidates.len() - rows.len()) as f64;
             let lost = SUM_ROUNDING * totals.mass[g] + unread * f64::from(f32::MIN_POSITIVE);
-            let wrong = BOUND_SIGMAS * sigma_max * norms[g];
+            let wrong = BOUND_SIGMAS * scored.sigma[g][1];
             bound.push(head.log_total + (mass.max(0.0) + lost).ln() as f32 + wrong);
         }
         (pick.rest, pick.bound) = (Some(rest), Some(bound));

@@ -134,7 +134,7 @@ pub(super) unsafe fn products<S: Simd, T: Element>(
 }
 
 /// The rows of `wanted` nearest to `query` that a beam of `width` finds, best first, in `memory.found`; returns how many rows were
-/// scored. Rows outside `wanted` are walked over, and take no place in the beam.
+/// scored and of how many the links were followed. Rows outside `wanted` are walked over, and take no place in the beam.
 ///
 /// # Safety
 /// `rows` yields `dim` readable elements for every row of the graph.
@@ -150,13 +150,13 @@ pub(super) unsafe fn search<S: Simd, T: Element>(
     wanted: Range<u32>,
     width: usize,
     memory: &mut Memory,
-) -> usize {
+) -> [usize; 2] {
     memory.begin(links.len());
     let Memory { seen, epoch, frontier, best, batch, scores, found, .. } = memory;
     batch.clear();
     batch.push(entry);
     seen[entry as usize] = *epoch;
-    let mut scored = 0;
+    let (mut scored, mut expanded) = (0, 0);
     loop {
         // SAFETY: rows of the graph, by the caller's promise.
         unsafe { products(s, rows, dim, query, batch, scores) };
@@ -187,6 +187,7 @@ pub(super) unsafe fn search<S: Simd, T: Element>(
                     prefetch(links.start(row_of(after)).wrapping_add(64 * line));
                 }
             }
+            expanded += 1;
             for &neighbour in links.of(row_of(next)) {
                 if std::mem::replace(&mut seen[neighbour as usize], *epoch) != *epoch {
                     rows.row(neighbour as usize).prefetch(dim);
@@ -201,7 +202,7 @@ pub(super) unsafe fn search<S: Simd, T: Element>(
     found.clear();
     found.extend(best.drain().map(|Reverse(rank)| rank));
     found.sort_unstable_by_key(|&rank| Reverse(rank));
-    scored
+    [scored, expanded]
 }
 
 #[cfg(test)]

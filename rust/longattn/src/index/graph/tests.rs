@@ -39,7 +39,7 @@ impl Kernel for Found<'_> {
         with_memory(|memory| {
             let all = 0..graph.links.len() as u32;
             // SAFETY: the graph has as many rows as keys.
-            let scored = unsafe {
+            let [scored, _] = unsafe {
                 let metric = Metric::PRODUCT;
                 search(s, rows, dim, &graph.links, graph.entry, &padded, metric, all, width, memory)
             };
@@ -101,7 +101,6 @@ fn graphs_reach_all_rows_and_find_the_nearest() {
                     assert_eq!(found[..10], best[..10]);
                 }
                 let recall = hits as f64 / 400.0;
-                println!("{} {kind:?} {} {recall}", isa.name(), trained.len());
                 assert!(recall > 0.8, "{} {kind:?} {} {recall}", isa.name(), trained.len());
             }
         }
