@@ -71,7 +71,7 @@ def test_the_merged_lse_is_that_of_steady_and_picked_rows(held, isa, kind):
                 la.attention(heads, s.keys[h : h + 1, r], s.values[h : h + 1, r], return_lse=True)
                 for r in (steady, picked)
             ]
-            out, lse = la.merge([x.astype(np.float32) for x, _ in parts], [y for _, y in parts])
+            out, lse = la.merge([(x.astype(np.float32), y) for x, y in parts])
             got = result.out[3 * h : 3 * h + 3, i : i + 1], result.lse[3 * h : 3 * h + 3, i : i + 1]
             tolerances.same_storage(q, s.keys, s.values).check(got[0], out, got[1], lse)
 

@@ -58,7 +58,7 @@ class Graph(Index):
         query_neighbours: keys found for each sampled query, 2 to 4096.
         beam: width of the searches that link keys.
         ef: width of a step's searches; `top_k` where that is more.
-        kk_metric: what keys are near each other by: `"l2"`, `"ip"` (inner product) or `"cos"`.
+        kk_metric: what keys are near each other by: `"ip"` (inner product, which measured best), `"l2"` or `"cos"`.
         index_per: `"kv_head"`: one graph per KV head, around the queries of its whole group; `"query_head"`: one per
             query head, around its own, with as many times the memory.
         search_by: search for each query of the group (`"head"`), or once for their mean (`"mean"`).
@@ -95,7 +95,7 @@ class Graph(Index):
         query_neighbours: int = 100,
         beam: int = 100,
         ef: int = 128,
-        kk_metric: Literal["l2", "ip", "cos"] = "l2",
+        kk_metric: Literal["ip", "l2", "cos"] = "ip",
         index_per: Literal["kv_head", "query_head"] = "kv_head",
         search_by: Literal["head", "mean"] = "head",
         tail_max: int = 1024,

@@ -37,6 +37,17 @@ pub(super) struct Shape {
 pub(super) struct Graph {
     pub(super) links: Links,
     pub(super) entry: u32,
+    /// Of each training query the nearest row, and the rank that a new row must exceed to be among its nearest.
+    pub(super) pivots: Vec<(u32, u64)>,
+}
+
+impl Graph {
+    /// Forgets the rows from `rows` on.
+    pub(super) fn cut(&mut self, rows: usize) {
+        self.links.cut(rows);
+        // No rank is above the largest: a query whose pivot is gone asks for nothing.
+        self.pivots.iter_mut().filter(|pivot| pivot.0 as usize >= rows).for_each(|pivot| *pivot = (0, u64::MAX));
+    }
 }
 
 /// Builds and grows graphs over some rows.
@@ -58,7 +69,7 @@ impl<'a, T: Element> Builder<'a, T> {
 
     /// A graph of the rows `0..rows`, around `queries`, `[n, dim]`, if there are any.
     pub(super) fn build(&self, rows: usize, entry: u32, width: usize, queries: &[f32]) -> Result<Graph> {
-        let mut graph = Graph { links: Links::new(width), entry };
+        let mut graph = Graph { links: Links::new(width), entry, pivots: Vec::new() };
         graph.links.grow(rows);
         if !queries.is_empty() {
             self.project(&mut graph, rows, queries)?;
@@ -75,10 +86,13 @@ impl<'a, T: Element> Builder<'a, T> {
         Ok(graph)
     }
 
-    /// Adds the rows from the graph's end up to `rows`.
-    pub(super) fn extend(&self, graph: &mut Graph, rows: usize) -> Result<()> {
+    /// Adds the rows from the graph's end up to `rows`; `queries` are those of the build.
+    pub(super) fn extend(&self, graph: &mut Graph, rows: usize, queries: &[f32]) -> Result<()> {
         let first = graph.links.len();
         graph.links.grow(rows);
+        if !queries.is_empty() {
+            self.adopt(graph, first..rows, queries)?;
+        }
         let new: Vec<u32> = (first as u32..rows as u32).collect();
         self.link(graph, first, &new)?;
         self.connect(graph)
@@ -86,49 +100,81 @@ impl<'a, T: Element> Builder<'a, T> {
 
     /// Links rows that queries like together: the row nearest to a query with the others that are near it.
     fn project(&self, graph: &mut Graph, rows: usize, queries: &[f32]) -> Result<()> {
-        let dim = self.space.dim;
-        let items: Vec<&[f32]> = queries.chunks(QUERIES * dim).collect();
-        let nearest = map(self.execution, items.len(), |i| self.nearest(rows, items[i]))?;
-        // All that belongs to a pivot, whichever of its queries it comes from.
+        let nearest = self.nearest(0..rows, queries)?;
         let mut pairs: Vec<(u32, u32)> = Vec::new();
-        for list in nearest.iter().flatten() {
-            if let Some((&pivot, others)) = list.split_first() {
-                pairs.extend(others.iter().map(|&other| (pivot, other)));
-            }
+        for list in &nearest {
+            let (&pivot, others) = list.split_first().expect("a graph has rows");
+            pairs.extend(others.iter().map(|&other| (row_of(pivot), row_of(other))));
+            let whole = list.len() == self.shape.query_neighbours;
+            graph.pivots.push((row_of(pivot), list.last().copied().filter(|_| whole).unwrap_or(0)));
         }
+        self.fix(graph, pairs, 0)
+    }
+
+    /// As [`Self::project`], for rows that come later.
+    fn adopt(&self, graph: &mut Graph, new: Range<usize>, queries: &[f32]) -> Result<()> {
+        let nearest = self.nearest(new.clone(), queries)?;
+        let mut pairs: Vec<(u32, u32)> = Vec::new();
+        for (&(pivot, least), list) in graph.pivots.iter().zip(&nearest) {
+            pairs.extend(list.iter().take_while(|&&rank| rank > least).map(|&rank| (pivot, row_of(rank))));
+        }
+        self.fix(graph, pairs, new.start as u32)
+    }
+
+    /// Adds fixed links, `(pivot, row)`, and those back from rows that come at `first` or later.
+    fn fix(&self, graph: &mut Graph, mut pairs: Vec<(u32, u32)>, first: u32) -> Result<()> {
+        // All that belongs to a pivot, whichever of its queries it comes from.
         pairs.sort_unstable();
         pairs.dedup();
-        let groups: Vec<&[(u32, u32)]> = pairs.chunk_by(|a, b| a.0 == b.0).collect();
-        let most = self.shape.neighbours;
-        let lists = map(self.execution, groups.len(), |i| self.prune_list(groups[i], &[], most, most))?;
-        let mut reverse: Vec<(u32, u32)> = Vec::new();
-        for (group, list) in groups.iter().zip(&lists) {
-            graph.links.set(group[0].0, list, list.len());
-            reverse.extend(list.iter().map(|&row| (row, group[0].0)));
+        let lists = self.fixed_lists(graph, &pairs)?;
+        let mut back: Vec<(u32, u32)> = Vec::new();
+        for (owner, list) in &lists {
+            back.extend(list.iter().filter(|&&row| row >= first).map(|&row| (row, *owner)));
         }
-        reverse.sort_unstable();
-        let groups: Vec<&[(u32, u32)]> = reverse.chunk_by(|a, b| a.0 == b.0).collect();
-        let frozen = &*graph;
-        let lists = map(self.execution, groups.len(), |i| {
-            let links = frozen.links.of(groups[i][0].0);
-            let mut list = links.to_vec();
-            list.extend(groups[i].iter().map(|pair| pair.1).filter(|row| !links.contains(row)));
-            if list.len() <= most {
-                return list;
-            }
-            let pairs: Vec<(u32, u32)> = list.iter().map(|&row| (groups[i][0].0, row)).collect();
-            self.prune_list(&pairs, &[], most, most)
-        })?;
-        for (group, list) in groups.iter().zip(&lists) {
-            graph.links.set(group[0].0, list, list.len());
-        }
+        self.set_fixed(graph, lists);
+        back.sort_unstable();
+        let lists = self.fixed_lists(graph, &back)?;
+        self.set_fixed(graph, lists);
         Ok(())
     }
 
-    /// Of each query the rows of `0..rows` nearest to it, best first.
-    fn nearest(&self, rows: usize, queries: &[f32]) -> Vec<Vec<u32>> {
-        let (dim, count) = (self.space.dim, self.shape.query_neighbours);
-        dispatch(self.isa, Nearest { rows: self.space.rows, dim, among: 0..rows, queries, count })
+    /// For each owner in `pairs`, `(owner, row)` in order, its fixed links with these rows, pruned.
+    fn fixed_lists(&self, graph: &Graph, pairs: &[(u32, u32)]) -> Result<Vec<(u32, Vec<u32>)>> {
+        let groups: Vec<&[(u32, u32)]> = pairs.chunk_by(|a, b| a.0 == b.0).collect();
+        let most = self.shape.neighbours;
+        map(self.execution, groups.len(), |i| {
+            let owner = groups[i][0].0;
+            let fixed = graph.links.fixed(owner);
+            let new = groups[i].iter().map(|pair| pair.1).filter(|row| !fixed.contains(row));
+            let pairs: Vec<(u32, u32)> = fixed.iter().copied().chain(new).map(|row| (owner, row)).collect();
+            if pairs.len() <= most {
+                return (owner, pairs.into_iter().map(|pair| pair.1).collect());
+            }
+            (owner, self.prune_list(&pairs, &[], most, most))
+        })
+    }
+
+    /// Replaces fixed links; the others stay as far as there is room.
+    fn set_fixed(&self, graph: &mut Graph, lists: Vec<(u32, Vec<u32>)>) {
+        let room = graph.links.room();
+        for (owner, mut list) in lists {
+            let fixed = list.len();
+            let others = &graph.links.of(owner)[graph.links.fixed(owner).len()..];
+            let others: Vec<u32> = others.iter().copied().filter(|row| !list.contains(row)).collect();
+            list.extend(&others[..others.len().min(room.saturating_sub(fixed))]);
+            graph.links.set(owner, &list, fixed);
+        }
+    }
+
+    /// Of each query, `[n, dim]`, the ranks of the rows of a range nearest to it, best first.
+    fn nearest(&self, among: Range<usize>, queries: &[f32]) -> Result<Vec<Vec<u64>>> {
+        let items: Vec<&[f32]> = queries.chunks(QUERIES * self.space.dim).collect();
+        Ok(map(self.execution, items.len(), |i| self.nearest_of(among.clone(), items[i]))?.into_iter().flatten().collect())
+    }
+
+    fn nearest_of(&self, among: Range<usize>, queries: &[f32]) -> Vec<Vec<u64>> {
+        let (rows, dim, count) = (self.space.rows, self.space.dim, self.shape.query_neighbours);
+        dispatch(self.isa, Nearest { rows, dim, among, queries, count })
     }
 
     /// The links of one owner, `pairs[_].0`, out of `pairs[_].1`, after those in `kept`.

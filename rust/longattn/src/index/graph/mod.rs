@@ -122,7 +122,7 @@ impl State {
 
     fn cut_links(&mut self, rows: usize) {
         for graph in self.heads.iter_mut().flat_map(|head| &mut head.graphs) {
-            graph.links.cut(rows);
+            graph.cut(rows);
         }
         (self.linked, self.torn) = (rows, true);
     }
@@ -297,12 +297,12 @@ impl Graph {
     }
 
     fn extend<T: Element>(&self, state: &mut State, keys: &TensorView, execution: &Execution) -> Result<()> {
-        let [_, _, rows, dim] = keys.shape();
+        let [_, heads, rows, dim] = keys.shape();
         let linked = state.linked;
         for (h, head) in state.heads.iter_mut().enumerate() {
             let builder = self.builder::<T>(keys, h, &head.norms, execution);
             let strided = Strided { base: keys.head::<T>(0, h), stride: keys.row_stride() };
-            for graph in &mut head.graphs {
+            for (graph, queries) in head.graphs.iter_mut().zip(self.queries_of(h, heads)) {
                 if state.torn {
                     if graph.entry as usize >= linked {
                         graph.entry = central(strided, linked, dim);
@@ -310,7 +310,7 @@ impl Graph {
                     builder.connect(graph)?;
                 }
                 if rows > linked {
-                    builder.extend(graph, rows)?;
+                    builder.extend(graph, rows, queries)?;
                 }
             }
         }
@@ -343,7 +343,9 @@ impl Graph {
                 saved = saved
                     .tensor(format!("links.{h}.{g}"), &[fixed.len(), o.max_degree], ids.to_vec())
                     .tensor(format!("fixed.{h}.{g}"), &[fixed.len()], fixed.to_vec())
-                    .tensor(format!("entry.{h}.{g}"), &[1], vec![graph.entry]);
+                    .tensor(format!("entry.{h}.{g}"), &[1], vec![graph.entry])
+                    .tensor(format!("pivots.{h}.{g}"), &[graph.pivots.len()], column(graph, |p| p.0))
+                    .tensor(format!("least.{h}.{g}"), &[graph.pivots.len()], column(graph, |p| p.1));
             }
         }
         saved
@@ -378,7 +380,14 @@ impl Graph {
         let heads = store.kv_heads();
         for h in 0..heads {
             let width = index.options.max_degree;
-            for g in 0..index.queries_of(h, heads).len() {
+            for (g, queries) in index.queries_of(h, heads).into_iter().enumerate() {
+                let n = queries.len() / store.head_dim();
+                let pivots: Vec<u32> = saved.take(&format!("pivots.{h}.{g}"), &[n])?;
+                let least: Vec<u64> = saved.take(&format!("least.{h}.{g}"), &[n])?;
+                if pivots.iter().any(|&row| row as usize >= linked) {
+                    return Err(wrong("pivots"));
+                }
+                let pivots = pivots.into_iter().zip(least).collect();
                 let ids = saved.take(&format!("links.{h}.{g}"), &[linked, width])?;
                 let fixed = saved.take(&format!("fixed.{h}.{g}"), &[linked])?;
                 let entry: Vec<u32> = saved.take(&format!("entry.{h}.{g}"), &[1])?;
@@ -386,7 +395,7 @@ impl Graph {
                 if entry[0] as usize >= linked && !torn {
                     return Err(wrong("entry"));
                 }
-                state.heads[h].graphs.push(build::Graph { links, entry: entry[0] });
+                state.heads[h].graphs.push(build::Graph { links, entry: entry[0], pivots });
             }
         }
         index.state = Followed::new(store, state);
@@ -413,7 +422,7 @@ impl Index for Graph {
 
     fn nbytes(&self) -> usize {
         let state = self.state.look();
-        let graphs = |head: &HeadGraphs| head.graphs.iter().map(|graph| graph.links.nbytes()).sum::<usize>();
+        let graphs = |head: &HeadGraphs| head.graphs.iter().map(|graph| graph.links.nbytes() + 12 * graph.pivots.len()).sum::<usize>();
         let heads: usize = state.heads.iter().map(|head| 4 * head.norms.len() + graphs(head)).sum();
         heads + 4 * self.options.queries.len()
     }
@@ -560,6 +569,11 @@ impl View for GraphView<'_> {
         pick.bytes = bytes + tail * row_bytes(ask.keys);
         pick
     }
+}
+
+/// One number of each training query.
+fn column<N>(graph: &build::Graph, of: impl Fn(&(u32, u64)) -> N) -> Vec<N> {
+    graph.pivots.iter().map(of).collect()
 }
 
 /// Bytes of a key.

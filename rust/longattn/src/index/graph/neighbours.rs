@@ -1,6 +1,6 @@
 //! Exact nearest rows of many queries, by products of blocks.
 
-use super::search::{rank, row_of};
+use super::search::rank;
 use crate::dense::matrix::{PackedMatrix, ROWS};
 use crate::dense::rows::{Rows, Strided, widen_row};
 use crate::dense::scratch::Buffer;
@@ -14,7 +14,7 @@ const KEYS: usize = 512;
 /// Queries of an item: each packs all keys once.
 pub(super) const QUERIES: usize = 2 * ROWS;
 
-/// The `count` rows of largest inner product with each of some queries, best first.
+/// The ranks of the `count` rows of largest inner product with each of some queries, best first.
 pub(super) struct Nearest<'a, T> {
     pub(super) rows: Strided<T>,
     pub(super) dim: usize,
@@ -26,10 +26,10 @@ pub(super) struct Nearest<'a, T> {
 }
 
 impl<T: Element> Kernel for Nearest<'_, T> {
-    type Output = Vec<Vec<u32>>;
+    type Output = Vec<Vec<u64>>;
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Vec<Vec<u32>> {
+    fn run<S: Simd>(self, s: S) -> Vec<Vec<u64>> {
         let Self { rows, dim, among, queries, count } = self;
         let n = queries.len() / dim;
         let mut best: Vec<Vec<u64>> = vec![Vec::with_capacity(3 * count); n];
@@ -74,13 +74,11 @@ impl<T: Element> Kernel for Nearest<'_, T> {
                 }
             }
         }
-        best.into_iter()
-            .map(|mut best| {
-                best.sort_unstable_by(|a, b| b.cmp(a));
-                best.truncate(count);
-                best.into_iter().map(row_of).collect()
-            })
-            .collect()
+        for best in &mut best {
+            best.sort_unstable_by(|a, b| b.cmp(a));
+            best.truncate(count);
+        }
+        best
     }
 }
 
@@ -92,6 +90,7 @@ fn score_of(rank: u64) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::search::row_of;
     use super::*;
     use crate::index::Random;
     use crate::simd::{Isa, dispatch};
@@ -113,7 +112,7 @@ mod tests {
                     all.sort_by(|a, b| b.total_cmp(a));
                     assert_eq!(found.len(), count.min(n));
                     for (&row, expected) in found.iter().zip(all) {
-                        assert!((score(row as usize) - expected).abs() < 1e-4, "{}", isa.name());
+                        assert!((score(row_of(row) as usize) - expected).abs() < 1e-4, "{}", isa.name());
                     }
                 }
             }

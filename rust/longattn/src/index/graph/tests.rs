@@ -84,7 +84,7 @@ fn graphs_reach_all_rows_and_find_the_nearest() {
             for trained in [&queries[..], &[]] {
                 let graph = with_builder(isa, &keys, dim, kind, |builder| {
                     let mut graph = builder.build(2700, central(strided, 2700, dim), 48, trained).unwrap();
-                    builder.extend(&mut graph, n).unwrap();
+                    builder.extend(&mut graph, n, trained).unwrap();
                     graph
                 });
                 assert_eq!(reached(&graph), n);
@@ -118,7 +118,7 @@ fn threads_do_not_change_a_graph() {
             set_num_threads(threads).unwrap();
             with_builder(crate::simd::current(), &keys, dim, KeyMetric::L2, |builder| {
                 let mut graph = builder.build(1500, 3, 40, &queries).unwrap();
-                builder.extend(&mut graph, n).unwrap();
+                builder.extend(&mut graph, n, &queries).unwrap();
                 graph
             })
         })
@@ -146,11 +146,12 @@ fn what_is_cut_is_mended() {
     let (n, dim) = (1500, 12);
     let keys = rows(n, dim, 8, 0.3);
     with_builder(crate::simd::current(), &keys, dim, KeyMetric::L2, |builder| {
-        let mut graph = builder.build(n, 2, 36, &rows(100, dim, 9, -0.3)).unwrap();
-        graph.links.cut(900);
+        let queries = rows(100, dim, 9, -0.3);
+        let mut graph = builder.build(n, 2, 36, &queries).unwrap();
+        graph.cut(900);
         builder.connect(&mut graph).unwrap();
         assert_eq!((graph.links.len(), reached(&graph)), (900, 900));
-        builder.extend(&mut graph, n).unwrap();
+        builder.extend(&mut graph, n, &queries).unwrap();
         assert_eq!(reached(&graph), n);
     });
 }
