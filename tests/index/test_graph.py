@@ -59,7 +59,8 @@ def test_options_find_most(kk_metric, index_per):
     assert found > 0.85, found
     graphs = 4 if index_per == "query_head" else 1
     norms = 0 if kk_metric == "ip" else 4
-    assert index.nbytes == 4800 * (graphs * (4 * 64 + 1) + norms) + 4 * prefill.size
+    sample = prefill.shape[0] * prefill.shape[1]
+    assert index.nbytes == 4800 * (graphs * (4 * 64 + 1) + norms) + sample * (4 * 128 + 12)
 
 
 def test_wider_beams_find_more_and_cost_more():
@@ -136,11 +137,12 @@ def test_growth_keeps_recall():
 
 def test_rows_that_wait_are_scanned(rng):
     keys, values = rows(rng, 1, 5000, 16)
+    keys[:, 4700] *= 5
     s = store_of(keys[:, :4100], values[:, :4100])
     index = la.index.Graph(s, beam=24, tail_max=900)
     index.update()
     assert len(index) == 4100
-    q = 4 * keys[:, 4700:4701]
+    q = keys[:, 4700:4701]
     s.append(keys[:, 4100:], values[:, 4100:])
     result = la.retrieval_attention(q, s, index, top_k=5, **CALL)
     assert len(index) == 4100

@@ -22,7 +22,7 @@ def mahalanobis(q: Array, k: Array, *, ridge: float = 1e-6) -> NDArray[np.float6
             covariance, and what lies outside their span counts as very far.
 
     Returns:
-        float64 `[Hq, n]`.
+        float64 `[Hq, n]`; infinite where the keys of a head are all equal and the query is another point.
 
     Raises:
         TypeError: arrays of another dtype.
@@ -58,10 +58,12 @@ def mahalanobis(q: Array, k: Array, *, ridge: float = 1e-6) -> NDArray[np.float6
         centred = of_head - of_head.mean(0)
         covariance = centred.T @ centred / len(of_head)
         mean_variance = np.trace(covariance) / dim
-        # Keys that are all equal: any other point is infinitely far; the smallest number stands in for the ridge.
-        covariance += np.eye(dim) * max(ridge * mean_variance, np.finfo(np.float64).tiny)
-        factor = np.linalg.cholesky(covariance)
         away = queries[h * group : (h + 1) * group] - of_head.mean(0)
+        if mean_variance == 0:
+            out[h * group : (h + 1) * group] = np.where((away == 0).all(-1), 0.0, np.inf)
+            continue
+        covariance += np.eye(dim) * ridge * mean_variance
+        factor = np.linalg.cholesky(covariance)
         whitened = np.linalg.solve(factor, away.reshape(-1, dim).T)
         out[h * group : (h + 1) * group] = np.sqrt((whitened**2).sum(0)).reshape(group, -1)
     return out

@@ -31,7 +31,7 @@ class Graph(Index):
 
     1. For each sampled query the `query_neighbours` keys of largest product (causality is ignored). The nearest is the
        query's pivot; all that queries of one pivot found is pruned to `neighbours` links (a key is left out where a
-       link that is kept is nearer to it than the pivot is) and linked both ways. These links are never pruned later.
+       link that is kept is nearer to it than the pivot is) and linked both ways. Later steps keep these links.
     2. Every key is linked with what a beam search of width `beam` for it finds, pruned likewise, and back.
     3. What cannot be reached from the entry, the key nearest to the mean key, gets a link from near by.
 
@@ -40,11 +40,11 @@ class Graph(Index):
     together, and the `top_k` rows of most weight for the group are picked by their exact logits. A search for at least
     as many rows as there are finds all of them. `keys_scored` counts the keys that searches scored.
 
-    Rows that leave the window wait, at most `tail_max` of them, are scanned meanwhile and then linked together (step
-    2). Stores of fewer than 4,096 rows have no graph and are scanned. When the store has grown to four times what it
-    was, or half of it was truncated, the graph is built anew, around the same queries; after smaller truncates links
-    to lost rows go and step 3 is repeated. The rows left unread are not weighed: only `top_k` with `rest="none"`
-    works.
+    Rows that leave the window wait, at most `tail_max` of them, are scanned meanwhile and then linked together: with
+    the pivots of the sampled queries among whose nearest they are, and by step 2. Stores of fewer than 4,096 rows
+    have no graph and are scanned. When the store has grown to four times what it was, or half of it was truncated,
+    the graph is built anew, around the same queries; after smaller truncates links to lost rows go and step 3 is
+    repeated. The rows left unread are not weighed: only `top_k` with `rest="none"` works.
 
     The same rows, queries and seed give the same graph, whatever the number of threads.
 
@@ -58,7 +58,7 @@ class Graph(Index):
         query_neighbours: keys found for each sampled query, 2 to 4096.
         beam: width of the searches that link keys.
         ef: width of a step's searches; `top_k` where that is more.
-        kk_metric: what keys are near each other by: `"ip"` (inner product, which measured best), `"l2"` or `"cos"`.
+        kk_metric: what keys are near each other by: `"ip"` (inner product, best on synthetic heads), `"l2"` or `"cos"`.
         index_per: `"kv_head"`: one graph per KV head, around the queries of its whole group; `"query_head"`: one per
             query head, around its own, with as many times the memory.
         search_by: search for each query of the group (`"head"`), or once for their mean (`"mean"`).
@@ -71,9 +71,10 @@ class Graph(Index):
             queries.
 
     Cost:
-        Memory: `4 * max_degree + 5` bytes per key and graph: with the default 261, beside 512 of keys and values of
-        128 dimensions in 16 bits. Build: `n` products with every key, and about `30 * beam` per key. A step scores
-        some hundreds to thousands of keys for each query, one after another in memory's worst order.
+        Memory: `4 * max_degree + 1` bytes per key and graph (4 more per KV head for `"l2"` and `"cos"`), by default
+        257 beside 512 of a key and value of 128 dimensions in 16 bits; and the queries. Build: `n` products with
+        every key, and about `30 * beam` per key. A step scores some hundreds to thousands of keys for each query,
+        one after another in memory's worst order.
 
     References:
         D. Liu et al., "RetrievalAttention: Accelerating Long-Context LLM Inference via Vector Retrieval", 2024

@@ -259,7 +259,8 @@ METHOD = Method(
         "Over the rows that were read the result is their softmax.",
         "Several queries select and read what a step for each does.",
         "`lse` is what `merge` needs: two halves of the keys make the whole.",
+        "A graph that is searched for every row reads what the exact scan reads.",
     ),
     tests="tests/retrieval/test_retrieval.py",
-    cost="`bits * D / 8 + 2` bytes per row and KV head for the scan of codes, and the rows that are read.",
+    cost="What the index reads (`bits * D / 8 + 2` bytes per row and KV head for codes), and the rows that are read.",
 )

@@ -91,7 +91,8 @@ impl Grow for State {
         }
         if len < FIRST_FIT || len < self.fitted / 2 {
             // Most of what the centroids stand for is gone.
-            *self = Self { checked: self.checked, heads: vec![HeadLists::default(); self.heads.len()], ..Self::default() };
+            *self =
+                Self { checked: self.checked, heads: vec![HeadLists::default(); self.heads.len()], ..Self::default() };
             return;
         }
         self.listed = len;

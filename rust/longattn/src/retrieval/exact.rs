@@ -1,8 +1,9 @@
 //! Picking rows by their exact logits: of a range of rows, or of rows that a search listed.
 
-use super::scan::{CHUNK, Scored, pick_scored};
+use super::scan::{Scored, pick_scored};
 use crate::dense::rows::{Indexed, Rows, Strided};
 use crate::dense::stream::{BlockScores, KEYS};
+use crate::index::codes::BLOCK;
 use crate::index::{Ask, Pick};
 use crate::simd::{Kernel, MAX_LANES, Simd, dispatch};
 use crate::tensor::with_element;
@@ -28,14 +29,14 @@ pub(crate) fn pick_all(ask: &Ask) -> Pick {
     assert!(ask.candidates.end <= ask.keys.shape()[2]);
     let sigma = vec![[0.0; 2]; n];
     with_element!(ask.keys.dtype(), T => {
-        let scan = |range: Range<usize>, scores: &mut [f32]| {
+        let scan = |range: Range<usize>, scores: &mut [f32], stride: usize| {
             let k = Strided { base: ask.keys.head::<T>(0, ask.head), stride: ask.keys.row_stride() };
             // Scores beyond the candidates do not matter.
             let keys = range.start..range.end.min(ask.candidates.end);
-            dispatch(ask.isa, KeyScores { queries: &queries, n, dim, k, keys, scores, stride: CHUNK });
+            dispatch(ask.isa, KeyScores { queries: &queries, n, dim, k, keys, scores, stride });
         };
-        let bytes = (dim * size_of::<T>()) as f64;
-        let scored = Scored { scan: &scan, bytes, estimates: true, sigma: &sigma, values: None };
+        let block_bytes = BLOCK * dim * size_of::<T>();
+        let scored = Scored { scan: &scan, block_bytes, estimates: true, sigma: &sigma, values: None };
         pick_scored(&scored, ask, ask.candidates.clone())
     })
 }
@@ -51,14 +52,14 @@ pub(crate) fn pick_among(ask: &Ask, rows: &[u32]) -> Pick {
     }
     let sigma = vec![[0.0; 2]; n];
     let mut pick = with_element!(ask.keys.dtype(), T => {
-        let scan = |range: Range<usize>, scores: &mut [f32]| {
+        let scan = |range: Range<usize>, scores: &mut [f32], stride: usize| {
             let all = Strided { base: ask.keys.head::<T>(0, ask.head), stride: ask.keys.row_stride() };
             let k = Indexed { rows: all, index: rows };
             let keys = range.start..range.end.min(rows.len());
-            dispatch(ask.isa, KeyScores { queries: &queries, n, dim, k, keys, scores, stride: CHUNK });
+            dispatch(ask.isa, KeyScores { queries: &queries, n, dim, k, keys, scores, stride });
         };
-        let bytes = (dim * size_of::<T>()) as f64;
-        pick_scored(&Scored { scan: &scan, bytes, estimates: true, sigma: &sigma, values: None }, ask, 0..rows.len())
+        let block_bytes = BLOCK * dim * size_of::<T>();
+        pick_scored(&Scored { scan: &scan, block_bytes, estimates: true, sigma: &sigma, values: None }, ask, 0..rows.len())
     });
     (pick.rest, pick.bound) = (None, None);
     pick.rows.iter_mut().for_each(|place| *place = rows[*place as usize]);

@@ -169,7 +169,10 @@ impl<'a, T: Element> Builder<'a, T> {
     /// Of each query, `[n, dim]`, the ranks of the rows of a range nearest to it, best first.
     fn nearest(&self, among: Range<usize>, queries: &[f32]) -> Result<Vec<Vec<u64>>> {
         let items: Vec<&[f32]> = queries.chunks(QUERIES * self.space.dim).collect();
-        Ok(map(self.execution, items.len(), |i| self.nearest_of(among.clone(), items[i]))?.into_iter().flatten().collect())
+        Ok(map(self.execution, items.len(), |i| self.nearest_of(among.clone(), items[i]))?
+            .into_iter()
+            .flatten()
+            .collect())
     }
 
     fn nearest_of(&self, among: Range<usize>, queries: &[f32]) -> Vec<Vec<u64>> {

@@ -422,7 +422,9 @@ impl Index for Graph {
 
     fn nbytes(&self) -> usize {
         let state = self.state.look();
-        let graphs = |head: &HeadGraphs| head.graphs.iter().map(|graph| graph.links.nbytes() + 12 * graph.pivots.len()).sum::<usize>();
+        let graphs = |head: &HeadGraphs| {
+            head.graphs.iter().map(|graph| graph.links.nbytes() + 12 * graph.pivots.len()).sum::<usize>()
+        };
         let heads: usize = state.heads.iter().map(|head| 4 * head.norms.len() + graphs(head)).sum();
         heads + 4 * self.options.queries.len()
     }

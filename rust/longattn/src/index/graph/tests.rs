@@ -91,8 +91,7 @@ fn graphs_reach_all_rows_and_find_the_nearest() {
                 let mut hits = 0;
                 for query in asked.chunks_exact(dim) {
                     let best = exact(&keys, dim, query, 10);
-                    let (found, scored) =
-                        dispatch(isa, Found { keys: &keys, dim, graph: &graph, query, width: 100 });
+                    let (found, scored) = dispatch(isa, Found { keys: &keys, dim, graph: &graph, query, width: 100 });
                     assert!(found.len() == 100 && scored < n);
                     hits += found[..10].iter().filter(|row| best.contains(row)).count();
                     // A beam of every row misses none.
