@@ -24,11 +24,13 @@ pub(super) const CHUNK: usize = 16 * 1024;
 /// Candidates whose scores are made and summed while they are in the first cache, a multiple of [`BLOCK`].
 pub(super) const TILE: usize = 1024;
 
+/// Writes the scores of a range of places for query g to what begins at g times the stride, its last argument. Ranges start and end at
+/// multiples of [`BLOCK`] and may go beyond the candidates; what is written there does not matter.
+pub(crate) type ScanPlaces<'a> = dyn Fn(Range<usize>, &mut [f32], usize) + Sync + 'a;
+
 /// What gives candidates their scores. Candidates have places: row numbers, or places in a list of rows.
 pub(crate) struct Scored<'a> {
-    /// Writes the scores of a range of places for query g to what begins at g times the stride, its last argument. Ranges start and end
-    /// at multiples of [`BLOCK`] and may go beyond the candidates; what is written there does not matter.
-    pub(crate) scan: &'a (dyn Fn(Range<usize>, &mut [f32], usize) + Sync),
+    pub(crate) scan: &'a ScanPlaces<'a>,
     /// Bytes read for a block of places.
     pub(crate) block_bytes: usize,
     /// Whether scores are logits, or rank and nothing else.

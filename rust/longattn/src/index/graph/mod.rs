@@ -186,7 +186,7 @@ impl Graph {
         let whole = if o.query_heads == 0 {
             o.queries.is_empty()
         } else {
-            o.query_heads % heads == 0 && o.queries.len() % (o.query_heads * dim) == 0
+            o.query_heads.is_multiple_of(heads) && o.queries.len().is_multiple_of(o.query_heads * dim)
         };
         if !whole {
             let got = format!("{} numbers of {} query heads", o.queries.len(), o.query_heads);
