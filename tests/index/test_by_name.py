@@ -58,3 +58,4 @@ def test_unknown_names_are_refused(store):
 
 def test_queries_go_to_those_that_learn():
     assert not by_name.learns_from_queries("signatures")
+    assert by_name.learns_from_queries("graph")

@@ -7,11 +7,14 @@ from typing import Any
 
 from longattn._arrays import Array
 from longattn.index._index import Index
+from longattn.index.flat import Flat
+from longattn.index.graph import Graph
+from longattn.index.inverted_lists import InvertedLists
 from longattn.index.signatures import Signatures
 from longattn.kv import KVStore
 
 #: Every kind of index by its name.
-KINDS: dict[str, type[Index]] = {kind.KIND: kind for kind in (Signatures,)}
+KINDS: dict[str, type[Index]] = {kind.KIND: kind for kind in (Signatures, Flat, InvertedLists, Graph)}
 
 
 def make(kind: str, store: KVStore, *, queries: Array | None = None, **parameters: Any) -> Index:

@@ -42,6 +42,10 @@ WAYS: tuple[Way, ...] = (
     Way("signatures, 4 bits, rows only", "signatures", {"bits": 4}, rest="none"),
     Way("signatures, 2 bits", "signatures", {"bits": 2}),
     Way("signatures, 1 bit", "signatures", {"bits": 1}),
+    Way("exact scan", "flat"),
+    Way("inverted lists", "inverted_lists"),
+    Way("graph around queries", "graph", queries=True),
+    Way("graph of keys", "graph"),
 )
 
 
