@@ -286,6 +286,18 @@ class Index:
     @property
     def nbytes(self) -> int: ...
 
+def clusters(
+    store: KVStore,
+    segment: int,
+    tail: int,
+    keys_per_cluster: int,
+    iterations: int,
+    spherical: bool,
+    score: str,
+    seed: int,
+) -> Index: ...
+def clusters_members(index: Index, head: int) -> list[list[int]]: ...
+def pages(store: KVStore, page_size: int, score: str, landmark: int) -> Index: ...
 def signatures(
     store: KVStore, bits: int, seed: int, hash_weights: NDArray[np.float32] | None, use_norm: bool
 ) -> Index: ...

@@ -2,6 +2,8 @@
 
 from longattn.index._index import Index
 from longattn.index.by_name import KINDS, make
+from longattn.index.clusters import Clusters
+from longattn.index.pages import Pages
 from longattn.index.signatures import Signatures
 
-__all__ = ["KINDS", "Index", "Signatures", "make"]
+__all__ = ["KINDS", "Clusters", "Index", "Pages", "Signatures", "make"]

@@ -30,6 +30,10 @@ mod _core {
     #[pymodule_export]
     use super::index::Index;
     #[pymodule_export]
+    use super::index::clusters::{clusters, clusters_members};
+    #[pymodule_export]
+    use super::index::pages::pages;
+    #[pymodule_export]
     use super::index::signatures::{signatures, signatures_sigma};
     #[pymodule_export]
     use super::prefix_tree::{PrefixTree, chunk_attention};

@@ -11,6 +11,7 @@ from longattn.reference.retrieval.signatures import (
     rotation,
     unread_log_weights,
 )
+from longattn.reference.retrieval.units import UnitAttention, page_rows, unit_attention, unit_scores
 
 __all__ = [
     "BLOCK",
@@ -18,11 +19,15 @@ __all__ = [
     "Codes",
     "HashAttention",
     "ReadAttention",
+    "UnitAttention",
     "attention",
     "candidates",
     "encode",
     "estimate",
     "hata_topk_attention",
+    "page_rows",
     "rotation",
+    "unit_attention",
+    "unit_scores",
     "unread_log_weights",
 ]

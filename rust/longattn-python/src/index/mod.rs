@@ -1,5 +1,7 @@
 //! Indexes: one class for all, one function per kind that makes it.
 
+pub(crate) mod clusters;
+pub(crate) mod pages;
 pub(crate) mod signatures;
 
 use crate::errors::to_py;

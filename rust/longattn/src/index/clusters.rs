@@ -1,11 +1,9 @@
 //! Clusters of a head's values: what rows that are not read contribute is their weight times their cluster's mean value.
 
-use crate::dense::matrix::{PackedMatrix, ROWS};
 use crate::dense::rows::{Rows, Strided};
-use crate::dense::scratch::Buffer;
-use crate::index::rotation::Random;
+use crate::index::kmeans;
 use crate::index::snapshot::Saved;
-use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::simd::{Isa, dispatch};
 use crate::tensor::{Element, Error, Result};
 use std::ops::Range;
 
@@ -63,43 +61,6 @@ impl Members {
     }
 }
 
-struct Assign<'a, T> {
-    clusters: &'a Clusters,
-    rows: Strided<T>,
-    range: Range<usize>,
-}
-
-impl<T: Element> Kernel for Assign<'_, T> {
-    type Output = Vec<u8>;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Vec<u8> {
-        let Self { clusters, rows, range } = self;
-        let (n, dim) = (clusters.len(), clusters.dim);
-        let mut matrix = PackedMatrix::new(s, &clusters.centroids, n, dim);
-        let half_norms: Vec<f32> =
-            clusters.centroids.chunks_exact(dim).map(|c| 0.5 * c.iter().map(|x| x * x).sum::<f32>()).collect();
-        let (mut out, mut wide) = (vec![0f32; matrix.result_len::<S>()], Buffer::default());
-        let mut ids = Vec::with_capacity(range.len());
-        for first in range.clone().step_by(ROWS) {
-            let count = ROWS.min(range.end - first);
-            // SAFETY: the caller of `assign` vouches for the rows of the range.
-            unsafe { matrix.apply(s, rows, first, count, None, &mut wide, &mut out) };
-            for r in 0..count {
-                let dots = &out[r * matrix.stride::<S>()..][..n];
-                let mut best = (f32::NEG_INFINITY, 0);
-                for (c, (dot, half)) in dots.iter().zip(&half_norms).enumerate() {
-                    if dot - half > best.0 {
-                        best = (dot - half, c);
-                    }
-                }
-                ids.push(best.1 as u8);
-            }
-        }
-        ids
-    }
-}
-
 impl Clusters {
     /// Number of clusters.
     pub(crate) fn len(&self) -> usize {
@@ -129,27 +90,9 @@ impl Clusters {
             let row = unsafe { std::slice::from_raw_parts(row, dim) };
             sample.extend(row.iter().map(|x| x.to_f32()));
         }
-        let mut random = Random::new(seed);
-        let mut picks: Vec<usize> = (0..size).collect();
-        for i in 0..k {
-            picks.swap(i, i + random.below(size - i));
-        }
-        let centroids = picks[..k].iter().flat_map(|&i| sample[i * dim..(i + 1) * dim].iter().copied()).collect();
-        let empty = |centroids: Vec<f32>| {
-            let members = Members::none(k, dim);
-            Self { dim, settled: members.clone(), members, means: centroids.clone(), centroids }
-        };
-        let mut clusters = empty(centroids);
-        let sampled = Strided { base: sample.as_ptr(), stride: dim as isize };
-        for _ in 0..ITERATIONS {
-            // SAFETY: the sample has `size` rows.
-            unsafe {
-                let ids = clusters.assign(isa, sampled, 0..size);
-                clusters.add(sampled, &ids, 0);
-            }
-            clusters = empty(clusters.means);
-        }
-        clusters
+        let centroids = kmeans::fit(isa, &sample, dim, k, ITERATIONS, false, seed).centroids;
+        let members = Members::none(k, dim);
+        Self { dim, settled: members.clone(), members, means: centroids.clone(), centroids }
     }
 
     /// The nearest centroid of each row of the range.
@@ -157,7 +100,8 @@ impl Clusters {
     /// # Safety
     /// `rows` yields `dim` readable elements for every row of the range.
     pub(crate) unsafe fn assign<T: Element>(&self, isa: Isa, rows: Strided<T>, range: Range<usize>) -> Vec<u8> {
-        dispatch(isa, Assign { clusters: self, rows, range })
+        let nearest = dispatch(isa, kmeans::Assign { centroids: &self.centroids, dim: self.dim, rows, range });
+        nearest.into_iter().map(|id| id as u8).collect()
     }
 
     /// Whether the means lack `step` of the rows `0..rows`, or were taken back and not renewed since.
@@ -247,6 +191,7 @@ impl Clusters {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::index::Random;
 
     #[test]
     fn separated_groups_are_found() {

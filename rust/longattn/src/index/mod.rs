@@ -7,20 +7,26 @@
 pub(crate) mod clusters;
 pub(crate) mod codes;
 mod follow;
+mod key_clusters;
+mod kmeans;
+mod pages;
 mod rotation;
 mod signatures;
 mod snapshot;
+pub(crate) mod units;
 
 use crate::kv::{KvStore, Reader};
 use crate::parallel::Execution;
 use crate::simd::Isa;
 use crate::tensor::{Error, KvView, Result, Storage, TensorView};
 pub(crate) use follow::{Followed, Grow, Grown};
-#[cfg(test)]
 pub(crate) use rotation::Random;
 pub(crate) use signatures::Snapshot;
+pub use key_clusters::{KeyClusterOptions, KeyClusters};
+pub use pages::{PageOptions, Pages};
 pub use signatures::{Hash, HeadStats, SignatureOptions, Signatures};
 pub use snapshot::{Parameters, Saved, SavedData, SavedElement, SavedTensor, load, save};
+pub use units::UnitScore;
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
