@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 import longattn as la
+import tolerances
+from longattn import _core
 from random_arrays import F32
 from random_stores import queries, rows, store_of
 
@@ -132,8 +134,6 @@ def check_values_that_are_not_finite(make):
 
 def check_threads_and_callers(make):
     """One index, several callers, and any number of threads: the same bits."""
-    from longattn import _core
-
     rng = np.random.default_rng(16)
     store = store_of(*rows(rng, 1, 6000, 24, 20), room=60_000)
     before, found = _core.num_threads(), []
@@ -145,3 +145,16 @@ def check_threads_and_callers(make):
         _core.set_num_threads(before)
     check_same(found[0], found[1])
     check_same(found[0], found[2])
+
+
+def check_rounded(result, expected, q, s):
+    """Close, where what is kept of units is rounded to the store's dtype."""
+    unit = tolerances.ROUNDOFF[np.dtype(s.dtype)][0]
+    logit = (
+        unit * (np.abs(q.astype(np.float64)).sum(-1) * s.head_dim**-0.5).max() * np.abs(s.keys.astype(np.float64)).max()
+    )
+    exact = tolerances.attention(q, s.keys, s.values)
+    value = np.abs(s.values.astype(np.float64)).max()
+    np.testing.assert_allclose(result.lse, expected.lse, atol=2 * logit + exact.lse_atol)
+    atol = (4 * logit + 2 * unit) * value + exact.atol
+    np.testing.assert_allclose(result.out.astype(np.float64), expected.out, rtol=exact.rtol, atol=atol)

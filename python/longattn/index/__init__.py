@@ -4,6 +4,7 @@ from longattn.index._index import Index
 from longattn.index.by_name import KINDS, make
 from longattn.index.clusters import Clusters
 from longattn.index.pages import Pages
+from longattn.index.product_quantisation import ProductQuantisation
 from longattn.index.signatures import Signatures
 
-__all__ = ["KINDS", "Clusters", "Index", "Pages", "Signatures", "make"]
+__all__ = ["KINDS", "Clusters", "Index", "Pages", "ProductQuantisation", "Signatures", "make"]

@@ -1,7 +1,18 @@
 """Oracles of `longattn.retrieval` and of the indexes."""
 
 from longattn.reference.retrieval.hata_topk_attention import HashAttention, hata_topk_attention
+from longattn.reference.retrieval.pqcache_attention import pqcache_attention
+from longattn.reference.retrieval.product_quantisation import (
+    ProductAttention,
+    ProductCodes,
+    nearest,
+    product_attention,
+    product_error,
+    product_logits,
+)
+from longattn.reference.retrieval.quest_attention import quest_attention
 from longattn.reference.retrieval.retrieval_attention import ReadAttention, attention, candidates
+from longattn.reference.retrieval.retro_infer_attention import retro_infer_attention
 from longattn.reference.retrieval.signatures import (
     BLOCK,
     STEPS,
@@ -18,6 +29,8 @@ __all__ = [
     "STEPS",
     "Codes",
     "HashAttention",
+    "ProductAttention",
+    "ProductCodes",
     "ReadAttention",
     "UnitAttention",
     "attention",
@@ -25,7 +38,14 @@ __all__ = [
     "encode",
     "estimate",
     "hata_topk_attention",
+    "nearest",
     "page_rows",
+    "pqcache_attention",
+    "product_attention",
+    "product_error",
+    "product_logits",
+    "quest_attention",
+    "retro_infer_attention",
     "rotation",
     "unit_attention",
     "unit_scores",

@@ -84,6 +84,7 @@ def unit_attention(
     scale: float | None = None,
     rest: bool = True,
     sink_logits: ArrayLike | None = None,
+    selected: Sequence[Sequence[ArrayLike]] | None = None,
 ) -> UnitAttention:
     """Exact attention to sinks, window, rows of no unit and the units picked, with an estimate of the others.
 
@@ -107,6 +108,7 @@ def unit_attention(
         scale: factor of the logits; `None` is `D ** -0.5`.
         rest: whether rows left unread take part, as estimated.
         sink_logits: `[Hq]`, in the denominator only.
+        selected: `[Hkv][Lq]`, rows to read instead of those of the best units.
     """
     q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
     heads, rows, dim = q.shape
@@ -114,7 +116,7 @@ def unit_attention(
     group = heads // kv_heads
     q = q * (dim**-0.5 if scale is None else scale)
     out, lse, missed = np.zeros((heads, rows, values.shape[-1])), np.zeros((heads, rows)), np.zeros((heads, rows))
-    selected: list[list[Rows]] = []
+    chosen_rows: list[list[Rows]] = []
     for h in range(kv_heads):
         own = [np.sort(np.asarray(unit, np.int64)) for unit in units[h]]
         covered = sum(len(unit) for unit in own)
@@ -151,6 +153,8 @@ def unit_attention(
                     picked.append(inside[u])
                     held = held + sizes[u] * np.exp(scores[:, u] - mass)
             chosen = np.sort(np.concatenate([*picked, np.zeros(0, np.int64)]))
+            if selected is not None:
+                chosen = np.asarray(selected[h][i], np.int64)
             read[chosen] = True
             of_head.append(chosen)
             for g in range(group):
@@ -159,10 +163,7 @@ def unit_attention(
                     [scores[g, u] + np.log(len(part)) if len(part) else -np.inf for u, part in enumerate(parts)]
                 )
                 means = np.array(
-                    [
-                        values[h, part].mean(0) if len(part) else np.zeros(values.shape[-1])
-                        for part in parts
-                    ]
+                    [values[h, part].mean(0) if len(part) else np.zeros(values.shape[-1]) for part in parts]
                 ).reshape(-1, values.shape[-1])
                 exact = _log_sum(logits[g : g + 1, read])[0]
                 unread = _log_sum(log_masses[None])[0] if len(log_masses) else -np.inf
@@ -174,8 +175,8 @@ def unit_attention(
                 out[head, i] = np.exp(logits[g, read] - lse[head, i]) @ values[h, :total][read]
                 if rest:
                     out[head, i] += np.exp(log_masses - lse[head, i]) @ means
-        selected.append(of_head)
-    return UnitAttention(out, lse, selected, missed)
+        chosen_rows.append(of_head)
+    return UnitAttention(out, lse, chosen_rows, missed)
 
 
 def _log_sum(logits: Float64) -> Float64:

@@ -2,6 +2,7 @@
 
 pub(crate) mod clusters;
 pub(crate) mod pages;
+pub(crate) mod product;
 pub(crate) mod signatures;
 
 use crate::errors::to_py;

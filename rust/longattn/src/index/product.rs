@@ -156,8 +156,7 @@ impl ProductQuantisation {
                 }
             }
         }
-        let block_bytes = BLOCK * if options.bits == 4 { m.div_ceil(2) } else { m };
-        let empty = State { block_bytes, coded: 0, fitted: 0, heads: Vec::new() };
+        let empty = State { block_bytes: block_bytes(&options), coded: 0, fitted: 0, heads: Vec::new() };
         Ok(Self { width: dim / m, options, state: Followed::new(store, empty) })
     }
 
@@ -345,7 +344,7 @@ impl ProductQuantisation {
     /// Codes of some rows, whole blocks.
     fn code(&self, isa: Isa, of: &Head, keys: &TensorView, head: usize, range: Range<usize>) -> Result<Vec<u8>> {
         let (n, width, dim) = (range.len(), self.width, of.centre.len());
-        let (centroids, block_bytes) = (1usize << self.options.bits, self.state.look().block_bytes);
+        let (centroids, block_bytes) = (1usize << self.options.bits, block_bytes(&self.options));
         let x = self.mapped(keys, head, range, &of.centre)?;
         let mut codes = vec![0u8; n / BLOCK * block_bytes];
         for j in 0..self.options.subvectors {
@@ -363,6 +362,11 @@ impl ProductQuantisation {
         }
         Ok(codes)
     }
+}
+
+/// Bytes of a block of codes.
+fn block_bytes(options: &ProductOptions) -> usize {
+    BLOCK * if options.bits == 4 { options.subvectors.div_ceil(2) } else { options.subvectors }
 }
 
 fn first_not_finite(keys: &TensorView, head: usize, n: usize) -> Error {
@@ -557,7 +561,11 @@ impl RowCodes for Snapshot<'_> {
     }
 
     fn error(&self, _head: usize, tables: &Tables, query: usize) -> CodeError {
-        CodeError { sigma: tables.errors[query], shrunken: true, largest: None }
+        CodeError::of_means(tables.errors[query])
+    }
+
+    fn largest_error(&self, _head: usize, _tables: &Tables, _query: usize) -> Option<f32> {
+        None
     }
 
     fn values(&self, head: usize) -> (&Clusters, &[u8]) {

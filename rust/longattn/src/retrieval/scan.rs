@@ -2,13 +2,15 @@
 
 use super::chunks::{Shared, Slots};
 use super::select::{self, Budget, Weights};
-use super::weigh::{Bulk, CodeError, HeadWeight, NEGLIGIBLE, Summarise, Weigh, WeighTile};
+pub(crate) use super::weigh::CodeError;
+use super::weigh::{Bulk, HeadWeight, NEGLIGIBLE, Summarise, Weigh, WeighTile};
 use crate::dense::scores::Running;
 use crate::dense::scratch::with_scratch;
-use crate::index::codes::{BLOCK, Scan, ScanQuery};
-use crate::index::{Ask, Pick, RestMass, Select, Snapshot};
+use crate::index::clusters::Clusters;
+use crate::index::{Ask, Pick, RestMass, Select};
 use crate::parallel::for_each;
-use crate::simd::dispatch;
+use crate::simd::{Isa, dispatch};
+use std::ops::Range;
 
 /// Standard deviations of a code's error that the bound of the missed mass allows for.
 const BOUND_SIGMAS: f32 = 5.5;
@@ -19,19 +21,39 @@ const SUM_ROUNDING: f64 = 1e-6;
 /// Candidates that one item scans, a multiple of [`TILE`].
 pub(super) const CHUNK: usize = 16 * 1024;
 
-/// Candidates whose scores are made and summed while they are in the first cache, a multiple of [`BLOCK`].
+/// Candidates whose scores are made and summed while they are in the first cache, whole blocks of any codes.
 pub(super) const TILE: usize = 1024;
 
+/// Codes that give every row a score.
+pub(crate) trait RowCodes: Sync {
+    /// A query group made ready for the scan.
+    type Group: Sync;
+    /// Rows whose codes lie together: a multiple of 16 that divides [`TILE`].
+    fn block(&self) -> usize;
+    /// Bytes of a block.
+    fn block_bytes(&self) -> usize;
+    /// Whether scores stand for logits; others only rank.
+    fn estimates(&self) -> bool;
+    /// Makes a group ready.
+    fn group(&self, head: usize, queries: &[&[f32]]) -> Self::Group;
+    /// Scores of the rows of some blocks, `[queries, stride]`.
+    fn scan(&self, isa: Isa, head: usize, blocks: Range<usize>, group: &Self::Group, scores: &mut [f32], stride: usize);
+    /// How the scores of one query of the group err, where they stand for logits.
+    fn error(&self, head: usize, group: &Self::Group, query: usize) -> CodeError;
+    /// The largest standard deviation of a score of that query, where it is known.
+    fn largest_error(&self, head: usize, group: &Self::Group, query: usize) -> Option<f32>;
+    /// Clusters of the values and each row's cluster, where scores stand for logits.
+    fn values(&self, head: usize) -> (&Clusters, &[u8]);
+}
+
 /// Scans the candidates and selects rows; weighs the rest.
-pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
+pub(crate) fn pick<C: RowCodes>(codes: &C, ask: &Ask) -> Pick {
     let Ask { head, candidates, isa, parallel, .. } = ask;
     let (head, isa, group) = (*head, *isa, ask.queries.len());
-    let (codes, estimates) = (snapshot.head(head), snapshot.estimates());
-    let queries: Vec<ScanQuery> = ask.queries.iter().map(|query| snapshot.query(head, query)).collect();
-    let norms: Vec<f32> = ask.queries.iter().map(|q| q.iter().map(|x| x * x).sum::<f32>().sqrt()).collect();
-    let blocks = candidates.start / BLOCK..candidates.end.div_ceil(BLOCK);
-    let base = blocks.start * BLOCK;
-    let n = blocks.len() * BLOCK;
+    let (block, estimates, queries) = (codes.block(), codes.estimates(), codes.group(head, ask.queries));
+    let blocks = candidates.start / block..candidates.end.div_ceil(block);
+    let base = blocks.start * block;
+    let n = blocks.len() * block;
     let chunks = n.div_ceil(CHUNK);
     let mut memory = with_scratch(|scratch| std::mem::take(&mut scratch.extra));
     let mut memory2 = with_scratch(|scratch| std::mem::take(&mut scratch.values));
@@ -48,9 +70,8 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
     let tile_rows = |t: usize| base + t * TILE..(base + (t + 1) * TILE).min(base + n);
 
     // Scan: the scores of each tile, `[group, TILE]` one tile after another, which become weights relative to the tile's largest.
-    let sigma = if estimates { snapshot.stats(head).sigma } else { 0.0 };
-    let errors: Vec<CodeError> = norms.iter().map(|norm| CodeError::new(sigma * norm)).collect();
-    let (format, bytes) = (snapshot.format(), snapshot.format().block_bytes());
+    let error = |g| if estimates { codes.error(head, &queries, g) } else { CodeError::of_noise(0.0) };
+    let errors: Vec<CodeError> = (0..group).map(error).collect();
     let bulks = Slots::new(chunks);
     run(&|c| {
         let mut bulk = vec![Bulk::EMPTY; group];
@@ -59,8 +80,7 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
             // SAFETY: the tiles of chunk c are this worker's own.
             let (scores, origins) =
                 unsafe { (scores.part(t * group * TILE, group * TILE), origins.part(t * group, group)) };
-            let codes = &codes.codes[range.start / BLOCK * bytes..range.end / BLOCK * bytes];
-            dispatch(isa, Scan { format, codes, queries: &queries, scores, stride: TILE });
+            codes.scan(isa, head, range.start / block..range.end / block, &queries, scores, TILE);
             let inside = candidates.start.max(range.start) - range.start..candidates.end.min(range.end) - range.start;
             let errors = estimates.then_some(&errors[..]);
             dispatch(isa, Summarise { scores, origins, len: range.len(), inside, errors, bulk: &mut bulk });
@@ -78,7 +98,9 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
     let heads: Vec<HeadWeight> =
         (0..group).map(|g| HeadWeight::new(&bulk[g], ask.steady[g], errors[g], candidates.len())).collect();
     let by_mass = matches!(ask.select, Select::TopP(_));
-    let clusters = if ask.rest && estimates { codes.values.len() } else { 0 };
+    let values = estimates.then(|| codes.values(head));
+    let clusters = values.filter(|_| ask.rest).map_or(0, |(values, _)| values.len());
+    let (means, cluster_of) = values.map_or((&[][..], &[][..]), |(values, of)| (values.means(), of));
     let parts = Slots::new(chunks);
     // Sloped weights of rows with a small share need not be small.
     let scaled = heads.iter().all(HeadWeight::is_scaled);
@@ -92,7 +114,7 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
                 let scores = scores.part(t * group * TILE, group * TILE);
                 (scores, weights.part(t * TILE, TILE), origins.part(t * group, group))
             };
-            let ids: &[u8] = if clusters > 0 { &codes.value_ids[range.clone()] } else { &[] };
+            let ids: &[u8] = if clusters > 0 { &cluster_of[range.clone()] } else { &[] };
             dispatch(isa, WeighTile { scores, origins, weights, ids, len: range.len(), negligible, weigh: &mut weigh });
         }
         parts.set(c, weigh.finish());
@@ -129,8 +151,7 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
     {
         // Shares below the smallest float are all 0. There the logits keep the order; they stay below every share.
         let mut logits = vec![0.0; group * n];
-        let codes = &codes.codes[base / BLOCK * bytes..(base + n) / BLOCK * bytes];
-        dispatch(isa, Scan { format, codes, queries: &queries, scores: &mut logits, stride: n });
+        codes.scan(isa, head, blocks.clone(), &queries, &mut logits, n);
         for (j, weight) in weights[..n].iter_mut().enumerate().filter(|(_, weight)| **weight == 0.0) {
             let below = heads.iter().enumerate().map(|(g, head)| logits[g * n + j] - head.log_total);
             *weight = below.fold(f32::NEG_INFINITY, f32::max);
@@ -141,12 +162,12 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
 
     // What is left: all weights less those of the selected rows.
     let mut pick =
-        Pick { scored: candidates.len(), bytes: n / BLOCK * snapshot.format().block_bytes(), ..Pick::default() };
+        Pick { scored: candidates.len(), bytes: blocks.len() * codes.block_bytes(), ..Pick::default() };
     if clusters > 0 {
         pick.bytes += n;
     }
     if estimates {
-        let sigma_max = snapshot.stats(head).sigma_max;
+        let largest: Vec<Option<f32>> = (0..group).map(|g| codes.largest_error(head, &queries, g)).collect();
         let all = rows.len() == candidates.len();
         let (mut rest, mut bound) = (Vec::with_capacity(group), Vec::with_capacity(group));
         for (g, head) in heads.iter().enumerate() {
@@ -161,21 +182,23 @@ pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
                 mass -= f64::from(share);
                 left -= f64::from(weight);
                 if clusters > 0 {
-                    let sum = &mut sums[usize::from(codes.value_ids[row as usize]) * group + g];
+                    let sum = &mut sums[usize::from(cluster_of[row as usize]) * group + g];
                     *sum = (*sum - weight).max(0.0);
                 }
             }
             let log_mass = Running { max: head.log_total, sum: left.max(0.0) as f32 }.lse();
-            let mean = if clusters > 0 { mean_value(codes.values.means(), &sums, g, group) } else { Vec::new() };
+            let mean = if clusters > 0 { mean_value(means, &sums, g, group) } else { Vec::new() };
             rest.push(RestMass { log_mass, mean });
             // Plain exp(s), up by what a code may be wrong; with what the difference of the sums may have rounded away, and what
             // lies below the smallest float.
             let unread = (candidates.len() - rows.len()) as f64;
             let lost = SUM_ROUNDING * totals.mass[g] + unread * f64::from(f32::MIN_POSITIVE);
-            let wrong = BOUND_SIGMAS * sigma_max * norms[g];
-            bound.push(head.log_total + (mass.max(0.0) + lost).ln() as f32 + wrong);
+            if let Some(largest) = largest[g] {
+                bound.push(head.log_total + (mass.max(0.0) + lost).ln() as f32 + BOUND_SIGMAS * largest);
+            }
         }
-        (pick.rest, pick.bound) = (Some(rest), Some(bound));
+        pick.rest = Some(rest);
+        pick.bound = (bound.len() == group).then_some(bound);
     }
     pick.rows = rows;
     with_scratch(|scratch| (scratch.extra, scratch.values) = (memory, memory2));
