@@ -143,7 +143,7 @@ def test_clusters_of_equal_keys_make_the_estimate_exact(rng, isa):
         # As many clusters as rows: those of equal keys fall together.
         index = small(s, score=score, keys_per_cluster=1)
         result = la.retrieval_attention(q, s, index, top_k=70, sinks=3, window=133)
-        assert all(len(index.members(h)) == 60 for h in range(2))
+        assert all(len(index.members(h)) == 2 * 20 for h in range(2))
         tolerances.same_storage(q, s.keys, s.values).check(result.out, out, result.lse, lse)
 
 
@@ -189,21 +189,20 @@ def test_they_find_what_pages_miss(rng):
     assert missed[la.index.Clusters] < 0.2 and missed[la.index.Pages] > 0.6
 
 
-def test_synthetic_heads(rng):
-    """Of keys as models have them, a few per cent of rows and the estimate of the others err little."""
-    keys, values, q, _ = synthetic.head("synthetic", 0, 16_384 + 512, 4, 3)
+@pytest.mark.parametrize(("name", "gain"), [("synthetic", 0.95), ("synthetic-flat", 0.4)])
+def test_synthetic_heads(name, gain):
+    """Keys as models have them: beside a few per cent of the rows an estimate of the others helps."""
+    keys, values, q, _ = synthetic.head(name, 0, 8192 + 512, 4, 3)
     s = store_of(keys[None].astype(BF16), values[None].astype(BF16), BF16)
-    error = {}
-    for name, rest in (("values", "values"), ("none", "none")):
-        index = la.index.Clusters(s, keys_per_cluster=16)
-        errors = []
-        for group in q:
-            q4 = group[:, None].astype(np.float32)
-            exact = la.attention(q4, s.keys, s.values, causal=True)
-            result = la.retrieval_attention(q4, s, index, top_k=512, rest=rest)
-            errors.append(np.linalg.norm(result.out - exact, axis=-1) / np.linalg.norm(exact, axis=-1))
-        error[name] = np.mean(errors)
-    assert error["values"] < 0.25 and error["values"] < 0.7 * error["none"]
+    index = la.index.Clusters(s, keys_per_cluster=16, score="mean_variance")
+    errors = {"values": [], "none": []}
+    for group in q:
+        q4 = group[:, None].astype(np.float32)
+        exact = la.attention(q4, s.keys, s.values, causal=True)
+        for rest, found in errors.items():
+            result = la.retrieval_attention(q4, s, index, top_k=256, rest=rest)
+            found.append(np.linalg.norm(result.out - exact, axis=-1) / np.linalg.norm(exact, axis=-1))
+    assert np.mean(errors["values"]) < gain * np.mean(errors["none"]) < gain
 
 
 def test_new_rows_get_clusters_of_their_own(rng):

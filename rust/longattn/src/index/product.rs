@@ -1,7 +1,7 @@
 //! Product quantisation: keys cut into subvectors, each replaced by the nearest of a few centroids of its own (PQCache and its kin).
 //!
 //! ```text
-//! block of 64 keys:  4 bits: for each pair of subvectors 64 bytes, one per key: the first's code in the low half
+//! block of 64 keys:  4 bits: for each pair of subvectors 64 bytes, key k's at 4 (k % 16) + k / 16: the first's code in the low half
 //!                    8 bits: for each subvector 64 bytes
 //! ```
 //! A query becomes a table: its products with every centroid. A key's score is the sum of the entries that its code names. Tables of 16
@@ -45,8 +45,8 @@ const ITERATIONS: usize = 10;
 /// Query heads that are looked up together where codes have 8 bits.
 const MAX_TOGETHER: usize = 8;
 
-/// The most subvectors of 4-bit codes: so many bytes add up in 16 bits.
-const MAX_SUBVECTORS: usize = 256;
+/// The most subvectors of 4-bit codes: so many bytes add up in 15 bits.
+const MAX_SUBVECTORS: usize = 128;
 
 /// What the codes are made of.
 #[derive(Clone, Debug)]
@@ -354,7 +354,7 @@ impl ProductQuantisation {
             for (i, &code) in nearest.iter().enumerate() {
                 let block = &mut codes[i / BLOCK * block_bytes..(i / BLOCK + 1) * block_bytes];
                 if self.options.bits == 4 {
-                    block[j / 2 * BLOCK + i % BLOCK] |= (code as u8) << (4 * (j % 2));
+                    block[j / 2 * BLOCK + place(i % BLOCK)] |= (code as u8) << (4 * (j % 2));
                 } else {
                     block[j * BLOCK + i % BLOCK] = code as u8;
                 }
@@ -362,6 +362,11 @@ impl ProductQuantisation {
         }
         Ok(codes)
     }
+}
+
+/// The byte of a key's 4-bit codes in a row of 64: sums of the bytes of each place in 32-bit lanes are those of neighbouring keys.
+fn place(key: usize) -> usize {
+    4 * (key % 16) + key / 16
 }
 
 /// Bytes of a block of codes.
@@ -641,45 +646,46 @@ fn look_up<S: Simd, const G: usize>(
 ) {
     assert!(block.len() == m.div_ceil(2) * BLOCK && tables.len() >= G * m * BLOCK && bases.len() >= G);
     assert!(steps.len() >= G && scores.len() >= (G - 1) * stride + BLOCK);
-    let low = s.splat_i32(0x0f0f_0f0f);
-    let bytes = 4 * S::LANES;
-    for part in (0..BLOCK).step_by(bytes) {
-        // Sums of all bytes as 16-bit numbers, in which the odd ones weigh 256 times as much, and of the odd ones alone.
-        let mut mixed = [s.splat_i32(0); G];
+    let nibble = s.splat_i32(0x0f0f_0f0f);
+    let even_bytes = s.splat_i32(0x00ff_00ff);
+    let (low_half, high_half) = (s.splat_i32(0xffff), s.splat_i32(0xffff_0000_u32 as i32));
+    for part in (0..BLOCK).step_by(4 * S::LANES) {
+        // Sums of the even and of the odd bytes, 16 bits each.
+        let mut even = [s.splat_i32(0); G];
         let mut odd = [s.splat_i32(0); G];
         for pair in 0..m.div_ceil(2) {
             // SAFETY: the block has 64 bytes for each pair of subvectors, each query's tables 64 for each subvector; the last pair
             // has no second one where their number is odd.
             unsafe {
                 let codes = s.load_bytes(block.as_ptr().add(pair * BLOCK + part));
-                let first = s.and(codes, low);
+                let first = s.and(codes, nibble);
                 for g in 0..G {
                     let found = s.look_up_bytes(s.load_bytes(tables.as_ptr().add((g * m + 2 * pair) * BLOCK)), first);
-                    mixed[g] = s.add_16(mixed[g], found);
+                    even[g] = s.add_16(even[g], s.and(found, even_bytes));
                     odd[g] = s.add_16(odd[g], s.shift_right_16::<8>(found));
                 }
                 if 2 * pair + 1 < m {
-                    let second = s.and(s.shift_right_16::<4>(codes), low);
+                    let second = s.and(s.shift_right_16::<4>(codes), nibble);
                     for g in 0..G {
                         let table = s.load_bytes(tables.as_ptr().add((g * m + 2 * pair + 1) * BLOCK));
                         let found = s.look_up_bytes(table, second);
-                        mixed[g] = s.add_16(mixed[g], found);
+                        even[g] = s.add_16(even[g], s.and(found, even_bytes));
                         odd[g] = s.add_16(odd[g], s.shift_right_16::<8>(found));
                     }
                 }
             }
         }
         for g in 0..G {
-            let (mut all, mut high) = ([0u16; BLOCK / 2], [0u16; BLOCK / 2]);
-            // SAFETY: a vector has at most 64 bytes.
+            let (base, step) = (s.splat(bases[g]), s.splat(steps[g]));
+            // A sum in the upper half of a lane counts 2^16 times; it has no sign, as sums stay below 2^15.
+            let high_step = s.splat(steps[g] / 65536.0);
+            let to = scores[g * stride + part / 4..].as_mut_ptr();
+            // SAFETY: 64 scores of each query were asserted; the lanes of byte t of each are the keys from 16 t on.
             unsafe {
-                all.as_mut_ptr().cast::<S::I32>().write_unaligned(mixed[g]);
-                high.as_mut_ptr().cast::<S::I32>().write_unaligned(odd[g]);
-            }
-            let to = &mut scores[g * stride + part..][..bytes];
-            for (to, (all, high)) in to.as_chunks_mut::<2>().0.iter_mut().zip(all.iter().zip(&high)) {
-                let even = all.wrapping_sub(high << 8);
-                *to = [f32::from(even), f32::from(*high)].map(|sum| bases[g] + steps[g] * sum);
+                s.store(to, s.fma(s.to_f32(s.and(even[g], low_half)), step, base));
+                s.store(to.add(16), s.fma(s.to_f32(s.and(odd[g], low_half)), step, base));
+                s.store(to.add(32), s.fma(s.to_f32(s.and(even[g], high_half)), high_step, base));
+                s.store(to.add(48), s.fma(s.to_f32(s.and(odd[g], high_half)), high_step, base));
             }
         }
     }
