@@ -18,9 +18,7 @@ pub(crate) fn product_quantisation(
     bases: Option<(PyReadonlyArray3<'_, f32>, PyReadonlyArray3<'_, f32>)>,
 ) -> PyResult<Index> {
     let bases = match &bases {
-        Some((keys, queries)) => {
-            Some(Bases { keys: keys.as_slice()?.to_vec(), queries: queries.as_slice()?.to_vec() })
-        }
+        Some((keys, queries)) => Some(Bases { keys: keys.as_slice()?.to_vec(), queries: queries.as_slice()?.to_vec() }),
         None => None,
     };
     let options = ProductOptions { subvectors, bits, seed, bases };

@@ -339,7 +339,8 @@ impl Index for KeyClusters {
     fn parameters(&self) -> Parameters {
         let KeyClusterOptions { segment, tail, keys_per_cluster, iterations, spherical, score, seed } = self.options;
         let mut made = Parameters::new();
-        let sizes = [("segment", segment), ("tail", tail), ("keys_per_cluster", keys_per_cluster), ("iterations", iterations)];
+        let sizes =
+            [("segment", segment), ("tail", tail), ("keys_per_cluster", keys_per_cluster), ("iterations", iterations)];
         for (name, size) in sizes {
             made.insert(name.into(), size.into());
         }

@@ -21,16 +21,16 @@ use crate::parallel::Execution;
 use crate::simd::Isa;
 use crate::tensor::{Error, KvView, Result, Storage, TensorView};
 pub(crate) use follow::{Followed, Grow, Grown};
-pub(crate) use rotation::Random;
 pub use key_clusters::{KeyClusterOptions, KeyClusters};
 pub use pages::{PageOptions, Pages};
 pub use product::{Bases, ProductOptions, ProductQuantisation};
+pub(crate) use rotation::Random;
 pub use signatures::{Hash, HeadStats, SignatureOptions, Signatures};
 pub use snapshot::{Parameters, Saved, SavedData, SavedElement, SavedTensor, load, save};
-pub use units::UnitScore;
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
+pub use units::UnitScore;
 
 /// An index over the rows of one store.
 pub trait Index: Any + Send + Sync {

@@ -185,7 +185,7 @@ impl ProductQuantisation {
         if coded == 0 {
             return Ok(index);
         }
-        if coded % BLOCK != 0 {
+        if !coded.is_multiple_of(BLOCK) {
             return Err(Error::value("path", format!("{coded} rows with codes"), format!("a multiple of {BLOCK}")));
         }
         let mut state = index.state.look().clone();
@@ -375,9 +375,8 @@ fn block_bytes(options: &ProductOptions) -> usize {
 }
 
 fn first_not_finite(keys: &TensorView, head: usize, n: usize) -> Error {
-    let finite = |j: &usize| {
-        with_element!(keys.dtype(), T => keys.row::<T>(0, head, *j).iter().all(|x| x.to_f32().is_finite()))
-    };
+    let finite =
+        |j: &usize| with_element!(keys.dtype(), T => keys.row::<T>(0, head, *j).iter().all(|x| x.to_f32().is_finite()));
     not_finite((0..n).find(|j| !finite(j)).unwrap_or(0), head)
 }
 
@@ -515,7 +514,9 @@ impl RowCodes for Snapshot<'_> {
         for q in queries {
             bases.push(dot(q, &of.centre));
             let turned: Vec<f32> = match &self.index.options.bases {
-                Some(maps) => maps.queries[head * dim * dim..].chunks_exact(dim).take(dim).map(|row| dot(row, q)).collect(),
+                Some(maps) => {
+                    maps.queries[head * dim * dim..].chunks_exact(dim).take(dim).map(|row| dot(row, q)).collect()
+                }
                 None => q.to_vec(),
             };
             let mut table = Vec::with_capacity(m * centroids);

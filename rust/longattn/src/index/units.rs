@@ -553,7 +553,13 @@ unsafe fn radius<T: Element>(rows: Strided<T>, dim: usize, members: &Members, ce
 
 /// The mean over the members at `places` of a unit, of whose rows all together it is `whole`: from those rows, or from the others where
 /// these are fewer.
-pub(crate) fn part_mean(rows: &TensorView, head: usize, members: &Members, places: Range<usize>, whole: &[f32]) -> Vec<f32> {
+pub(crate) fn part_mean(
+    rows: &TensorView,
+    head: usize,
+    members: &Members,
+    places: Range<usize>,
+    whole: &[f32],
+) -> Vec<f32> {
     let (n, part, dim) = (members.len(), places.len(), rows.shape()[3]);
     assert!(part > 0 && whole.len() >= dim);
     if part == n {

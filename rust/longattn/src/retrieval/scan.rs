@@ -161,8 +161,7 @@ pub(crate) fn pick<C: RowCodes>(codes: &C, ask: &Ask) -> Pick {
     rows.iter_mut().for_each(|row| *row += base as u32);
 
     // What is left: all weights less those of the selected rows.
-    let mut pick =
-        Pick { scored: candidates.len(), bytes: blocks.len() * codes.block_bytes(), ..Pick::default() };
+    let mut pick = Pick { scored: candidates.len(), bytes: blocks.len() * codes.block_bytes(), ..Pick::default() };
     if clusters > 0 {
         pick.bytes += n;
     }

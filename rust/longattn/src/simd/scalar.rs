@@ -152,9 +152,7 @@ impl Simd for Scalar {
     #[inline(always)]
     fn look_up_bytes(self, table: [i32; N], index: [i32; N]) -> [i32; N] {
         let table: [[u8; 4]; N] = table.map(i32::to_ne_bytes);
-        index.map(|i| {
-            i32::from_ne_bytes(i.to_ne_bytes().map(|i| table.as_flattened()[usize::from(i & 15)]))
-        })
+        index.map(|i| i32::from_ne_bytes(i.to_ne_bytes().map(|i| table.as_flattened()[usize::from(i & 15)])))
     }
     #[inline(always)]
     fn add_16(self, a: [i32; N], b: [i32; N]) -> [i32; N] {
