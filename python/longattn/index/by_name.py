@@ -7,11 +7,14 @@ from typing import Any
 
 from longattn._arrays import Array
 from longattn.index._index import Index
+from longattn.index.clusters import Clusters
+from longattn.index.pages import Pages
+from longattn.index.product_quantisation import ProductQuantisation
 from longattn.index.signatures import Signatures
 from longattn.kv import KVStore
 
 #: Every kind of index by its name.
-KINDS: dict[str, type[Index]] = {kind.KIND: kind for kind in (Signatures,)}
+KINDS: dict[str, type[Index]] = {kind.KIND: kind for kind in (Signatures, ProductQuantisation, Pages, Clusters)}
 
 
 def make(kind: str, store: KVStore, *, queries: Array | None = None, **parameters: Any) -> Index:

@@ -43,13 +43,13 @@ class ProductQuantisation(Index):
         subvectors: parts of a key; divides its width. `None` is `head_dim / 8` where that is a whole number, else the
             largest divisor of `head_dim` below it.
         bits: bits of each subvector's code: 4 or 8.
-        queries: `[Hq, n, D]`, queries of the prefill, at least 64: makes the codes query-weighted. The store must hold
-            512 rows.
+        queries: `[Hq, n, D]`, some hundred queries of the prefill: makes the codes query-weighted. The store must not be
+            empty, and should hold some thousand rows.
         seed: seed of the first centroids and of the value clusters.
 
     Raises:
         TypeError: an argument of another kind, or a store of codes.
-        ValueError: an argument out of range, or too few rows or queries for a basis.
+        ValueError: an argument out of range, or no rows or queries to fit a basis to.
 
     Cost:
         Memory: `subvectors * bits / 8 + 1` bytes per key and KV head, and the centroids. Building takes
@@ -110,10 +110,10 @@ def _bases(store: KVStore, queries: Array, subvectors: int) -> tuple[NDArray[np.
     heads, dim = store.kv_heads, store.head_dim
     if given.ndim != 3 or given.shape[0] == 0 or given.shape[0] % heads or given.shape[2] != dim:
         raise ValueError(f"queries: got shape {given.shape}, expected [a multiple of {heads}, n, {dim}]")
-    if given.shape[1] < 64:
-        raise ValueError(f"queries: got {given.shape[1]} per head, expected at least 64")
-    if len(store) < 512:
-        raise ValueError(f"store: got {len(store)} rows, expected at least 512 to fit a basis to")
+    if given.shape[1] == 0:
+        raise ValueError("queries: got none, expected some of the prefill")
+    if len(store) == 0:
+        raise ValueError("store: got an empty store, expected rows to fit a basis to")
     every = -(-len(store) // SAMPLE)
     of_keys, of_queries = [], []
     for h, own in enumerate(np.split(given, heads)):
