@@ -43,8 +43,8 @@ class ProductQuantisation(Index):
         subvectors: parts of a key; divides its width. `None` is `head_dim / 8` where that is a whole number, else the
             largest divisor of `head_dim` below it.
         bits: bits of each subvector's code: 4 or 8.
-        queries: `[Hq, n, D]`, some hundred queries of the prefill: makes the codes query-weighted. The store must not be
-            empty, and should hold some thousand rows.
+        queries: `[Hq, n, D]`, some hundred queries of the prefill: makes the codes query-weighted. The store must
+            not be empty, and should hold some thousand rows.
         seed: seed of the first centroids and of the value clusters.
 
     Raises:
