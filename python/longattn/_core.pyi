@@ -302,6 +302,25 @@ def graph(
     seed: int,
 ) -> Index: ...
 def inverted_lists(store: KVStore, lists: int | None, nprobe: int, probe_rows: int | None, seed: int) -> Index: ...
+def clusters(
+    store: KVStore,
+    segment: int,
+    tail: int,
+    keys_per_cluster: int,
+    iterations: int,
+    spherical: bool,
+    score: str,
+    seed: int,
+) -> Index: ...
+def clusters_members(index: Index, head: int) -> list[list[int]]: ...
+def pages(store: KVStore, page_size: int, score: str, landmark: int) -> Index: ...
+def product_quantisation(
+    store: KVStore,
+    subvectors: int,
+    bits: int,
+    seed: int,
+    bases: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+) -> Index: ...
 def signatures(
     store: KVStore, bits: int, seed: int, hash_weights: NDArray[np.float32] | None, use_norm: bool
 ) -> Index: ...

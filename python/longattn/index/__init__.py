@@ -2,9 +2,23 @@
 
 from longattn.index._index import Index
 from longattn.index.by_name import KINDS, make
+from longattn.index.clusters import Clusters
 from longattn.index.flat import Flat
 from longattn.index.graph import Graph
 from longattn.index.inverted_lists import InvertedLists
+from longattn.index.pages import Pages
+from longattn.index.product_quantisation import ProductQuantisation
 from longattn.index.signatures import Signatures
 
-__all__ = ["KINDS", "Flat", "Graph", "Index", "InvertedLists", "Signatures", "make"]
+__all__ = [
+    "KINDS",
+    "Clusters",
+    "Flat",
+    "Graph",
+    "Index",
+    "InvertedLists",
+    "Pages",
+    "ProductQuantisation",
+    "Signatures",
+    "make",
+]

@@ -10,11 +10,16 @@ from longattn.index._index import Index
 from longattn.index.flat import Flat
 from longattn.index.graph import Graph
 from longattn.index.inverted_lists import InvertedLists
+from longattn.index.clusters import Clusters
+from longattn.index.pages import Pages
+from longattn.index.product_quantisation import ProductQuantisation
 from longattn.index.signatures import Signatures
 from longattn.kv import KVStore
 
 #: Every kind of index by its name.
-KINDS: dict[str, type[Index]] = {kind.KIND: kind for kind in (Signatures, Flat, InvertedLists, Graph)}
+KINDS: dict[str, type[Index]] = {
+    kind.KIND: kind for kind in (Signatures, ProductQuantisation, Pages, Clusters, Flat, InvertedLists, Graph)
+}
 
 
 def make(kind: str, store: KVStore, *, queries: Array | None = None, **parameters: Any) -> Index:

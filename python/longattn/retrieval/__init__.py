@@ -1,6 +1,18 @@
 """Attention that reads few of a store's rows: those an index picks, with an estimate of the others."""
 
+from longattn.retrieval.pqcache_attention import pqcache_attention
+from longattn.retrieval.quest_attention import quest_attention
 from longattn.retrieval.recall import recall, recovery_ratio
 from longattn.retrieval.retrieval_attention import RetrievalResult, RetrievalStats, retrieval_attention
+from longattn.retrieval.retro_infer_attention import retro_infer_attention
 
-__all__ = ["RetrievalResult", "RetrievalStats", "recall", "recovery_ratio", "retrieval_attention"]
+__all__ = [
+    "RetrievalResult",
+    "RetrievalStats",
+    "pqcache_attention",
+    "quest_attention",
+    "recall",
+    "recovery_ratio",
+    "retrieval_attention",
+    "retro_infer_attention",
+]

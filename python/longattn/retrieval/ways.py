@@ -46,6 +46,15 @@ WAYS: tuple[Way, ...] = (
     Way("inverted lists", "inverted_lists"),
     Way("graph around queries", "graph", queries=True),
     Way("graph of keys", "graph"),
+    Way("product codes, 4 bits", "product_quantisation", {"bits": 4}),
+    Way("product codes, 4 bits, by queries", "product_quantisation", {"bits": 4}, queries=True),
+    Way("product codes, 8 bits", "product_quantisation", {"bits": 8}),
+    Way("PQCache", "product_quantisation", {"bits": 8}, rest="none"),
+    Way("pages of 16, means", "pages", {"page_size": 16, "score": "mean_variance"}),
+    Way("Quest", "pages", {"page_size": 16, "score": "bounds"}),
+    Way("clusters of 16", "clusters", {"keys_per_cluster": 16, "score": "mean_variance"}),
+    Way("clusters of 64", "clusters", {"keys_per_cluster": 64, "score": "mean_variance"}),
+    Way("RetroInfer", "clusters", {"keys_per_cluster": 16, "iterations": 10, "spherical": True}),
 )
 
 

@@ -36,6 +36,12 @@ mod _core {
     #[pymodule_export]
     use super::index::inverted_lists::inverted_lists;
     #[pymodule_export]
+    use super::index::clusters::{clusters, clusters_members};
+    #[pymodule_export]
+    use super::index::pages::pages;
+    #[pymodule_export]
+    use super::index::product::product_quantisation;
+    #[pymodule_export]
     use super::index::signatures::{signatures, signatures_sigma};
     #[pymodule_export]
     use super::prefix_tree::{PrefixTree, chunk_attention};

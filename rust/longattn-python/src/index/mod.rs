@@ -3,6 +3,9 @@
 pub(crate) mod flat;
 pub(crate) mod graph;
 pub(crate) mod inverted_lists;
+pub(crate) mod clusters;
+pub(crate) mod pages;
+pub(crate) mod product;
 pub(crate) mod signatures;
 
 use crate::errors::to_py;

@@ -471,16 +471,16 @@ impl<K: Rows, V: Rows> Kernel for BlockScores<'_, K, V> {
 }
 
 /// Adds a block's values to the outputs of all rows; see [`accumulate`].
-struct BlockValues<'a, K, V> {
-    weights: &'a [f32],
-    rows: usize,
-    dim: usize,
-    v: V,
-    keys: Range<usize>,
-    next: (K, usize),
-    outputs: &'a mut [f32],
-    padded_dim: usize,
-    careful: bool,
+pub(crate) struct BlockValues<'a, K, V> {
+    pub(crate) weights: &'a [f32],
+    pub(crate) rows: usize,
+    pub(crate) dim: usize,
+    pub(crate) v: V,
+    pub(crate) keys: Range<usize>,
+    pub(crate) next: (K, usize),
+    pub(crate) outputs: &'a mut [f32],
+    pub(crate) padded_dim: usize,
+    pub(crate) careful: bool,
 }
 
 impl<'a, K: Rows, V: Rows> BlockValues<'a, K, V> {

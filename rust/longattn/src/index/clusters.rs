@@ -16,6 +16,9 @@ const ROWS_PER_CLUSTER: usize = 32;
 const SAMPLE: usize = 64 * MAX_CLUSTERS;
 const ITERATIONS: usize = 6;
 
+/// Rows that join the means at a time, and that settle at a time.
+const SUM_STEP: usize = 4096;
+
 /// Centroids by k-means, and means of the members.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Clusters {
@@ -105,7 +108,7 @@ impl Clusters {
     }
 
     /// Whether the means lack `step` of the rows `0..rows`, or were taken back and not renewed since.
-    pub(crate) fn lack(&self, rows: usize, step: usize) -> bool {
+    fn lack(&self, rows: usize, step: usize) -> bool {
         rows > self.members.rows && (self.members.rows == self.settled.rows || rows - self.members.rows >= step)
     }
 
@@ -121,6 +124,18 @@ impl Clusters {
             self.settled.extend(rows, &ids[..settled], self.dim);
         }
         self.renew();
+    }
+
+    /// Brings the means up to the rows that have a cluster, once enough came. The newest of them stay out of what is settled, so that a
+    /// truncate of a few undoes little.
+    ///
+    /// # Safety
+    /// As [`Self::add`].
+    pub(crate) unsafe fn keep_up<T: Element>(&mut self, rows: Strided<T>, ids: &[u8]) {
+        if self.lack(ids.len(), SUM_STEP) {
+            // SAFETY: the caller's promise.
+            unsafe { self.add(rows, ids, ids.len().saturating_sub(SUM_STEP) / SUM_STEP * SUM_STEP) };
+        }
     }
 
     /// Takes back the rows from `keep` on: false where some of them are settled. The rows that are neither settled nor taken back must

@@ -78,6 +78,8 @@ pub(crate) struct ScanQuery {
     pub(crate) scale: f32,
     pub(crate) shift: f32,
     pub(crate) base: f32,
+    /// Length of the query that errors are a part of; 0 where they are not known.
+    pub(crate) norm: f32,
 }
 
 impl ScanQuery {
@@ -91,7 +93,7 @@ impl ScanQuery {
         }
         let sum: f32 = bytes.iter().map(|&b| f32::from(b)).sum();
         let quads = bytes.chunks_exact(4).map(|q| i32::from_ne_bytes([0, 1, 2, 3].map(|t| q[t] as u8))).collect();
-        Self { quads, scale: step, shift: format.offset() * sum, base }
+        Self { quads, scale: step, shift: format.offset() * sum, base, norm: 0.0 }
     }
 }
 

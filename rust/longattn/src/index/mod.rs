@@ -11,9 +11,13 @@ mod follow;
 mod graph;
 mod inverted_lists;
 mod kmeans;
+mod key_clusters;
+mod pages;
+mod product;
 mod rotation;
 mod signatures;
 mod snapshot;
+pub(crate) mod units;
 
 use crate::kv::{KvStore, Reader};
 use crate::parallel::Execution;
@@ -23,13 +27,16 @@ pub use flat::Flat;
 pub(crate) use follow::{Followed, Grow, Grown};
 pub use graph::{Graph, GraphOptions, IndexPer, KeyMetric, SearchBy};
 pub use inverted_lists::{InvertedListOptions, InvertedLists, Probe};
+pub use key_clusters::{KeyClusterOptions, KeyClusters};
+pub use pages::{PageOptions, Pages};
+pub use product::{Bases, ProductOptions, ProductQuantisation};
 pub(crate) use rotation::Random;
-pub(crate) use signatures::Snapshot;
 pub use signatures::{Hash, HeadStats, SignatureOptions, Signatures};
 pub use snapshot::{Parameters, Saved, SavedData, SavedElement, SavedTensor, load, save};
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
+pub use units::UnitScore;
 
 /// An index over the rows of one store.
 pub trait Index: Any + Send + Sync {

@@ -1,7 +1,7 @@
 //! Signatures: a few bits per dimension of every key, which grow with the store.
 
 use super::clusters::Clusters;
-use super::codes::{BLOCK, Encode, Format, ScanQuery};
+use super::codes::{BLOCK, Encode, Format, Scan, ScanQuery};
 use super::rotation::orthogonal;
 use super::snapshot::{Parameters, Saved};
 use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_store, not_finite, numbers};
@@ -10,6 +10,7 @@ use crate::dense::rows::Strided;
 use crate::dense::scratch::Buffer;
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map};
+use crate::retrieval::scan::{self, CodeError, RowCodes};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
 use crate::tensor::{Element, Error, Result, with_element};
 use half::f16;
@@ -22,9 +23,6 @@ const FIRST_FIT: usize = 512;
 
 /// Mean key, scale and value clusters are fitted anew when the store has grown by this factor since.
 const REFIT_GROWTH: usize = 4;
-
-/// Rows that join the value clusters' means at a time, and that settle at a time.
-const SUM_STEP: usize = 4096;
 
 /// Rows that one item codes.
 const CHUNK: usize = 2048;
@@ -291,14 +289,11 @@ impl Signatures {
             return;
         }
         let values = numbers(reader.values());
-        // The newest rows stay out of what is settled, so that a truncate of a few undoes little.
-        let settled = state.coded.saturating_sub(SUM_STEP) / SUM_STEP * SUM_STEP;
-        for (h, head) in state.heads.iter_mut().enumerate().filter(|(_, head)| head.values.lack(state.coded, SUM_STEP))
-        {
+        for (h, head) in state.heads.iter_mut().enumerate() {
             with_element!(values.dtype(), T => {
                 let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
                 // SAFETY: the rows coded lie inside the reader's rows.
-                unsafe { head.values.add(rows, &head.value_ids, settled) };
+                unsafe { head.values.keep_up(rows, &head.value_ids) };
             });
         }
     }
@@ -587,45 +582,76 @@ impl View for Snapshot<'_> {
     }
 
     fn pick(&self, ask: &Ask) -> Pick {
-        crate::retrieval::scan::pick(self, ask)
+        scan::pick(self, ask)
+    }
+}
+
+impl RowCodes for Snapshot<'_> {
+    type Group = Vec<ScanQuery>;
+
+    fn block(&self) -> usize {
+        BLOCK
+    }
+
+    fn block_bytes(&self) -> usize {
+        self.index.format.block_bytes()
+    }
+
+    fn estimates(&self) -> bool {
+        self.index.estimates()
+    }
+
+    fn group(&self, head: usize, queries: &[&[f32]]) -> Vec<ScanQuery> {
+        queries.iter().map(|query| self.query(head, query)).collect()
+    }
+
+    fn scan(
+        &self,
+        isa: Isa,
+        head: usize,
+        blocks: Range<usize>,
+        queries: &Vec<ScanQuery>,
+        scores: &mut [f32],
+        stride: usize,
+    ) {
+        let (format, bytes) = (self.index.format, self.block_bytes());
+        let codes = &self.state.heads[head].codes[blocks.start * bytes..blocks.end * bytes];
+        dispatch(isa, Scan { format, codes, queries, scores, stride });
+    }
+
+    fn error(&self, head: usize, queries: &Vec<ScanQuery>, query: usize) -> CodeError {
+        CodeError::of_noise(self.state.stats(head).sigma * queries[query].norm)
+    }
+
+    fn largest_error(&self, head: usize, queries: &Vec<ScanQuery>, query: usize) -> Option<f32> {
+        Some(self.state.stats(head).sigma_max * queries[query].norm)
+    }
+
+    fn values(&self, head: usize) -> (&Clusters, &[u8]) {
+        (&self.state.heads[head].values, &self.state.heads[head].value_ids)
     }
 }
 
 impl Snapshot<'_> {
-    pub(crate) fn format(&self) -> Format {
-        self.index.format
-    }
-
-    pub(crate) fn estimates(&self) -> bool {
-        self.index.estimates()
-    }
-
-    pub(crate) fn head(&self, head: usize) -> &HeadCodes {
-        &self.state.heads[head]
-    }
-
-    pub(crate) fn stats(&self, head: usize) -> HeadStats {
-        self.state.stats(head)
-    }
-
     /// A scaled query made ready for the scan of a head's codes.
-    pub(crate) fn query(&self, head: usize, query: &[f32]) -> ScanQuery {
+    fn query(&self, head: usize, query: &[f32]) -> ScanQuery {
         let (codes, map) = (&self.state.heads[head], self.index.map_of(head));
         let dim = query.len();
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
         let mapped: Vec<f32> = map.chunks_exact(dim).map(|row| dot(row, query)).collect();
         let Some(hash) = &self.index.options.hash else {
-            let mut scan = ScanQuery::new(self.format(), &mapped, dot(query, &codes.centre));
+            let mut scan = ScanQuery::new(self.index.format, &mapped, dot(query, &codes.centre));
             scan.scale *= codes.unit;
+            scan.norm = dot(query, query).sqrt();
             return scan;
         };
         // Signs: the score is the number of agreeing bits; with norms, agreeing less differing bits (times a half), which stand for
         // the cosine, times the norm.
         let signs: Vec<f32> = mapped.iter().map(|&x| if x > 0.0 { 1.0 } else { -1.0 }).collect();
-        let mut scan = ScanQuery::new(self.format(), &signs, 0.0);
+        let mut scan = ScanQuery::new(self.index.format, &signs, 0.0);
         // dot - offset * sum runs from -n / 2 to n / 2 in units of the byte 127; + n / 2 counts agreements.
         if !hash.use_norm {
-            scan.shift -= 127.0 * self.format().dim as f32 / 2.0;
+            scan.shift -= 127.0 * self.index.format.dim as f32 / 2.0;
         }
         scan
     }

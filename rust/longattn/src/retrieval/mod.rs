@@ -14,6 +14,7 @@ mod chunks;
 pub(crate) mod exact;
 pub(crate) mod scan;
 mod select;
+pub(crate) mod units;
 mod weigh;
 
 use crate::dense::rows::{Indexed, numbers, widen_row};
@@ -224,8 +225,9 @@ impl Call<'_> {
                 if log_mass == f32::NEG_INFINITY { 0.0 } else { 1.0 / (1.0 + (read - log_mass).exp()) }
             };
             let unknown = if left_out { 1.0 } else { 0.0 };
-            let missed = pick.rest.as_ref().map_or(unknown, |rest| share(rest[g].log_mass));
             let bound = pick.bound.as_ref().map_or(unknown, |bound| share(bound[g]));
+            // Without an estimate, no more than the bound says.
+            let missed = pick.rest.as_ref().map_or(bound, |rest| share(rest[g].log_mass));
             stats.missed_mass.push(missed);
             stats.missed_mass_bound.push(bound.max(missed));
         }

@@ -2,14 +2,14 @@
 
 use super::chunks::{Shared, Slots};
 use super::select::{self, Budget, Weights};
-use super::weigh::{Bulk, CodeError, HeadWeight, NEGLIGIBLE, Summarise, Weigh, WeighTile};
+pub(crate) use super::weigh::CodeError;
+use super::weigh::{Bulk, HeadWeight, NEGLIGIBLE, Summarise, Weigh, WeighTile};
 use crate::dense::scores::Running;
-use crate::dense::scratch::with_scratch;
+use crate::dense::scratch::{Buffer, with_scratch};
 use crate::index::clusters::Clusters;
-use crate::index::codes::{BLOCK, Scan, ScanQuery};
-use crate::index::{Ask, Pick, RestMass, Select, Snapshot};
+use crate::index::{Ask, Estimates, Pick, RestMass, Select};
 use crate::parallel::for_each;
-use crate::simd::dispatch;
+use crate::simd::{Isa, dispatch};
 use std::ops::Range;
 
 /// Standard deviations of a code's error that the bound of the missed mass allows for.
@@ -21,80 +21,138 @@ const SUM_ROUNDING: f64 = 1e-6;
 /// Candidates that one item scans, a multiple of [`TILE`].
 pub(super) const CHUNK: usize = 16 * 1024;
 
-/// Candidates whose scores are made and summed while they are in the first cache, a multiple of [`BLOCK`].
+/// Candidates whose scores are made and summed while they are in the first cache, whole blocks of any codes.
 pub(super) const TILE: usize = 1024;
 
-/// Writes the scores of a range of places for query g to what begins at g times the stride, its last argument. Ranges start and end at
-/// multiples of [`BLOCK`] and may go beyond the candidates; what is written there does not matter.
-pub(crate) type ScanPlaces<'a> = dyn Fn(Range<usize>, &mut [f32], usize) + Sync + 'a;
-
 /// What gives candidates their scores. Candidates have places: row numbers, or places in a list of rows.
-pub(crate) struct Scored<'a> {
-    pub(crate) scan: &'a ScanPlaces<'a>,
-    /// Bytes read for a block of places.
-    pub(crate) block_bytes: usize,
-    /// Whether scores are logits, or rank and nothing else.
-    pub(crate) estimates: bool,
-    /// Standard deviation of the logits' error for each query: root mean square over the rows, and largest of a row.
-    pub(crate) sigma: &'a [[f32; 2]],
-    /// Cluster of each place's value.
-    pub(crate) values: Option<(&'a [u8], &'a Clusters)>,
+pub(crate) trait RowCodes: Sync {
+    /// A query group made ready for the scan.
+    type Group: Sync;
+    /// Places whose codes lie together: a multiple of 16 that divides [`TILE`].
+    fn block(&self) -> usize;
+    /// Bytes of a block.
+    fn block_bytes(&self) -> usize;
+    /// Whether scores stand for logits; others only rank.
+    fn estimates(&self) -> bool;
+    /// Makes a group ready.
+    fn group(&self, head: usize, queries: &[&[f32]]) -> Self::Group;
+    /// Scores of the places of some blocks, `[queries, stride]`. What is written for places beyond the candidates does not matter.
+    fn scan(&self, isa: Isa, head: usize, blocks: Range<usize>, group: &Self::Group, scores: &mut [f32], stride: usize);
+    /// How the scores of one query of the group err, where they stand for logits.
+    fn error(&self, head: usize, group: &Self::Group, query: usize) -> CodeError;
+    /// The largest standard deviation of a score of that query, where it is known.
+    fn largest_error(&self, head: usize, group: &Self::Group, query: usize) -> Option<f32>;
+    /// Clusters of the values and each place's cluster, where the values of unread rows are known.
+    fn values(&self, head: usize) -> Option<(&Clusters, &[u8])>;
 }
 
-/// Scans the codes of the candidates and selects rows; weighs the rest.
-pub(crate) fn pick(snapshot: &Snapshot, ask: &Ask) -> Pick {
-    let head = ask.head;
-    let (codes, estimates, format) = (snapshot.head(head), snapshot.estimates(), snapshot.format());
-    let queries: Vec<ScanQuery> = ask.queries.iter().map(|query| snapshot.query(head, query)).collect();
-    let block_bytes = format.block_bytes();
-    let scan = |range: Range<usize>, scores: &mut [f32], stride: usize| {
-        let codes = &codes.codes[range.start / BLOCK * block_bytes..range.end / BLOCK * block_bytes];
-        dispatch(ask.isa, Scan { format, codes, queries: &queries, scores, stride });
-    };
-    let sigma: Vec<[f32; 2]> = if estimates {
-        let stats = snapshot.stats(head);
-        let norm = |q: &&[f32]| q.iter().map(|x| x * x).sum::<f32>().sqrt();
-        ask.queries.iter().map(|q| [stats.sigma * norm(q), stats.sigma_max * norm(q)]).collect()
-    } else {
-        vec![[0.0; 2]; ask.queries.len()]
-    };
-    let values = (ask.rest && estimates).then_some((&codes.value_ids[..], &codes.values));
-    pick_scored(&Scored { scan: &scan, block_bytes, estimates, sigma: &sigma, values }, ask, ask.candidates.clone())
+/// What is done with scanned rows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// Some are selected by weight, or by mass.
+    Rows,
+    Mass,
+    /// All are weighed, down to the least.
+    Sample,
 }
 
-/// Scores candidates and selects those of most weight; weighs the rest. The rows of what it returns are places.
-pub(crate) fn pick_scored(scored: &Scored, ask: &Ask, candidates: Range<usize>) -> Pick {
-    let Ask { isa, parallel, .. } = ask;
-    let (isa, group, estimates) = (*isa, ask.queries.len(), scored.estimates);
-    let blocks = candidates.start / BLOCK..candidates.end.div_ceil(BLOCK);
-    let base = blocks.start * BLOCK;
-    let n = blocks.len() * BLOCK;
+/// The candidates of one query group with their scores and weights.
+struct Scanned<'a, C: RowCodes> {
+    codes: &'a C,
+    queries: C::Group,
+    isa: Isa,
+    head: usize,
+    group: usize,
+    candidates: Range<usize>,
+    /// First place and number of places scanned, whole blocks.
+    base: usize,
+    n: usize,
+    /// What the scan left of the places, `[group, TILE]` one tile after another.
+    scores: Buffer,
+    /// Origins of the tiles, `[tiles, group]`.
+    origins: Vec<f32>,
+    /// Mean over the group of each place's share of all mass, `[n]` and more.
+    weights: Buffer,
+    errors: Vec<CodeError>,
+    heads: Vec<HeadWeight>,
+    totals: Weights,
+    /// `[clusters, group]`: the places' weights by value cluster.
+    sums: Vec<f32>,
+    clusters: usize,
+}
+
+impl<C: RowCodes> Drop for Scanned<'_, C> {
+    fn drop(&mut self) {
+        let (scores, weights) = (std::mem::take(&mut self.scores), std::mem::take(&mut self.weights));
+        with_scratch(|scratch| (scratch.extra, scratch.values) = (scores, weights));
+    }
+}
+
+impl<C: RowCodes> Scanned<'_, C> {
+    /// What the scan left of a place: its weight relative to the tile's origin, or its logit; and the origin.
+    fn score(&self, g: usize, place: usize) -> (f32, f32) {
+        let (tile, at) = ((place - self.base) / TILE, (place - self.base) % TILE);
+        (self.scores.filled()[tile * self.group * TILE + g * TILE + at], self.origins[tile * self.group + g])
+    }
+
+    /// Bytes of the index that were read.
+    fn bytes(&self) -> usize {
+        let ids = if self.clusters > 0 { self.n } else { 0 };
+        self.n / self.codes.block() * self.codes.block_bytes() + ids
+    }
+
+    fn value_clusters(&self) -> Option<(&Clusters, &[u8])> {
+        self.codes.values(self.head).filter(|_| self.clusters > 0)
+    }
+
+    /// Mean value of all places by their weights for query `g`, less what was taken from `sums`.
+    fn mean_value(&self, sums: &[f32], g: usize) -> Vec<f32> {
+        self.value_clusters().map_or_else(Vec::new, |(values, _)| mean_value(values.means(), sums, g, self.group))
+    }
+}
+
+/// Scans the candidates and weighs them; `with_values` sums weights by value cluster.
+fn scan<'a, C: RowCodes>(
+    codes: &'a C,
+    ask: &Ask,
+    candidates: Range<usize>,
+    purpose: Purpose,
+    with_values: bool,
+) -> Scanned<'a, C> {
+    let Ask { head, isa, parallel, .. } = ask;
+    let (head, isa, group) = (*head, *isa, ask.queries.len());
+    let (block, estimates, queries) = (codes.block(), codes.estimates(), codes.group(head, ask.queries));
+    let blocks = candidates.start / block..candidates.end.div_ceil(block);
+    let base = blocks.start * block;
+    let n = blocks.len() * block;
     let chunks = n.div_ceil(CHUNK);
-    let mut memory = with_scratch(|scratch| std::mem::take(&mut scratch.extra));
-    let mut memory2 = with_scratch(|scratch| std::mem::take(&mut scratch.values));
+    let (mut memory, mut memory2) =
+        with_scratch(|scratch| (std::mem::take(&mut scratch.extra), std::mem::take(&mut scratch.values)));
     let tiles = n.div_ceil(TILE);
+    let mut origins = vec![0f32; tiles * group];
     let scores = Shared::new(memory.take(group * tiles * TILE));
-    let (weights, origins) = memory2.take(tiles * (TILE + group)).split_at_mut(tiles * TILE);
-    let (weights, origins) = (Shared::new(weights), Shared::new(origins));
+    let weights = Shared::new(memory2.take(tiles * TILE));
+    let shared_origins = Shared::new(&mut origins);
     let run = |work: &(dyn Fn(usize) + Sync)| match parallel {
         // A cancelled call's results are never seen.
         Some(execution) => drop(for_each(execution, chunks, work)),
         None => (0..chunks).for_each(work),
     };
     let tiles_of = |c: usize| c * (CHUNK / TILE)..((c + 1) * (CHUNK / TILE)).min(tiles);
-    let tile_rows = |t: usize| base + t * TILE..(base + (t + 1) * TILE).min(base + n);
+    let tile_places = |t: usize| base + t * TILE..(base + (t + 1) * TILE).min(base + n);
 
     // Scan: the scores of each tile, `[group, TILE]` one tile after another, which become weights relative to the tile's largest.
-    let errors: Vec<CodeError> = scored.sigma.iter().map(|&[sigma, _]| CodeError::new(sigma)).collect();
+    let error = |g| if estimates { codes.error(head, &queries, g) } else { CodeError::of_noise(0.0) };
+    let errors: Vec<CodeError> = (0..group).map(error).collect();
     let bulks = Slots::new(chunks);
     run(&|c| {
         let mut bulk = vec![Bulk::EMPTY; group];
         for t in tiles_of(c) {
-            let range = tile_rows(t);
+            let range = tile_places(t);
             // SAFETY: the tiles of chunk c are this worker's own.
             let (scores, origins) =
-                unsafe { (scores.part(t * group * TILE, group * TILE), origins.part(t * group, group)) };
-            (scored.scan)(range.clone(), scores, TILE);
+                unsafe { (scores.part(t * group * TILE, group * TILE), shared_origins.part(t * group, group)) };
+            codes.scan(isa, head, range.start / block..range.end / block, &queries, scores, TILE);
             let inside = candidates.start.max(range.start) - range.start..candidates.end.min(range.end) - range.start;
             let errors = estimates.then_some(&errors[..]);
             dispatch(isa, Summarise { scores, origins, len: range.len(), inside, errors, bulk: &mut bulk });
@@ -108,43 +166,72 @@ pub(crate) fn pick_scored(scored: &Scored, ask: &Ask, candidates: Range<usize>) 
         }
     }
 
-    // Weights of the group: the mean over its heads of each row's estimated share of all mass.
+    // Weights of the group: the mean over its heads of each place's estimated share of all mass.
     let heads: Vec<HeadWeight> =
         (0..group).map(|g| HeadWeight::new(&bulk[g], ask.steady[g], errors[g], candidates.len())).collect();
-    let by_mass = matches!(ask.select, Select::TopP(_));
-    let (value_ids, clusters) = scored.values.map_or((&[][..], 0), |(ids, clusters)| (ids, clusters.len()));
+    let by_mass = purpose == Purpose::Mass;
+    let values = codes.values(head).filter(|_| with_values && estimates);
+    let (value_ids, clusters) = values.map_or((&[][..], 0), |(values, ids)| (ids, values.len()));
     let parts = Slots::new(chunks);
     // Sloped weights of rows with a small share need not be small.
-    let scaled = heads.iter().all(HeadWeight::is_scaled);
+    let scaled = purpose != Purpose::Sample && heads.iter().all(HeadWeight::is_scaled);
     let negligible = if scaled { NEGLIGIBLE / candidates.len() as f32 } else { 0.0 };
     run(&|c| {
         let mut weigh = Weigh::new(&heads, estimates, clusters, by_mass);
         for t in tiles_of(c) {
-            let range = tile_rows(t);
+            let range = tile_places(t);
             // SAFETY: the tiles of chunk c are this worker's own.
             let (scores, weights, origins) = unsafe {
                 let scores = scores.part(t * group * TILE, group * TILE);
-                (scores, weights.part(t * TILE, TILE), origins.part(t * group, group))
+                (scores, weights.part(t * TILE, TILE), shared_origins.part(t * group, group))
             };
             let ids: &[u8] = if clusters > 0 { &value_ids[range.clone()] } else { &[] };
             dispatch(isa, WeighTile { scores, origins, weights, ids, len: range.len(), negligible, weigh: &mut weigh });
         }
         parts.set(c, weigh.finish());
     });
-    // SAFETY: the workers are done.
-    let (scores, weights, origins) =
-        unsafe { (scores.part(0, group * tiles * TILE), weights.part(0, n), origins.part(0, group * tiles)) };
-    // What the scan left of a row: its weight relative to the tile's origin, or its logit.
-    let score = |g: usize, row: usize| {
-        let (tile, at) = ((row - base) / TILE, (row - base) % TILE);
-        (scores[tile * group * TILE + g * TILE + at], origins[tile * group + g])
-    };
     let mut sums = vec![0f32; group * clusters.max(1)];
     let mut totals = Weights::new(group, by_mass);
     for part in parts.into_values() {
         sums.iter_mut().zip(&part.sums).for_each(|(a, b)| *a += b);
         totals.join(&part.weights);
     }
+    Scanned {
+        codes,
+        queries,
+        isa,
+        head,
+        group,
+        candidates,
+        base,
+        n,
+        scores: memory,
+        origins,
+        weights: memory2,
+        errors,
+        heads,
+        totals,
+        sums,
+        clusters,
+    }
+}
+
+/// Scans the candidates and selects rows; weighs the rest.
+pub(crate) fn pick<C: RowCodes>(codes: &C, ask: &Ask) -> Pick {
+    pick_places(codes, ask, ask.candidates.clone())
+}
+
+/// [`pick`] among some places, which is what the rows of the result are.
+pub(crate) fn pick_places<C: RowCodes>(codes: &C, ask: &Ask, candidates: Range<usize>) -> Pick {
+    let estimates = codes.estimates();
+    let purpose = if matches!(ask.select, Select::TopP(_)) { Purpose::Mass } else { Purpose::Rows };
+    let mut scanned = scan(codes, ask, candidates, purpose, ask.rest);
+    // Selecting may rewrite weights, and the sums lose what is selected.
+    let mut buffer = std::mem::take(&mut scanned.weights);
+    let mut sums = std::mem::take(&mut scanned.sums);
+    let Scanned { head, isa, group, base, n, .. } = scanned;
+    let Scanned { candidates, heads, totals, queries, .. } = &scanned;
+    let weights = &mut buffer.take(n)[..n];
     let budget = match ask.select {
         Select::TopK(k) => Budget::Rows(k),
         // What the candidates must hold, beside the steady rows, for each head.
@@ -163,54 +250,126 @@ pub(crate) fn pick_scored(scored: &Scored, ask: &Ask, candidates: Range<usize>) 
     {
         // Shares below the smallest float are all 0. There the logits keep the order; they stay below every share.
         let mut logits = vec![0.0; group * n];
-        (scored.scan)(base..base + n, &mut logits, n);
-        for (j, weight) in weights[..n].iter_mut().enumerate().filter(|(_, weight)| **weight == 0.0) {
+        let block = codes.block();
+        codes.scan(isa, head, base / block..(base + n) / block, queries, &mut logits, n);
+        for (j, weight) in weights.iter_mut().enumerate().filter(|(_, weight)| **weight == 0.0) {
             let below = heads.iter().enumerate().map(|(g, head)| logits[g * n + j] - head.log_total);
             *weight = below.fold(f32::NEG_INFINITY, f32::max);
         }
     }
-    let mut rows = select::select(weights, &totals, inside, &budget);
+    let mut rows = select::select(weights, totals, inside, &budget);
     rows.iter_mut().for_each(|row| *row += base as u32);
 
     // What is left: all weights less those of the selected rows.
-    let mut pick = Pick { scored: candidates.len(), bytes: n / BLOCK * scored.block_bytes, ..Pick::default() };
-    if clusters > 0 {
-        pick.bytes += n;
-    }
+    let mut pick = Pick { scored: candidates.len(), bytes: scanned.bytes(), ..Pick::default() };
     if estimates {
         let all = rows.len() == candidates.len();
+        let values = scanned.value_clusters();
         let (mut rest, mut bound) = (Vec::with_capacity(group), Vec::with_capacity(group));
-        for (g, head) in heads.iter().enumerate() {
+        for (g, of_head) in heads.iter().enumerate() {
             if all {
                 rest.push(RestMass { log_mass: f32::NEG_INFINITY, mean: Vec::new() });
                 bound.push(f32::NEG_INFINITY);
                 continue;
             }
             let (mut mass, mut left) = (totals.mass[g], totals.rest[g]);
-            let (shares, weights) = head.weights(isa, rows.iter().map(|&row| score(g, row as usize)));
+            let (shares, weights) = of_head.weights(isa, rows.iter().map(|&row| scanned.score(g, row as usize)));
             for ((&row, share), weight) in rows.iter().zip(shares).zip(weights) {
                 mass -= f64::from(share);
                 left -= f64::from(weight);
-                if clusters > 0 {
-                    let sum = &mut sums[usize::from(value_ids[row as usize]) * group + g];
+                if let Some((_, ids)) = values {
+                    let sum = &mut sums[usize::from(ids[row as usize]) * group + g];
                     *sum = (*sum - weight).max(0.0);
                 }
             }
-            let log_mass = Running { max: head.log_total, sum: left.max(0.0) as f32 }.lse();
-            let mean = scored.values.map_or_else(Vec::new, |(_, values)| mean_value(values.means(), &sums, g, group));
-            rest.push(RestMass { log_mass, mean });
+            let log_mass = Running { max: of_head.log_total, sum: left.max(0.0) as f32 }.lse();
+            rest.push(RestMass { log_mass, mean: scanned.mean_value(&sums, g) });
             // Plain exp(s), up by what a code may be wrong; with what the difference of the sums may have rounded away, and what
             // lies below the smallest float.
             let unread = (candidates.len() - rows.len()) as f64;
             let lost = SUM_ROUNDING * totals.mass[g] + unread * f64::from(f32::MIN_POSITIVE);
-            let wrong = BOUND_SIGMAS * scored.sigma[g][1];
-            bound.push(head.log_total + (mass.max(0.0) + lost).ln() as f32 + wrong);
+            if let Some(largest) = codes.largest_error(head, queries, g) {
+                bound.push(of_head.log_total + (mass.max(0.0) + lost).ln() as f32 + BOUND_SIGMAS * largest);
+            }
         }
-        (pick.rest, pick.bound) = (Some(rest), Some(bound));
+        pick.rest = Some(rest);
+        pick.bound = (bound.len() == group).then_some(bound);
     }
     pick.rows = rows;
-    with_scratch(|scratch| (scratch.extra, scratch.values) = (memory, memory2));
+    scanned.weights = buffer;
     pick
+}
+
+/// Estimates of all candidates, for a sample: of codes whose scores stand for logits, and that know the values of unread rows.
+pub(crate) fn weigh<'a, C: RowCodes>(codes: &'a C, ask: &Ask) -> Option<Box<dyn Estimates + 'a>> {
+    codes.values(ask.head).filter(|_| codes.estimates())?;
+    let scanned = scan(codes, ask, ask.candidates.clone(), Purpose::Sample, true);
+    let rest = scanned.heads.iter().enumerate().map(|(g, head)| RestMass {
+        log_mass: Running { max: head.log_total, sum: scanned.totals.rest[g] as f32 }.lse(),
+        mean: scanned.mean_value(&scanned.sums, g),
+    });
+    Some(Box::new(Weighed {
+        rest: rest.collect(),
+        sigma: scanned.errors.iter().map(|error| error.sigma()).collect(),
+        log_total: scanned.heads.iter().map(|head| head.log_total).collect(),
+        value_dim: ask.values.shape()[3],
+        scanned,
+    }))
+}
+
+struct Weighed<'a, C: RowCodes> {
+    scanned: Scanned<'a, C>,
+    rest: Vec<RestMass>,
+    sigma: Vec<f32>,
+    log_total: Vec<f32>,
+    value_dim: usize,
+}
+
+impl<C: RowCodes> Weighed<'_, C> {
+    fn values(&self) -> (&Clusters, &[u8]) {
+        self.scanned.value_clusters().expect("asked for when it was made")
+    }
+}
+
+impl<C: RowCodes> Estimates for Weighed<'_, C> {
+    fn shares(&self) -> &[f32] {
+        let Scanned { candidates, base, weights, .. } = &self.scanned;
+        &weights.filled()[candidates.start - base..candidates.end - base]
+    }
+
+    fn log_total(&self) -> &[f32] {
+        &self.log_total
+    }
+
+    fn weights(&self, g: usize, rows: &[u32]) -> Vec<f32> {
+        let scanned = &self.scanned;
+        scanned.heads[g].weights(scanned.isa, rows.iter().map(|&row| scanned.score(g, row as usize))).1
+    }
+
+    fn rest(&self) -> &[RestMass] {
+        &self.rest
+    }
+
+    fn sigma(&self) -> &[f32] {
+        &self.sigma
+    }
+
+    fn value(&self, row: usize) -> &[f32] {
+        let (values, ids) = self.values();
+        &values.means()[usize::from(ids[row]) * self.value_dim..][..self.value_dim]
+    }
+
+    fn value_norm(&self) -> f32 {
+        self.values().0.norm()
+    }
+
+    fn scored(&self) -> usize {
+        self.scanned.candidates.len()
+    }
+
+    fn bytes(&self) -> usize {
+        self.scanned.bytes()
+    }
 }
 
 /// Mean of the clusters' means, cluster c with weight `sums[c * group + g]`.

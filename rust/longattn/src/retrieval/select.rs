@@ -4,7 +4,7 @@ use std::ops::Range;
 
 /// Sign, exponent and three bits of the mantissa: bins an eighth to a sixteenth apart.
 const SHIFT: u32 = 20;
-const BINS: usize = 1 << (31 - SHIFT);
+pub(super) const BINS: usize = 1 << (31 - SHIFT);
 
 /// How many rows to pick.
 pub(super) enum Budget {
@@ -26,7 +26,7 @@ pub(super) struct Weights {
 
 /// Larger weights have larger bins; what is not positive has bin 0.
 #[inline(always)]
-fn bin(weight: f32) -> usize {
+pub(super) fn bin(weight: f32) -> usize {
     // A positive float has no sign bit; the mask says so to the compiler.
     (weight.max(0.0).to_bits() >> SHIFT) as usize & (BINS - 1)
 }

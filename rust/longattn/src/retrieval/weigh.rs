@@ -30,18 +30,28 @@ impl Bulk {
     }
 }
 
-/// Variance of a query's estimated logits around the true ones.
+/// How a query's estimated logits err.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct CodeError(f64);
+pub(crate) struct CodeError {
+    variance: f64,
+    /// Whether an estimate is the mean of the logits that it stands for, not a logit and noise.
+    mean: bool,
+}
 
 impl CodeError {
-    pub(super) fn new(sigma: f32) -> Self {
-        Self(f64::from(sigma) * f64::from(sigma))
+    /// Estimates that are logits and noise of a standard deviation.
+    pub(crate) fn of_noise(sigma: f32) -> Self {
+        Self { variance: f64::from(sigma).powi(2), mean: false }
     }
 
-    /// Below a third of a nat the error hardly moves weights: all are corrected by one factor.
-    fn is_small(self) -> bool {
-        self.0 < 0.11
+    /// Estimates that are means of logits with a standard deviation.
+    pub(crate) fn of_means(sigma: f32) -> Self {
+        Self { variance: f64::from(sigma).powi(2), mean: true }
+    }
+
+    /// Whether one factor corrects all weights: those of means, and where noise below a third of a nat hardly moves them.
+    fn is_one_factor(self) -> bool {
+        self.mean || self.variance < 0.11
     }
 }
 
@@ -70,8 +80,12 @@ impl HeadWeight {
         let candidates = bulk.softmax.lse();
         let max = steady.max(candidates);
         let log_total = max + (exp_difference(steady, max) + exp_difference(candidates, max)).ln();
-        let noise = error.0;
-        let unread = if error.is_small() {
+        let noise = error.variance;
+        let unread = if error.mean {
+            // The mean of Gaussian logits' weights lies above the weight of their mean; above ln n it would stand for logits rarer
+            // than one row in n.
+            Unread::Scaled { factor: (noise / 2.0).min((n as f64).ln()).exp() as f32 }
+        } else if error.is_one_factor() {
             Unread::Scaled { factor: (-noise / 2.0).exp() as f32 }
         } else {
             // The mean given a Gaussian prior, which rows left unread because of their low estimate do not bias.
@@ -160,7 +174,7 @@ impl Kernel for Summarise<'_> {
                 continue;
             };
             let mut sums = Bulk::EMPTY;
-            if !error.is_small() {
+            if !error.is_one_factor() {
                 // Moments of the differences from one score, so that nothing cancels.
                 let origin = row[inside.start];
                 row[..inside.start].fill(origin);
@@ -187,7 +201,7 @@ impl Kernel for Summarise<'_> {
             let max = s.max_lane(max);
             origins[g] = max;
             let mut total = s.zero();
-            let keep = error.is_small();
+            let keep = error.is_one_factor();
             for chunk in row.chunks_exact_mut(S::LANES) {
                 // SAFETY: as above.
                 unsafe {

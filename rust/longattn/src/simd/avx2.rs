@@ -186,6 +186,14 @@ impl Simd for Avx2 {
         unsafe { _mm256_and_si256(a, b) }
     }
     #[inline(always)]
+    fn look_up_bytes(self, table: __m256i, index: __m256i) -> __m256i {
+        unsafe { _mm256_shuffle_epi8(table, index) }
+    }
+    #[inline(always)]
+    fn add_16(self, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi16(a, b) }
+    }
+    #[inline(always)]
     fn shift_right_16<const BITS: i32>(self, a: __m256i) -> __m256i {
         unsafe { _mm256_srli_epi16::<BITS>(a) }
     }

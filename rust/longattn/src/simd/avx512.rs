@@ -236,6 +236,14 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
         unsafe { _mm512_and_si512(a, b) }
     }
     #[inline(always)]
+    fn look_up_bytes(self, table: __m512i, index: __m512i) -> __m512i {
+        unsafe { _mm512_shuffle_epi8(table, index) }
+    }
+    #[inline(always)]
+    fn add_16(self, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi16(a, b) }
+    }
+    #[inline(always)]
     fn shift_right_16<const BITS: i32>(self, a: __m512i) -> __m512i {
         unsafe { _mm512_srl_epi16(a, _mm_cvtsi32_si128(BITS)) }
     }

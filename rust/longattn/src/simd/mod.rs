@@ -106,6 +106,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `p` is readable for `4 * LANES` bytes.
     unsafe fn load_bytes(self, p: *const u8) -> Self::I32;
     fn and(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Bytes of `table` at the places that the bytes of `index`, 0 to 15, name, in each 16 bytes of both.
+    fn look_up_bytes(self, table: Self::I32, index: Self::I32) -> Self::I32;
+    /// Sums of 16-bit halves; what does not fit is lost.
+    fn add_16(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// Shifts 16-bit halves right: the caller masks what crosses from one byte to the next.
     fn shift_right_16<const N: i32>(self, a: Self::I32) -> Self::I32;
     /// The first `n <= 4 * LANES` bytes, zeros after them.

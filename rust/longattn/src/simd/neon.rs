@@ -149,6 +149,14 @@ impl Simd for Neon {
         unsafe { vandq_s32(a, b) }
     }
     #[inline(always)]
+    fn look_up_bytes(self, table: int32x4_t, index: int32x4_t) -> int32x4_t {
+        unsafe { vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(table), vreinterpretq_u8_s32(index))) }
+    }
+    #[inline(always)]
+    fn add_16(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        unsafe { vreinterpretq_s32_u16(vaddq_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b))) }
+    }
+    #[inline(always)]
     fn shift_right_16<const BITS: i32>(self, a: int32x4_t) -> int32x4_t {
         unsafe {
             let x = vreinterpretq_u16_s32(a);

@@ -150,6 +150,19 @@ impl Simd for Scalar {
         std::array::from_fn(|i| a[i] & b[i])
     }
     #[inline(always)]
+    fn look_up_bytes(self, table: [i32; N], index: [i32; N]) -> [i32; N] {
+        let table: [[u8; 4]; N] = table.map(i32::to_ne_bytes);
+        index.map(|i| i32::from_ne_bytes(i.to_ne_bytes().map(|i| table.as_flattened()[usize::from(i & 15)])))
+    }
+    #[inline(always)]
+    fn add_16(self, a: [i32; N], b: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| {
+            let (a, b) = (a[i] as u32, b[i] as u32);
+            let low = (a & 0xffff).wrapping_add(b & 0xffff) & 0xffff;
+            ((a & 0xffff_0000).wrapping_add(b & 0xffff_0000) | low) as i32
+        })
+    }
+    #[inline(always)]
     fn shift_right_16<const BITS: i32>(self, a: [i32; N]) -> [i32; N] {
         a.map(|x| {
             let x = x as u32;
