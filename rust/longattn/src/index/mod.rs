@@ -80,6 +80,43 @@ pub trait View: Sync {
 
     /// Rows for one KV head's query group.
     fn pick(&self, ask: &Ask) -> Pick;
+
+    /// What it estimates of every candidate, which a sample of them corrects; `None` where it estimates nothing. `select` and `rest`
+    /// of the question do not matter.
+    fn weigh<'a>(&'a self, ask: &Ask) -> Option<Box<dyn Estimates + 'a>> {
+        let _ = ask;
+        None
+    }
+}
+
+/// Estimates of every candidate for the query group of one KV head.
+pub trait Estimates: Sync {
+    /// Mean over the queries of each candidate's share of a query's mass, steady rows and candidates together.
+    fn shares(&self) -> &[f32];
+
+    /// Log of each query's mass, steady rows and candidates together: the unit of its shares.
+    fn log_total(&self) -> &[f32];
+
+    /// Log of what each of `rows` weighs for query `g` as long as it is not read, all candidates.
+    fn log_weights(&self, g: usize, rows: &[u32]) -> Vec<f32>;
+
+    /// The sum of these weights over all candidates and their mean value, for each query.
+    fn rest(&self) -> &[RestMass];
+
+    /// Standard deviation of the error of a logit, for each query.
+    fn sigma(&self) -> &[f32];
+
+    /// What stands in for the value of a row.
+    fn value(&self, row: usize) -> &[f32];
+
+    /// Root mean square norm of the head's values.
+    fn value_norm(&self) -> f32;
+
+    /// Keys, or units of several keys, that were scored.
+    fn scored(&self) -> usize;
+
+    /// Bytes of the index that were read.
+    fn bytes(&self) -> usize;
 }
 
 /// How many rows are read beside those that always are.

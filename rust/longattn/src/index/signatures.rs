@@ -4,7 +4,7 @@ use super::clusters::Clusters;
 use super::codes::{BLOCK, Encode, Format, ScanQuery};
 use super::rotation::orthogonal;
 use super::snapshot::{Parameters, Saved};
-use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_store, not_finite, numbers};
+use super::{Ask, Estimates, Followed, Grow, Grown, Index, Pick, View, check_store, not_finite, numbers};
 use crate::dense::matrix::{PackedMatrix, ROWS};
 use crate::dense::rows::Strided;
 use crate::dense::scratch::Buffer;
@@ -588,6 +588,10 @@ impl View for Snapshot<'_> {
 
     fn pick(&self, ask: &Ask) -> Pick {
         crate::retrieval::scan::pick(self, ask)
+    }
+
+    fn weigh<'a>(&'a self, ask: &Ask) -> Option<Box<dyn Estimates + 'a>> {
+        self.estimates().then(|| crate::retrieval::scan::weigh(self, ask))
     }
 }
 
