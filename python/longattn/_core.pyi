@@ -285,6 +285,8 @@ class Index:
     def kind(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def weighs_rows(self) -> bool: ...
 
 def signatures(
     store: KVStore, bits: int, seed: int, hash_weights: NDArray[np.float32] | None, use_norm: bool
@@ -303,7 +305,8 @@ def retrieval_attention(
     estimate_rest: bool,
     sink_logits: NDArray[np.float32] | None,
     keep_selected: bool,
-) -> tuple[list[int], list[int], list[int], list[int], list[float], list[float], list[list[int]]]: ...
+    sampling: tuple[int, tuple[float, bool, tuple[float, float]] | None] | None,
+) -> dict[str, list[Any]]: ...
 
 # the machine's limits
 

@@ -44,6 +44,11 @@ impl Index {
     }
 
     #[getter]
+    fn weighs_rows(&self) -> bool {
+        self.0.weighs_rows()
+    }
+
+    #[getter]
     fn nbytes(&self, py: Python<'_>) -> usize {
         py.detach(|| self.0.nbytes())
     }

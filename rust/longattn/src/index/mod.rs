@@ -36,6 +36,11 @@ pub trait Index: Any + Send + Sync {
     /// Whether it weighs the rows it leaves unread, which an estimate of the rest, a bound and a budget of mass need.
     fn estimates(&self) -> bool;
 
+    /// Whether it weighs each row by itself ([`View::weigh`]), which samples need.
+    fn weighs_rows(&self) -> bool {
+        false
+    }
+
     /// Rows indexed so far.
     fn len(&self) -> usize;
 
@@ -81,8 +86,8 @@ pub trait View: Sync {
     /// Rows for one KV head's query group.
     fn pick(&self, ask: &Ask) -> Pick;
 
-    /// What it estimates of every candidate, which a sample of them corrects; `None` where it estimates nothing. `select` and `rest`
-    /// of the question do not matter.
+    /// What it estimates of every candidate, which a sample of them corrects; `None` unless the index weighs rows. `select` and
+    /// `rest` of the question do not matter.
     fn weigh<'a>(&'a self, ask: &Ask) -> Option<Box<dyn Estimates + 'a>> {
         let _ = ask;
         None

@@ -532,6 +532,10 @@ impl Index for Signatures {
         self.options.hash.is_none()
     }
 
+    fn weighs_rows(&self) -> bool {
+        self.estimates()
+    }
+
     fn len(&self) -> usize {
         self.codes.look().coded
     }

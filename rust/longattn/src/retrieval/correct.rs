@@ -106,7 +106,8 @@ impl Sums {
             }
         }
         let squares = squares * SKETCHES as f64 / (SKETCHES - 1) as f64;
-        let directions = if squares > 0.0 { (variance * variance / squares).clamp(1.0, dim.max(1) as f64) } else { 1.0 };
+        let directions =
+            if squares > 0.0 { (variance * variance / squares).clamp(1.0, dim.max(1) as f64) } else { 1.0 };
         let freedom = if self.fourth > 0.0 { 2.0 * self.rr * self.rr / self.fourth } else { f64::INFINITY };
         Correction {
             shift,

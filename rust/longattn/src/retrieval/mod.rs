@@ -207,10 +207,10 @@ fn check_sampling(sampling: &Sampling, index: &dyn Index, select: Select) -> Res
         }
         _ => {}
     }
-    if !index.estimates() {
+    if !index.weighs_rows() {
         let (name, got) = if sampling.error.is_some() { ("epsilon", "") } else { ("rest", "sampled with ") };
-        let got = format!("{got}an index of {} that estimates nothing", index.kind());
-        return Err(Error::value(name, got, "an index that estimates logits"));
+        let got = format!("{got}an index of {} that weighs no single rows", index.kind());
+        return Err(Error::value(name, got, "an index that does, such as signatures"));
     }
     Ok(())
 }

@@ -264,8 +264,7 @@ impl<'a, 'b> Group<'a, 'b> {
     fn correct(&self, sample: &Sample) -> Vec<(Correction, f64)> {
         let problem = &self.call.problem;
         let group = self.known.len();
-        let log_weights: Vec<Vec<f32>> =
-            (0..group).map(|g| self.estimates.log_weights(g, &sample.rows)).collect();
+        let log_weights: Vec<Vec<f32>> = (0..group).map(|g| self.estimates.log_weights(g, &sample.rows)).collect();
         let stand_ins: Vec<&[f32]> = sample.rows.iter().map(|&row| self.estimates.value(row as usize)).collect();
         let parts = self.each(sample.rows.len().div_ceil(PART), |i| {
             let range = i * PART..((i + 1) * PART).min(sample.rows.len());
@@ -348,7 +347,8 @@ impl<'a, 'b> Group<'a, 'b> {
         // A row whose logit is that much too low has up to this share of the mass, per unit of its share of the sample.
         let group = self.known.len() as f64;
         let factor = f64::from((UNDERESTIMATE * self.estimates.sigma()[g]).exp());
-        let by_row = if chances.slope > 0.0 { group * factor / f64::from(chances.slope) * values / allowed } else { 0.0 };
+        let by_row =
+            if chances.slope > 0.0 { group * factor / f64::from(chances.slope) * values / allowed } else { 0.0 };
         by_variance.max(by_row)
     }
 
@@ -440,4 +440,62 @@ impl Call<'_> {
 fn shrink(correction: &Correction) -> f32 {
     let square: f64 = correction.shift.iter().map(|d| f64::from(*d).powi(2)).sum();
     if square > 0.0 { (1.0 - correction.variance / square).max(0.0) as f32 } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::Isa;
+
+    fn draw(shares: &[f32], first: usize, size: f32, seed: u64, limit: f32) -> Sample {
+        let chances = Chances::new(shares, limit);
+        dispatch(Isa::Scalar, Draw { shares, first, size, chances, key: Key::new(seed, 99, 2), limit })
+    }
+
+    #[test]
+    fn rows_are_drawn_as_often_as_their_probabilities_say() {
+        let shares: Vec<f32> = (0..1000).map(|i| (-(i as f32) * 0.01).exp()).collect();
+        let mut counts = vec![0u32; 1000];
+        let mut chances = vec![0f32; 1000];
+        for seed in 0..2000 {
+            let sample = draw(&shares, 7, 200.0, seed, f32::INFINITY);
+            for (&row, &p) in sample.rows.iter().zip(&sample.probabilities) {
+                counts[row as usize - 7] += 1;
+                chances[row as usize - 7] = p;
+            }
+        }
+        let total: f32 = chances.iter().sum();
+        assert!((total - 186.0).abs() < 10.0, "{total}: the size, less what certain rows would have beyond 1");
+        for (i, (&count, &p)) in counts.iter().zip(&chances).enumerate() {
+            let (mean, sd) = (2000.0 * p, (2000.0 * p * (1.0 - p)).sqrt());
+            assert!((count as f32 - mean).abs() <= 5.0 * sd + 1e-3, "row {i}: {count} times with chance {p}");
+        }
+    }
+
+    #[test]
+    fn larger_samples_hold_smaller_ones_and_pieces_make_the_whole() {
+        let shares: Vec<f32> = (0..5000).map(|i| ((i * 37 % 101) as f32 * -0.1).exp()).collect();
+        let small = draw(&shares, 0, 300.0, 1, f32::INFINITY);
+        let large = draw(&shares, 0, 700.0, 1, f32::INFINITY);
+        assert!(small.rows.len() < large.rows.len() && small.rows.iter().all(|row| large.rows.contains(row)));
+        let chances = Chances::new(&shares, f32::INFINITY);
+        let piece = |range: Range<usize>| {
+            let (key, limit) = (Key::new(1, 99, 2), f32::INFINITY);
+            let shares = &shares[range.clone()];
+            dispatch(Isa::Scalar, Draw { shares, first: range.start, size: 300.0, chances, key, limit }).rows
+        };
+        assert_eq!([piece(0..1234), piece(1234..5000)].concat(), small.rows);
+    }
+
+    #[test]
+    fn rows_above_the_limit_are_certain_and_leave_the_others_their_size() {
+        let mut shares = vec![1e-4f32; 4000];
+        shares[11] = 0.5;
+        shares[3999] = 0.3;
+        let sample = draw(&shares, 0, 100.0, 5, 0.2);
+        assert!(sample.rows.contains(&11) && sample.rows.contains(&3999));
+        assert!((60..140).contains(&sample.rows.len()), "{}", sample.rows.len());
+        let nothing = draw(&[0.0; 640], 0, 64.0, 5, f32::INFINITY);
+        assert!(nothing.probabilities.iter().all(|&p| (p - 0.1).abs() < 1e-6) && !nothing.rows.is_empty());
+    }
 }
