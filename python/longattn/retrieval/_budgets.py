@@ -10,6 +10,7 @@ from statistics import NormalDist
 import numpy as np
 
 from longattn.index import Index
+from longattn.index._index import check_seed
 
 #: Seed, and epsilon, whether it is in units of the values, and the deviations of delta: what the core samples by.
 Sampling = tuple[int, tuple[float, bool, tuple[float, float]] | None]
@@ -26,9 +27,7 @@ def sampling(
     top_p: float | None,
 ) -> Sampling | None:
     """What the core samples by; `None` where nothing is sampled."""
-    number = count(seed, "seed")
-    if number >= 1 << 64:
-        raise ValueError(f"seed: got {seed}, expected 0 to 2**64 - 1")
+    number = check_seed(seed)
     if epsilon is None:
         for name, value in (("delta", delta), ("relative_to", relative_to)):
             if value is not None:

@@ -91,7 +91,7 @@ class Correction:
 
     Attributes:
         out: `[G, Dv]`, corrected outputs.
-        estimated: `[G, Dv]`, outputs of the estimate alone.
+        certain: `[G, Dv]`, outputs of the estimate corrected by the rows alone that were certain to be drawn.
         mass: `[G]`, corrected mass of all rows.
         sd: `[G]`, root of the expected squared norm of the error of `out`.
         directions: `[G]`, how many directions of equal variance the error is like.
@@ -99,7 +99,7 @@ class Correction:
     """
 
     out: Float64
-    estimated: Float64
+    certain: Float64
     mass: Float64
     sd: Float64
     directions: Float64
@@ -108,10 +108,10 @@ class Correction:
     @property
     def shrunken(self) -> Float64:
         """Outputs that take of the correction what its noise does not explain (James and Stein)."""
-        shift = self.out - self.estimated
+        shift = self.out - self.certain
         square = (shift**2).sum(axis=-1)
         keep = np.maximum(0, 1 - np.divide(self.sd**2, square, out=np.ones_like(square), where=square > 0))
-        shrunken: Float64 = self.estimated + keep[:, None] * shift
+        shrunken: Float64 = self.certain + keep[:, None] * shift
         return shrunken
 
 
@@ -156,7 +156,9 @@ def correct(
     products = np.einsum("gkd,gld->gkl", sketches, sketches) ** 2
     squares = (products.sum(axis=(1, 2)) - np.einsum("gkk->g", products)) * SKETCHES / (SKETCHES - 1)
     directions = np.divide(variance**2, squares, out=np.ones(len(e)), where=squares > 0)
-    return Correction(centre + shift, centre, mass, np.sqrt(variance), np.maximum(1, directions), freedom)
+    sure = p == 1
+    certain = centre + r[:, sure].sum(axis=1) / (known + y[:, sure].sum(axis=-1))[:, None]
+    return Correction(centre + shift, certain, mass, np.sqrt(variance), np.maximum(1, directions), freedom)
 
 
 def deviations(delta: float, directions: ArrayLike, freedom: ArrayLike) -> Float64:

@@ -39,7 +39,10 @@ pub(super) struct Sums {
     /// `sum r / p`.
     pub(super) numerator: Vec<f32>,
     /// `sum y / p`.
-    pub(super) mass: f64,
+    mass: f64,
+    /// The same two of the rows that were certain.
+    certain: Vec<f32>,
+    certain_mass: f64,
     /// `sum e / p`: the mass of all candidates by the sample alone.
     pub(super) drawn: f64,
     /// `sum e`: that of the rows read.
@@ -60,6 +63,8 @@ impl Sums {
         Self {
             numerator: vec![0.0; dim],
             mass: 0.0,
+            certain: vec![0.0; dim],
+            certain_mass: 0.0,
             drawn: 0.0,
             read: 0.0,
             rr: 0.0,
@@ -74,10 +79,12 @@ impl Sums {
     pub(super) fn join(&mut self, other: &Self) {
         let add = |to: &mut [f32], from: &[f32]| to.iter_mut().zip(from).for_each(|(a, b)| *a += b);
         add(&mut self.numerator, &other.numerator);
+        add(&mut self.certain, &other.certain);
         add(&mut self.yr, &other.yr);
         add(&mut self.sketches, &other.sketches);
         add(&mut self.sketches_y, &other.sketches_y);
         self.mass += other.mass;
+        self.certain_mass += other.certain_mass;
         self.drawn += other.drawn;
         self.read += other.read;
         self.rr += other.rr;
@@ -88,7 +95,8 @@ impl Sums {
     /// What follows for an estimate of mass `known`, in the unit of the weights, steady rows included, `steady` of it.
     pub(super) fn correction(&self, known: f64, steady: f64) -> Correction {
         let mass = known + self.mass;
-        let shift: Vec<f32> = self.numerator.iter().map(|x| (f64::from(*x) / mass) as f32).collect();
+        let over = |sums: &[f32], mass: f64| sums.iter().map(|x| (f64::from(*x) / mass) as f32).collect::<Vec<f32>>();
+        let shift = over(&self.numerator, mass);
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
         let square = dot(&shift, &shift);
         let unit = mass * mass;
@@ -110,6 +118,7 @@ impl Sums {
             if squares > 0.0 { (variance * variance / squares).clamp(1.0, dim.max(1) as f64) } else { 1.0 };
         let freedom = if self.fourth > 0.0 { 2.0 * self.rr * self.rr / self.fourth } else { f64::INFINITY };
         Correction {
+            certain: over(&self.certain, known + self.certain_mass),
             shift,
             mass,
             variance,
@@ -126,6 +135,8 @@ impl Sums {
 pub(super) struct Correction {
     /// To add to the estimate's output.
     pub(super) shift: Vec<f32>,
+    /// The part of it that the rows read for certain make up, without noise.
+    certain: Vec<f32>,
     /// Of all rows, in the unit of the weights.
     pub(super) mass: f64,
     /// Expected squared norm of the error that is left.
@@ -136,6 +147,15 @@ pub(super) struct Correction {
     pub(super) freedom: f64,
     /// Whether the numbers mean anything.
     pub(super) sound: bool,
+}
+
+impl Correction {
+    /// As much of the correction as its noise does not explain (James and Stein), what is certain of it in full.
+    pub(super) fn shrunken(&self) -> Vec<f32> {
+        let square: f64 = self.shift.iter().zip(&self.certain).map(|(d, c)| f64::from(d - c).powi(2)).sum();
+        let keep = if square > 0.0 { (1.0 - self.variance / square).max(0.0) as f32 } else { 0.0 };
+        self.shift.iter().zip(&self.certain).map(|(d, c)| c + keep * (d - c)).collect()
+    }
 }
 
 /// Reads some rows of a sample for a query group.
@@ -285,7 +305,10 @@ impl<T: Element> Correct<'_, T> {
                 let r = s.fma(ve, s.load(value.as_ptr().add(d)), r);
                 let numerator = sums.numerator.as_mut_ptr().add(d);
                 s.store(numerator, s.fma(vinverse, r, s.load(numerator)));
-                if b > 0.0 {
+                if b == 0.0 {
+                    let certain = sums.certain.as_mut_ptr().add(d);
+                    s.store(certain, s.add(r, s.load(certain)));
+                } else {
                     square = s.fma(r, r, square);
                     let yr = sums.yr.as_mut_ptr().add(d);
                     s.store(yr, s.fma(vby, r, s.load(yr)));
@@ -298,7 +321,9 @@ impl<T: Element> Correct<'_, T> {
         sums.mass += y * inverse;
         sums.drawn += e * inverse;
         sums.read += e;
-        if b > 0.0 {
+        if b == 0.0 {
+            sums.certain_mass += y;
+        } else {
             let term = f64::from(b) * f64::from(s.sum(square));
             sums.rr += term;
             sums.fourth += f64::from(1.0 - p) * term * term;

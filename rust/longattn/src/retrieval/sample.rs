@@ -409,10 +409,10 @@ impl Call<'_> {
         let width = rows.padded_value_dim;
         for (g, (&id, (correction, read))) in ids.iter().zip(&corrected).enumerate() {
             // Nothing is believed of a correction that is not sound, which only samples of a fixed size come to.
-            let (mass, keep) = match (correction.sound, &sampling.error) {
-                (false, _) => (group.known[g], 0.0),
-                (true, Some(_)) => (correction.mass, 1.0),
-                (true, None) => (correction.mass, shrink(correction)),
+            let (mass, shift) = match (correction.sound, &sampling.error) {
+                (false, _) => (group.known[g], vec![0.0; width]),
+                (true, Some(_)) => (correction.mass, correction.shift.clone()),
+                (true, None) => (correction.mass, correction.shrunken()),
             };
             let (norm, deviation) = (group.norm(g, correction), correction.variance.sqrt());
             let unit = match &sampling.error {
@@ -425,7 +425,7 @@ impl Call<'_> {
             stats.missed_mass.push(missed);
             stats.missed_mass_bound.push(if all { 0.0 } else { 1.0 });
             let centre = &group.centres[g * width..][..self.problem.value_dim];
-            let output = centre.iter().zip(&correction.shift).map(|(c, d)| if keep > 0.0 { c + keep * d } else { *c });
+            let output = centre.iter().zip(&shift).map(|(c, d)| c + d);
             let total = Running { max: estimates.log_total()[g], sum: mass as f32 };
             self.write(id, output, total, out, lse);
         }
@@ -434,12 +434,6 @@ impl Call<'_> {
         }
         stats
     }
-}
-
-/// How much of a correction to believe: all but what its own noise explains (James and Stein).
-fn shrink(correction: &Correction) -> f32 {
-    let square: f64 = correction.shift.iter().map(|d| f64::from(*d).powi(2)).sum();
-    if square > 0.0 { (1.0 - correction.variance / square).max(0.0) as f32 } else { 0.0 }
 }
 
 #[cfg(test)]
