@@ -333,7 +333,7 @@ def test_instruction_sets_agree(rng, isa, mode):
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_a_sample_repairs_a_biased_estimate(rng, bits):
-    """Values that follow their keys differ within a cluster as their weights do: its mean is not what they add up to."""
+    """Where values follow their keys, the mean value of a cluster is not what its rows add up to."""
     keys = normal(rng, (1, COUNT, 32))
     s = store_of(keys, keys.copy())
     index = la.index.Signatures(s, bits=bits)

@@ -102,8 +102,8 @@ pub trait Estimates: Sync {
     /// Log of each query's mass, steady rows and candidates together: the unit of its shares.
     fn log_total(&self) -> &[f32];
 
-    /// Log of what each of `rows` weighs for query `g` as long as it is not read, all candidates.
-    fn log_weights(&self, g: usize, rows: &[u32]) -> Vec<f32>;
+    /// What each of `rows`, all candidates, weighs for query `g` as long as it is not read, in the same unit.
+    fn weights(&self, g: usize, rows: &[u32]) -> Vec<f32>;
 
     /// The sum of these weights over all candidates and their mean value, for each query.
     fn rest(&self) -> &[RestMass];

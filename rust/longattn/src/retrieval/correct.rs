@@ -171,8 +171,8 @@ pub(super) struct Correct<'a, T> {
     pub(super) log_unit: &'a [f32],
     pub(super) rows: &'a [u32],
     pub(super) probabilities: &'a [f32],
-    /// Log of each row's weight in the estimate, for each query.
-    pub(super) log_weights: &'a [&'a [f32]],
+    /// Each row's weight in the estimate, for each query.
+    pub(super) estimated: &'a [&'a [f32]],
     /// What stands for each row's value in the estimate.
     pub(super) stand_ins: &'a [&'a [f32]],
     /// `[group, padded_value_dim]`: the estimate's output, zeros beyond `value_dim`.
@@ -190,12 +190,12 @@ impl<T: Element> Kernel for Correct<'_, T> {
         assert!(self.queries.len() >= group * self.padded_dim && self.padded_dim.is_multiple_of(S::LANES));
         assert!(self.centres.len() >= group * width && width.is_multiple_of(S::LANES) && width >= self.value_dim);
         assert!(self.probabilities.len() == self.rows.len() && self.stand_ins.len() == self.rows.len());
-        assert!(self.log_weights.iter().all(|weights| weights.len() == self.rows.len()));
+        assert!(self.estimated.iter().all(|weights| weights.len() == self.rows.len()));
         assert!(self.stand_ins.iter().all(|value| value.len() == self.value_dim));
         let mut sums = vec![Sums::new(width); group];
         let mut key_row = vec![0f32; self.padded_dim];
         let (mut value, mut stand_in) = (vec![0f32; width], vec![0f32; width]);
-        let (mut exact, mut estimated) = (vec![0f32; group * BLOCK], vec![0f32; group * BLOCK]);
+        let mut exact = vec![0f32; group * BLOCK];
         for start in (0..self.rows.len()).step_by(BLOCK) {
             let n = BLOCK.min(self.rows.len() - start);
             for j in 0..n {
@@ -205,7 +205,7 @@ impl<T: Element> Kernel for Correct<'_, T> {
                 unsafe { widen_row(s, row, self.dim, key_row.as_mut_ptr(), self.padded_dim) };
                 self.dots(s, &key_row, j, &mut exact);
             }
-            self.weigh(s, start, n, &mut exact, &mut estimated);
+            self.weigh(s, &mut exact);
             for j in 0..n {
                 let row = self.v.row(self.rows[start + j] as usize);
                 // SAFETY: as above, and a stand-in has value_dim numbers.
@@ -214,7 +214,7 @@ impl<T: Element> Kernel for Correct<'_, T> {
                     widen_row(s, self.stand_ins[start + j].as_ptr(), self.value_dim, stand_in.as_mut_ptr(), width);
                 }
                 for (g, sums) in sums.iter_mut().enumerate() {
-                    let weights = [exact[g * BLOCK + j], estimated[g * BLOCK + j]];
+                    let weights = [exact[g * BLOCK + j], self.estimated[g][start + j]];
                     self.add(s, g, start + j, weights, &value, &stand_in, sums);
                 }
             }
@@ -258,18 +258,13 @@ impl<T: Element> Correct<'_, T> {
         }
     }
 
-    /// Turns the logits of a block into weights, and looks up those of the estimate.
+    /// Turns the logits of a block into weights.
     #[inline(always)]
-    fn weigh<S: Simd>(&self, s: S, start: usize, n: usize, exact: &mut [f32], estimated: &mut [f32]) {
-        for (g, &unit) in self.log_unit.iter().enumerate() {
-            let range = g * BLOCK..(g + 1) * BLOCK;
-            let (exact, estimated) = (&mut exact[range.clone()], &mut estimated[range]);
-            estimated[..n].copy_from_slice(&self.log_weights[g][start..start + n]);
-            for row in [exact, estimated] {
-                for chunk in row.chunks_exact_mut(S::LANES) {
-                    // SAFETY: the chunk has LANES floats.
-                    unsafe { s.store(chunk.as_mut_ptr(), s.exp(s.sub(s.load(chunk.as_ptr()), s.splat(unit)))) };
-                }
+    fn weigh<S: Simd>(&self, s: S, logits: &mut [f32]) {
+        for (row, &unit) in logits.chunks_exact_mut(BLOCK).zip(self.log_unit) {
+            for chunk in row.chunks_exact_mut(S::LANES) {
+                // SAFETY: the chunk has LANES floats.
+                unsafe { s.store(chunk.as_mut_ptr(), s.exp(s.sub(s.load(chunk.as_ptr()), s.splat(unit)))) };
             }
         }
     }

@@ -264,11 +264,11 @@ impl<'a, 'b> Group<'a, 'b> {
     fn correct(&self, sample: &Sample) -> Vec<(Correction, f64)> {
         let problem = &self.call.problem;
         let group = self.known.len();
-        let log_weights: Vec<Vec<f32>> = (0..group).map(|g| self.estimates.log_weights(g, &sample.rows)).collect();
+        let weights: Vec<Vec<f32>> = (0..group).map(|g| self.estimates.weights(g, &sample.rows)).collect();
         let stand_ins: Vec<&[f32]> = sample.rows.iter().map(|&row| self.estimates.value(row as usize)).collect();
         let parts = self.each(sample.rows.len().div_ceil(PART), |i| {
             let range = i * PART..((i + 1) * PART).min(sample.rows.len());
-            let log_weights: Vec<&[f32]> = log_weights.iter().map(|weights| &weights[range.clone()]).collect();
+            let estimated: Vec<&[f32]> = weights.iter().map(|weights| &weights[range.clone()]).collect();
             with_element!(self.call.dtype, T => {
                 dispatch(self.call.isa, Correct::<T> {
                     k: numbers::<T>(&problem.k, 0, self.head),
@@ -280,7 +280,7 @@ impl<'a, 'b> Group<'a, 'b> {
                     log_unit: self.estimates.log_total(),
                     rows: &sample.rows[range.clone()],
                     probabilities: &sample.probabilities[range.clone()],
-                    log_weights: &log_weights,
+                    estimated: &estimated,
                     stand_ins: &stand_ins[range.clone()],
                     centres: &self.centres,
                     padded_value_dim: self.rows.padded_value_dim,
