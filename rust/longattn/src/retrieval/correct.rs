@@ -181,6 +181,17 @@ pub(super) struct Correct<'a, T> {
     pub(super) key: Key,
 }
 
+/// A row of a sample.
+#[derive(Clone, Copy)]
+struct Drawn {
+    /// `1 - p`, `1 / p`, `(1 - p) / p^2`, and the root of the last with the row's sign.
+    left: f32,
+    inverse: f32,
+    b: f32,
+    signed: f32,
+    sketch: usize,
+}
+
 impl<T: Element> Kernel for Correct<'_, T> {
     type Output = Vec<Sums>;
 
@@ -213,9 +224,10 @@ impl<T: Element> Kernel for Correct<'_, T> {
                     widen_row(s, row, self.value_dim, value.as_mut_ptr(), width);
                     widen_row(s, self.stand_ins[start + j].as_ptr(), self.value_dim, stand_in.as_mut_ptr(), width);
                 }
+                let drawn = self.drawn(start + j);
                 for (g, sums) in sums.iter_mut().enumerate() {
                     let weights = [exact[g * BLOCK + j], self.estimated[g][start + j]];
-                    self.add(s, g, start + j, weights, &value, &stand_in, sums);
+                    self.add(s, g, drawn, weights, &value, &stand_in, sums);
                 }
             }
         }
@@ -269,25 +281,32 @@ impl<T: Element> Correct<'_, T> {
         }
     }
 
-    /// Adds row `i` of the sample to the sums of query `g`.
+    /// What a row's probability makes of its terms, for all queries.
+    #[inline(always)]
+    fn drawn(&self, i: usize) -> Drawn {
+        let p = self.probabilities[i];
+        let inverse = 1.0 / p;
+        let b = (1.0 - p) * inverse * inverse;
+        let bits = self.key.hash(self.rows[i]);
+        let sign = if bits & SKETCHES as u32 == 0 { 1.0 } else { -1.0 };
+        Drawn { left: 1.0 - p, inverse, b, signed: sign * b.sqrt(), sketch: bits as usize % SKETCHES }
+    }
+
+    /// Adds a drawn row to the sums of query `g`.
     #[inline(always)]
     fn add<S: Simd>(
         &self,
         s: S,
         g: usize,
-        i: usize,
+        drawn: Drawn,
         [e, w]: [f32; 2],
         value: &[f32],
         stand_in: &[f32],
         sums: &mut Sums,
     ) {
         let width = self.padded_value_dim;
-        let p = self.probabilities[i];
-        let (y, inverse) = (e - w, 1.0 / p);
-        let b = (1.0 - p) * inverse * inverse;
-        let signs = self.key.hash(self.rows[i]);
-        let sketch = signs as usize % SKETCHES;
-        let signed = if signs & SKETCHES as u32 == 0 { b.sqrt() } else { -b.sqrt() };
+        let Drawn { left, inverse, b, signed, sketch } = drawn;
+        let y = e - w;
         let to = &mut sums.sketches[sketch * width..][..width];
         let (ve, vw, vy) = (s.splat(e), s.splat(-w), s.splat(-y));
         let (vinverse, vby, vsigned) = (s.splat(inverse), s.splat(b * y), s.splat(signed));
@@ -321,7 +340,7 @@ impl<T: Element> Correct<'_, T> {
         } else {
             let term = f64::from(b) * f64::from(s.sum(square));
             sums.rr += term;
-            sums.fourth += f64::from(1.0 - p) * term * term;
+            sums.fourth += f64::from(left) * term * term;
             sums.yy += f64::from(b) * y * y;
             sums.sketches_y[sketch] += signed * y as f32;
         }

@@ -221,7 +221,7 @@ pub(crate) fn pick<'a>(snapshot: &'a Snapshot<'a>, ask: &Ask) -> Pick {
             *weight = below.fold(f32::NEG_INFINITY, f32::max);
         }
     }
-    let mut rows = select::select(weights, &totals, inside, &budget);
+    let mut rows = select::select(weights, totals, inside, &budget);
     rows.iter_mut().for_each(|row| *row += base as u32);
 
     // What is left: all weights less those of the selected rows.
