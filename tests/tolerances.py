@@ -405,3 +405,23 @@ def _largest(x):
 
 def _finite(x):
     return np.where(np.isfinite(x), x, 0.0)
+
+
+def sampled(q, k, v, *, spread, scale=None, offset=0.0):
+    """Tolerance of an estimate corrected by a sample.
+
+    The correction is a sum of differences between exact and estimated terms, each over the chance that its row was
+    drawn with. Every weight in it errs by twice its logit's error, exact or estimated, and the chance by as much.
+
+    Args:
+        q: queries `[..., D]`.
+        k: keys `[..., Lk, D]`.
+        v: values.
+        spread: the largest sum, over a sample and a query's mass, of exact and estimated weights over their chances.
+        scale: as in the call.
+        offset: as in `attention`.
+    """
+    one = attention(q, k, v, scale=scale, offset=offset)
+    return Tolerance(
+        atol=one.atol * (1 + 4 * spread), rtol=one.rtol, lse_atol=one.lse_atol * (1 + 4 * spread), lse_rtol=2 * U
+    )

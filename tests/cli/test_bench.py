@@ -164,6 +164,21 @@ def test_retrieval(tmp_path):
     assert 0 < index["index_bytes_per_key"] < 128 * 2 * 2
 
 
+def test_verified(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "verified.png"
+    options = ("--vectors", "synthetic-flat", "--heads", "0,1", "--threads", "1", "--plot", str(plot))
+    result = run("verified", tmp_path, *options)
+    rows = result["rows"]
+    budgets = {(row["relative_to"], row["epsilon"], row["delta"]) for row in rows}
+    assert len(rows) == len(budgets) == 12 and plot.stat().st_size > 1000
+    for row in rows:
+        assert row["outputs"] >= 64 and row["outputs"] == row["queries"] and row["violations"] <= row["delta"]
+        assert 0 < row["rows"] <= 1 and 0 <= row["dense"] <= 1 and row["ms_min"] <= row["ms"] <= row["ms_max"]
+    reads = {(row["epsilon"], row["relative_to"]): row["rows"] for row in rows if row["delta"] == 0.05}
+    assert reads[0.05, "output"] > reads[0.2, "output"]
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

@@ -60,7 +60,7 @@ BAD = [
         "top_p: got an index of signatures that estimates nothing",
     ),
     ({"rest": "values", "index": HASHED}, ValueError, "rest: got values with signatures that estimate nothing"),
-    ({"rest": "value"}, ValueError, "rest: got 'value', expected 'values', 'none' or None"),
+    ({"rest": "value"}, ValueError, "rest: got 'value', expected 'values', 'none', 'sampled' or None"),
     ({"rest": True}, ValueError, "rest: got True"),
     ({"sinks": -1}, ValueError, "sinks: got -1, expected 0 or more"),
     ({"sinks": 1.5}, TypeError, "sinks: got 1.5, expected an integer"),

@@ -52,6 +52,11 @@ class Index:
         return self._handle.estimates
 
     @property
+    def weighs_rows(self) -> bool:
+        """Whether it weighs every row by itself, as `rest="sampled"` and `epsilon` need."""
+        return self._handle.weighs_rows
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the index, beside those of the store."""
         return self._handle.nbytes

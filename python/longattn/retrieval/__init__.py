@@ -5,6 +5,7 @@ from longattn.retrieval.quest_attention import quest_attention
 from longattn.retrieval.recall import recall, recovery_ratio
 from longattn.retrieval.retrieval_attention import RetrievalResult, RetrievalStats, retrieval_attention
 from longattn.retrieval.retro_infer_attention import retro_infer_attention
+from longattn.retrieval.verified_sparse_attention import verified_sparse_attention
 
 __all__ = [
     "RetrievalResult",
@@ -15,4 +16,5 @@ __all__ = [
     "recovery_ratio",
     "retrieval_attention",
     "retro_infer_attention",
+    "verified_sparse_attention",
 ]

@@ -1,14 +1,60 @@
-"""Arguments that published methods over an index have in common."""
+"""Indexes and budgets that callers give: checks of their kind, and what they mean in rows."""
 
 from __future__ import annotations
 
 import math
+import operator
+import sys
+from statistics import NormalDist
 from typing import TypeVar
 
-from longattn._checks import real
+import numpy as np
+
 from longattn.index import Index
+from longattn.index._index import check_seed
 
 Kind = TypeVar("Kind", bound=Index)
+
+#: Seed, and epsilon, whether it is in units of the values, and the deviations of delta: what the core samples by.
+Sampling = tuple[int, tuple[float, bool, tuple[float, float]] | None]
+
+
+def sampling(
+    index: Index,
+    seed: int,
+    rest: str | None,
+    epsilon: float | None,
+    delta: float | None,
+    relative_to: str | None,
+    top_k: int | None,
+    top_p: float | None,
+) -> Sampling | None:
+    """What the core samples by; `None` where nothing is sampled."""
+    number = check_seed(seed)
+    if epsilon is None:
+        for name, value in (("delta", delta), ("relative_to", relative_to)):
+            if value is not None:
+                raise ValueError(f"{name}: got {value!r} without epsilon, expected an epsilon beside it")
+        if rest != "sampled":
+            return None
+        if top_p is not None:
+            raise ValueError("rest: got 'sampled' with top_p, expected top_k: a sample has a size")
+        if not index.weighs_rows:
+            raise ValueError(f"rest: got 'sampled' with {type(index).__name__} that weigh no single rows")
+        return number, None
+    allowed = _share(epsilon, "epsilon")
+    for name, value in (("top_k", top_k), ("top_p", top_p), ("rest", rest)):
+        if value is not None:
+            raise ValueError(f"epsilon: got {epsilon} beside {name}={value!r}, expected epsilon alone")
+    if relative_to not in ("output", "values", None):
+        raise ValueError(f"relative_to: got {relative_to!r}, expected 'output' or 'values'")
+    if not index.weighs_rows:
+        raise ValueError(f"epsilon: got {epsilon} with {type(index).__name__} that weigh no single rows")
+    chance = 0.05 if delta is None else _share(delta, "delta")
+    if 1 - chance / 2 == 1:
+        raise ValueError(f"delta: got {delta}, expected a chance that a normal number can have")
+    normal = NormalDist()
+    return number, (allowed, relative_to == "values", (normal.inv_cdf(1 - chance), normal.inv_cdf(1 - chance / 2)))
 
 
 def index_of(index: object, kind: type[Kind]) -> Kind:
@@ -20,7 +66,51 @@ def index_of(index: object, kind: type[Kind]) -> Kind:
 
 def rows_of(share: object, name: str, length: int) -> int:
     """Rows that are a share of all, at least one."""
-    number = real(share, name)
+    number = finite(share, name)
     if not 0 < number <= 1:
         raise ValueError(f"{name}: got {share}, expected a number above 0, at most 1")
     return max(1, math.ceil(number * length))
+
+
+def _share(value: object, name: str) -> float:
+    number = finite(value, name)
+    # As the core sees it, in float32.
+    if not 0 < np.float32(number) < 1:
+        raise ValueError(f"{name}: got {value}, expected a number between 0 and 1")
+    return number
+
+
+def rows_or_mass(top_k: int | None, top_p: float | None, length: int) -> tuple[int | None, float | None]:
+    if top_k is not None and top_p is not None:
+        raise ValueError(f"top_p: got {top_p} beside top_k={top_k}, expected one of the two")
+    if top_p is not None:
+        p = finite(top_p, "top_p")
+        if not 0 < p < 1:
+            raise ValueError(f"top_p: got {top_p}, expected a number between 0 and 1")
+        return None, p
+    if top_k is None:
+        return max(64, length // 100), None
+    k = count(top_k, "top_k")
+    if k == 0:
+        raise ValueError("top_k: got 0, expected at least 1")
+    return k, None
+
+
+def count(value: object, name: str) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected an integer")
+    try:
+        n = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected an integer") from None
+    if n < 0:
+        raise ValueError(f"{name}: got {n}, expected 0 or more")
+    return min(n, sys.maxsize)  # more than any store holds
+
+
+def finite(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+    return float(value)

@@ -1,9 +1,9 @@
 //! Indexes: one class for all, one function per kind that makes it.
 
+pub(crate) mod clusters;
 pub(crate) mod flat;
 pub(crate) mod graph;
 pub(crate) mod inverted_lists;
-pub(crate) mod clusters;
 pub(crate) mod pages;
 pub(crate) mod product;
 pub(crate) mod signatures;
@@ -47,6 +47,11 @@ impl Index {
     #[getter]
     fn estimates(&self) -> bool {
         self.0.estimates()
+    }
+
+    #[getter]
+    fn weighs_rows(&self) -> bool {
+        self.0.weighs_rows()
     }
 
     #[getter]

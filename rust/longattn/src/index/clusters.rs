@@ -39,11 +39,13 @@ struct Members {
     /// `[clusters, dim]`.
     sums: Vec<f64>,
     counts: Vec<u32>,
+    /// Sum of the squared norms.
+    squares: f64,
 }
 
 impl Members {
     fn none(clusters: usize, dim: usize) -> Self {
-        Self { rows: 0, sums: vec![0.0; clusters * dim], counts: vec![0; clusters] }
+        Self { rows: 0, sums: vec![0.0; clusters * dim], counts: vec![0; clusters], squares: 0.0 }
     }
 
     /// Adds the rows up to `ids.len()`.
@@ -57,7 +59,9 @@ impl Members {
             let row = unsafe { std::slice::from_raw_parts(rows.row(j), dim) };
             self.counts[id] += 1;
             for (sum, x) in self.sums[id * dim..(id + 1) * dim].iter_mut().zip(row) {
-                *sum += f64::from(x.to_f32());
+                let x = f64::from(x.to_f32());
+                *sum += x;
+                self.squares += x * x;
             }
         }
         self.rows = ids.len().max(self.rows);
@@ -73,6 +77,11 @@ impl Clusters {
     /// Mean value of each cluster, `[clusters, dim]`.
     pub(crate) fn means(&self) -> &[f32] {
         &self.means
+    }
+
+    /// Root mean square norm of the members.
+    pub(crate) fn norm(&self) -> f32 {
+        (self.members.squares / self.members.rows.max(1) as f64).sqrt() as f32
     }
 
     pub(crate) fn nbytes(&self) -> usize {
@@ -157,7 +166,8 @@ impl Clusters {
         let name = |part: &str| format!("{part}.{suffix}");
         let saved = saved.tensor(name("centroids"), &[n, dim], self.centroids.clone());
         let rows = vec![self.members.rows as u64, self.settled.rows as u64];
-        let saved = saved.tensor(name("member_rows"), &[2], rows);
+        let squares = vec![self.members.squares, self.settled.squares];
+        let saved = saved.tensor(name("member_rows"), &[2], rows).tensor(name("member_squares"), &[2], squares);
         [("members", &self.members), ("settled", &self.settled)].into_iter().fold(saved, |saved, (part, members)| {
             saved.tensor(name(&format!("{part}_sums")), &[n, dim], members.sums.clone()).tensor(
                 name(&format!("{part}_counts")),
@@ -171,11 +181,12 @@ impl Clusters {
     pub(crate) fn load(saved: &mut Saved, suffix: &str, dim: usize) -> Result<Self> {
         let name = |part: &str| format!("{part}.{suffix}");
         let member_rows: Vec<u64> = saved.take(&name("member_rows"), &[2])?;
+        let member_squares: Vec<f64> = saved.take(&name("member_squares"), &[2])?;
         let mut members = Vec::new();
-        for (part, rows) in ["members", "settled"].into_iter().zip(member_rows) {
+        for (i, part) in ["members", "settled"].into_iter().enumerate() {
             let counts: Vec<u32> = saved.take_list(&name(&format!("{part}_counts")))?;
             let sums = saved.take(&name(&format!("{part}_sums")), &[counts.len(), dim])?;
-            members.push(Members { rows: rows as usize, sums, counts });
+            members.push(Members { rows: member_rows[i] as usize, sums, counts, squares: member_squares[i] });
         }
         let (settled, members) = (members.pop().expect("two"), members.pop().expect("two"));
         let n = members.counts.len();

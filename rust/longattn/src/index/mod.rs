@@ -10,8 +10,8 @@ mod flat;
 mod follow;
 mod graph;
 mod inverted_lists;
-mod kmeans;
 mod key_clusters;
+mod kmeans;
 mod pages;
 mod product;
 mod rotation;
@@ -52,6 +52,11 @@ pub trait Index: Any + Send + Sync {
     /// Whether it knows what share of the mass rows have, which a budget of mass needs.
     fn knows_mass(&self) -> bool {
         self.estimates()
+    }
+
+    /// Whether it weighs each row by itself ([`View::weigh`]), which samples need.
+    fn weighs_rows(&self) -> bool {
+        false
     }
 
     /// Rows indexed so far.
@@ -98,6 +103,43 @@ pub trait View: Sync {
 
     /// Rows for one KV head's query group.
     fn pick(&self, ask: &Ask) -> Pick;
+
+    /// What it estimates of every candidate, which a sample of them corrects; `None` unless the index weighs rows. `select` and
+    /// `rest` of the question do not matter.
+    fn weigh<'a>(&'a self, ask: &Ask) -> Option<Box<dyn Estimates + 'a>> {
+        let _ = ask;
+        None
+    }
+}
+
+/// Estimates of every candidate for the query group of one KV head.
+pub trait Estimates: Sync {
+    /// Mean over the queries of each candidate's share of a query's mass, steady rows and candidates together.
+    fn shares(&self) -> &[f32];
+
+    /// Log of each query's mass, steady rows and candidates together: the unit of its shares.
+    fn log_total(&self) -> &[f32];
+
+    /// What each of `rows`, all candidates, weighs for query `g` as long as it is not read, in the same unit.
+    fn weights(&self, g: usize, rows: &[u32]) -> Vec<f32>;
+
+    /// The sum of these weights over all candidates and their mean value, for each query.
+    fn rest(&self) -> &[RestMass];
+
+    /// Standard deviation of the error of a logit, for each query.
+    fn sigma(&self) -> &[f32];
+
+    /// What stands in for the value of a row.
+    fn value(&self, row: usize) -> &[f32];
+
+    /// Root mean square norm of the head's values.
+    fn value_norm(&self) -> f32;
+
+    /// Keys, or units of several keys, that were scored.
+    fn scored(&self) -> usize;
+
+    /// Bytes of the index that were read.
+    fn bytes(&self) -> usize;
 }
 
 /// How many rows are read beside those that always are.

@@ -574,8 +574,8 @@ impl RowCodes for Snapshot<'_> {
         None
     }
 
-    fn values(&self, head: usize) -> (&Clusters, &[u8]) {
-        (&self.state.heads[head].values, &self.state.heads[head].value_ids)
+    fn values(&self, head: usize) -> Option<(&Clusters, &[u8])> {
+        Some((&self.state.heads[head].values, &self.state.heads[head].value_ids))
     }
 }
 

@@ -4,7 +4,7 @@ use super::clusters::Clusters;
 use super::codes::{BLOCK, Encode, Format, Scan, ScanQuery};
 use super::rotation::orthogonal;
 use super::snapshot::{Parameters, Saved};
-use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_store, not_finite, numbers};
+use super::{Ask, Estimates, Followed, Grow, Grown, Index, Pick, View, check_store, not_finite, numbers};
 use crate::dense::matrix::{PackedMatrix, ROWS};
 use crate::dense::rows::Strided;
 use crate::dense::scratch::Buffer;
@@ -527,6 +527,10 @@ impl Index for Signatures {
         self.options.hash.is_none()
     }
 
+    fn weighs_rows(&self) -> bool {
+        self.estimates()
+    }
+
     fn len(&self) -> usize {
         self.codes.look().coded
     }
@@ -584,6 +588,10 @@ impl View for Snapshot<'_> {
     fn pick(&self, ask: &Ask) -> Pick {
         scan::pick(self, ask)
     }
+
+    fn weigh<'a>(&'a self, ask: &Ask) -> Option<Box<dyn Estimates + 'a>> {
+        scan::weigh(self, ask)
+    }
 }
 
 impl RowCodes for Snapshot<'_> {
@@ -627,8 +635,9 @@ impl RowCodes for Snapshot<'_> {
         Some(self.state.stats(head).sigma_max * queries[query].norm)
     }
 
-    fn values(&self, head: usize) -> (&Clusters, &[u8]) {
-        (&self.state.heads[head].values, &self.state.heads[head].value_ids)
+    fn values(&self, head: usize) -> Option<(&Clusters, &[u8])> {
+        let of_head = &self.state.heads[head];
+        self.estimates().then_some((&of_head.values, &of_head.value_ids))
     }
 }
 

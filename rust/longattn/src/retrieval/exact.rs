@@ -1,65 +1,101 @@
 //! Picking rows by their exact logits: of a range of rows, or of rows that a search listed.
 
-use super::scan::{Scored, pick_scored};
+use super::scan::{self, CodeError, RowCodes};
 use crate::dense::rows::{Indexed, Rows, Strided};
 use crate::dense::stream::{BlockScores, KEYS};
+use crate::index::clusters::Clusters;
 use crate::index::codes::BLOCK;
 use crate::index::{Ask, Pick};
-use crate::simd::{Kernel, MAX_LANES, Simd, dispatch};
-use crate::tensor::with_element;
+use crate::simd::{Isa, Kernel, MAX_LANES, Simd, dispatch};
+use crate::tensor::{Element, with_element};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Keys that products are taken of together, whatever the instruction set and the number of queries.
 const TOGETHER: usize = 8;
 
-/// The group's queries one after another, padded with zeros.
-fn padded_queries(ask: &Ask) -> Vec<f32> {
-    let dim = ask.keys.shape()[3];
+/// The queries one after another, padded with zeros.
+fn padded_queries(queries: &[&[f32]]) -> Vec<f32> {
+    let dim = queries[0].len();
     let padded = dim.next_multiple_of(MAX_LANES);
-    let mut queries = vec![0f32; ask.queries.len() * padded];
-    for (to, query) in queries.chunks_exact_mut(padded).zip(ask.queries) {
+    let mut long = vec![0f32; queries.len() * padded];
+    for (to, query) in long.chunks_exact_mut(padded).zip(queries) {
         to[..dim].copy_from_slice(query);
     }
-    queries
+    long
+}
+
+/// Keys that are their own codes: those of all rows, or of a list of rows.
+struct Exactly<'a, T> {
+    ask: &'a Ask<'a>,
+    list: Option<&'a [u32]>,
+    element: PhantomData<fn() -> T>,
+}
+
+impl<T: Element> RowCodes for Exactly<'_, T> {
+    type Group = Vec<f32>;
+
+    fn block(&self) -> usize {
+        BLOCK
+    }
+
+    fn block_bytes(&self) -> usize {
+        BLOCK * self.ask.keys.shape()[3] * size_of::<T>()
+    }
+
+    fn estimates(&self) -> bool {
+        true
+    }
+
+    fn group(&self, _head: usize, queries: &[&[f32]]) -> Vec<f32> {
+        padded_queries(queries)
+    }
+
+    fn scan(&self, isa: Isa, head: usize, blocks: Range<usize>, queries: &Vec<f32>, scores: &mut [f32], stride: usize) {
+        let Self { ask, list, .. } = self;
+        let (dim, n) = (ask.keys.shape()[3], ask.queries.len());
+        let all = Strided { base: ask.keys.head::<T>(0, head), stride: ask.keys.row_stride() };
+        // Scores beyond the candidates do not matter.
+        let end = list.map_or(ask.candidates.end, <[u32]>::len);
+        let keys = blocks.start * BLOCK..(blocks.end * BLOCK).min(end);
+        match list {
+            None => dispatch(isa, KeyScores { queries, n, dim, k: all, keys, scores, stride }),
+            Some(index) => {
+                let k = Indexed { rows: all, index };
+                dispatch(isa, KeyScores { queries, n, dim, k, keys, scores, stride });
+            }
+        }
+    }
+
+    fn error(&self, _head: usize, _queries: &Vec<f32>, _query: usize) -> CodeError {
+        CodeError::of_noise(0.0)
+    }
+
+    fn largest_error(&self, _head: usize, _queries: &Vec<f32>, _query: usize) -> Option<f32> {
+        Some(0.0)
+    }
+
+    fn values(&self, _head: usize) -> Option<(&Clusters, &[u8])> {
+        None
+    }
 }
 
 /// Picks among all candidates, each scored exactly. What is left unread is known, but for its values.
 pub(crate) fn pick_all(ask: &Ask) -> Pick {
-    let (queries, dim, n) = (padded_queries(ask), ask.keys.shape()[3], ask.queries.len());
     assert!(ask.candidates.end <= ask.keys.shape()[2]);
-    let sigma = vec![[0.0; 2]; n];
-    with_element!(ask.keys.dtype(), T => {
-        let scan = |range: Range<usize>, scores: &mut [f32], stride: usize| {
-            let k = Strided { base: ask.keys.head::<T>(0, ask.head), stride: ask.keys.row_stride() };
-            // Scores beyond the candidates do not matter.
-            let keys = range.start..range.end.min(ask.candidates.end);
-            dispatch(ask.isa, KeyScores { queries: &queries, n, dim, k, keys, scores, stride });
-        };
-        let block_bytes = BLOCK * dim * size_of::<T>();
-        let scored = Scored { scan: &scan, block_bytes, estimates: true, sigma: &sigma, values: None };
-        pick_scored(&scored, ask, ask.candidates.clone())
-    })
+    with_element!(ask.keys.dtype(), T => scan::pick(&Exactly::<T> { ask, list: None, element: PhantomData }, ask))
 }
 
 /// Picks among some candidates, ascending and each once, which are scored exactly. Nothing is said of the others.
 pub(crate) fn pick_among(ask: &Ask, rows: &[u32]) -> Pick {
-    let (queries, dim, n) = (padded_queries(ask), ask.keys.shape()[3], ask.queries.len());
     let inside = |row: Option<&u32>| row.is_none_or(|&row| ask.candidates.contains(&(row as usize)));
     assert!(ask.candidates.end <= ask.keys.shape()[2] && inside(rows.first()) && inside(rows.last()));
     assert!(rows.is_sorted());
     if rows.is_empty() {
         return Pick::default();
     }
-    let sigma = vec![[0.0; 2]; n];
     let mut pick = with_element!(ask.keys.dtype(), T => {
-        let scan = |range: Range<usize>, scores: &mut [f32], stride: usize| {
-            let all = Strided { base: ask.keys.head::<T>(0, ask.head), stride: ask.keys.row_stride() };
-            let k = Indexed { rows: all, index: rows };
-            let keys = range.start..range.end.min(rows.len());
-            dispatch(ask.isa, KeyScores { queries: &queries, n, dim, k, keys, scores, stride });
-        };
-        let block_bytes = BLOCK * dim * size_of::<T>();
-        pick_scored(&Scored { scan: &scan, block_bytes, estimates: true, sigma: &sigma, values: None }, ask, 0..rows.len())
+        scan::pick_places(&Exactly::<T> { ask, list: Some(rows), element: PhantomData }, ask, 0..rows.len())
     });
     (pick.rest, pick.bound) = (None, None);
     pick.rows.iter_mut().for_each(|place| *place = rows[*place as usize]);
@@ -68,7 +104,7 @@ pub(crate) fn pick_among(ask: &Ask, rows: &[u32]) -> Pick {
 
 /// Products of the group's queries with some vectors of the keys' width: `[queries, vectors]`.
 pub(crate) fn products(ask: &Ask, vectors: &[f32]) -> Vec<f32> {
-    let (queries, dim, n) = (padded_queries(ask), ask.keys.shape()[3], ask.queries.len());
+    let (queries, dim, n) = (padded_queries(ask.queries), ask.keys.shape()[3], ask.queries.len());
     let count = vectors.len() / dim;
     let k = Strided { base: vectors.as_ptr(), stride: dim as isize };
     let mut scores = vec![0f32; n * count];

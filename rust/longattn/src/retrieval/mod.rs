@@ -11,7 +11,9 @@
 //! The parts share one running softmax, so the result is the softmax over all rows with some logits and values estimated.
 
 mod chunks;
+mod correct;
 pub(crate) mod exact;
+mod sample;
 pub(crate) mod scan;
 mod select;
 pub(crate) mod units;
@@ -28,6 +30,7 @@ use crate::kv::Reader;
 use crate::parallel::{Execution, map, num_threads};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
 use crate::tensor::{DType, Element, Error, Result, Storage, TensorView, TensorViewMut, with_element};
+pub use sample::{ErrorBudget, Sampling};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -55,6 +58,9 @@ pub struct RetrievalOptions<'a> {
     pub rest: Rest,
     /// A logit of each query head that takes part in the denominator only.
     pub sink_logits: Option<&'a [f32]>,
+    /// Rows drawn at random, whose correction of the estimate takes part: instead of `select` with a budget of error, else half of the
+    /// rows that it counts. `rest` does not matter then.
+    pub sampling: Option<Sampling>,
 }
 
 /// What one query row of one KV head did.
@@ -72,7 +78,14 @@ pub struct RowStats {
     pub missed_mass: Vec<f32>,
     /// Upper bound of that share, see [`retrieval_attention`].
     pub missed_mass_bound: Vec<f32>,
-    /// Rows that the index picked, ascending; empty unless asked for.
+    /// Rows of a sample, with those that were certain of a place in it; 0 where all rows were read instead.
+    pub keys_sampled: usize,
+    /// Whether a sample met the budget of error; all rows were read where it did not.
+    pub verified: bool,
+    /// Expected norm of the output's error, in units of the norm of the output or, by the budget, of the values, for each query head of
+    /// the group: 0 where all rows were read, NaN where nothing was sampled.
+    pub error_estimate: Vec<f32>,
+    /// Rows that the index picked or that were sampled, ascending; empty unless asked for.
     pub selected: Vec<u32>,
 }
 
@@ -174,9 +187,32 @@ fn check(
         }
         _ => {}
     }
+    if let Some(sampling) = &options.sampling {
+        check_sampling(sampling, index, options.select)?;
+    }
     if options.rest == Rest::Estimated && !index.estimates() {
         let got = format!("values with {} that estimate nothing", index.kind());
         return Err(Error::value("rest", got, "none: there is no estimate of the rest"));
+    }
+    Ok(())
+}
+
+fn check_sampling(sampling: &Sampling, index: &dyn Index, select: Select) -> Result<()> {
+    let (name, open) = ("epsilon", |x: f32| x > 0.0 && x < 1.0);
+    match &sampling.error {
+        Some(budget) if !open(budget.epsilon) => return Err(Error::value(name, budget.epsilon, "between 0 and 1")),
+        Some(budget) if !budget.deviations.iter().all(|z| z.is_finite()) || budget.deviations[1] < 0.0 => {
+            return Err(Error::value("delta", format!("deviations {:?}", budget.deviations), "finite ones"));
+        }
+        None if matches!(select, Select::TopP(_)) => {
+            return Err(Error::value("rest", "sampled with top_p", "top_k: a sample has a size"));
+        }
+        _ => {}
+    }
+    if !index.weighs_rows() {
+        let (name, got) = if sampling.error.is_some() { ("epsilon", "") } else { ("rest", "sampled with ") };
+        let got = format!("{got}an index of {} that weighs no single rows", index.kind());
+        return Err(Error::value(name, got, "an index that does, such as signatures"));
     }
     Ok(())
 }
@@ -211,6 +247,11 @@ impl Call<'_> {
             }
         }
         let mut stats = RowStats { keys_total: total, keys_attended: total - candidates.len(), ..RowStats::default() };
+        if let Some(sampling) = &self.options.sampling
+            && !candidates.is_empty()
+        {
+            return self.sample(sampling, &ids, candidates, &mut rows, stats, out, lse, parallel);
+        }
         let pick = if candidates.is_empty() { Pick::default() } else { self.pick(head, &rows, &candidates, parallel) };
         (stats.keys_scored, stats.index_bytes) = (pick.scored, pick.bytes);
         stats.keys_attended += pick.rows.len();
@@ -230,6 +271,7 @@ impl Call<'_> {
             let missed = pick.rest.as_ref().map_or(bound, |rest| share(rest[g].log_mass));
             stats.missed_mass.push(missed);
             stats.missed_mass_bound.push(bound.max(missed));
+            stats.error_estimate.push(if left_out { f32::NAN } else { 0.0 });
         }
         if self.keep_selected {
             stats.selected = pick.rows;
@@ -237,14 +279,21 @@ impl Call<'_> {
         stats
     }
 
-    /// Asks the index for rows of one KV head's group.
-    fn pick(&self, head: usize, rows: &GroupRows, candidates: &Range<usize>, parallel: Option<&Execution>) -> Pick {
+    /// Asks the index something about one KV head's group.
+    fn ask<R>(
+        &self,
+        head: usize,
+        rows: &GroupRows,
+        candidates: &Range<usize>,
+        parallel: Option<&Execution>,
+        question: impl FnOnce(&Ask) -> R,
+    ) -> R {
         let group = self.problem.group;
         let queries: Vec<&[f32]> = (0..group).map(|g| rows.query(g)).collect();
         let steady: Vec<f32> = rows.running.iter().map(|running| running.lse()).collect();
         let (keys, values) = (self.problem.k.numbers(), self.problem.v.numbers());
         let (keys, values) = (keys.expect("checked before"), values.expect("checked before"));
-        let pick = self.view.pick(&Ask {
+        question(&Ask {
             head,
             queries: &queries,
             steady: &steady,
@@ -255,7 +304,13 @@ impl Call<'_> {
             values: &values,
             isa: self.isa,
             parallel,
-        });
+        })
+    }
+
+    /// Asks the index for rows of one KV head's group.
+    fn pick(&self, head: usize, rows: &GroupRows, candidates: &Range<usize>, parallel: Option<&Execution>) -> Pick {
+        let group = self.problem.group;
+        let pick = self.ask(head, rows, candidates, parallel, |ask| self.view.pick(ask));
         // A row twice, or one that is read anyway, would count twice in the softmax.
         debug_assert!(pick.rows.windows(2).all(|pair| pair[0] < pair[1]));
         let inside = |row: Option<&u32>| row.is_none_or(|&row| candidates.contains(&(row as usize)));
@@ -285,16 +340,28 @@ impl Call<'_> {
             let seen = total;
             let total = problem.denominator(id, seen);
             let scale = seen.normalise(total);
-            with_element!(out.dtype(), O => {
-                let to = out.row_ptr::<O>(id.batch, id.head, id.row);
-                for (d, x) in output.iter().enumerate() {
-                    // SAFETY: the output row has value_dim elements and belongs to this worker alone.
-                    unsafe { to.add(d).write(O::from_f32(x * scale)) };
-                }
-            });
-            // SAFETY: lse has one element per query row.
-            unsafe { lse.row_ptr::<f32>(id.batch, id.head, id.row).write(total.lse()) };
+            self.write(id, output.iter().map(|x| x * scale), total, out, lse);
         }
+    }
+
+    /// Writes a row's output, `value_dim` numbers, and its lse.
+    fn write(
+        &self,
+        id: RowId,
+        output: impl Iterator<Item = f32>,
+        total: Running,
+        out: &TensorViewMut,
+        lse: &TensorViewMut,
+    ) {
+        with_element!(out.dtype(), O => {
+            let to = out.row_ptr::<O>(id.batch, id.head, id.row);
+            for (d, x) in output.take(self.problem.value_dim).enumerate() {
+                // SAFETY: the output row has value_dim elements and belongs to this worker alone.
+                unsafe { to.add(d).write(O::from_f32(x)) };
+            }
+        });
+        // SAFETY: lse has one element per query row.
+        unsafe { lse.row_ptr::<f32>(id.batch, id.head, id.row).write(total.lse()) };
     }
 }
 

@@ -49,6 +49,11 @@ impl CodeError {
         Self { variance: f64::from(sigma).powi(2), mean: true }
     }
 
+    /// Its standard deviation.
+    pub(super) fn sigma(self) -> f32 {
+        self.variance.sqrt() as f32
+    }
+
     /// Whether one factor corrects all weights: those of means, and where noise below a third of a nat hardly moves them.
     fn is_one_factor(self) -> bool {
         self.mean || self.variance < 0.11
