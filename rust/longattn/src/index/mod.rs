@@ -7,6 +7,7 @@
 pub(crate) mod clusters;
 pub(crate) mod codes;
 mod follow;
+pub(crate) mod lookup;
 mod rotation;
 mod signatures;
 mod snapshot;
