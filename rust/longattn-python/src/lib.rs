@@ -30,6 +30,12 @@ mod _core {
     #[pymodule_export]
     use super::index::Index;
     #[pymodule_export]
+    use super::index::collisions::collisions;
+    #[pymodule_export]
+    use super::index::hashes::hashes;
+    #[pymodule_export]
+    use super::index::lsh::lsh_tables;
+    #[pymodule_export]
     use super::index::signatures::{signatures, signatures_sigma};
     #[pymodule_export]
     use super::prefix_tree::{PrefixTree, chunk_attention};

@@ -1,5 +1,8 @@
 //! Indexes: one class for all, one function per kind that makes it.
 
+pub(crate) mod collisions;
+pub(crate) mod hashes;
+pub(crate) mod lsh;
 pub(crate) mod signatures;
 
 use crate::errors::to_py;

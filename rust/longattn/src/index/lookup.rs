@@ -25,12 +25,6 @@ pub(crate) const HALVES: usize = 32;
 /// Entries of a table that is looked up by whole bytes.
 pub(crate) const WHOLE: usize = 256;
 
-/// Writes the byte of one key and column into its block of `columns` groups.
-#[inline(always)]
-pub(crate) fn put(codes: &mut [u8], columns: usize, key: usize, column: usize, byte: u8) {
-    codes[at(columns, key, column)] = byte;
-}
-
 /// Where the byte of a key and column lies.
 #[inline(always)]
 pub(crate) fn at(columns: usize, key: usize, column: usize) -> usize {
@@ -58,7 +52,8 @@ impl<const ENTRIES: usize> Tables<ENTRIES> {
         let (mut runs, mut first, mut sum, mut largest) = (Vec::new(), 0, 0, 0);
         for (i, term) in terms.iter().enumerate() {
             let max = |entries: &[u8]| usize::from(entries.iter().copied().max().unwrap_or(0));
-            let most = if ENTRIES == HALVES { max(&term.table[..16]) + max(&term.table[16..]) } else { max(&term.table) };
+            let most =
+                if ENTRIES == HALVES { max(&term.table[..16]) + max(&term.table[16..]) } else { max(&term.table) };
             assert!(most <= 255);
             if sum + most > 255 {
                 runs.push(first..i);
@@ -341,7 +336,8 @@ mod tests {
     #[ignore = "a measurement"]
     fn timing() {
         let (columns, n, heads) = (16, 131_072, 8);
-        let codes: Vec<Vec<u8>> = (0..heads).map(|h| (0..columns * n).map(|i| (i * 97 + h + (i >> 9)) as u8).collect()).collect();
+        let codes: Vec<Vec<u8>> =
+            (0..heads).map(|h| (0..columns * n).map(|i| (i * 97 + h + (i >> 9)) as u8).collect()).collect();
         let halves = Tables::<HALVES>::new((0..columns).map(|c| (c, std::array::from_fn(|i| (i + c) as u8 % 16))));
         let whole = Tables::<WHOLE>::new((0..columns).map(|c| (c, std::array::from_fn(|i| (i + c) as u8 % 7))));
         for isa in Isa::available() {
@@ -354,7 +350,9 @@ mod tests {
                         match kind {
                             "halves" => drop(std::hint::black_box(sums(isa, &halves, columns, &codes[h], None))),
                             "whole" => drop(std::hint::black_box(sums(isa, &whole, columns, &codes[h], None))),
-                            _ => drop(std::hint::black_box(largest(isa, &found[h], 4..n - 512, 1310, halves.largest()))),
+                            _ => {
+                                drop(std::hint::black_box(largest(isa, &found[h], 4..n - 512, 1310, halves.largest())))
+                            }
                         }
                     }
                     best = best.min(start.elapsed().as_secs_f64());

@@ -6,8 +6,12 @@
 
 pub(crate) mod clusters;
 pub(crate) mod codes;
+mod collisions;
 mod follow;
-pub(crate) mod lookup;
+mod hashes;
+mod lookup;
+mod lsh;
+mod project;
 mod rotation;
 mod signatures;
 mod snapshot;
@@ -16,7 +20,10 @@ use crate::kv::{KvStore, Reader};
 use crate::parallel::Execution;
 use crate::simd::Isa;
 use crate::tensor::{Error, KvView, Result, Storage, TensorView};
+pub use collisions::{CollisionOptions, Collisions};
 pub(crate) use follow::{Followed, Grow, Grown};
+pub use hashes::{HashOptions, Hashes};
+pub use lsh::{LshOptions, LshTables};
 #[cfg(test)]
 pub(crate) use rotation::Random;
 pub(crate) use signatures::Snapshot;

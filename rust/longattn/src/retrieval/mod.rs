@@ -12,7 +12,7 @@
 
 mod chunks;
 pub(crate) mod scan;
-mod select;
+pub(crate) mod select;
 mod weigh;
 
 use crate::dense::rows::{Indexed, numbers, widen_row};
