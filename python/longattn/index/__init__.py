@@ -2,6 +2,20 @@
 
 from longattn.index._index import Index
 from longattn.index.by_name import KINDS, make
+from longattn.index.collisions import Collisions
+from longattn.index.hashes import Hashes, random_weights
+from longattn.index.lsh_tables import LshTables
 from longattn.index.signatures import Signatures
+from longattn.index.train_hash_weights import train_hash_weights
 
-__all__ = ["KINDS", "Index", "Signatures", "make"]
+__all__ = [
+    "KINDS",
+    "Collisions",
+    "Hashes",
+    "Index",
+    "LshTables",
+    "Signatures",
+    "make",
+    "random_weights",
+    "train_hash_weights",
+]

@@ -12,8 +12,8 @@ use pyo3::prelude::*;
 pub(crate) fn collisions(
     store: &KVStore,
     seed: u64,
-    collision_ratio: Option<f32>,
-    candidate_ratio: Option<f32>,
+    collision_ratio: Option<f64>,
+    candidate_ratio: Option<f64>,
 ) -> PyResult<Index> {
     let options = CollisionOptions { seed, collision_ratio, candidate_ratio };
     Ok(Index::new(Collisions::new(store.inner().clone(), options).map_err(to_py)?))

@@ -45,9 +45,9 @@ pub struct CollisionOptions {
     /// Seed of the rotation.
     pub seed: u64,
     /// Share of the keys that vote in a subspace, above 0 and at most 1; `None` goes by their number.
-    pub collision_ratio: Option<f32>,
+    pub collision_ratio: Option<f64>,
     /// Share of the keys that become candidates, above 0 and at most 1; `None` goes by their number.
-    pub candidate_ratio: Option<f32>,
+    pub candidate_ratio: Option<f64>,
 }
 
 impl CollisionOptions {
@@ -59,7 +59,7 @@ impl CollisionOptions {
             10_000..30_000 => (0.25, 0.2),
             _ => (0.2, 0.1),
         };
-        (self.collision_ratio.map_or(collisions, f64::from), self.candidate_ratio.map_or(candidates, f64::from))
+        (self.collision_ratio.unwrap_or(collisions), self.candidate_ratio.unwrap_or(candidates))
     }
 }
 
@@ -228,7 +228,7 @@ impl Collisions {
 
     /// The index that was saved, over a store that has its rows.
     pub(crate) fn load(store: Arc<KvStore>, mut saved: Saved) -> Result<Self> {
-        let ratio = |name: &str| saved.number(name).ok().map(|x| x as f32);
+        let ratio = |name: &str| saved.number(name).ok();
         let options = CollisionOptions {
             seed: saved.integer("seed")?,
             collision_ratio: ratio("collision_ratio"),
@@ -302,7 +302,7 @@ impl Index for Collisions {
         parameters.insert("seed".into(), seed.into());
         for (name, ratio) in [("collision_ratio", collision_ratio), ("candidate_ratio", candidate_ratio)] {
             if let Some(ratio) = ratio {
-                parameters.insert(name.into(), f64::from(ratio).into());
+                parameters.insert(name.into(), ratio.into());
             }
         }
         parameters

@@ -79,6 +79,7 @@ impl Grow for Content {
     }
 
     fn cut(&mut self, len: usize) {
+        let len = len / GRAIN * GRAIN;
         if len >= self.rows {
             return;
         }
