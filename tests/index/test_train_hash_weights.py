@@ -36,7 +36,7 @@ def test_loss_against_its_formula(rng):
     w, q, k = (normal(rng, shape, np.float64) for shape in ((6, 5), (3, 6), (40, 6)))
     y = labels(q @ k.T).astype(np.float64)
     expected = reference.hash_loss(w, q, k, 0.3, 0.01, 1.0, 2.0)
-    np.testing.assert_allclose(loss_and_gradient(w, q, k, y, 0.3, 0.01, 1.0, 2.0)[0], expected, rtol=1e-12)
+    np.testing.assert_allclose(loss_and_gradient(w, q, k, y, 0.3, 0.01, 1.0, 2.0)[0], expected, rtol=1e-10)
 
 
 def test_no_gradient_at_orthonormal_weights(rng):
@@ -73,7 +73,8 @@ def test_trained_weights_beat_random_ones():
         head = synthetic.head("synthetic", number, 6144, 24, 0)
         keys, _, _, prefill = head
         queries = np.ascontiguousarray(prefill.transpose(1, 0, 2))
-        trained = train(queries, keys[None], 64, epochs=6, seed=1, progress=lambda *told: losses.append(told))
+        call = {"epochs": 6, "similarity": 0.1, "seed": 1, "progress": lambda *told: losses.append(told)}
+        trained = train(queries, keys[None], 64, **call)
         assert trained.shape == (1, 128, 64) and trained.dtype == F32
         random = [mass_found(head, la.index.random_weights(1, 128, 64, seed=seed)[0]) for seed in range(3)]
         assert mass_found(head, trained[0]) > 1.2 * max(random), (mass_found(head, trained[0]), random)

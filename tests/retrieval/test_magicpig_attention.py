@@ -66,7 +66,7 @@ def test_no_bits_are_attention(rng, isa):
 
 
 def test_sums_are_unbiased_over_seeds(rng):
-    """Numerator and denominator: the mean over seeds is within 4 standard errors of the truth, in 40 numbers of 2 heads."""
+    """Numerator and denominator: the mean over seeds is within 4 standard errors of the truth, 5 numbers a head."""
     s = store(rng, 1, 640, 16, 4)
     q = queries(rng, 2, 1, 16, spread=1.0)
     truth = reference.attention(q, s.keys, s.values, [[[]]], 0)

@@ -118,7 +118,7 @@ def test_opposite_keys_swap_with_opposite_queries(rng):
 
 
 def test_it_finds_what_matters(rng):
-    """Most of the mass of the best rows, on keys that are hard for an index; and as much where the keys change course."""
+    """Most of the mass of the best rows, on keys that are hard for an index, also where later keys differ in kind."""
     keys, values, q, _ = synthetic.head("synthetic-sharp", 1, 8192, 4, 0)
     for drift in (False, True):
         if drift:

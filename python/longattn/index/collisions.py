@@ -15,13 +15,13 @@ class Collisions(Index):
 
     Keys are turned by a random rotation and cut into subspaces of 8 dimensions; in each, a key belongs to the one of
     256 centroids, the patterns of signs, that is nearest in angle. A query ranks the centroids of each subspace by the
-    product with its own part. With n keys, a centroid gets one vote for each of the six tiers 0.05, 0.15, 0.3, 0.5, 0.75
-    and 1 for which fewer than `n * collision_ratio * tier` keys belong to better centroids; a key has the votes of its
-    centroids in all subspaces. The `candidate_ratio` keys of most votes are ranked by the estimated product of 4-bit
-    codes. Nothing is fitted to the keys, so new ones of another kind are indexed as well as old ones.
+    product with its own part. With n keys, a centroid gets one vote for each of the six tiers 0.05, 0.15, 0.3, 0.5,
+    0.75 and 1 for which fewer than `n * collision_ratio * tier` keys belong to better centroids; a key has the votes
+    of its centroids in all subspaces. The `candidate_ratio` keys of most votes are ranked by the estimated product of
+    4-bit codes. Nothing is fitted to the keys, so new ones of another kind are indexed as well as old ones.
 
-    All of it is done for the mean query of the group, which has the mean logits. There is no estimate of logits beyond the
-    candidates: only `top_k` with `rest="none"` works.
+    All of it is done for the mean query of the group, which has the mean logits. There is no estimate of logits beyond
+    the candidates: only `top_k` with `rest="none"` works.
 
     The published method scales its 4-bit codes per subspace; here they are those of `Signatures` (the nearest grid
     point in angle, one factor per key), without a mean key. Votes count the keys of the whole index, sinks and window
@@ -42,8 +42,8 @@ class Collisions(Index):
         ValueError: an argument out of range, a store of codes, or a `head_dim` above 1,024.
 
     Cost:
-        Memory: `head_dim / 8 + head_dim / 2 + 4` bytes per key and KV head. Build: `head_dim ** 2` multiply-adds per key and
-        KV head. A scan reads `head_dim / 8` bytes per key, and `head_dim / 2 + 4` of each candidate.
+        Memory: `head_dim / 8 + head_dim / 2 + 4` bytes per key and KV head. Build: `head_dim ** 2` multiply-adds per
+        key and KV head. A scan reads `head_dim / 8` bytes per key, and `head_dim / 2 + 4` of each candidate.
 
     References:
         Y. Qi et al., "ParisKV: Fast and Drift-Robust KV-Cache Retrieval for Long-Context LLMs", 2026,

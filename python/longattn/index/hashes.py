@@ -20,9 +20,9 @@ class Hashes(Index):
     """Sign codes of every key of a store, ranked by their Hamming distance to those of the queries.
 
     Bit t of a key's code is 1 where `(k @ W)[t] > 0`. With random weights the share of bits in which two codes
-    differ estimates the angle between the vectors (SimHash); `train_hash_weights` learns weights that rank the keys of a
-    model better (HATA). Distances are summed over the query heads of a KV head, which select one list of rows. They
-    estimate no logits: only `top_k` with `rest="none"` works on them.
+    differ estimates the angle between the vectors (SimHash); `train_hash_weights` learns weights that rank the keys
+    of a model better (HATA). Distances are summed over the query heads of a KV head, which select one list of rows.
+    They estimate no logits: only `top_k` with `rest="none"` works on them.
 
     The index grows with its store by itself, 64 rows at a time (rows without a code are read exactly), and follows
     `truncate`. Several threads may use one index.

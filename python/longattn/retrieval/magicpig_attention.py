@@ -38,16 +38,16 @@ def magicpig_attention(
         sinks: first rows that are always read, with weight 1.
         window: last rows that are always read, with weight 1.
         scale: factor of the logits; `None` is `D ** -0.5`.
-        limit: most rows to read per KV head, beside sinks and window: beyond it, those met in the fewest tables are left
-            out, and the estimate is biased. `None` is no limit.
+        limit: most rows to read per KV head, beside sinks and window: beyond it, those met in the fewest tables are
+            left out, and the estimate is biased. `None` is no limit.
         sink_logits: floating `[Hq]`: an extra logit per head that takes part in the denominator only.
         return_stats: return what was read. `missed_mass` and its bound are 1 wherever rows were left out: it is not
             known how much of the mass they would hold.
         return_selected: also list the rows that were drawn in the statistics.
 
     Returns:
-        A `RetrievalResult`. Where a query sees neither sinks nor window and meets no row, its output is 0 and its lse minus
-        infinity.
+        A `RetrievalResult`. Where a query sees neither sinks nor window and meets no row, its output is 0 and its lse
+        minus infinity.
 
     Raises:
         TypeError: an argument of another kind or dtype.

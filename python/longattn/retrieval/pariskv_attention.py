@@ -87,7 +87,7 @@ METHOD = Method(
         "A group of equal queries selects what one of them does.",
         "Queries multiplied by a positive number select the same rows.",
         "When every key is a candidate, the codes alone select.",
-        "A key's opposite gets the votes that the key gets from the opposite query, if all centroids hold as many keys.",
+        "Keys in pairs of opposites: the opposites of what a query selects are what the opposite query selects.",
     ),
     tests="tests/retrieval/test_pariskv_attention.py",
     cost="`D / 8` bytes per row and KV head for the votes, `D / 2 + 4` per candidate, and the rows that are read.",

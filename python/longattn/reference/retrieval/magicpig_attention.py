@@ -24,7 +24,7 @@ class SampledAttention:
 
 
 def buckets(x: ArrayLike, tables: int, bits: int, seed: int) -> NDArray[np.int64]:
-    """Buckets `[..., tables]` of vectors `[..., D]`: bit t of table l is the sign of the product with direction l, t."""
+    """Buckets `[..., tables]` of vectors `[..., D]`: bit t of table l is the sign of a product with direction l, t."""
     x = np.asarray(x, np.float64)
     directions = normals(tables * bits * x.shape[-1], seed).reshape(tables, bits, x.shape[-1])
     signs = np.einsum("...d,ltd->...lt", x, directions) > 0

@@ -28,7 +28,7 @@ class VotedAttention:
 
 
 def patterns(x: ArrayLike, seed: int) -> NDArray[np.int64]:
-    """Sign patterns `[N, subspaces]` of keys `[N, D]`: bit t of subspace s is 1 where dimension 8 s + t is not negative."""
+    """Patterns `[N, subspaces]` of keys `[N, D]`: bit t of subspace s is 1 where dimension 8 s + t is not below 0."""
     turned = np.asarray(x, np.float64) @ rotation(np.shape(x)[-1], seed).T
     signs = np.pad(turned >= 0, ((0, 0), (0, -turned.shape[-1] % SUBSPACE)))
     numbers: NDArray[np.int64] = (signs.reshape(len(turned), -1, SUBSPACE) * 2 ** np.arange(SUBSPACE)).sum(axis=-1)

@@ -68,8 +68,8 @@ class Codes:
 def encode(keys: ArrayLike, bits: int, seed: int = 0, centred: bool = True) -> Codes:
     """Codes of the keys `[N, D]` of one head, fitted on these keys.
 
-    A key, less the mean key (if `centred`) and rotated, becomes the grid point nearest to it in angle: of the points that plain
-    rounding gives for each step in `STEPS`, the one with the largest cosine.
+    A key, less the mean key (if `centred`) and rotated, becomes the grid point nearest to it in angle: of the points
+    that plain rounding gives for each step in `STEPS`, the one with the largest cosine.
     """
     keys = np.asarray(keys, np.float64)
     dim = keys.shape[-1]
