@@ -118,11 +118,14 @@ def test_opposite_keys_swap_with_opposite_queries(rng):
 
 
 def test_it_finds_what_matters(rng):
-    """Most of the mass of the best rows, on keys that are hard for an index, also where later keys differ in kind."""
-    keys, values, q, _ = synthetic.head("synthetic-sharp", 1, 8192, 4, 0)
-    for drift in (False, True):
-        if drift:
-            keys[4096:] += 2 * normal(rng, (128,))
+    """On keys that are hard for an index, most of what the best rows hold; no less where later keys differ in kind.
+
+    One list for the mean query of a group costs some of it: a head may look for other rows than its neighbours.
+    """
+    keys, values, q, _ = synthetic.head("synthetic-sharp", 1, 8192, 24, 0)
+    found = []
+    for drift in (0, 2):
+        keys[4096:] += drift * normal(rng, (128,))
         s = la.KVStore(1, 128, dtype="bfloat16", capacity=8192)
         index = la.index.Collisions(s)
         for start in range(0, 8192, 2048):
@@ -137,7 +140,8 @@ def test_it_finds_what_matters(rng):
             weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
             weights = (weights / weights.sum(axis=-1, keepdims=True)).mean(axis=0)
             shares.append(weights[result.stats.selected[0][0]].sum() / np.sort(weights)[-160:].sum())
-        assert np.mean(shares) > 0.85, shares
+        found.append(float(np.mean(shares)))
+    assert found[0] > 0.75 and found[1] > found[0] - 0.05, found
 
 
 S, Q_ = store(np.random.default_rng(0), 2, 600, 16), queries(np.random.default_rng(1), 4, 1, 16)
