@@ -260,6 +260,17 @@ def test_several_queries_are_several_steps(rng, kind):
         s.append(keys[:, 1494 + i :], values[:, 1494 + i :])
 
 
+def test_weights_that_are_not_given(rng):
+    s = store_of(*rows(rng, 2, 300, 16))
+    q = queries(rng, 4, 40, 16)
+    made = (
+        (la.index.Hashes(s, code_bits=24, seed=3), la.index.random_weights(2, 16, 24, seed=3)),
+        (la.index.Hashes(s, code_bits=24, queries=q), la.index.train_hash_weights(q, s.keys, 24)),
+    )
+    for index, weights in made:
+        same(*(la.retrieval_attention(q, s, i, **CALL) for i in (index, la.index.Hashes(s, weights))))
+
+
 STORE = la.KVStore(2, 8, capacity=64)
 W = np.ones((2, 8, 32), np.float32)
 
@@ -276,6 +287,8 @@ BAD = [
     (la.index.Hashes, {"weights": W.astype(int)}, TypeError, "weights: got dtype int64"),
     (la.index.Hashes, {"weights": W.tolist()}, TypeError, "weights: got list"),
     (la.index.Hashes, {"weights": W, "use_norm": 1}, TypeError, "use_norm: got 1, expected True or False"),
+    (la.index.Hashes, {"weights": W, "queries": W}, ValueError, "queries: got some beside weights"),
+    (la.index.Hashes, {"queries": W}, ValueError, "keys: got shape (2, 0, 8)"),
     (la.index.LshTables, {"store": STORE.keys}, TypeError, "store: got ndarray"),
     (la.index.LshTables, {"tables": 1}, ValueError, "tables: got 1, expected 2 to 255"),
     (la.index.LshTables, {"tables": 256}, ValueError, "tables: got 256"),

@@ -7,11 +7,14 @@ from typing import Any
 
 from longattn._arrays import Array
 from longattn.index._index import Index
+from longattn.index.collisions import Collisions
+from longattn.index.hashes import Hashes
+from longattn.index.lsh_tables import LshTables
 from longattn.index.signatures import Signatures
 from longattn.kv import KVStore
 
 #: Every kind of index by its name.
-KINDS: dict[str, type[Index]] = {kind.KIND: kind for kind in (Signatures,)}
+KINDS: dict[str, type[Index]] = {kind.KIND: kind for kind in (Signatures, Hashes, LshTables, Collisions)}
 
 
 def make(kind: str, store: KVStore, *, queries: Array | None = None, **parameters: Any) -> Index:

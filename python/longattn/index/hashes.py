@@ -11,9 +11,8 @@ from longattn import _core
 from longattn._arrays import Array, as_numpy
 from longattn._checks import check_floating, flag, integer
 from longattn.index._index import Index, check_seed, check_store
+from longattn.index.train_hash_weights import MAX_BITS, train_hash_weights
 from longattn.kv import KVStore
-
-MAX_BITS = 512
 
 
 class Hashes(Index):
@@ -29,13 +28,18 @@ class Hashes(Index):
 
     Args:
         store: the store to index; it is kept alive.
-        weights: floating `[kv_heads, head_dim, code_bits]`, at most 512 bits; `random_weights` makes some.
+        weights: floating `[kv_heads, head_dim, code_bits]`, at most 512 bits. `None`: learned from `queries` and the
+            rows that the store has, where there are queries, else random ones.
+        code_bits: bits of a code, where `weights` is `None`.
+        seed: seed of such weights.
+        queries: queries of the prefill, `[Hq, n, D]`, to learn weights from by `train_hash_weights`.
         use_norm: rank by agreeing less differing bits, times the norm of the key (kept as float16, where the
             largest stands for all beyond): that follows the inner product, not the angle.
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: weights of another shape or that are not finite, or a store of codes.
+        ValueError: weights of another shape or that are not finite, queries beside weights or on an empty store, or
+            a store of codes.
 
     Cost:
         Memory: `code_bits / 8` bytes per key and KV head, 2 more with norms. Build: `head_dim * code_bits`
@@ -50,8 +54,23 @@ class Hashes(Index):
 
     KIND: ClassVar[str] = "hashes"
 
-    def __init__(self, store: KVStore, weights: Array, *, use_norm: bool = False) -> None:
+    def __init__(
+        self,
+        store: KVStore,
+        weights: Array | None = None,
+        *,
+        code_bits: int = 128,
+        seed: int = 0,
+        queries: Array | None = None,
+        use_norm: bool = False,
+    ) -> None:
         check_store(store)
+        if weights is None and queries is not None:
+            weights = train_hash_weights(queries, store.keys, code_bits, seed=seed)
+        elif weights is None:
+            weights = random_weights(store.kv_heads, store.head_dim, code_bits, seed=seed)
+        elif queries is not None:
+            raise ValueError("queries: got some beside weights, expected one of the two")
         given = as_numpy(weights, "weights")
         check_floating(given, "weights")
         if given.ndim != 3 or given.shape[:2] != (store.kv_heads, store.head_dim):

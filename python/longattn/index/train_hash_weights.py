@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from longattn._arrays import FLOATS, Array, as_numpy
 from longattn._checks import integer, real
 from longattn.index._index import check_seed
-from longattn.index.hashes import MAX_BITS
 
 Floats = NDArray[np.float32]
+
+#: Most bits of a code.
+MAX_BITS = 512
 
 #: Share of a query's keys that count as its own, and the labels of the best and the last of them.
 TOP, BEST, LAST = 0.1, 20.0, 1.0

@@ -42,6 +42,11 @@ WAYS: tuple[Way, ...] = (
     Way("signatures, 4 bits, rows only", "signatures", {"bits": 4}, rest="none"),
     Way("signatures, 2 bits", "signatures", {"bits": 2}),
     Way("signatures, 1 bit", "signatures", {"bits": 1}),
+    Way("hashes, random", "hashes"),
+    Way("hashes, learned", "hashes", queries=True),
+    Way("hashes, random, by norm", "hashes", {"use_norm": True}),
+    Way("LSH tables, sampled", "lsh"),
+    Way("collisions", "collisions"),
 )
 
 
