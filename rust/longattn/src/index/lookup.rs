@@ -138,8 +138,8 @@ impl<const ENTRIES: usize> Tables<ENTRIES> {
                     let mut x = [s.splat_i32(0); N];
                     // SAFETY: the caller's promise; a table has ENTRIES bytes.
                     unsafe {
-                        for n in 0..N {
-                            x[n] = s.load_bytes(codes.add((n * columns + term.column) * BLOCK + part));
+                        for (n, x) in x.iter_mut().enumerate() {
+                            *x = s.load_bytes(codes.add((n * columns + term.column) * BLOCK + part));
                         }
                         if ENTRIES == WHOLE {
                             let found = s.lookup256(term.table.as_ptr(), x);
