@@ -7,10 +7,13 @@ from typing import Any
 
 from longattn._arrays import Array
 from longattn.index._index import Index
+from longattn.index.clusters import Clusters
+from longattn.index.collisions import Collisions
 from longattn.index.flat import Flat
 from longattn.index.graph import Graph
+from longattn.index.hashes import Hashes
 from longattn.index.inverted_lists import InvertedLists
-from longattn.index.clusters import Clusters
+from longattn.index.lsh_tables import LshTables
 from longattn.index.pages import Pages
 from longattn.index.product_quantisation import ProductQuantisation
 from longattn.index.signatures import Signatures
@@ -18,7 +21,19 @@ from longattn.kv import KVStore
 
 #: Every kind of index by its name.
 KINDS: dict[str, type[Index]] = {
-    kind.KIND: kind for kind in (Signatures, ProductQuantisation, Pages, Clusters, Flat, InvertedLists, Graph)
+    kind.KIND: kind
+    for kind in (
+        Signatures,
+        ProductQuantisation,
+        Pages,
+        Clusters,
+        Flat,
+        InvertedLists,
+        Graph,
+        Hashes,
+        LshTables,
+        Collisions,
+    )
 }
 
 

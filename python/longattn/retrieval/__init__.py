@@ -1,5 +1,8 @@
 """Attention that reads few of a store's rows: those an index picks, with an estimate of the others."""
 
+from longattn.retrieval.hata_topk_attention import hata_topk_attention
+from longattn.retrieval.magicpig_attention import magicpig_attention
+from longattn.retrieval.pariskv_attention import pariskv_attention
 from longattn.retrieval.pqcache_attention import pqcache_attention
 from longattn.retrieval.quest_attention import quest_attention
 from longattn.retrieval.recall import recall, recovery_ratio
@@ -10,6 +13,9 @@ from longattn.retrieval.verified_sparse_attention import verified_sparse_attenti
 __all__ = [
     "RetrievalResult",
     "RetrievalStats",
+    "hata_topk_attention",
+    "magicpig_attention",
+    "pariskv_attention",
     "pqcache_attention",
     "quest_attention",
     "recall",

@@ -55,6 +55,11 @@ WAYS: tuple[Way, ...] = (
     Way("clusters of 16", "clusters", {"keys_per_cluster": 16, "score": "mean_variance"}),
     Way("clusters of 64", "clusters", {"keys_per_cluster": 64, "score": "mean_variance"}),
     Way("RetroInfer", "clusters", {"keys_per_cluster": 16, "iterations": 10, "spherical": True}),
+    Way("hashes, random", "hashes"),
+    Way("hashes, learned", "hashes", queries=True),
+    Way("hashes, random, by norm", "hashes", {"use_norm": True}),
+    Way("LSH tables, sampled", "lsh"),
+    Way("collisions", "collisions"),
 )
 
 

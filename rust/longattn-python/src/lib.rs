@@ -32,11 +32,17 @@ mod _core {
     #[pymodule_export]
     use super::index::clusters::{clusters, clusters_members};
     #[pymodule_export]
+    use super::index::collisions::collisions;
+    #[pymodule_export]
     use super::index::flat::flat;
     #[pymodule_export]
     use super::index::graph::graph;
     #[pymodule_export]
+    use super::index::hashes::hashes;
+    #[pymodule_export]
     use super::index::inverted_lists::inverted_lists;
+    #[pymodule_export]
+    use super::index::lsh::lsh_tables;
     #[pymodule_export]
     use super::index::pages::pages;
     #[pymodule_export]

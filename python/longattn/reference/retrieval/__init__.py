@@ -1,7 +1,8 @@
 """Oracles of `longattn.retrieval` and of the indexes."""
 
 from longattn.reference.retrieval.hata_topk_attention import HashAttention, hata_topk_attention
-from longattn.reference.retrieval.retrieval_attention import ReadAttention, attention, best_rows, candidates
+from longattn.reference.retrieval.magicpig_attention import SampledAttention, buckets, inclusion, magicpig_attention
+from longattn.reference.retrieval.pariskv_attention import VotedAttention, pariskv_attention, patterns, ratios, votes
 from longattn.reference.retrieval.pqcache_attention import pqcache_attention
 from longattn.reference.retrieval.product_quantisation import (
     ProductAttention,
@@ -12,6 +13,7 @@ from longattn.reference.retrieval.product_quantisation import (
     product_logits,
 )
 from longattn.reference.retrieval.quest_attention import quest_attention
+from longattn.reference.retrieval.retrieval_attention import ReadAttention, attention, best_rows, candidates
 from longattn.reference.retrieval.retro_infer_attention import retro_infer_attention
 from longattn.reference.retrieval.signatures import (
     BLOCK,
@@ -22,6 +24,7 @@ from longattn.reference.retrieval.signatures import (
     rotation,
     unread_log_weights,
 )
+from longattn.reference.retrieval.train_hash_weights import hash_loss
 from longattn.reference.retrieval.units import UnitAttention, page_rows, unit_attention, unit_scores
 
 __all__ = [
@@ -32,23 +35,33 @@ __all__ = [
     "ProductAttention",
     "ProductCodes",
     "ReadAttention",
+    "SampledAttention",
     "UnitAttention",
+    "VotedAttention",
     "attention",
     "best_rows",
+    "buckets",
     "candidates",
     "encode",
     "estimate",
+    "hash_loss",
     "hata_topk_attention",
+    "inclusion",
+    "magicpig_attention",
     "nearest",
     "page_rows",
+    "pariskv_attention",
+    "patterns",
     "pqcache_attention",
     "product_attention",
     "product_error",
     "product_logits",
     "quest_attention",
+    "ratios",
     "retro_infer_attention",
     "rotation",
     "unit_attention",
     "unit_scores",
     "unread_log_weights",
+    "votes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,13 +28,13 @@ def hata_topk_attention(
     keys: ArrayLike,
     values: ArrayLike,
     weights: ArrayLike,
+    use_norm: bool = False,
+    coded: int | None = None,
     *,
-    top_k: int,
+    top_k: int | float = 0.0156,
     sinks: int = 4,
     window: int = 512,
-    use_norm: bool = False,
     scale: float | None = None,
-    coded: int | None = None,
 ) -> HashAttention:
     """Attention over the keys whose hash codes are nearest to those of the query group.
 
@@ -46,12 +47,12 @@ def hata_topk_attention(
         keys: `[Hkv, N, D]`.
         values: `[Hkv, N, Dv]`.
         weights: W, `[Hkv, D, code_bits]`.
-        top_k: rows selected per KV head, beside sinks and window.
+        use_norm: rank by the estimated cosine times the norm.
+        coded: rows that have a code, others are always read; default all.
+        top_k: rows selected per KV head, beside sinks and window, or the share of all rows that they are.
         sinks: first rows, always read.
         window: last rows, always read.
-        use_norm: rank by the estimated cosine times the norm.
         scale: factor of the logits; `None` is `D ** -0.5`.
-        coded: rows that have a code, others are always read; default all.
 
     References:
         P. Gong et al., "HATA: Trainable and Hardware-Efficient Hash-Aware Top-k Attention for Scalable Large Model
@@ -62,10 +63,11 @@ def hata_topk_attention(
     kv_heads, length, _ = keys.shape
     group, code_bits = heads // kv_heads, weights.shape[-1]
     coded = length if coded is None else coded
+    top_k = math.ceil(top_k * length) if isinstance(top_k, float) else top_k
     selected: list[list[Rows]] = []
     for h in range(kv_heads):
         key_bits = keys[h] @ weights[h] > 0
-        norms = np.linalg.norm(keys[h], axis=-1).astype(np.float16).astype(np.float64)
+        norms = np.minimum(np.linalg.norm(keys[h], axis=-1), 65504).astype(np.float16).astype(np.float64)
         of_head = []
         for i in range(rows):
             query_bits = q[h * group : (h + 1) * group, i] @ weights[h] > 0

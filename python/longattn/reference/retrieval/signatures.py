@@ -16,24 +16,24 @@ STEPS = {1: (1.0,), 2: (0.6, 0.8, 1.0, 1.2, 1.45, 1.7), 4: (0.22, 0.27, 0.32, 0.
 BLOCK = 16
 
 
-def rotation(dim: int, seed: int) -> Float64:
-    """The random orthogonal matrix `[dim, dim]` of a seed: Gram-Schmidt on rows of normal numbers.
+def normals(count: int, seed: int) -> Float64:
+    """The first normal numbers of a seed.
 
-    The numbers come from SplitMix64 by Box and Muller's formula, two draws each, so that a seed means the same
-    matrix everywhere.
+    They come from SplitMix64 by Box and Muller's formula, two draws each, so that a seed means the same numbers
+    everywhere.
     """
-    normals = np.empty(dim * dim)
-    state = seed
-    for i in range(dim * dim):
-        draws = []
-        for _ in range(2):
-            state = (state + 0x9E3779B97F4A7C15) % 2**64
-            z = state
-            z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-            z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-            draws.append(((z ^ (z >> 31)) >> 11) / 2**53)  # uniform in [0, 1)
-        normals[i] = np.sqrt(-2 * np.log(1 - draws[0])) * np.cos(2 * np.pi * draws[1])
-    matrix = normals.reshape(dim, dim)
+    # The state grows by a constant from draw to draw, modulo 2**64, as all of this.
+    z = np.arange(1, 2 * count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    uniform = ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53
+    numbers: Float64 = np.sqrt(-2 * np.log(1 - uniform[::2])) * np.cos(2 * np.pi * uniform[1::2])
+    return numbers
+
+
+def rotation(dim: int, seed: int) -> Float64:
+    """The random orthogonal matrix `[dim, dim]` of a seed: Gram-Schmidt on rows of normal numbers."""
+    matrix = normals(dim * dim, seed).reshape(dim, dim)
     for i in range(dim):
         for _ in range(2):  # the second pass removes what rounding left
             matrix[i] -= matrix[:i].T @ (matrix[:i] @ matrix[i])
@@ -65,15 +65,15 @@ class Codes:
         return float(np.sqrt(np.mean(self.deviations**2)))
 
 
-def encode(keys: ArrayLike, bits: int, seed: int = 0) -> Codes:
+def encode(keys: ArrayLike, bits: int, seed: int = 0, centred: bool = True) -> Codes:
     """Codes of the keys `[N, D]` of one head, fitted on these keys.
 
-    A key, less the mean key and rotated, becomes the grid point nearest to it in angle: of the points that plain
-    rounding gives for each step in `STEPS`, the one with the largest cosine.
+    A key, less the mean key (if `centred`) and rotated, becomes the grid point nearest to it in angle: of the points
+    that plain rounding gives for each step in `STEPS`, the one with the largest cosine.
     """
     keys = np.asarray(keys, np.float64)
     dim = keys.shape[-1]
-    centre, turn = keys.mean(axis=0), rotation(dim, seed)
+    centre, turn = keys.mean(axis=0) if centred else np.zeros(dim), rotation(dim, seed)
     x = (keys - centre) @ turn.T
     norm = np.linalg.norm(x, axis=-1)
     unit = np.divide(np.sqrt(dim), norm, out=np.zeros_like(norm), where=norm > 0)[:, None]

@@ -1,9 +1,12 @@
 //! Indexes: one class for all, one function per kind that makes it.
 
 pub(crate) mod clusters;
+pub(crate) mod collisions;
 pub(crate) mod flat;
 pub(crate) mod graph;
+pub(crate) mod hashes;
 pub(crate) mod inverted_lists;
+pub(crate) mod lsh;
 pub(crate) mod pages;
 pub(crate) mod product;
 pub(crate) mod signatures;

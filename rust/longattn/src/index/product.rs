@@ -661,7 +661,7 @@ fn look_up<S: Simd, const G: usize>(
                 let codes = s.load_bytes(block.as_ptr().add(pair * BLOCK + part));
                 let first = s.and(codes, nibble);
                 for g in 0..G {
-                    let found = s.look_up_bytes(s.load_bytes(tables.as_ptr().add((g * m + 2 * pair) * BLOCK)), first);
+                    let found = s.lookup16(s.load_bytes(tables.as_ptr().add((g * m + 2 * pair) * BLOCK)), first);
                     even[g] = s.add_16(even[g], s.and(found, even_bytes));
                     odd[g] = s.add_16(odd[g], s.shift_right_16::<8>(found));
                 }
@@ -669,7 +669,7 @@ fn look_up<S: Simd, const G: usize>(
                     let second = s.and(s.shift_right_16::<4>(codes), nibble);
                     for g in 0..G {
                         let table = s.load_bytes(tables.as_ptr().add((g * m + 2 * pair + 1) * BLOCK));
-                        let found = s.look_up_bytes(table, second);
+                        let found = s.lookup16(table, second);
                         even[g] = s.add_16(even[g], s.and(found, even_bytes));
                         odd[g] = s.add_16(odd[g], s.shift_right_16::<8>(found));
                     }

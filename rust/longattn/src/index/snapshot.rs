@@ -5,7 +5,10 @@
 //! the store, and one of the file itself, taken with zeros in its own place. An index is loaded onto a store that has the very rows it
 //! was made of, as its first ones, or not at all.
 
-use super::{Flat, Graph, Index, InvertedLists, KeyClusters, Pages, ProductQuantisation, Signatures};
+use super::{
+    Collisions, Flat, Graph, Hashes, Index, InvertedLists, KeyClusters, LshTables, Pages, ProductQuantisation,
+    Signatures,
+};
 use crate::kv::snapshot::{NO_CHECKSUM, Refusal, corrupt, open_checked, replace_file};
 use crate::kv::{KvStore, Reader};
 use crate::tensor::{Error, Result};
@@ -284,6 +287,9 @@ pub fn load(path: impl AsRef<Path>, store: Arc<KvStore>) -> Result<Arc<dyn Index
         "clusters" => Arc::new(KeyClusters::load(store, saved)?),
         "pages" => Arc::new(Pages::load(store, saved)?),
         "product_quantisation" => Arc::new(ProductQuantisation::load(store, saved)?),
+        "collisions" => Arc::new(Collisions::load(store, saved)?),
+        "hashes" => Arc::new(Hashes::load(store, saved)?),
+        "lsh" => Arc::new(LshTables::load(store, saved)?),
         "signatures" => Arc::new(Signatures::load(store, saved)?),
         _ => return Err(Error::value("path", format!("an index of kind {kind:?}"), "a kind that this version has")),
     };

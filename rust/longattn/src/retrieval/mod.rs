@@ -15,7 +15,7 @@ mod correct;
 pub(crate) mod exact;
 mod sample;
 pub(crate) mod scan;
-mod select;
+pub(crate) mod select;
 pub(crate) mod units;
 mod weigh;
 

@@ -7,14 +7,14 @@ const SHIFT: u32 = 20;
 pub(super) const BINS: usize = 1 << (31 - SHIFT);
 
 /// How many rows to pick.
-pub(super) enum Budget {
+pub(crate) enum Budget {
     Rows(usize),
     /// The fewest that hold this much of each head's weight.
     Mass(Vec<f64>),
 }
 
 /// Histogram of weights, with what each bin holds of each head where a mass budget needs it.
-pub(super) struct Weights {
+pub(crate) struct Weights {
     /// Two histograms, even and odd rows: neighbours often share a bin, and would wait for each other's count.
     counts: Box<[[u32; BINS]; 2]>,
     /// `[bins, heads]`, or empty.
@@ -32,7 +32,7 @@ pub(super) fn bin(weight: f32) -> usize {
 }
 
 impl Weights {
-    pub(super) fn new(heads: usize, with_mass: bool) -> Self {
+    pub(crate) fn new(heads: usize, with_mass: bool) -> Self {
         Self {
             counts: Box::new([[0; BINS]; 2]),
             bin_mass: if with_mass { vec![0.0; BINS * heads] } else { Vec::new() },
@@ -43,7 +43,7 @@ impl Weights {
 
     /// Counts some rows; `rest` holds each head's weights of these rows, `stride` apart.
     #[inline(always)]
-    pub(super) fn count(&mut self, weights: &[f32], rest: &[f32], stride: usize) {
+    pub(crate) fn count(&mut self, weights: &[f32], rest: &[f32], stride: usize) {
         let [even, odd] = &mut *self.counts;
         let (pairs, last) = weights.as_chunks::<2>();
         for &[a, b] in pairs {
@@ -109,7 +109,7 @@ impl Weights {
 }
 
 /// Indices into `weights`, inside `range`, of the rows that fill the budget, ascending. Ties go to the lower index.
-pub(super) fn select(weights: &[f32], totals: &Weights, range: Range<usize>, budget: &Budget) -> Vec<u32> {
+pub(crate) fn select(weights: &[f32], totals: &Weights, range: Range<usize>, budget: &Budget) -> Vec<u32> {
     if matches!(budget, Budget::Rows(rows) if *rows >= range.len()) {
         return (range.start as u32..range.end as u32).collect();
     }

@@ -182,12 +182,40 @@ impl Simd for Avx2 {
         unsafe { _mm256_slli_epi32::<7>(a) }
     }
     #[inline(always)]
-    fn and(self, a: __m256i, b: __m256i) -> __m256i {
-        unsafe { _mm256_and_si256(a, b) }
+    unsafe fn store_bytes(self, p: *mut u8, v: __m256i) {
+        unsafe { _mm256_storeu_si256(p.cast(), v) }
     }
     #[inline(always)]
-    fn look_up_bytes(self, table: __m256i, index: __m256i) -> __m256i {
-        unsafe { _mm256_shuffle_epi8(table, index) }
+    fn add_i32(self, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn load_table16(self, p: *const u8) -> __m256i {
+        unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    fn lookup16(self, table: __m256i, a: __m256i) -> __m256i {
+        unsafe { _mm256_shuffle_epi8(table, a) }
+    }
+    #[inline(always)]
+    unsafe fn lookup256<const N: usize>(self, table: *const u8, a: [__m256i; N]) -> [__m256i; N] {
+        unsafe {
+            let mut found = [_mm256_setzero_si256(); N];
+            for i in 0..16 {
+                let part = self.load_table16(table.add(16 * i));
+                let (high, limit) = (_mm256_set1_epi8((i << 4) as i8), _mm256_set1_epi8(0x70));
+                for n in 0..N {
+                    // Above 0x7f, which the shuffle turns into 0, unless the high half is i.
+                    let at = _mm256_adds_epu8(_mm256_xor_si256(a[n], high), limit);
+                    found[n] = _mm256_or_si256(found[n], _mm256_shuffle_epi8(part, at));
+                }
+            }
+            found
+        }
+    }
+    #[inline(always)]
+    fn and(self, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_and_si256(a, b) }
     }
     #[inline(always)]
     fn add_16(self, a: __m256i, b: __m256i) -> __m256i {

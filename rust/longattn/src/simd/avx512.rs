@@ -5,14 +5,14 @@ use half::{bf16, f16};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
-pub(super) struct Avx512<const VNNI: bool, const BF16: bool>(());
+pub(super) struct Avx512<const VNNI: bool, const BF16: bool, const VBMI: bool>(());
 
 /// # Safety
 /// The CPU has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 #[inline(never)]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run(Avx512::<false, false>(()))
+    kernel.run(Avx512::<false, false, false>(()))
 }
 
 /// # Safety
@@ -20,7 +20,7 @@ pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 #[inline(never)]
 pub(super) unsafe fn run_vnni<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run(Avx512::<true, false>(()))
+    kernel.run(Avx512::<true, false, false>(()))
 }
 
 /// # Safety
@@ -28,7 +28,15 @@ pub(super) unsafe fn run_vnni<K: Kernel>(kernel: K) -> K::Output {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
 #[inline(never)]
 pub(super) unsafe fn run_bf16<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run(Avx512::<true, true>(()))
+    kernel.run(Avx512::<true, true, false>(()))
+}
+
+/// # Safety
+/// As [`run`], and the CPU has AVX-512 VBMI.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c")]
+#[inline(never)]
+unsafe fn run_vbmi<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx512::<false, false, true>(()))
 }
 
 /// A vector whose quarters hold a partial sum each of `a`, `b`, `c` and `d`.
@@ -59,7 +67,7 @@ unsafe fn halves(a: __m512, b: __m512) -> __m512 {
 // SAFETY of every block below: an `Avx512` only exists inside the `run` of its parameters, so the CPU has the instructions; memory is
 // vouched for by the caller of the trait's unsafe methods.
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one reason for all, stated above")]
-impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
+impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI, BF16, VBMI> {
     type F32 = __m512;
     type I32 = __m512i;
     const LANES: usize = 16;
@@ -232,12 +240,53 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
         unsafe { if VNNI { run_vnni(kernel) } else { run(kernel) } }
     }
     #[inline(always)]
-    fn and(self, a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_and_si512(a, b) }
+    unsafe fn store_bytes(self, p: *mut u8, v: __m512i) {
+        unsafe { _mm512_storeu_si512(p.cast(), v) }
     }
     #[inline(always)]
-    fn look_up_bytes(self, table: __m512i, index: __m512i) -> __m512i {
-        unsafe { _mm512_shuffle_epi8(table, index) }
+    fn add_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn load_table16(self, p: *const u8) -> __m512i {
+        unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    fn lookup16(self, table: __m512i, a: __m512i) -> __m512i {
+        unsafe { _mm512_shuffle_epi8(table, a) }
+    }
+    #[inline(always)]
+    unsafe fn lookup256<const N: usize>(self, table: *const u8, a: [__m512i; N]) -> [__m512i; N] {
+        unsafe {
+            let mut found = [_mm512_setzero_si512(); N];
+            if VBMI {
+                let part: [__m512i; 4] = std::array::from_fn(|i| self.load_bytes(table.add(64 * i)));
+                for n in 0..N {
+                    let low = _mm512_permutex2var_epi8(part[0], a[n], part[1]);
+                    let high = _mm512_permutex2var_epi8(part[2], a[n], part[3]);
+                    found[n] = _mm512_mask_mov_epi8(low, _mm512_movepi8_mask(a[n]), high);
+                }
+            } else {
+                for i in 0..16 {
+                    let part = self.load_table16(table.add(16 * i));
+                    let (high, limit) = (_mm512_set1_epi8((i << 4) as i8), _mm512_set1_epi8(0x70));
+                    for n in 0..N {
+                        // Above 0x7f, which the shuffle turns into 0, unless the high half is i.
+                        let at = _mm512_adds_epu8(_mm512_xor_si512(a[n], high), limit);
+                        found[n] = _mm512_or_si512(found[n], _mm512_shuffle_epi8(part, at));
+                    }
+                }
+            }
+            found
+        }
+    }
+    #[inline(always)]
+    fn call_tables<K: Kernel>(self, kernel: K) -> K::Output {
+        unsafe { if is_x86_feature_detected!("avx512vbmi") { run_vbmi(kernel) } else { run(kernel) } }
+    }
+    #[inline(always)]
+    fn and(self, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_and_si512(a, b) }
     }
     #[inline(always)]
     fn add_16(self, a: __m512i, b: __m512i) -> __m512i {

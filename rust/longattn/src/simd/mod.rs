@@ -105,11 +105,30 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is readable for `4 * LANES` bytes.
     unsafe fn load_bytes(self, p: *const u8) -> Self::I32;
+    /// # Safety
+    /// `p` is writable for `4 * LANES` bytes.
+    unsafe fn store_bytes(self, p: *mut u8, v: Self::I32);
+    fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     fn and(self, a: Self::I32, b: Self::I32) -> Self::I32;
-    /// Bytes of `table` at the places that the bytes of `index`, 0 to 15, name, in each 16 bytes of both.
-    fn look_up_bytes(self, table: Self::I32, index: Self::I32) -> Self::I32;
     /// Sums of 16-bit halves; what does not fit is lost.
     fn add_16(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// A table of 16 bytes for [`Self::lookup16`].
+    ///
+    /// # Safety
+    /// `p` is readable for 16 bytes.
+    unsafe fn load_table16(self, p: *const u8) -> Self::I32;
+    /// Bytes of `table` at the places that the bytes of `a`, 0 to 15, name, in each 16 bytes of both.
+    fn lookup16(self, table: Self::I32, a: Self::I32) -> Self::I32;
+    /// The entries of a table of 256 bytes for each byte of `N` vectors; fast in kernels that run by [`Self::call_tables`].
+    ///
+    /// # Safety
+    /// `table` is readable for 256 bytes.
+    unsafe fn lookup256<const N: usize>(self, table: *const u8, a: [Self::I32; N]) -> [Self::I32; N];
+    /// As [`Self::call`], with lookups in large tables.
+    #[inline(always)]
+    fn call_tables<K: Kernel>(self, kernel: K) -> K::Output {
+        self.call(kernel)
+    }
     /// Shifts 16-bit halves right: the caller masks what crosses from one byte to the next.
     fn shift_right_16<const N: i32>(self, a: Self::I32) -> Self::I32;
     /// The first `n <= 4 * LANES` bytes, zeros after them.

@@ -145,12 +145,43 @@ impl Simd for Neon {
         unsafe { vshlq_n_s32::<7>(a) }
     }
     #[inline(always)]
-    fn and(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
-        unsafe { vandq_s32(a, b) }
+    unsafe fn store_bytes(self, p: *mut u8, v: int32x4_t) {
+        unsafe { vst1q_u8(p, vreinterpretq_u8_s32(v)) }
     }
     #[inline(always)]
-    fn look_up_bytes(self, table: int32x4_t, index: int32x4_t) -> int32x4_t {
-        unsafe { vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(table), vreinterpretq_u8_s32(index))) }
+    fn add_i32(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        unsafe { vaddq_s32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn load_table16(self, p: *const u8) -> int32x4_t {
+        unsafe { self.load_bytes(p) }
+    }
+    #[inline(always)]
+    fn lookup16(self, table: int32x4_t, a: int32x4_t) -> int32x4_t {
+        unsafe { vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(table), vreinterpretq_u8_s32(a))) }
+    }
+    #[inline(always)]
+    unsafe fn lookup256<const N: usize>(self, table: *const u8, a: [int32x4_t; N]) -> [int32x4_t; N] {
+        unsafe {
+            let mut found = [vdupq_n_u8(0); N];
+            for i in 0..4 {
+                // Bytes outside this quarter keep what was found.
+                let quarter = vld1q_u8_x4(table.add(64 * i));
+                for n in 0..N {
+                    let at = vsubq_u8(vreinterpretq_u8_s32(a[n]), vdupq_n_u8(64 * i as u8));
+                    found[n] = vqtbx4q_u8(found[n], quarter, at);
+                }
+            }
+            let mut out = a;
+            for n in 0..N {
+                out[n] = vreinterpretq_s32_u8(found[n]);
+            }
+            out
+        }
+    }
+    #[inline(always)]
+    fn and(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        unsafe { vandq_s32(a, b) }
     }
     #[inline(always)]
     fn add_16(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {

@@ -146,13 +146,32 @@ impl Simd for Scalar {
     }
     const DOT_BYTES: bool = true;
     #[inline(always)]
-    fn and(self, a: [i32; N], b: [i32; N]) -> [i32; N] {
-        std::array::from_fn(|i| a[i] & b[i])
+    unsafe fn store_bytes(self, p: *mut u8, v: [i32; N]) {
+        // SAFETY: the caller vouches for the bytes.
+        unsafe { p.cast::<[i32; N]>().write_unaligned(v) }
     }
     #[inline(always)]
-    fn look_up_bytes(self, table: [i32; N], index: [i32; N]) -> [i32; N] {
+    fn add_i32(self, a: [i32; N], b: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
+    unsafe fn load_table16(self, p: *const u8) -> [i32; N] {
+        // SAFETY: the caller vouches for 16 bytes, which N integers are.
+        unsafe { self.load_bytes(p) }
+    }
+    #[inline(always)]
+    fn lookup16(self, table: [i32; N], a: [i32; N]) -> [i32; N] {
         let table: [[u8; 4]; N] = table.map(i32::to_ne_bytes);
-        index.map(|i| i32::from_ne_bytes(i.to_ne_bytes().map(|i| table.as_flattened()[usize::from(i & 15)])))
+        a.map(|x| i32::from_ne_bytes(x.to_ne_bytes().map(|b| table[usize::from(b >> 2 & 3)][usize::from(b & 3)])))
+    }
+    #[inline(always)]
+    unsafe fn lookup256<const M: usize>(self, table: *const u8, a: [[i32; N]; M]) -> [[i32; N]; M] {
+        // SAFETY: the caller vouches for 256 bytes, and no byte is beyond them.
+        a.map(|a| a.map(|x| i32::from_ne_bytes(x.to_ne_bytes().map(|b| unsafe { *table.add(usize::from(b)) }))))
+    }
+    #[inline(always)]
+    fn and(self, a: [i32; N], b: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| a[i] & b[i])
     }
     #[inline(always)]
     fn add_16(self, a: [i32; N], b: [i32; N]) -> [i32; N] {
