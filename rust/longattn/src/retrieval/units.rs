@@ -545,6 +545,6 @@ mod tests {
         assert!(reached(0.1, [1; 5]).is_empty());
         assert_eq!(reached(0.6, [1; 5]), [2, 0]);
         assert_eq!(reached(0.9, [1; 5]), [2, 0, 4, 1]);
-        assert_eq!(reached(0.7, [1, 1, 0, 1, 1]), [0, 4, 1, 3]);
+        assert_eq!(reached(0.72, [1, 1, 0, 1, 1]), [0, 4, 1, 3]);
     }
 }
