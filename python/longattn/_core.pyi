@@ -350,3 +350,88 @@ def retrieval_attention(
 
 def read_bandwidth(bytes: int, threads: int) -> float: ...
 def fma_peak(threads: int) -> float: ...
+
+# sparse attention: lists of all heads one after another, their (batch, heads), and where blocks begin
+
+def block_sparse(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+    indptr: NDArray[np.int64],
+    indices: NDArray[np.uint32],
+    shape: tuple[int, int],
+    query_bounds: NDArray[np.int64],
+    key_bounds: NDArray[np.int64],
+    options: Options,
+) -> None: ...
+def index_sparse(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+    indptr: NDArray[np.int64],
+    indices: NDArray[np.uint32],
+    bias: NDArray[np.float32] | None,
+    shape: tuple[int, int],
+    query_bounds: NDArray[np.int64],
+    max: NDArray[np.float32] | None,
+    options: Options,
+) -> None: ...
+
+# selectors; lists come back as (indptr, indices) of all heads one after another
+
+_Lists = tuple[NDArray[np.int64], NDArray[np.uint32]]
+
+def block_means(
+    x: NDArray[Any], bounds: NDArray[np.int64], centre: NDArray[np.float32] | None, likeness: bool
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+def pooled_blocks(
+    q: NDArray[np.float32],
+    k: NDArray[np.float32],
+    scale: float,
+    whole_rows: NDArray[np.bool_],
+    always: NDArray[np.bool_],
+    limits: NDArray[np.int64],
+    share: NDArray[np.float32],
+    by_count: bool,
+    sinks: int,
+) -> _Lists: ...
+def best_of_rows(q: NDArray[Any], k: NDArray[Any], share: float, least: int, options: Options) -> _Lists: ...
+def chunk_keys(
+    q: NDArray[np.float32],
+    k: NDArray[np.float32],
+    bounds: NDArray[np.int64],
+    limits: NDArray[np.int64],
+    budget: int,
+    first: int,
+    last: int,
+) -> _Lists: ...
+def stripes(
+    q: NDArray[np.float32],
+    k: NDArray[Any],
+    scale: float,
+    thresholds: NDArray[np.float32],
+    step: int,
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    shared: bool,
+) -> _Lists: ...
+def rounded_blocks(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    scale: float,
+    query_bounds: NDArray[np.int64],
+    block: int,
+    judged: tuple[NDArray[np.int64], NDArray[np.int64]],
+    limits: NDArray[np.int64],
+    thresholds: NDArray[np.float32],
+    mean_queries: NDArray[np.float32],
+    levels: float,
+) -> _Lists: ...
+def hash_order(x: NDArray[Any], directions: NDArray[np.float32], gray: bool) -> NDArray[np.uint32]: ...
+def hash_lists(
+    order: NDArray[np.uint32], heads: int, block: int, samples: NDArray[np.uint32], own: bool
+) -> tuple[_Lists, NDArray[np.float32]]: ...

@@ -11,6 +11,8 @@ mod options;
 mod prefix_tree;
 mod retrieval;
 mod running;
+mod selectors;
+mod sparse;
 mod store;
 mod system;
 mod virtual_store;
@@ -53,6 +55,12 @@ mod _core {
     use super::prefix_tree::{PrefixTree, chunk_attention};
     #[pymodule_export]
     use super::retrieval::retrieval_attention;
+    #[pymodule_export]
+    use super::selectors::{
+        best_of_rows, block_means, chunk_keys, hash_lists, hash_order, pooled_blocks, rounded_blocks, stripes,
+    };
+    #[pymodule_export]
+    use super::sparse::{block_sparse, index_sparse};
     #[pymodule_export]
     use super::store::{CodedRows, KVStore, Rows};
     #[pymodule_export]

@@ -44,4 +44,5 @@ pub mod limits;
 pub mod parallel;
 pub mod retrieval;
 pub mod simd;
+pub mod sparse;
 pub mod tensor;

@@ -12,6 +12,7 @@
 
 use super::Problem;
 use super::rows::{Row, Rows, Strided, widen_row, with_rows};
+use super::scores::RowId;
 use super::tile::QUERY_ROWS;
 use crate::parallel::{Execution, map};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
@@ -32,10 +33,10 @@ fn largest(row: &[f32]) -> f32 {
     lanes.into_iter().fold(0.0, |m, x| if x <= m { m } else { x })
 }
 
-/// Rounds `row / scale` to signed bytes; returns `scale = max |row| / 127`, and the sum of the bytes.
+/// Rounds `row / scale` to signed bytes; returns `scale = max |row| / levels`, and the sum of the bytes.
 #[inline(always)]
-fn to_bytes(row: &[f32], to: &mut [i8]) -> (f32, i32) {
-    let scale = largest(row) / 127.0;
+fn to_bytes(row: &[f32], levels: f32, to: &mut [i8]) -> (f32, i32) {
+    let scale = largest(row) / levels;
     let inverse = if scale > 0.0 { (1.0 / scale).min(f32::MAX) } else { 0.0 };
     let mut sums = [0i32; 16];
     for (to, row) in to.chunks_mut(16).zip(row.chunks(16)) {
@@ -59,28 +60,47 @@ impl ByteRows {
         Self { factors: [0.0; QUERY_ROWS], constants: [0.0; QUERY_ROWS] }
     }
 
-    /// Row `r` of scaled queries as unsigned bytes, four to a float; `mean` is that of its head's keys.
+    /// Row `r` of scaled queries, padded to the length of `rest`, as unsigned bytes, four to a float; less the mean query of its head
+    /// where there is one. `rest` is working memory.
     #[inline(always)]
-    pub(super) fn load(&mut self, r: usize, query: &[f32], mean: &[f32], to: &mut [f32]) {
+    pub(super) fn load(&mut self, r: usize, query: &[f32], keys: HeadBytes, rest: &mut [f32], to: &mut [f32]) {
         to.fill(0.0);
         let bytes = as_bytes(to);
-        (self.factors[r], _) = to_bytes(query, bytes);
+        rest.copy_from_slice(query);
+        if let Some(mean) = keys.mean_query {
+            rest.iter_mut().zip(mean).for_each(|(x, m)| *x -= m);
+        }
+        (self.factors[r], _) = to_bytes(rest, keys.levels, bytes);
         for byte in &mut bytes[..query.len()] {
             // The same bits as 128 more.
             *byte = (*byte as u8 ^ 0x80) as i8;
         }
         let mut lanes = [0f32; 16];
-        for (q, c) in query.chunks(16).zip(mean.chunks(16)) {
+        for (q, c) in query.chunks(16).zip(keys.mean.chunks(16)) {
             for (lane, (q, c)) in lanes.iter_mut().zip(q.iter().zip(c)) {
                 *lane += q * c;
             }
         }
         self.constants[r] = lanes.iter().sum();
     }
+
+    /// The numbers that row `r` of `words` stands for.
+    #[inline(always)]
+    pub(super) fn decode(&self, r: usize, words: &mut [f32], to: &mut [f32]) {
+        for (x, byte) in to.iter_mut().zip(as_bytes(words)) {
+            *x = self.factors[r] * f32::from((*byte as u8 ^ 0x80) as i8);
+        }
+    }
+
+    /// What the mean key adds to row `r`.
+    #[inline(always)]
+    pub(super) fn constant(&self, r: usize) -> f32 {
+        self.constants[r]
+    }
 }
 
 /// All keys of a problem as bytes: made once, packed by every tile.
-pub(crate) struct ByteKeys {
+pub(crate) struct ByteKeys<'a> {
     /// Mean key of every head, `[batch * kv heads, dim]`.
     means: Vec<f32>,
     /// `[batch * kv heads, keys, words]`, four bytes to a word.
@@ -91,12 +111,18 @@ pub(crate) struct ByteKeys {
     stride: usize,
     keys: usize,
     dim: usize,
+    levels: f32,
+    /// Mean query of every query head, scaled, `[batch * query heads, dim]`, or nothing.
+    mean_queries: &'a [f32],
 }
 
 /// The keys of one head in [`ByteKeys`].
 #[derive(Clone, Copy)]
 pub(crate) struct HeadBytes<'a> {
-    pub(super) mean: &'a [f32],
+    mean: &'a [f32],
+    /// Scaled mean of the query head that is asked for.
+    mean_query: Option<&'a [f32]>,
+    levels: f32,
     words: &'a [f32],
     factors: &'a [f32],
     corrections: &'a [i32],
@@ -109,6 +135,15 @@ impl HeadBytes<'_> {
     pub(super) fn rows(&self) -> Strided<f32> {
         Strided { base: self.words.as_ptr(), stride: self.width as isize }
     }
+
+    /// The numbers, less the mean, that key `j` stands for.
+    #[inline(always)]
+    pub(super) fn decode(&self, j: usize, to: &mut [f32]) {
+        for (d, x) in to.iter_mut().enumerate() {
+            let byte = self.words[j * self.width + d / 4].to_ne_bytes()[d % 4];
+            *x = self.factors[j] * f32::from(byte as i8);
+        }
+    }
 }
 
 /// Four bytes to a float: floats that a row of `dim` takes.
@@ -117,9 +152,16 @@ pub(super) fn words(dim: usize) -> usize {
     dim.div_ceil(4)
 }
 
-impl ByteKeys {
-    /// Rounds the keys of every head, less their mean.
-    pub(super) fn new(isa: Isa, problem: &Problem, execution: &Execution) -> Result<Self> {
+impl<'a> ByteKeys<'a> {
+    /// Rounds the keys of every head, less their mean, to whole numbers of magnitude up to `levels`, which queries are rounded to
+    /// as well, less `mean_queries` (scaled, `[batch * query heads, dim]`) if there are such.
+    pub(crate) fn new(
+        isa: Isa,
+        problem: &Problem,
+        levels: f32,
+        mean_queries: &'a [f32],
+        execution: &Execution,
+    ) -> Result<Self> {
         let (heads, keys, dim) = (problem.batch * problem.kv_heads, problem.keys, problem.dim);
         let means = map(execution, heads, |i| {
             let (batch, head) = (i / problem.kv_heads, i % problem.kv_heads);
@@ -131,7 +173,7 @@ impl ByteKeys {
             let (i, first) = (i / chunks, i % chunks * CHUNK);
             let (batch, head, mean) = (i / problem.kv_heads, i % problem.kv_heads, &means[i * dim..(i + 1) * dim]);
             let rows = first..(first + CHUNK).min(keys);
-            with_rows!(problem, batch, head, |k, _v| dispatch(isa, Round { k, keys: rows.clone(), dim, mean }))
+            with_rows!(problem, batch, head, |k, _v| dispatch(isa, Round { k, keys: rows.clone(), dim, mean, levels }))
         })?;
         let stride = keys.next_multiple_of(CHUNK) + CHUNK;
         let mut made = Self {
@@ -142,6 +184,8 @@ impl ByteKeys {
             stride,
             keys,
             dim,
+            levels,
+            mean_queries,
         };
         for (i, part) in parts.into_iter().enumerate() {
             let at = i / chunks * stride + i % chunks * CHUNK;
@@ -152,12 +196,22 @@ impl ByteKeys {
         Ok(made)
     }
 
-    /// The keys of head `head` of batch `batch`, counted as `batch * kv_heads + head`.
+    /// The mean query of a head, if there is one, times the mean key.
+    pub(crate) fn mean_product(&self, problem: &Problem, id: RowId) -> f32 {
+        let head = self.of(problem, id);
+        head.mean_query.map_or(0.0, |query| query.iter().zip(head.mean).map(|(q, c)| q * c).sum())
+    }
+
+    /// The keys that a query head reads.
     #[inline(always)]
-    pub(super) fn head(&self, i: usize) -> HeadBytes<'_> {
+    pub(super) fn of(&self, problem: &Problem, id: RowId) -> HeadBytes<'_> {
+        let i = id.batch * problem.kv_heads + id.head / problem.group;
+        let first = (id.batch * problem.query_heads + id.head) * self.dim;
         let (width, rows) = (words(self.dim), i * self.stride..(i + 1) * self.stride);
         HeadBytes {
             mean: &self.means[i * self.dim..(i + 1) * self.dim],
+            mean_query: (!self.mean_queries.is_empty()).then(|| &self.mean_queries[first..first + self.dim]),
+            levels: self.levels,
             words: &self.words[i * self.keys * width..(i + 1) * self.keys * width],
             factors: &self.factors[rows.clone()],
             corrections: &self.corrections[rows],
@@ -181,6 +235,7 @@ struct Round<'a, K> {
     keys: Range<usize>,
     dim: usize,
     mean: &'a [f32],
+    levels: f32,
 }
 
 impl<K: Rows> Kernel for Round<'_, K> {
@@ -188,7 +243,7 @@ impl<K: Rows> Kernel for Round<'_, K> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Rounded {
-        let Self { k, keys, dim, mean } = self;
+        let Self { k, keys, dim, mean, levels } = self;
         let (n, width) = (keys.len(), words(dim));
         let mut made = Rounded { words: vec![0.0; n * width], factors: vec![0.0; n], corrections: vec![0; n] };
         let mut row = vec![0f32; dim.next_multiple_of(S::LANES)];
@@ -198,7 +253,7 @@ impl<K: Rows> Kernel for Round<'_, K> {
             for (x, m) in row[..dim].iter_mut().zip(mean) {
                 *x -= m;
             }
-            let (factor, sum) = to_bytes(&row[..dim], as_bytes(&mut made.words[i * width..(i + 1) * width]));
+            let (factor, sum) = to_bytes(&row[..dim], levels, as_bytes(&mut made.words[i * width..(i + 1) * width]));
             (made.factors[i], made.corrections[i]) = (factor, -128 * sum);
         }
         made

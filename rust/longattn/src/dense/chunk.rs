@@ -9,11 +9,13 @@
 //! Keys are counted along a segment, wherever its chunks lie, and the cut depends on the tree only, so results depend neither on the
 //! number of threads nor on which chunks were free.
 
+use super::keys::{Keys, List};
+use super::run::{Job, Partial};
 use super::scores::{RowId, Running};
 use super::scratch::with_scratch;
 use super::stream::MAX_QUERY_ROWS;
 use super::tile::{self, QUERY_ROWS};
-use super::{Item, Job, Options, Partial, Problem, check_outputs, finish_row, fold};
+use super::{Item, Options, Problem, check_outputs, finish_row, fold};
 use crate::kv::PrefixTree;
 use crate::kv::prefix_tree::Path;
 use crate::parallel::{Execution, for_each, map};
@@ -167,7 +169,8 @@ impl Kernel for Finish<'_> {
                     running = fold(s, running, &mut row, part.running[r], &part.outputs[r * width..(r + 1) * width]);
                 }
             }
-            finish_row(s, &call.job, call.id(position, kv_head, g), running, &mut row);
+            let all = Keys::Range(0..problem.keys);
+            finish_row(s, &call.job, call.id(position, kv_head, g), &all, running, &mut row);
         }
     }
 }
@@ -236,7 +239,7 @@ fn attend(
         }
     }
     let (out, lse) = (&*out, &*lse);
-    let call = Call { job: Job { problem, out, lse }, segments, order };
+    let call = Call { job: Job::new(problem, out, lse), segments, order };
     let part = |&(i, kv_head, block, piece): &(usize, usize, usize, usize)| {
         let segment = &call.segments[i];
         let rows = block * segment.block..((block + 1) * segment.block).min(segment.rows(group));
@@ -255,8 +258,10 @@ fn attend(
         for (id, r) in ids.iter_mut().zip(rows.clone()) {
             *id = call.id(segment.sequences.start + r / group, kv_head, r % group);
         }
-        let (problem, ids, index) = (&call.job.problem, &ids[..rows.len()], Some(segment.index.as_slice()));
-        with_scratch(|scratch| dispatch(isa, Item { problem, ids, keys, index, scratch, finish: None }))
+        let visible = vec![0..segment.index.len(); rows.len()];
+        let list = Some(List { index: &segment.index, bias: None, visible: &visible });
+        let (problem, ids) = (&call.job.problem, &ids[..rows.len()]);
+        with_scratch(|scratch| dispatch(isa, Item { problem, ids, keys, list, scratch, finish: None }))
     })?;
     let mut partials: Vec<Option<Partial>> = (0..parts).map(|_| None).collect();
     for (turn, partial) in turns.into_iter().zip(done) {

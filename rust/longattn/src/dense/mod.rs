@@ -9,17 +9,19 @@
 //! How the work is cut depends on shapes only, so results do not depend on the number of threads.
 
 mod backward;
-mod bytes;
+pub(crate) mod bytes;
 mod chunk;
 mod codes;
 pub mod double;
-mod logits;
+pub(crate) mod keys;
+pub(crate) mod logits;
 pub(crate) mod matrix;
 mod merge;
 mod options;
 mod pairs;
 mod reduce;
 pub(crate) mod rows;
+pub(crate) mod run;
 pub(crate) mod scores;
 pub(crate) mod scratch;
 mod selective;
@@ -36,16 +38,17 @@ pub use reduce::{MAX_MOMENTS, Reductions, prob_reduce};
 pub use selective::selective_attention;
 pub use weights::attention_weights;
 
-use crate::parallel::{Execution, for_each};
-use crate::simd::{self, Isa, Kernel, Simd, dispatch};
+use crate::parallel::Execution;
+use crate::simd::{self, Kernel, Simd, dispatch};
 use crate::tensor::{DType, Element, Error, KvView, Result, TensorView, TensorViewMut, with_element};
 use bytes::{ByteKeys, ByteRows};
+use keys::{Keys, List, visible_along};
 use rows::{Indexed, widen_row, with_rows};
+use run::{Job, Partial, run};
 use scores::{RowId, Running, exp_difference};
-use scratch::{Scratch, with_scratch};
+use scratch::Scratch;
 use std::ops::Range;
-use std::sync::Mutex;
-use stream::{MAX_QUERY_ROWS, RowState, scale_row};
+use stream::{MAX_QUERY_ROWS, RowState, Seen, scale_row};
 use tile::{Form, QUERY_ROWS, TileState};
 
 /// Checked inputs of one attention call.
@@ -55,7 +58,7 @@ pub(crate) struct Problem<'a> {
     pub(crate) k: KvView<'a>,
     pub(crate) v: KvView<'a>,
     /// The keys as bytes, where scores may be computed from them.
-    pub(crate) byte_keys: Option<&'a ByteKeys>,
+    pub(crate) byte_keys: Option<&'a ByteKeys<'a>>,
     pub(crate) options: Options<'a>,
     /// Factor of all dot products; 1 where each row has its own.
     pub(crate) scale: f32,
@@ -164,7 +167,7 @@ impl<'a> Problem<'a> {
         self.options.state.map_or(running, |state| running.with_logit(state.lse.row(id.batch, id.head, id.row)[0]))
     }
 
-    fn id(&self, batch: usize, kv_head: usize, r: usize) -> RowId {
+    pub(crate) fn id(&self, batch: usize, kv_head: usize, r: usize) -> RowId {
         RowId { batch, head: kv_head * self.group + r % self.group, row: r / self.group }
     }
 }
@@ -193,65 +196,17 @@ fn visible_keys(
     start..end.max(start)
 }
 
-/// Rows `rows` of one KV head, row r being query `r / group` of head `r % group`.
-#[derive(Clone, Debug)]
-struct RowBlock {
-    job: usize,
-    batch: usize,
-    kv_head: usize,
-    rows: Range<usize>,
-    keys: Range<usize>,
-}
-
-/// One attention problem and where its results go; `lse` has shape `[batch, query heads, queries, 1]`.
-pub(crate) struct Job<'a, 'o> {
-    pub(crate) problem: Problem<'a>,
-    pub(crate) out: &'o TensorViewMut<'o>,
-    pub(crate) lse: &'o TensorViewMut<'o>,
-}
-
-/// What an item leaves for the merge: running softmax and unnormalised outputs of its rows.
-struct Partial {
-    running: Vec<Running>,
-    outputs: Vec<f32>,
-}
-
-fn row_blocks(job: usize, problem: &Problem, blocks: &mut Vec<RowBlock>) {
-    let rows = problem.queries * problem.group;
-    let step = if rows <= MAX_QUERY_ROWS { MAX_QUERY_ROWS } else { QUERY_ROWS };
-    for batch in 0..problem.batch {
-        for kv_head in 0..problem.kv_heads {
-            for first in (0..rows).step_by(step) {
-                let last = (first + step).min(rows);
-                let (start, end) =
-                    (problem.visible(first / problem.group), problem.visible((last - 1) / problem.group));
-                let keys = start.start..end.end.max(start.start);
-                blocks.push(RowBlock { job, batch, kv_head, rows: first..last, keys });
-            }
-        }
-    }
-}
-
-/// Keys per item: whole ranges when there are row blocks enough to share out, else fixed pieces.
-fn split_length(blocks: usize, longest: usize) -> usize {
-    const ENOUGH: usize = 32;
-    const SHORTEST: usize = 1024;
-    if blocks >= ENOUGH {
-        return longest.max(1);
-    }
-    (longest * blocks / (2 * ENOUGH)).max(SHORTEST).next_multiple_of(tile::KEYS)
-}
-
 /// Some rows of one KV head and the keys that they attend to.
 struct Item<'a, 's> {
     problem: &'a Problem<'a>,
     /// At most [`QUERY_ROWS`].
     ids: &'a [RowId],
+    /// Keys of the problem, or of the list.
     keys: Range<usize>,
-    /// Rows of the problem that the keys are; `None` is all, in their order.
-    index: Option<&'a [u32]>,
+    list: Option<List<'a>>,
     scratch: &'s mut Scratch,
-    finish: Option<&'a Job<'a, 'a>>,
+    /// Where the results go, and the keys once more, if this is all there is of the rows.
+    finish: Option<(&'a Job<'a, 'a>, &'a Keys<'a>)>,
 }
 
 impl Kernel for Item<'_, '_> {
@@ -259,12 +214,12 @@ impl Kernel for Item<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Option<Partial> {
-        let Self { problem, ids, keys, index, scratch, finish } = self;
+        let Self { problem, ids, keys, list, scratch, finish } = self;
         let n = ids.len();
         let few = n <= MAX_QUERY_ROWS;
         let padded_rows = if few { n } else { n.next_multiple_of(S::ROWS) };
         let pairs = !few && tile::multiplies_pairs::<S>(problem);
-        let as_bytes = !few && S::DOT_BYTES && problem.byte_keys.is_some() && index.is_none();
+        let as_bytes = !few && S::DOT_BYTES && problem.byte_keys.is_some() && list.is_none();
         let dp = match (as_bytes, pairs) {
             (true, _) => bytes::words(problem.dim),
             (_, true) => problem.dim / 2,
@@ -275,14 +230,8 @@ impl Kernel for Item<'_, '_> {
         let queries = scratch.queries.take(padded_rows * dp);
         let form = match problem.byte_keys {
             Some(all) if as_bytes => {
-                let head_bytes = all.head(ids[0].batch * problem.kv_heads + ids[0].head / problem.group);
-                let mut rows = Box::new(ByteRows::new());
-                let mut query = vec![0f32; problem.dim.next_multiple_of(S::LANES)];
-                for (r, &id) in ids.iter().enumerate() {
-                    load_query(s, problem, id, &mut query);
-                    rows.load(r, &query[..problem.dim], head_bytes.mean, &mut queries[r * dp..(r + 1) * dp]);
-                }
-                Form::Bytes { rows, keys: head_bytes }
+                let rows = load_query_bytes(s, problem, all, ids, dp, queries);
+                Form::Bytes { rows, keys: all.of(problem, ids[0]) }
             }
             _ => {
                 for (r, &id) in ids.iter().enumerate() {
@@ -309,12 +258,13 @@ impl Kernel for Item<'_, '_> {
             // RowState says.
             unsafe {
                 with_rows!(problem, ids[0].batch, ids[0].head / problem.group, |k, v| {
-                    match index {
+                    match &list {
                         None => stream::attend(s, problem, ids, k, v, keys, None, &mut state, scores, false),
-                        Some(index) => {
+                        Some(list) => {
+                            let index = list.index;
                             let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
-                            let all = Some(0..index.len());
-                            stream::attend(s, problem, ids, k, v, keys, all, &mut state, scores, false)
+                            let seen = Seen::Listed(list);
+                            stream::attend_seen(s, problem, ids, k, v, keys, seen, &mut state, scores, false)
                         }
                     }
                 });
@@ -322,13 +272,13 @@ impl Kernel for Item<'_, '_> {
         } else {
             let mut state = TileState { queries, padded_dim: dp, form, outputs, padded_value_dim: vp, running };
             let Scratch { keys: kb, values: vb, scores: sb, extra, .. } = scratch;
-            tile::attend(s, problem, ids, keys, index, &mut state, kb, vb, sb, extra);
+            tile::attend(s, problem, ids, keys, list.as_ref(), &mut state, kb, vb, sb, extra);
         }
-        let Some(job) = finish else {
+        let Some((job, keys)) = finish else {
             return Some(Partial { running: running.to_vec(), outputs: outputs[..n * vp].to_vec() });
         };
         for (r, &id) in ids.iter().enumerate() {
-            finish_row(s, job, id, running[r], &mut outputs[r * vp..(r + 1) * vp]);
+            finish_row(s, job, id, keys, running[r], &mut outputs[r * vp..(r + 1) * vp]);
         }
         None
     }
@@ -348,6 +298,27 @@ fn load_query<S: Simd>(s: S, problem: &Problem, id: RowId, to: &mut [f32]) {
     }
 }
 
+/// Loads query rows as bytes, `padded_dim` floats each.
+#[inline(always)]
+pub(crate) fn load_query_bytes<S: Simd>(
+    s: S,
+    problem: &Problem,
+    all: &ByteKeys,
+    ids: &[RowId],
+    padded_dim: usize,
+    to: &mut [f32],
+) -> Box<ByteRows> {
+    let mut rows = Box::new(ByteRows::new());
+    let mut query = vec![0f32; problem.dim.next_multiple_of(S::LANES)];
+    let mut rest = vec![0f32; problem.dim];
+    for (r, &id) in ids.iter().enumerate() {
+        load_query(s, problem, id, &mut query);
+        let to = &mut to[r * padded_dim..(r + 1) * padded_dim];
+        rows.load(r, &query[..problem.dim], all.of(problem, id), &mut rest, to);
+    }
+    rows
+}
+
 /// Copies one query row of bf16 as it is, two numbers to a float's four bytes; `to` is padded with zeros.
 #[inline(always)]
 fn load_query_pairs(problem: &Problem, id: RowId, to: &mut [f32]) {
@@ -361,14 +332,19 @@ fn load_query_pairs(problem: &Problem, id: RowId, to: &mut [f32]) {
 
 /// Normalises a row, with sink logit and state, and writes output and lse.
 #[inline(always)]
-fn finish_row<S: Simd>(s: S, job: &Job, id: RowId, running: Running, outputs: &mut [f32]) {
+fn finish_row<S: Simd>(s: S, job: &Job, id: RowId, keys: &Keys, running: Running, outputs: &mut [f32]) {
     let problem = &job.problem;
+    if let Some(max) = job.max {
+        // SAFETY: it has one element per query row, and no other worker holds this row.
+        unsafe { max.row_ptr::<f32>(id.batch, id.head, id.row).write(running.max) };
+    }
     let lse = normalise(s, problem, id, running, outputs);
     let row = &outputs[..problem.value_dim];
-    if row.iter().all(|x| x.is_finite()) || !problem.hides(id) {
+    let all = matches!(keys, Keys::Range(_)) && !problem.hides(id);
+    if all || row.iter().all(|x| x.is_finite()) {
         write_row(job, id, row, lse);
     } else {
-        careful_row(job, id);
+        careful_row(job, id, keys);
     }
 }
 
@@ -406,13 +382,13 @@ fn write_row(job: &Job, id: RowId, row: &[f32], lse: f32) {
 /// Computes one row anew without ever touching a value of weight 0: the row came out non-finite, and keys are hidden from it whose
 /// values may be the reason.
 #[inline(never)]
-fn careful_row(job: &Job, id: RowId) {
-    struct Careful<'a>(&'a Job<'a, 'a>, RowId);
+fn careful_row(job: &Job, id: RowId, keys: &Keys) {
+    struct Careful<'a>(&'a Job<'a, 'a>, RowId, &'a Keys<'a>);
     impl Kernel for Careful<'_> {
         type Output = ();
         #[inline(always)]
         fn run<S: Simd>(self, s: S) {
-            let Self(job, id) = self;
+            let Self(job, id, keys) = self;
             let problem = &job.problem;
             let mut queries = vec![0f32; problem.dim.next_multiple_of(S::LANES)];
             let mut outputs = vec![0f32; problem.value_dim.next_multiple_of(S::LANES)];
@@ -427,18 +403,30 @@ fn careful_row(job: &Job, id: RowId) {
                 running: &mut running,
             };
             let head = id.head / problem.group;
-            let keys = problem.visible(id.row);
-            // SAFETY: visible keys lie inside the views; the buffers are padded as RowState says.
+            let mut buffer = Vec::new();
+            // SAFETY: visible keys lie inside the views, as do those of a list; the buffers are padded as RowState says.
             unsafe {
                 with_rows!(problem, id.batch, head, |k, v| {
-                    stream::attend(s, problem, &[id], k, v, keys, None, &mut state, &mut scores, true)
+                    match keys.index(&mut buffer) {
+                        None => {
+                            let keys = problem.visible(id.row);
+                            stream::attend(s, problem, &[id], k, v, keys, None, &mut state, &mut scores, true)
+                        }
+                        Some(index) => {
+                            let visible = [visible_along(problem, index, id.row)];
+                            let list = List { index, bias: keys.bias(), visible: &visible };
+                            let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
+                            let (all, seen) = (visible[0].clone(), Seen::Listed(&list));
+                            stream::attend_seen(s, problem, &[id], k, v, all, seen, &mut state, &mut scores, true)
+                        }
+                    }
                 });
             }
             let lse = normalise(s, problem, id, running[0], &mut outputs);
             write_row(job, id, &outputs[..problem.value_dim], lse);
         }
     }
-    dispatch(simd::current(), Careful(job, id));
+    dispatch(simd::current(), Careful(job, id, keys));
 }
 
 /// Adds what a row found among other keys to what it has; returns the softmax over both. The shorter row is a multiple of `LANES`.
@@ -454,79 +442,7 @@ fn fold<S: Simd>(s: S, running: Running, row: &mut [f32], other: Running, from: 
     Running { max, sum: running.sum * a + other.sum * b }
 }
 
-struct MergeParts<'a> {
-    job: &'a Job<'a, 'a>,
-    block: &'a RowBlock,
-    parts: Vec<Partial>,
-}
-
-impl Kernel for MergeParts<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self { job, block, mut parts } = self;
-        let n = block.rows.len();
-        let width = parts.first().map_or(0, |p| p.outputs.len() / n);
-        let (first, rest) = parts.split_first_mut().expect("a split block has parts");
-        for r in 0..n {
-            let row = &mut first.outputs[r * width..(r + 1) * width];
-            let mut running = first.running[r];
-            for part in rest.iter() {
-                running = fold(s, running, row, part.running[r], &part.outputs[r * width..(r + 1) * width]);
-            }
-            finish_row(s, job, job.problem.id(block.batch, block.kv_head, block.rows.start + r), running, row);
-        }
-    }
-}
-
-/// Runs several problems as one pool of work.
-pub(crate) fn run(isa: Isa, jobs: &[Job], execution: &Execution) -> Result<()> {
-    let mut blocks = Vec::new();
-    for (j, job) in jobs.iter().enumerate() {
-        row_blocks(j, &job.problem, &mut blocks);
-    }
-    let longest = blocks.iter().map(|b| b.keys.len()).max().unwrap_or(0);
-    let length = split_length(blocks.len(), longest);
-    // (block, piece), the long ones first
-    let mut items: Vec<(usize, usize)> = Vec::new();
-    for (b, block) in blocks.iter().enumerate() {
-        items.extend((0..block.keys.len().div_ceil(length).max(1)).map(|piece| (b, piece)));
-    }
-    items.sort_by_key(|&(b, piece)| {
-        let left = blocks[b].keys.len() - (piece * length).min(blocks[b].keys.len());
-        std::cmp::Reverse(left.min(length) * blocks[b].rows.len())
-    });
-    let pieces: Vec<Mutex<Vec<Option<Partial>>>> = blocks.iter().map(|_| Mutex::default()).collect();
-    for_each(execution, items.len(), |i| {
-        let (b, piece) = items[i];
-        let block = &blocks[b];
-        let job = &jobs[block.job];
-        let start = block.keys.start + piece * length;
-        let keys = start..(start + length).min(block.keys.end).max(start);
-        let count = block.keys.len().div_ceil(length).max(1);
-        let finish = (count == 1).then_some(job);
-        let problem = &job.problem;
-        let mut ids = [RowId { batch: 0, head: 0, row: 0 }; QUERY_ROWS];
-        for (id, r) in ids.iter_mut().zip(block.rows.clone()) {
-            *id = problem.id(block.batch, block.kv_head, r);
-        }
-        let ids = &ids[..block.rows.len()];
-        let partial = with_scratch(|scratch| dispatch(isa, Item { problem, ids, keys, index: None, scratch, finish }));
-        if partial.is_some() {
-            let mut slots = pieces[b].lock().unwrap_or_else(|e| e.into_inner());
-            slots.resize_with(count, || None);
-            slots[piece] = partial;
-            // The last piece to arrive merges them all, in their order.
-            if slots.iter().all(Option::is_some) {
-                let parts = std::mem::take(&mut *slots).into_iter().flatten().collect();
-                dispatch(isa, MergeParts { job, block, parts });
-            }
-        }
-    })
-}
-
-fn check_outputs(problem: &Problem, out: &TensorViewMut, lse: &TensorViewMut) -> Result<()> {
+pub(crate) fn check_outputs(problem: &Problem, out: &TensorViewMut, lse: &TensorViewMut) -> Result<()> {
     let rows = [problem.batch, problem.query_heads, problem.queries];
     if out.shape()[..3] != rows || out.shape()[3] != problem.value_dim {
         let expected = format!("{rows:?} x {}", problem.value_dim);
@@ -557,10 +473,10 @@ pub fn attention<'a>(
     let byte_keys;
     // Few rows are bound by reading keys, and read them as they are.
     if options.qk_int8 && problem.queries * problem.group > MAX_QUERY_ROWS {
-        byte_keys = ByteKeys::new(simd::current(), &problem, execution)?;
+        byte_keys = ByteKeys::new(simd::current(), &problem, 127.0, &[], execution)?;
         problem.byte_keys = Some(&byte_keys);
     }
-    run(simd::current(), &[Job { problem, out, lse }], execution)
+    run(simd::current(), &[Job::new(problem, out, lse)], execution)
 }
 
 /// What packed sequences ask for beyond a problem's own checks.
@@ -617,7 +533,7 @@ pub fn attention_varlen(
             Ok((problem, out.rows(rows.clone()), lse.rows(rows)))
         })
         .collect::<Result<_>>()?;
-    let jobs: Vec<_> = parts.iter().map(|(problem, out, lse)| Job { problem: *problem, out, lse }).collect();
+    let jobs: Vec<_> = parts.iter().map(|(problem, out, lse)| Job::new(*problem, out, lse)).collect();
     run(simd::current(), &jobs, execution)
 }
 

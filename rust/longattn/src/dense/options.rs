@@ -153,13 +153,18 @@ impl Options<'_> {
     /// Whether raw scaled dot products are the logits.
     #[inline(always)]
     pub(crate) fn is_plain(&self) -> bool {
-        self.softcap == 0.0
-            && self.bias.is_none()
-            && self.mask.is_none()
-            && self.alibi_slopes.is_none()
-            && self.relative_bias.is_none()
-            && self.segments.is_none()
-            && self.visible_until.is_none()
+        self.softcap == 0.0 && !self.looks_at_keys()
+    }
+
+    /// Whether logits depend on which keys they are of, other than by what causality and window hide.
+    #[inline(always)]
+    pub(crate) fn looks_at_keys(&self) -> bool {
+        self.bias.is_some()
+            || self.mask.is_some()
+            || self.alibi_slopes.is_some()
+            || self.relative_bias.is_some()
+            || self.segments.is_some()
+            || self.visible_until.is_some()
     }
 }
 

@@ -1,5 +1,6 @@
 //! What happens to a row of raw scores between QK and PV: score modifications, masks, online softmax.
 
+use super::keys::List;
 use super::{Problem, RelativeBias};
 use crate::simd::{MAX_LANES, Simd};
 use std::ops::Range;
@@ -57,15 +58,9 @@ pub(crate) struct RowId {
 #[inline(always)]
 pub(crate) fn modify<S: Simd>(s: S, problem: &Problem, id: RowId, scores: &mut [f32], first_key: usize) {
     let options = &problem.options;
+    cap(s, options.softcap, scores);
     let n = scores.len() / S::LANES * S::LANES;
     let p = scores.as_mut_ptr();
-    if options.softcap > 0.0 {
-        let (cap, inverse) = (s.splat(options.softcap), s.splat(1.0 / options.softcap));
-        for j in (0..n).step_by(S::LANES) {
-            // SAFETY: j + LANES <= n <= scores.len().
-            unsafe { s.store(p.add(j), s.mul(cap, s.tanh(s.mul(s.load(p.add(j)), inverse)))) };
-        }
-    }
     if let Some(slopes) = options.alibi_slopes {
         let slope = slopes[id.batch * problem.query_heads + id.head];
         let position = problem.position(id.row) as f32;
@@ -81,7 +76,62 @@ pub(crate) fn modify<S: Simd>(s: S, problem: &Problem, id: RowId, scores: &mut [
     }
     // The others exist for the keys of the problem only, not for the padding of the buffer.
     let keys = scores.len().min(problem.keys - first_key);
-    let scores = &mut scores[..keys];
+    modify_by_key(problem, id, &mut scores[..keys], first_key);
+}
+
+/// [`modify`] of the keys `keys` of a list.
+#[inline(always)]
+pub(crate) fn modify_listed<S: Simd>(
+    s: S,
+    problem: &Problem,
+    id: RowId,
+    scores: &mut [f32],
+    list: &List,
+    keys: Range<usize>,
+) {
+    cap(s, problem.options.softcap, scores);
+    let scores = &mut scores[..keys.len()];
+    if problem.options.looks_at_keys() {
+        let index = &list.index[keys.clone()];
+        let mut start = 0;
+        // Keys that follow one another go together.
+        while start < index.len() {
+            let first = index[start] as usize;
+            let run = index[start..].iter().zip(first..).take_while(|&(&j, next)| j as usize == next).count();
+            let scores = &mut scores[start..start + run];
+            if let Some(slopes) = problem.options.alibi_slopes {
+                let slope = slopes[id.batch * problem.query_heads + id.head];
+                let distance = first as f32 - problem.position(id.row) as f32;
+                for (j, score) in scores.iter_mut().enumerate() {
+                    *score -= slope * (distance + j as f32).abs();
+                }
+            }
+            modify_by_key(problem, id, scores, first);
+            start += run;
+        }
+    }
+    if let Some(bias) = list.bias {
+        add(scores, &bias[keys]);
+    }
+}
+
+/// `c * tanh(s / c)` of every score, if `c` is above 0.
+#[inline(always)]
+fn cap<S: Simd>(s: S, softcap: f32, scores: &mut [f32]) {
+    if softcap > 0.0 {
+        let (cap, inverse) = (s.splat(softcap), s.splat(1.0 / softcap));
+        for part in scores.chunks_exact_mut(S::LANES) {
+            let p = part.as_mut_ptr();
+            // SAFETY: the part has LANES floats.
+            unsafe { s.store(p, s.mul(cap, s.tanh(s.mul(s.load(p), inverse)))) };
+        }
+    }
+}
+
+/// The biases and masks that have an entry for each key, on the scores of the keys from `first_key` on.
+#[inline(always)]
+fn modify_by_key(problem: &Problem, id: RowId, scores: &mut [f32], first_key: usize) {
+    let (options, keys) = (&problem.options, scores.len());
     if let Some(bias) = &options.relative_bias {
         add_relative(scores, bias, problem, id, first_key);
     }

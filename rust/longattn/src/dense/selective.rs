@@ -83,7 +83,7 @@ pub fn selective_attention<'a>(
             let (q, k, v) = (q.batch(b).rows(rows.clone()), k.batch(b).rows(0..seen), v.batch(b).rows(0..seen));
             let problem = Problem::new(q, k, v, Options { bias: Some(bias), ..options })?;
             let (out, lse) = (out.batch(b), lse.batch(b));
-            run(isa, &[Job { problem, out: &out.rows(rows.clone()), lse: &lse.rows(rows) }], execution)?;
+            run(isa, &[Job::new(problem, &out.rows(rows.clone()), &lse.rows(rows))], execution)?;
         }
     }
     Ok(())

@@ -12,9 +12,10 @@
 
 use super::Problem;
 use super::codes::{ByteQueries, ByteScores, ScaleScores, ScaleWeights, widest};
+use super::keys::List;
 use super::pairs::{PairQueries, PairScores};
 use super::rows::{BareRows, Row, Rows};
-use super::scores::{RowId, Running, is_negligible, modify, online_softmax};
+use super::scores::{RowId, Running, is_negligible, modify, modify_listed, online_softmax};
 use crate::simd::{Kernel, Simd, prefetch};
 use crate::tensor::DType;
 use std::ops::Range;
@@ -534,7 +535,7 @@ struct BlockWeights<'a, 'b> {
     problem: &'a Problem<'a>,
     ids: &'a [RowId],
     keys: Range<usize>,
-    visible: Option<Range<usize>>,
+    seen: Seen<'a>,
     state: &'a mut RowState<'b>,
     scores: &'a mut [f32],
     skips: bool,
@@ -545,29 +546,38 @@ impl Kernel for BlockWeights<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> bool {
-        let Self { problem, ids, keys: Range { start, end }, visible, state, scores, skips } = self;
+        let Self { problem, ids, keys: Range { start, end }, seen, state, scores, skips } = self;
         let padded = (end - start).next_multiple_of(S::LANES);
-        let visible_of = |id: RowId| {
-            let visible = visible.clone().unwrap_or_else(|| problem.visible(id.row));
+        let visible_of = |r: usize| {
+            let visible = match &seen {
+                Seen::ByPosition => problem.visible(ids[r].row),
+                Seen::Places(places) => places.clone(),
+                Seen::Listed(list) => list.visible[r].clone(),
+            };
             visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start
         };
-        if !problem.options.is_plain() {
+        let biased = matches!(seen, Seen::Listed(List { bias: Some(_), .. }));
+        if biased || !problem.options.is_plain() {
             for (r, &id) in ids.iter().enumerate() {
-                modify(s, problem, id, &mut scores[r * KEYS..r * KEYS + padded], start);
+                let row = &mut scores[r * KEYS..r * KEYS + padded];
+                match seen {
+                    Seen::Listed(list) => modify_listed(s, problem, id, row, list, start..end),
+                    _ => modify(s, problem, id, row, start),
+                }
             }
         }
         if skips {
             let mut all = true;
-            for (r, &id) in ids.iter().enumerate() {
-                all &= is_negligible(problem, &scores[r * KEYS..][..padded], visible_of(id), state.running[r]);
+            for r in 0..ids.len() {
+                all &= is_negligible(problem, &scores[r * KEYS..][..padded], visible_of(r), state.running[r]);
             }
             if all {
                 return false;
             }
         }
-        for (r, &id) in ids.iter().enumerate() {
+        for r in 0..ids.len() {
             let row = &mut scores[r * KEYS..r * KEYS + padded];
-            let (running, factor) = online_softmax(s, row, visible_of(id), state.running[r]);
+            let (running, factor) = online_softmax(s, row, visible_of(r), state.running[r]);
             state.running[r] = running;
             if factor != 1.0 {
                 scale_row(s, &mut state.outputs[r * state.padded_value_dim..][..state.padded_value_dim], factor);
@@ -575,6 +585,17 @@ impl Kernel for BlockWeights<'_, '_> {
         }
         true
     }
+}
+
+/// What the rows see of the keys that are gone through.
+#[derive(Clone, Debug)]
+pub(crate) enum Seen<'a> {
+    /// What causality and window leave.
+    ByPosition,
+    /// These, which are counted otherwise than in the problem; what options say of a key, they say of its place.
+    Places(Range<usize>),
+    /// What the list says; keys are counted along it, and `k` and `v` are its rows.
+    Listed(&'a List<'a>),
 }
 
 /// Attends from the rows of `state` to the keys `keys`, `ids[r]` being row r.
@@ -597,8 +618,33 @@ pub(crate) unsafe fn attend<S: Simd, K: Rows, V: Rows>(
     scores: &mut [f32],
     careful: bool,
 ) {
+    let seen = visible.map_or(Seen::ByPosition, Seen::Places);
+    // SAFETY: the caller's promise.
+    unsafe { attend_seen(s, problem, ids, k, v, keys, seen, state, scores, careful) }
+}
+
+/// [`attend`] to what `seen` says.
+///
+/// # Safety
+/// As [`attend`].
+#[inline(always)]
+pub(crate) unsafe fn attend_seen<S: Simd, K: Rows, V: Rows>(
+    s: S,
+    problem: &Problem,
+    ids: &[RowId],
+    k: K,
+    v: V,
+    keys: Range<usize>,
+    seen: Seen,
+    state: &mut RowState,
+    scores: &mut [f32],
+    careful: bool,
+) {
     let n = ids.len();
     assert!(n == state.running.len());
+    if let Seen::Listed(list) = &seen {
+        assert!(list.visible.len() == n && list.bias.is_none_or(|bias| bias.len() >= keys.end));
+    }
     let skips = problem.options.skip_threshold > 0.0 && !careful;
     let bits = <K::Bare as BareRows>::BITS;
     let dot_bytes = S::DOT_BYTES && problem.dim <= widest(S::LANES, bits);
@@ -633,7 +679,7 @@ pub(crate) unsafe fn attend<S: Simd, K: Rows, V: Rows>(
                 }
             }
         }
-        let weights = BlockWeights { problem, ids, keys: keys.clone(), visible: visible.clone(), state, scores, skips };
+        let weights = BlockWeights { problem, ids, keys: keys.clone(), seen: seen.clone(), state, scores, skips };
         if s.call(weights) {
             let next = (k, problem.dim);
             match v.bare() {

@@ -1,6 +1,7 @@
 //! Exact attention against a direct computation in f64, on every instruction set of this CPU.
 
 use super::*;
+use crate::simd::Isa;
 use half::{bf16, f16};
 use proptest::prelude::*;
 
@@ -164,7 +165,7 @@ impl Case {
         {
             let out = TensorViewMut::new(&mut out, [rows[0], rows[1], rows[2], value_dim]).unwrap();
             let lse = TensorViewMut::new(&mut lse, [rows[0], rows[1], rows[2], 1]).unwrap();
-            run(isa, &[Job { problem, out: &out, lse: &lse }], &Execution::default()).unwrap();
+            run(isa, &[Job::new(problem, &out, &lse)], &Execution::default()).unwrap();
         }
         (out, lse)
     }

@@ -11,8 +11,9 @@
 
 use super::Problem;
 use super::bytes::{ByteProduct, ByteRows, HeadBytes, words};
+use super::keys::List;
 use super::rows::{Indexed, Row, Rows, Strided, numbers, widen_part, widen_row, with_rows};
-use super::scores::{RowId, Running, is_negligible, modify, online_softmax};
+use super::scores::{RowId, Running, is_negligible, modify, modify_listed, online_softmax};
 use super::scratch::Buffer;
 use super::stream::scale_row;
 use crate::simd::{Kernel, MAX_ROWS, PANEL_VECTORS, Simd};
@@ -166,12 +167,12 @@ unsafe fn micro<S: Simd, P: Product<S>, const R: usize>(
     }
 }
 
-/// [`micro`] with the instruction set's own number of rows.
+/// [`micro`] with the instruction set's own number of rows, or with 4 of many where no more than `rows` of them count.
 ///
 /// # Safety
 /// As [`micro`], with `S::ROWS` rows.
 #[inline(always)]
-unsafe fn multiply_by<S: Simd, P: Product<S>>(
+pub(super) unsafe fn multiply_by<S: Simd, P: Product<S>>(
     s: S,
     product: P,
     k: usize,
@@ -180,10 +181,12 @@ unsafe fn multiply_by<S: Simd, P: Product<S>>(
     b: *const f32,
     c: *mut f32,
     ldc: usize,
+    rows: usize,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         match S::ROWS {
+            12 if rows <= 4 => micro::<S, P, 4>(s, product, k, a, lda, b, c, ldc),
             12 => micro::<S, P, 12>(s, product, k, a, lda, b, c, ldc),
             6 => micro::<S, P, 6>(s, product, k, a, lda, b, c, ldc),
             _ => micro::<S, P, 4>(s, product, k, a, lda, b, c, ldc),
@@ -207,7 +210,7 @@ pub(crate) unsafe fn multiply<S: Simd>(
     add: bool,
 ) {
     // SAFETY: the caller's promise.
-    unsafe { multiply_by(s, Floats { add }, k, a, lda, b, c, ldc) }
+    unsafe { multiply_by(s, Floats { add }, k, a, lda, b, c, ldc, S::ROWS) }
 }
 
 /// Whether queries and keys of a problem can stay pairs of bf16.
@@ -383,29 +386,38 @@ pub(crate) struct TileState<'a> {
 }
 
 /// Attends from the rows of `state` to the keys `keys` of the problem, `ids[r]` being row r of one KV head's group; rows that belong
-/// to later positions come later. `state` is padded as its fields say. With `index`, key j is row `index[j]` of the problem;
-/// what a row sees is counted along the index.
+/// to later positions come later. `state` is padded as its fields say. With `list`, `keys` are counted along it.
 #[inline(always)]
 pub(crate) fn attend<S: Simd>(
     s: S,
     problem: &Problem,
     ids: &[RowId],
     keys: Range<usize>,
-    index: Option<&[u32]>,
+    list: Option<&List>,
     state: &mut TileState,
     key_buffer: &mut Buffer,
     value_buffer: &mut Buffer,
     score_buffer: &mut Buffer,
     extra: &mut Buffer,
 ) {
-    assert!(keys.end <= problem.keys);
-    assert!(index.is_none_or(|index| index[keys.clone()].iter().all(|&j| (j as usize) < problem.keys)));
+    match list {
+        None => assert!(keys.end <= problem.keys),
+        Some(list) => {
+            assert!(list.index[keys.clone()].iter().all(|&j| (j as usize) < problem.keys));
+            assert!(list.visible.len() == ids.len() && list.bias.is_none_or(|bias| bias.len() >= keys.end));
+        }
+    }
+    let index = list.map(|list| list.index);
+    let visible_of = |r: usize, start: usize, end: usize| {
+        let visible = list.map_or_else(|| problem.visible(ids[r].row), |list| list.visible[r].clone());
+        visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start
+    };
     let panel = panel::<S>();
     let tiles = ids.len().div_ceil(S::ROWS);
     let (dp, vp) = (state.padded_dim, state.padded_value_dim);
     assert!(KEYS.is_multiple_of(panel) && vp % panel == 0 && ids.len() == state.running.len());
     assert!(state.queries.len() >= tiles * S::ROWS * dp && state.outputs.len() >= tiles * S::ROWS * vp);
-    let plain = problem.options.is_plain();
+    let plain = problem.options.is_plain() && list.is_none_or(|list| list.bias.is_none());
     let skips = problem.options.skip_threshold > 0.0;
     let packed_keys = key_buffer.take(KEYS * dp);
     let packed_values = value_buffer.take(KEYS * vp);
@@ -420,11 +432,10 @@ pub(crate) fn attend<S: Simd>(
         // Range of the block's columns that some row of a tile sees.
         for (t, range) in ranges.iter_mut().enumerate().take(tiles) {
             *range = (columns, 0);
-            for id in &ids[t * S::ROWS..((t + 1) * S::ROWS).min(ids.len())] {
-                let visible = problem.visible(id.row);
-                let (low, high) = (visible.start.clamp(start, end) - start, visible.end.clamp(start, end) - start);
-                if low < high {
-                    *range = (range.0.min(low), range.1.max(high));
+            for r in t * S::ROWS..((t + 1) * S::ROWS).min(ids.len()) {
+                let visible = visible_of(r, start, end);
+                if !visible.is_empty() {
+                    *range = (range.0.min(visible.start), range.1.max(visible.end));
                 }
             }
         }
@@ -469,27 +480,25 @@ pub(crate) fn attend<S: Simd>(
                     if low < (p + 1) * panel && p * panel < high {
                         let a = state.queries.as_ptr().add(t * S::ROWS * dp);
                         let c = scores.as_mut_ptr().add(t * S::ROWS * KEYS + p * panel);
+                        let rows_left = ids.len() - t * S::ROWS;
                         match &state.form {
-                            Form::Floats => multiply(s, problem.dim, a, dp, b, c, KEYS, false),
-                            // Only AVX-512 multiplies pairs, with 12 rows.
+                            Form::Floats => {
+                                multiply_by(s, Floats { add: false }, problem.dim, a, dp, b, c, KEYS, rows_left);
+                            }
                             Form::Pairs => {
                                 let product = Pairs { scale: problem.scale };
-                                micro::<S, _, 12>(s, product, problem.dim / 2, a, dp, b, c, KEYS);
+                                multiply_by(s, product, problem.dim / 2, a, dp, b, c, KEYS, rows_left);
                             }
                             Form::Bytes { rows, keys } => {
                                 let (keys, first_row, first_key) = (*keys, t * S::ROWS, start + p * panel);
                                 let product = ByteProduct { rows, keys, first_row, first_key };
-                                multiply_by(s, product, words(problem.dim), a, dp, b, c, KEYS);
+                                multiply_by(s, product, words(problem.dim), a, dp, b, c, KEYS, rows_left);
                             }
                         }
                     }
                 }
             }
         }
-        let visible_of = |id: RowId| {
-            let visible = problem.visible(id.row);
-            visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start
-        };
         for (t, range) in ranges.iter_mut().enumerate().take(tiles) {
             if range.0 >= range.1 {
                 continue;
@@ -502,13 +511,22 @@ pub(crate) fn attend<S: Simd>(
             }
             if !plain {
                 for r in rows.clone() {
-                    modify(s, problem, ids[r], &mut scores[r * KEYS..r * KEYS + columns], start);
+                    let row = &mut scores[r * KEYS..r * KEYS + columns];
+                    match list {
+                        None => modify(s, problem, ids[r], row, start),
+                        Some(list) => modify_listed(s, problem, ids[r], row, list, start..end),
+                    }
                 }
             }
             if skips {
                 let mut all = true;
                 for r in rows.clone() {
-                    all &= is_negligible(problem, &scores[r * KEYS..][..columns], visible_of(ids[r]), state.running[r]);
+                    all &= is_negligible(
+                        problem,
+                        &scores[r * KEYS..][..columns],
+                        visible_of(r, start, end),
+                        state.running[r],
+                    );
                 }
                 if all {
                     // Nothing of the block is added below.
@@ -518,7 +536,7 @@ pub(crate) fn attend<S: Simd>(
             }
             for r in rows {
                 let row = &mut scores[r * KEYS..r * KEYS + columns];
-                let (running, factor) = online_softmax(s, row, visible_of(ids[r]), state.running[r]);
+                let (running, factor) = online_softmax(s, row, visible_of(r, start, end), state.running[r]);
                 state.running[r] = running;
                 if factor != 1.0 {
                     scale_row(s, &mut state.outputs[r * vp..(r + 1) * vp], factor);
@@ -533,7 +551,8 @@ pub(crate) fn attend<S: Simd>(
                         let a = scores.as_ptr().add(t * S::ROWS * KEYS + low);
                         let b = packed_values.as_ptr().add((p * KEYS + low) * panel);
                         let c = state.outputs.as_mut_ptr().add(t * S::ROWS * vp + p * panel);
-                        multiply(s, high - low, a, KEYS, b, c, vp, true);
+                        let rows_left = ids.len() - t * S::ROWS;
+                        multiply_by(s, Floats { add: true }, high - low, a, KEYS, b, c, vp, rows_left);
                     }
                 }
             }

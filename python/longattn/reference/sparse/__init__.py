@@ -1,0 +1,32 @@
+"""References of `longattn.sparse`."""
+
+from longattn.reference.sparse.anchor_attention import anchor_attention, anchor_margins
+from longattn.reference.sparse.dhsa_select import boundary_labels, boundary_logits, dhsa_select, pick_boundaries
+from longattn.reference.sparse.hyper_attention import hyper_attention
+from longattn.reference.sparse.lightweight_topk_attention import (
+    lightweight_topk_attention,
+    lightweight_topk_logits,
+)
+from longattn.reference.sparse.power_of_two_attention import power_of_two_attention, power_of_two_mask
+from longattn.reference.sparse.sale_select import sale_estimates, sale_kept, sale_select
+from longattn.reference.sparse.sparge_attention import sparge_attention, sparge_blocks, sparge_scores
+
+__all__ = [
+    "anchor_attention",
+    "anchor_margins",
+    "boundary_labels",
+    "boundary_logits",
+    "dhsa_select",
+    "hyper_attention",
+    "lightweight_topk_attention",
+    "lightweight_topk_logits",
+    "pick_boundaries",
+    "power_of_two_attention",
+    "power_of_two_mask",
+    "sale_estimates",
+    "sale_kept",
+    "sale_select",
+    "sparge_attention",
+    "sparge_blocks",
+    "sparge_scores",
+]

@@ -1,0 +1,76 @@
+"""Exact attention over chosen keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longattn import _core
+from longattn._arrays import Array
+from longattn.sparse._call import call
+from longattn.sparse.row_lists import RowLists
+
+
+def index_sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    lists: RowLists,
+    *,
+    causal: bool = False,
+    return_lse: bool = False,
+    out: Array | None = None,
+    **options: Any,
+) -> Any:
+    """Softmax attention of each block of queries over its own list of keys, read where they lie.
+
+    What `longattn.attention` computes with the mask that `lists` stands for, with `lists.bias` added to the logits.
+    Empty lists give zeros and an lse of -inf.
+
+    Args:
+        q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16.
+        k: keys `[B, Hkv, Lk, D]`, or `[Hkv, Lk, D]`; any of the three dtypes, or the `keys` of a `KVStore` of codes.
+        v: values `[B, Hkv, Lk, Dv]`, or `[Hkv, Lk, Dv]`; dtype of `k`.
+        lists: which keys each block of queries attends to.
+        causal: besides, a query sees only keys at its own position and before.
+        return_lse: also return the log-sum-exp of the logits.
+        out: array `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`) of the kind and dtype of `q` that receives the result.
+        options: `window`, `scale`, `softcap`, `bias`, `mask`, `alibi_slopes`, `sinks`, `relative_bias`,
+            `relative_zero`, `segments`, `visible_until`, `skip_threshold` and `state` of `longattn.attention`. Those
+            with a number per key are read key by key where listed keys do not follow one another.
+
+    Returns:
+        The output `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`), in the kind and dtype of `q`. With `return_lse`, the pair
+        `(output, lse)`, `lse` float32 `[B, Hq, Lq]` (or `[Hq, Lq]`).
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes or values that do not fit, or lists of another problem.
+
+    Cost:
+        `(D + Dv)` multiply-adds per query head, query and listed key. Where a list is for at most 8 rows (queries
+        times query heads) its keys are read in place; for more they are packed, once for up to 192 rows.
+
+    Example:
+        >>> import numpy as np, longattn as la
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 4, 16), dtype=np.float32)
+        >>> each = np.arange(5).reshape(1, 1, 5)
+        >>> lists = la.RowLists(indptr=each, indices=np.arange(4), lengths=(4, 4), block_q=1)
+        >>> np.allclose(la.index_sparse_attention(q, k, v, lists), v)
+        True
+    """
+    if not isinstance(lists, RowLists):
+        raise TypeError(f"lists: got {type(lists).__name__}, expected RowLists")
+    return call(
+        _core.index_sparse,
+        lists,
+        "lists",
+        (lists.bias,),
+        q,
+        k,
+        v,
+        after=(None,),
+        causal=causal,
+        return_lse=return_lse,
+        out=out,
+        **options,
+    )

@@ -1,0 +1,108 @@
+"""Lists of keys per block of queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longattn._arrays import as_numpy
+from longattn._checks import check_floating
+from longattn.sparse._lists import Lists, visible_pairs
+
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class RowLists(Lists):
+    """Which keys each block of queries attends to, one by one.
+
+    Causality or a window hide listed keys besides. `a | b` and `a & b` are the union and the intersection of lists
+    of one shape that have no `bias`.
+
+    Args:
+        indptr: integers `[B, H, query blocks + 1]`: the list of block `i` of head `h` is
+            `indices[indptr[b, h, i] : indptr[b, h, i + 1]]`, and may be empty. `B` may be 1 for any batch; `H` is the
+            number of query heads, of KV heads, 1, or a number between that divides the query heads: neighbours share.
+        indices: integers, numbers of keys, each list ascending and without repetition.
+        lengths: the numbers of queries and of keys, `(Lq, Lk)`.
+        block_q: queries that share a list.
+        first_q: queries of the first block, 1 to `block_q`; `None` is `block_q`.
+        bias: floating, one number for each of `indices`, added to the logits of all queries and heads that share the
+            list: logs of weights, -inf for a key that does not count.
+        scored: pairs (of queries and keys, or of what stands for several of them) that choosing the keys scored.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: unsorted, repeated or out-of-range numbers, bounds that do not fit them, another shape.
+    """
+
+    bias: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks everything that the kernels rest on."""
+        super(RowLists, self).__post_init__()
+        if self.bias is not None:
+            bias = as_numpy(self.bias, "bias")
+            check_floating(bias, "bias")
+            if bias.shape != self.indices.shape:
+                raise ValueError(f"bias: got shape {bias.shape}, expected {self.indices.shape} as indices")
+            object.__setattr__(self, "bias", np.ascontiguousarray(bias, np.float32))
+
+    def _limit(self) -> int:
+        return self.lengths[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the lists."""
+        return super(RowLists, self).nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def to_dense_mask(self) -> NDArray[np.bool_]:
+        """The lists as booleans `[B, H, Lq, Lk]`, for small sizes.
+
+        Raises:
+            ValueError: more than 2^28 entries.
+        """
+        return self._dense(True, bool)
+
+    def to_dense_bias(self) -> NDArray[np.float32]:
+        """What is added to each logit, `[B, H, Lq, Lk]`, -inf where a key is not listed; for small sizes.
+
+        Raises:
+            ValueError: more than 2^28 entries.
+        """
+        if self.bias is None:
+            return np.where(self.to_dense_mask(), np.float32(0), np.float32(-np.inf))
+        listed = self._dense(self.bias, np.float32)
+        return np.where(self.to_dense_mask(), listed, np.float32(-np.inf))
+
+    def _dense(self, values: Any, dtype: Any) -> NDArray[Any]:
+        self._check_dense()
+        dense = np.zeros((int(np.prod(self.shape)), self.lengths[1]), dtype)
+        dense[self._list_numbers(), self.indices] = values
+        return np.repeat(dense.reshape(*self.shape, self.lengths[1]), np.diff(self.query_bounds), axis=2)
+
+    def pairs(self, *, causal: bool = False) -> int:
+        """Pairs of a query and a listed key, of all heads; with `causal`, those that causality leaves."""
+        block = self._list_numbers() % max(self.query_blocks, 1)
+        first, last = self.query_bounds[:-1][block], self.query_bounds[1:][block]
+        if not causal:
+            return int((last - first).sum())
+        offset = self.lengths[1] - self.lengths[0]
+        return visible_pairs(first + offset, last + offset, self.indices.astype(np.int64), 1)
+
+    def __or__(self, other: RowLists) -> RowLists:
+        """Keys of either."""
+        self._check_other(other)
+        return RowLists(**self._combined(other, np.union1d), scored=self.scored + other.scored)
+
+    def __and__(self, other: RowLists) -> RowLists:
+        """Keys of both."""
+        self._check_other(other)
+        return RowLists(**self._combined(other, np.intersect1d), scored=self.scored + other.scored)
+
+    def _check_other(self, other: object) -> None:
+        if not isinstance(other, RowLists):
+            raise TypeError(f"other: got {type(other).__name__}, expected RowLists")
+        if self.bias is not None or other.bias is not None:
+            raise ValueError("other: got lists with a bias, expected none")

@@ -1,0 +1,192 @@
+//! How attention is cut into items, and how they run.
+//!
+//! ```text
+//! row blocks x ranges of their keys (fixed sizes)      -> items, run by the pool, the long ones first
+//! partials of one row block merged in order            -> output and lse
+//! ```
+
+use super::keys::{Keys, List, visible_along};
+use super::scores::{RowId, Running};
+use super::scratch::with_scratch;
+use super::stream::MAX_QUERY_ROWS;
+use super::tile::{self, QUERY_ROWS};
+use super::{Item, Problem, finish_row, fold};
+use crate::parallel::{Execution, for_each};
+use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::tensor::{Result, TensorViewMut};
+use std::ops::Range;
+use std::sync::Mutex;
+
+/// One attention problem and where its results go; `lse` has shape `[batch, query heads, queries, 1]`.
+pub(crate) struct Job<'a, 'o> {
+    pub(crate) problem: Problem<'a>,
+    pub(crate) out: &'o TensorViewMut<'o>,
+    pub(crate) lse: &'o TensorViewMut<'o>,
+    /// Where each row's largest logit goes, shaped as `lse`, if it is asked for.
+    pub(crate) max: Option<&'o TensorViewMut<'o>>,
+}
+
+impl<'a, 'o> Job<'a, 'o> {
+    pub(crate) fn new(problem: Problem<'a>, out: &'o TensorViewMut<'o>, lse: &'o TensorViewMut<'o>) -> Self {
+        Self { problem, out, lse, max: None }
+    }
+}
+
+/// Query rows of heads that share a KV head, and their keys: row r is query `r / heads` of head `r % heads` of these.
+pub(crate) struct RowBlock<'a> {
+    job: usize,
+    batch: usize,
+    heads: Range<usize>,
+    rows: Range<usize>,
+    keys: Keys<'a>,
+    /// Number of keys.
+    count: usize,
+}
+
+impl RowBlock<'_> {
+    fn id(&self, r: usize) -> RowId {
+        let r = self.rows.start + r;
+        RowId { batch: self.batch, head: self.heads.start + r % self.heads.len(), row: r / self.heads.len() }
+    }
+}
+
+/// What an item leaves for the merge: running softmax and unnormalised outputs of its rows.
+pub(crate) struct Partial {
+    pub(super) running: Vec<Running>,
+    pub(super) outputs: Vec<f32>,
+}
+
+/// Adds the blocks of the queries `queries` of `heads`, which share a KV head, with those of `keys` that some of them may see.
+pub(crate) fn push_row_blocks<'a>(
+    job: usize,
+    problem: &Problem,
+    batch: usize,
+    heads: Range<usize>,
+    queries: Range<usize>,
+    keys: &Keys<'a>,
+    blocks: &mut Vec<RowBlock<'a>>,
+) {
+    let (n, rows) = (heads.len(), heads.len() * queries.len());
+    if rows == 0 {
+        return;
+    }
+    let step = match rows {
+        ..=MAX_QUERY_ROWS => rows,
+        _ if matches!(keys, Keys::Range(_)) => QUERY_ROWS,
+        // Lists are short and blocks of like length make the most of the keys that each has to pack.
+        _ => rows.div_ceil(rows.div_ceil(QUERY_ROWS)).next_multiple_of(12),
+    };
+    let (first_row, last_row) = (queries.start * n, queries.end * n);
+    for first in (first_row..last_row).step_by(step) {
+        let last = (first + step).min(last_row);
+        let (start, end) = (problem.visible(first / n), problem.visible((last - 1) / n));
+        let keys = keys.within(start.start..end.end.max(start.start));
+        blocks.push(RowBlock { job, batch, heads: heads.clone(), rows: first..last, count: keys.len(), keys });
+    }
+}
+
+/// The row blocks of a problem in which every query may see all keys.
+fn dense_row_blocks<'a>(job: usize, problem: &Problem, blocks: &mut Vec<RowBlock<'a>>) {
+    for batch in 0..problem.batch {
+        for kv_head in 0..problem.kv_heads {
+            let heads = kv_head * problem.group..(kv_head + 1) * problem.group;
+            push_row_blocks(job, problem, batch, heads, 0..problem.queries, &Keys::Range(0..problem.keys), blocks);
+        }
+    }
+}
+
+/// Keys per item: all of a row block where there are enough of these to share out, else fixed pieces.
+fn split_length(blocks: usize, longest: usize) -> usize {
+    const ENOUGH: usize = 32;
+    const SHORTEST: usize = 1024;
+    if blocks >= ENOUGH {
+        return longest.max(1);
+    }
+    (longest * blocks / (2 * ENOUGH)).max(SHORTEST).next_multiple_of(tile::KEYS)
+}
+
+struct MergeParts<'a> {
+    job: &'a Job<'a, 'a>,
+    block: &'a RowBlock<'a>,
+    parts: Vec<Partial>,
+}
+
+impl Kernel for MergeParts<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { job, block, mut parts } = self;
+        let n = block.rows.len();
+        let width = parts.first().map_or(0, |p| p.outputs.len() / n);
+        let (first, rest) = parts.split_first_mut().expect("a split block has parts");
+        for r in 0..n {
+            let row = &mut first.outputs[r * width..(r + 1) * width];
+            let mut running = first.running[r];
+            for part in rest.iter() {
+                running = fold(s, running, row, part.running[r], &part.outputs[r * width..(r + 1) * width]);
+            }
+            finish_row(s, job, block.id(r), &block.keys, running, row);
+        }
+    }
+}
+
+/// Runs several problems, in which every query may see all keys, as one pool of work.
+pub(crate) fn run(isa: Isa, jobs: &[Job], execution: &Execution) -> Result<()> {
+    let mut blocks = Vec::new();
+    for (j, job) in jobs.iter().enumerate() {
+        dense_row_blocks(j, &job.problem, &mut blocks);
+    }
+    run_blocks(isa, jobs, &blocks, execution)
+}
+
+/// Runs row blocks, which hold every query row of the jobs once.
+pub(crate) fn run_blocks(isa: Isa, jobs: &[Job], blocks: &[RowBlock], execution: &Execution) -> Result<()> {
+    let longest = blocks.iter().map(|b| b.count).max().unwrap_or(0);
+    let length = split_length(blocks.len(), longest);
+    // (block, piece), the long ones first
+    let mut items: Vec<(usize, usize)> = Vec::new();
+    for (b, block) in blocks.iter().enumerate() {
+        items.extend((0..block.count.div_ceil(length).max(1)).map(|piece| (b, piece)));
+    }
+    items.sort_by_key(|&(b, piece)| {
+        let left = blocks[b].count - (piece * length).min(blocks[b].count);
+        std::cmp::Reverse(left.min(length) * blocks[b].rows.len())
+    });
+    let pieces: Vec<Mutex<Vec<Option<Partial>>>> = blocks.iter().map(|_| Mutex::default()).collect();
+    for_each(execution, items.len(), |i| {
+        let (b, piece) = items[i];
+        let block = &blocks[b];
+        let job = &jobs[block.job];
+        let first = match &block.keys {
+            Keys::Range(keys) => keys.start,
+            _ => 0,
+        };
+        let start = piece * length;
+        let keys = first + start..first + (start + length).min(block.count).max(start);
+        let count = block.count.div_ceil(length).max(1);
+        let finish = (count == 1).then_some((job, &block.keys));
+        let problem = &job.problem;
+        let mut ids = [RowId { batch: 0, head: 0, row: 0 }; QUERY_ROWS];
+        for (r, id) in ids.iter_mut().enumerate().take(block.rows.len()) {
+            *id = block.id(r);
+        }
+        let ids = &ids[..block.rows.len()];
+        let (mut buffer, mut visible) = (Vec::new(), Vec::new());
+        let list = block.keys.index(&mut buffer).map(|index| {
+            visible.extend(ids.iter().map(|id| visible_along(problem, index, id.row)));
+            List { index, bias: block.keys.bias(), visible: &visible }
+        });
+        let partial = with_scratch(|scratch| dispatch(isa, Item { problem, ids, keys, list, scratch, finish }));
+        if partial.is_some() {
+            let mut slots = pieces[b].lock().unwrap_or_else(|e| e.into_inner());
+            slots.resize_with(count, || None);
+            slots[piece] = partial;
+            // The last piece to arrive merges them all, in their order.
+            if slots.iter().all(Option::is_some) {
+                let parts = std::mem::take(&mut *slots).into_iter().flatten().collect();
+                dispatch(isa, MergeParts { job, block, parts });
+            }
+        }
+    })
+}

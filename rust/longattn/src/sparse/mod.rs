@@ -1,0 +1,22 @@
+//! Exact attention over chosen keys, and what chooses them.
+//!
+//! ```text
+//! what stands for blocks (pool.rs), hashes (hash.rs)
+//! logits of many rows (scan.rs), what is best of them (select.rs)   -> lists: of key blocks, or of keys, per head and query block
+//! lists x dense kernels (tile.rs, stream.rs)                        -> output and lse
+//! ```
+//! Time goes with the number of keys in the lists.
+
+mod hash;
+mod lists;
+mod pool;
+mod scan;
+mod select;
+
+pub use hash::{HashLists, HashOrder, MAX_BITS, hash_lists, hash_order};
+pub use lists::{BlockLists, Lists, RowLists, block_sparse, index_sparse};
+pub use pool::block_means;
+pub use scan::Selection;
+pub use select::{
+    ChunkKeys, PooledBlocks, RoundedBlocks, best_of_rows, chunk_keys, pooled_blocks, rounded_blocks, stripes,
+};

@@ -1,0 +1,271 @@
+"""`block_sparse_attention` and `BlockMask` against dense attention with the mask they stand for."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import longattn as la
+import tolerances
+from longattn import _core
+from longattn.reference import dense as reference
+from random_arrays import BF16, DTYPES, F16, F32, LAYOUTS, normal, qkv
+from random_lists import over_heads, random_mask
+from score_options import options_for, running_on
+
+
+def check(q, k, v, blocks, *, offset=0.0, **options):
+    out, lse = la.block_sparse_attention(q, k, v, blocks, return_lse=True, **options)
+    assert out.dtype == q.dtype and out.shape == (*q.shape[:-1], v.shape[-1])
+    dense = over_heads(blocks.to_dense_mask(), q.shape[0], q.shape[1])
+    if "mask" in options:
+        dense = dense & options.pop("mask")
+    expected, expected_lse = reference.attention(q, k, v, mask=dense, return_lse=True, **options)
+    tolerances.attention(q, k, v, scale=options.get("scale"), offset=offset).check(out, expected, lse, expected_lse)
+    return out, lse
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
+@pytest.mark.parametrize(("block_q", "block_k"), [(16, 16), (64, 32), (50, 7), (1, 8), (100, 1), (500, 200)])
+def test_reference(rng, isa, heads, block_q, block_k):
+    q, k, v = qkv(rng, batch=2, heads=8, kv_heads=2, rows=130, keys=170, dim=24, value_dim=20)
+    mask = random_mask(rng, batch=2, heads=heads, lengths=(130, 170), block_q=block_q, block_k=block_k)
+    check(q, k, v, mask)
+    check(q, k, v, mask, causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dtypes_and_layouts(rng, isa, dtype, layout):
+    q, k, v = qkv(rng, batch=2, rows=70, keys=90, dim=24, q_dtype=dtype, layout=layout)
+    check(q, k, v, random_mask(rng, heads=4, lengths=(70, 90)), causal=True)
+
+
+@pytest.mark.parametrize("dim", [1, 5, 64, 128, 200])
+def test_dims(rng, isa, dim):
+    q, k, v = qkv(rng, heads=2, kv_heads=1, rows=200, keys=600, dim=dim, q_dtype=BF16)
+    check(q, k, v, random_mask(rng, heads=2, lengths=(200, 600), block_q=64, block_k=64), causal=True)
+
+
+@pytest.mark.parametrize("first_q", [1, 7, 16])
+def test_first_block(rng, isa, first_q):
+    q, k, v = qkv(rng, rows=60, keys=60)
+    check(q, k, v, random_mask(rng, lengths=(60, 60), first_q=first_q), causal=True)
+
+
+@settings(max_examples=12 * len(_core.available_isas()))
+@given(
+    problem=options_for(), seed=st.integers(0, 2**32 - 1), block_q=st.integers(1, 80), block_k=st.integers(1, 80),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]), per=st.sampled_from(["one", "kv", "query"]),
+    isa=st.sampled_from(_core.available_isas()),
+)  # fmt: skip
+def test_any_problem(*, problem, seed, block_q, block_k, density, per, isa):
+    """With every option of dense attention."""
+    q, k, options, offset = problem
+    rng = np.random.default_rng(seed)
+    v = normal(rng, (*k.shape[:-1], 8), k.dtype)
+    heads = {"one": 1, "kv": k.shape[1], "query": q.shape[1]}[per]
+    lengths = (q.shape[2], k.shape[2])
+    mask = random_mask(rng, heads=heads, lengths=lengths, block_q=block_q, block_k=block_k, density=density)
+    with running_on(isa):
+        check(q, k, v, mask, offset=offset, **options)
+
+
+def test_state(rng, isa):
+    q, k, v = qkv(rng, rows=40, keys=80)
+    earlier = la.attention(q, *(normal(rng, (1, 2, 9, 16)) for _ in range(2)), return_lse=True)
+    check(q, k, v, random_mask(rng, lengths=(40, 80)), state=earlier)
+
+
+def test_parts_continue_one_another(rng, isa):
+    q, k, v = qkv(rng, rows=100, keys=130)
+    mask, other = random_mask(rng), random_mask(rng)
+    rest = la.BlockMask.from_blocks(other.blocks() & ~mask.blocks(), lengths=(100, 130), block_q=16, block_k=8)
+    first = la.block_sparse_attention(q, k, v, mask, return_lse=True)
+    second = la.block_sparse_attention(q, k, v, rest, state=first)
+    tolerances.same_storage(q, k, v).check(second, la.block_sparse_attention(q, k, v, mask | other))
+
+
+def test_skipping_is_bounded(rng, isa):
+    q, k, v = qkv(rng, rows=64, keys=1024, spread=30.0)
+    mask = random_mask(rng, lengths=(64, 1024), block_q=64, block_k=32)
+    exact, lse = la.block_sparse_attention(q, k, v, mask, return_lse=True)
+    out, less = la.block_sparse_attention(q, k, v, mask, skip_threshold=1e-3, return_lse=True)
+    assert (np.abs(out - exact) <= 2 * 1024 * 1e-3 * np.abs(v).max()).all() and (less <= lse + 1e-5).all()
+
+
+def test_codes(rng, isa):
+    q, k, v = (x[0] for x in qkv(rng, rows=40, keys=60, dim=32))
+    store = la.KVStore(2, 32, dtype="int8", capacity=64)
+    store.append(k, v)
+    mask = random_mask(rng, lengths=(40, 60))
+    out = la.block_sparse_attention(q, store.keys, store.values, mask, causal=True)
+    decoded = [np.asarray(x) for x in (store.keys, store.values)]
+    tolerances.same_storage(q, *decoded).check(out, la.block_sparse_attention(q, *decoded, mask, causal=True))
+
+
+def test_hidden_nan_stays_hidden(rng, isa):
+    q, k, v = qkv(rng, rows=64, keys=64)
+    mask = random_mask(rng, lengths=(64, 64), block_q=16, block_k=16, density=0.5)
+    expected = la.block_sparse_attention(q, k, v, mask, causal=True)
+    hidden = ~(mask.to_dense_mask()[0, 0] & np.tri(64, dtype=bool))
+    key = int(np.argmax(hidden.sum(axis=0)))
+    k[:, :, key], v[:, :, key] = np.nan, np.inf
+    out = la.block_sparse_attention(q, k, v, mask, causal=True)
+    rows = hidden[:, key]
+    tolerances.same_storage(q, np.nan_to_num(k), np.ones_like(v)).check(out[:, :, rows], expected[:, :, rows])
+    assert np.isnan(out[:, :, ~rows]).all()
+
+
+def test_any_number_of_threads(rng):
+    q, k, v = qkv(rng, heads=2, kv_heads=1, rows=20, keys=9000, dim=32)
+    mask = random_mask(rng, heads=2, lengths=(20, 9000), block_q=20, block_k=100)
+    before, results = la.get_num_threads(), []
+    for threads in (1, 2, 3):
+        la.set_num_threads(threads)
+        results.append(la.block_sparse_attention(q, k, v, mask))
+    la.set_num_threads(before)
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+    check(q, k, v, mask)
+
+
+def test_empty_lists_and_no_rows():
+    q, k = np.ones((1, 2, 4, 8), np.float32), np.ones((1, 1, 6, 8), np.float32)
+    none = la.BlockMask.from_blocks(np.zeros((2, 3), bool), lengths=(4, 6), block_q=2, block_k=2)
+    out, lse = la.block_sparse_attention(q, k, k, none, return_lse=True)
+    assert (out == 0).all() and (lse == -np.inf).all()
+    empty = la.BlockMask.from_blocks(np.zeros((0, 3), bool), lengths=(0, 6), block_q=2, block_k=2)
+    assert la.block_sparse_attention(q[:, :, :0], k, k, empty).shape == (1, 2, 0, 8)
+    assert empty.density() == 0 and (empty | empty).indices.size == 0
+
+
+def test_torch_tensors_rank_3_and_out(rng):
+    torch = pytest.importorskip("torch")
+    q, k, v = (x[0] for x in qkv(rng, rows=20, keys=30, q_dtype=F16))
+    mask = random_mask(rng, lengths=(20, 30))
+    expected = la.block_sparse_attention(q, k, v, mask)
+    out = torch.empty(4, 20, 16, dtype=torch.float16)
+    given, lse = la.block_sparse_attention(*map(torch.from_numpy, (q, k, v)), mask, out=out, return_lse=True)
+    assert given is out and lse.shape == (4, 20)
+    np.testing.assert_array_equal(out.numpy(), expected)
+
+
+# Masks
+
+
+def test_blocks_and_back(rng):
+    mask = random_mask(rng, batch=2, heads=3, lengths=(50, 61), block_q=8, block_k=10)
+    assert mask.shape == (2, 3, 7)
+    again = la.BlockMask.from_blocks(mask.blocks(), lengths=(50, 61), block_q=8, block_k=10)
+    np.testing.assert_array_equal(again.indptr, mask.indptr)
+    np.testing.assert_array_equal(again.indices, mask.indices)
+    dense = mask.to_dense_mask()
+    assert dense.shape == (2, 3, 50, 61)
+    assert dense[1, 2, 49, 60] == mask.blocks()[1, 2, 6, 6]
+
+
+@pytest.mark.parametrize("lengths", [(50, 61), (61, 50), (1, 40), (33, 33)])
+def test_density_counts_pairs(rng, lengths):
+    mask = random_mask(rng, heads=2, lengths=lengths, block_q=8, block_k=10, first_q=3)
+    dense, seen = mask.to_dense_mask(), np.tri(*lengths, lengths[1] - lengths[0], dtype=bool)
+    assert mask.pairs() == dense.sum() and mask.pairs(causal=True) == (dense & seen).sum()
+    assert mask.density() == pytest.approx(dense.mean())
+    assert mask.density(causal=True) == pytest.approx((dense & seen).sum() / (2 * seen.sum()))
+
+
+def test_union_and_intersection(rng):
+    one, other = (random_mask(rng, batch=2, heads=3) for _ in range(2))
+    np.testing.assert_array_equal((one | other).blocks(), one.blocks() | other.blocks())
+    np.testing.assert_array_equal((one & other).blocks(), one.blocks() & other.blocks())
+
+
+def test_plot(rng):
+    pytest.importorskip("matplotlib").use("Agg")
+    ax = random_mask(rng, heads=2).plot(head=1)
+    assert ax.get_xlabel() == "key"
+
+
+def fields(**change):
+    return {
+        "indptr": np.array([[[0, 1, 3]]]), "indices": np.array([0, 1, 2]), "lengths": (8, 12), "block_q": 4,
+        "block_k": 4,
+    } | change  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"indices": np.array([0, 2, 1])}, ValueError, r"indices: got 2, then 1 in one list, expected each list asc"),
+        ({"indices": np.array([0, 1, 1])}, ValueError, r"indices: got 1, then 1 in one list"),
+        ({"indices": np.array([0, 1, 3])}, ValueError, r"indices: got numbers from 0 to 3, expected 0 to 2"),
+        ({"indices": np.array([-1, 1, 2])}, ValueError, r"indices: got numbers from -1 to 2"),
+        ({"indices": np.array([0.0, 1.0, 2.0])}, TypeError, r"indices: got dtype float64, expected integers"),
+        ({"indices": np.array([[0, 1, 2]])}, ValueError, r"indices: got shape \(1, 3\), expected rank 1"),
+        ({"indptr": np.array([[[0, 2, 1]]])}, ValueError, r"indptr: got bounds that leave gaps, fall or"),
+        ({"indptr": np.array([[[0, 1, 2]]])}, ValueError, r"indptr: got bounds that .* do not end at the 3 indices"),
+        ({"indptr": np.array([[[1, 1, 3]]])}, ValueError, r"indptr: got bounds"),
+        ({"indptr": np.array([0, 1, 3])}, ValueError, r"indptr: got shape \(3,\), expected \[B, H, 3\]"),
+        ({"lengths": (13, 12)}, ValueError, r"indptr: got shape \(1, 1, 3\), expected \[B, H, 5\] for 13 queries"),
+        ({"lengths": 8}, TypeError, r"lengths: got 8, expected a pair"),
+        ({"lengths": (8, -1)}, ValueError, r"lengths\[1\]: got -1, expected at least 0"),
+        ({"block_q": 0}, ValueError, r"block_q: got 0, expected at least 1"),
+        ({"block_k": 0}, ValueError, r"block_k: got 0, expected at least 1"),
+        ({"first_q": 5}, ValueError, r"first_q: got 5, expected 1 to 4"),
+        ({"block_k": 2.0}, TypeError, r"block_k: got 2.0, expected an integer"),
+    ],
+)
+def test_bad_masks(change, error, message):
+    assert la.BlockMask(**fields()).density() == 0.5
+    with pytest.raises(error, match=message):
+        la.BlockMask(**fields(**change))
+
+
+def test_bad_combinations(rng):
+    mask = la.BlockMask(**fields())
+    with pytest.raises(ValueError, match=r"other: got block_k 6, expected 4"):
+        mask | la.BlockMask(**fields(block_k=6, indices=np.array([0, 0, 1])))
+    with pytest.raises(TypeError, match=r"other: got int, expected a BlockMask"):
+        mask & 3
+    with pytest.raises(ValueError, match=r"other: got shape \(1, 2, 2\), expected \(1, 1, 2\)"):
+        mask & random_mask(rng, heads=2, lengths=(8, 12), block_q=4, block_k=4)
+    with pytest.raises(ValueError, match=r"blocks: got 4 key blocks, expected 3"):
+        la.BlockMask.from_blocks(np.ones((2, 4), bool), lengths=(8, 12), block_q=4, block_k=4)
+    with pytest.raises(TypeError, match=r"blocks: got dtype float64, expected bool"):
+        la.BlockMask.from_blocks(np.ones((2, 3)), lengths=(8, 12), block_q=4, block_k=4)
+    large = la.BlockMask.from_blocks(np.ones((1, 1), bool), lengths=(2**15, 2**15), block_q=2**15, block_k=2**15)
+    with pytest.raises(ValueError, match=r"to_dense_mask: got 1073741824 entries, expected at most"):
+        large.to_dense_mask()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"block_mask": np.ones((8, 12), bool)}, TypeError, r"block_mask: got ndarray, expected a BlockMask"),
+        ({"q": np.ones((1, 4, 9, 16), F32)}, ValueError, r"block_mask: got lengths \(8, 12\), expected \(9, 12\)"),
+        ({"q": np.ones((1, 3, 8, 16), F32)}, ValueError, r"q: got 3 heads, expected a positive multiple of the 2"),
+        ({"qk_int8": True}, TypeError, r"qk_int8"),
+        ({"causal": 1}, TypeError, r"causal: got 1"),
+        ({"bias": np.zeros((3, 3))}, ValueError, r"bias: got shape \(3, 3\)"),
+        ({"out": np.zeros(3, F32)}, ValueError, r"out: got shape"),
+    ],
+)
+def test_bad_arguments(rng, change, error, message):
+    q, k, v = qkv(rng, rows=8, keys=12)
+    arguments = {"q": q, "k": k, "v": v, "block_mask": la.BlockMask(**fields())} | change
+    with pytest.raises(error, match=message):
+        la.block_sparse_attention(**arguments)
+
+
+def test_masks_of_another_number_of_heads(rng):
+    q, k, v = qkv(rng, batch=3, heads=12, kv_heads=4, rows=8, keys=12)
+    sizes = {"lengths": (8, 12), "block_q": 4, "block_k": 4}
+    for heads in (1, 2, 4, 12):
+        check(q, k, v, random_mask(rng, heads=heads, **sizes))
+    for heads in (3, 5, 6, 24):
+        with pytest.raises(ValueError, match=rf"block_mask: got {heads} heads, expected 12 query heads"):
+            la.block_sparse_attention(q, k, v, random_mask(rng, heads=heads, **sizes))
+    with pytest.raises(ValueError, match=r"block_mask: got batch 2, expected 1 or 3"):
+        la.block_sparse_attention(q, k, v, random_mask(rng, batch=2, **sizes))
+    with pytest.raises(TypeError, match=r"q: got dtype float64"):
+        la.block_sparse_attention(*(x.astype(np.float64) for x in (q, k, v)), random_mask(rng, **sizes))
