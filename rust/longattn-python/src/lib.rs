@@ -11,6 +11,7 @@ mod options;
 mod prefix_tree;
 mod retrieval;
 mod running;
+mod slot_store;
 mod store;
 mod system;
 mod virtual_store;
@@ -47,6 +48,8 @@ mod _core {
     use super::prefix_tree::{PrefixTree, chunk_attention};
     #[pymodule_export]
     use super::retrieval::retrieval_attention;
+    #[pymodule_export]
+    use super::slot_store::{SlotStore, listed_attention, rank_union};
     #[pymodule_export]
     use super::store::{CodedRows, KVStore, Rows};
     #[pymodule_export]
