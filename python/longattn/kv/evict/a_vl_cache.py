@@ -72,8 +72,7 @@ class AVLCache(Policy):
         self._text_rows = 0
         self._steps = 0
 
-    @property
-    def capacity(self) -> None:
+    def capacity(self, prompt: int) -> None:
         """No limit: the text's share grows with it."""
         return
 

@@ -129,8 +129,7 @@ class AttentionGate(Policy):
     def __init__(self) -> None:
         pass
 
-    @property
-    def capacity(self) -> None:
+    def capacity(self, prompt: int) -> None:
         """No limit: what has a flag stays."""
         return
 

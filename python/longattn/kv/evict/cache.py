@@ -249,8 +249,8 @@ class EvictingCache:
     def _start(self, kept: int) -> None:
         slots = self._slots
         if slots is None:
-            capacity = self._policy.capacity
-            slots = kept + self._room if capacity is None else max(capacity, kept + 1)
+            capacity = self._policy.capacity(kept)
+            slots = kept + self._room if capacity is None else capacity
         if kept > slots:
             raise ValueError(f"slots: got {slots}, expected at least the {kept} rows that are kept of the prompt")
         self._store = SlotStore(self._kv_heads, *self._dims, dtype=self._dtype, slots=slots)

@@ -42,8 +42,7 @@ class HeavyHitter(Policy):
         self.recent = integer(recent, "recent", 1)
         self._prompt: NDArray[np.float64] | None = None
 
-    @property
-    def capacity(self) -> int:
+    def capacity(self, prompt: int) -> int:
         """`heavy + recent` and the row of the step."""
         return self.heavy + self.recent + 1
 

@@ -72,12 +72,11 @@ class LazyEviction(Policy):
         self.protect_prompt = flag(protect_prompt, "protect_prompt")
         self._prompt = 0
 
-    @property
-    def capacity(self) -> int | None:
-        """`budget + window`; with a share, or a protected prompt, no limit."""
-        if self.budget < 1 or self.protect_prompt:
+    def capacity(self, prompt: int) -> int | None:
+        """`budget + window`, or the prompt and a window; with a share of the text no limit."""
+        if self.budget < 1:
             return None
-        return int(self.budget) + self.window
+        return max(int(self.budget), prompt) + self.window
 
     def start(self, kv_heads: int, slots: int) -> None:
         """No activity."""

@@ -132,8 +132,7 @@ class Nats(Policy):
         self.window = integer(window, "window", 1)
         self.window_for_all = flag(window_for_all, "window_for_all")
 
-    @property
-    def capacity(self) -> None:
+    def capacity(self, prompt: int) -> None:
         """No limit: global tokens stay."""
         return
 

@@ -26,7 +26,6 @@ class Policy(ABC):
             one query head (`logits_of`), or `None`, then it is not called.
         residual: "mean" where evicted rows enter a mean row unless the cache says otherwise, else `None`.
         single: whether steps must come one query at a time, because what is read depends on the step before.
-        capacity: most rows that a head has at once when rows come one at a time; `None` has no limit.
     """
 
     observes: str | None = None
@@ -37,10 +36,12 @@ class Policy(ABC):
     #: Position of the row in each slot, -1 where there is none.
     positions: NDArray[np.int64]
 
-    @property
     @abstractmethod
-    def capacity(self) -> int | None:
-        """Most rows that a head has at once when rows come one at a time; `None` has no limit."""
+    def capacity(self, prompt: int) -> int | None:
+        """Most rows that a head has at once when `prompt` rows are kept of a prompt and later ones come one at a time.
+
+        `None` has no limit.
+        """
 
     def check(self, kv_heads: int, rows: int, **info: Any) -> dict[str, Any]:
         """What came with `rows` rows, checked, before anything is done with them.

@@ -60,8 +60,7 @@ class RazorAttention(Policy):
         self.window, self.ratio = integer(window, "window", 1), integer(ratio, "ratio", 1)
         self.residual = "mean" if flag(compensation, "compensation") else None
 
-    @property
-    def capacity(self) -> None:
+    def capacity(self, prompt: int) -> None:
         """No limit: retrieval heads keep everything."""
         return
 

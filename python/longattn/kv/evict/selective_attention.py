@@ -46,8 +46,7 @@ class SelectiveBudget(Policy):
         self.logits_of = integer(selector_head, "selector_head", 0)
         self._prompt: NDArray[np.float32] | None = None
 
-    @property
-    def capacity(self) -> int:
+    def capacity(self, prompt: int) -> int:
         """`budget` and the row of the step."""
         return self.budget + 1
 

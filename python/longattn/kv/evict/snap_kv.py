@@ -56,8 +56,7 @@ class SnapKV(Policy):
             raise ValueError(f"reduce: got {reduce!r}, expected 'mean' or 'max'")
         self.pooling, self.reduce = pooling, reduce
 
-    @property
-    def capacity(self) -> None:
+    def capacity(self, prompt: int) -> None:
         """No limit: what is generated is kept."""
         return
 

@@ -38,8 +38,7 @@ class StreamingLLM(Policy):
         self.sinks = integer(sinks, "sinks", 0)
         self.window = integer(window, "window", 1)
 
-    @property
-    def capacity(self) -> int:
+    def capacity(self, prompt: int) -> int:
         """`sinks + window`."""
         return self.sinks + self.window
 
@@ -69,7 +68,9 @@ def sink_window_attention(q: Array, k: Array, v: Array, sinks: int, window: int,
     sink_logits = options.get("sinks")
     plain = {name: value for name, value in options.items() if name != "sinks"}
     tail = q[..., sinks:, :]
-    first = attention(tail, k[..., :sinks, :], v[..., :sinks, :], return_lse=True, **plain)
+    # In float32, so that the part is not rounded before it is merged.
+    wide = as_numpy(tail, "q").astype(np.float32)
+    first = attention(wide, k[..., :sinks, :], v[..., :sinks, :], return_lse=True, **plain)
     rest = attention(
         tail, k[..., sinks:, :], v[..., sinks:, :], causal=True, window=sides, state=first, sinks=sink_logits, **plain
     )
