@@ -5,7 +5,7 @@ from importlib.metadata import version as _version
 # Registers the dtype "bfloat16" with numpy, which the compiled module asks for.
 import ml_dtypes as _ml_dtypes  # noqa: F401
 
-from longattn import dense, diagnostics, index, retrieval
+from longattn import dense, diagnostics, index, kv, retrieval
 from longattn.config import get_num_threads, set_num_threads, show_config
 from longattn.dense import attention, attention_varlen, merge
 from longattn.kv import KVStore
@@ -26,6 +26,7 @@ __all__ = [
     "diagnostics",
     "get_num_threads",
     "index",
+    "kv",
     "merge",
     "methods",
     "retrieval",

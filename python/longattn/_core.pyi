@@ -299,7 +299,6 @@ def listed_attention(
     softcap: float,
     sinks: NDArray[np.float32] | None,
 ) -> None: ...
-
 def rank_union(scores: NDArray[np.float32], first: int, last: int, count: int) -> NDArray[np.uint32]: ...
 
 class VirtualKVStore:

@@ -107,12 +107,26 @@ def test_options(rng):
         (lambda x, w: attention_gate(x, *w[:3], w[0], heads=2), ValueError, r"wo: got shape \(24, 16\)"),
         (lambda x, w: attention_gate(x, *w, heads=2, tau=1.5), ValueError, "tau: got 1.5, expected 0 to 1"),
         (lambda x, w: attention_gate(x.astype(int), *w, heads=2), TypeError, "x: got dtype int64"),
-        (lambda x, w: gated_attention(x[None], x[None], x[None], np.ones((2, 9), bool)), ValueError, "flags: got shape"),
-        (lambda x, w: gated_attention(x[None], x[None], x[None], np.ones((1, 9))), TypeError, "flags: got dtype float64"),
-        (lambda x, w: AttentionGate().regate(0, np.ones((1, 1), bool)), ValueError, "flags: got flags for an empty"),
-        (lambda x, w: cache_of(AttentionGate(), x[None], x[None]).append(x[None], x[None], keep=1), TypeError, "keep: "),
         (
-            lambda x, w: cache_of(AttentionGate(), x[None], x[None]).append(x[None], x[None], flags=np.ones((1, 2), bool)),
+            lambda x, w: gated_attention(x[None], x[None], x[None], np.ones((2, 9), bool)),
+            ValueError,
+            "flags: got shape",
+        ),
+        (
+            lambda x, w: gated_attention(x[None], x[None], x[None], np.ones((1, 9))),
+            TypeError,
+            "flags: got dtype float64",
+        ),
+        (lambda x, w: AttentionGate().regate(0, np.ones((1, 1), bool)), ValueError, "flags: got flags for an empty"),
+        (
+            lambda x, w: cache_of(AttentionGate(), x[None], x[None]).append(x[None], x[None], keep=1),
+            TypeError,
+            "keep: ",
+        ),
+        (
+            lambda x, w: cache_of(AttentionGate(), x[None], x[None]).append(
+                x[None], x[None], flags=np.ones((1, 2), bool)
+            ),
             ValueError,
             r"flags: got shape \(1, 2\), expected \(1, 9\)",
         ),

@@ -68,9 +68,11 @@ def test_steps_give_the_rows_of_the_prefill(rng, isa, *, prompt, window_for_all)
     q, k, v = sequence(rng, heads=6)
     types = types_of(rng, (2, 60))
     cache = cache_of(Nats(5, window_for_all=window_for_all), k, v)
-    out, kept = decode(
-        cache, q, k, v, prompt=prompt, types=types[:, :prompt], per_row=lambda i: {"types": types[:, i : i + 1]}
-    ) if prompt else decode(cache, q, k, v, per_row=lambda i: {"types": types[:, i : i + 1]})
+    out, kept = (
+        decode(cache, q, k, v, prompt=prompt, types=types[:, :prompt], per_row=lambda i: {"types": types[:, i : i + 1]})
+        if prompt
+        else decode(cache, q, k, v, per_row=lambda i: {"types": types[:, i : i + 1]})
+    )
     expected = reference.nats_attention(q, k, v, types, window=5, window_for_all=window_for_all)
     tolerances.attention(q, k, v).check(out, expected)
     mask = reference.nats_mask(types, 5, window_for_all)

@@ -1,5 +1,4 @@
-"""Where keys and values live: host stores, of one sequence, of a batch, of sequences that share their beginnings, and of
-those rows that a policy keeps."""
+"""Where keys and values live: stores of one sequence, of a batch, of shared beginnings, of rows worth keeping."""
 
 from longattn._arrays import CodedRows
 from longattn.kv import evict

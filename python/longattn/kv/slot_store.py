@@ -235,9 +235,9 @@ class SlotStore:
         self._handle.clear()
 
     def rows(self, head: int) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:
-        """Positions `[live]`, keys `[live, head_dim]` and values `[live, value_dim]` that a KV head keeps, oldest first.
+        """Copies of what a KV head keeps, oldest first.
 
-        Copies of them, in the store's dtype.
+        Positions `[live]`, keys `[live, head_dim]` and values `[live, value_dim]`, in the store's dtype.
 
         Raises:
             TypeError: the head is no integer.

@@ -10,7 +10,7 @@ from longattn.kv.evict.policy import Policy
 from longattn.kv.evict.razor_attention import RazorAttention, razor_compress
 from longattn.kv.evict.selective_attention import SelectiveBudget
 from longattn.kv.evict.snap_kv import SnapKV
-from longattn.kv.evict.streaming_llm import StreamingLLM
+from longattn.kv.evict.streaming_llm import StreamingLLM, sink_window_attention
 
 __all__ = [
     "AVLCache",
@@ -32,4 +32,5 @@ __all__ = [
     "nats_types",
     "nats_visibility",
     "razor_compress",
+    "sink_window_attention",
 ]

@@ -21,13 +21,13 @@ from longattn.reference import kv as reference
 class AVLCache(Policy):
     """Keeps visual rows of a vision-language prompt in two tiers, and text rows as heavy hitters.
 
-    Visual rows, at the end of the prompt: by the weight that the last query gives them, the mean of all heads, the best
-    `secondary` percent are kept and the rest dropped, one choice for all heads. Of the kept ones the best `core` percent
-    (of all visual rows) are core. A step reads core and text; every `refresh`-th step reads all kept visual rows, and
-    picks the core anew by their weights.
+    Visual rows, at the end of the prompt: by the weight that the last query gives them, the mean of all heads, the
+    best `secondary` percent are kept and the rest dropped, one choice for all heads. Of the kept ones the best `core`
+    percent (of all visual rows) are core. A step reads core and text; every `refresh`-th step reads all kept visual
+    rows, and picks the core anew by their weights.
 
-    Text rows, of each KV head: weights are accumulated, of a prompt over all its rows; beyond `text` percent of the text
-    that came so far the rows of lowest score go, those of the last half of the budget excepted, as in H2O.
+    Text rows, of each KV head: weights are accumulated, of a prompt over all its rows; beyond `text` percent of the
+    text that came so far the rows of lowest score go, those of the last half of the budget excepted, as in H2O.
 
     `EvictingCache.prefill` takes `visual`, boolean `[L]`; rows that come later are text. The shares are this library's
     defaults, those of the paper are not known for certain.
@@ -137,7 +137,7 @@ class AVLCache(Policy):
         self._steps += 1
         if self._steps % self.refresh == 0 or not len(self._core):
             return None
-        return self.live & ((self.visual_number < 0) | self._core[self.visual_number])
+        return np.asarray(self.live & ((self.visual_number < 0) | self._core[self.visual_number]))
 
     def observe(self, seen: NDArray[np.float32], step: int) -> None:
         """Adds weights of text rows; where all visual rows were read, picks the core."""

@@ -161,7 +161,7 @@ class AttentionGate(Policy):
         self.put(self.flags, slots, info["flags"])
 
     def regate(self, first: int, flags: Array) -> None:
-        """New flags for rows that are kept, as when a generated segment is complete; rows without go after the next step.
+        """New flags for rows that are kept, as for a complete segment; rows without one go after the next step.
 
         Args:
             first: position of the first of them.

@@ -133,7 +133,9 @@ class EvictingCache:
             expected = f"({self._kv_heads}, L, {self._dims[0]}) and ({self._kv_heads}, L, {self._dims[1]})"
             raise ValueError(f"k, v: got shapes {kn.shape} and {vn.shape}, expected {expected}")
         if qn.shape[1] != kn.shape[1] or qn.shape[1] == 0:
-            raise ValueError(f"q: got {qn.shape[1]} rows with {kn.shape[1]} keys, expected one for each key, at least 1")
+            raise ValueError(
+                f"q: got {qn.shape[1]} rows with {kn.shape[1]} keys, expected one for each key, at least 1"
+            )
         if self._store is not None:
             raise ValueError(f"prefill: got a prompt after {self._store.appended} rows, expected an empty cache")
         info = self._policy.check(self._kv_heads, qn.shape[1], **info)

@@ -32,9 +32,7 @@ def expiring_attention(
     if kn.size == 0 or qn.size == 0:
         return attention(q, k, v, causal=True, **options)
     batch = int(np.prod(kn.shape[:-3]))
-    apart = [
-        x.reshape(batch * kv_heads, heads, length, x.shape[-1]) for x, heads in ((qn, group), (kn, 1), (vn, 1))
-    ]
+    apart = [x.reshape(batch * kv_heads, heads, length, x.shape[-1]) for x, heads in ((qn, group), (kn, 1), (vn, 1))]
     until = np.minimum(last_visible, length).reshape(batch * kv_heads, length) + 1
     options = dict(options)
     sinks = options.pop("sinks", None)
@@ -58,7 +56,7 @@ def _with_sinks(
     out, lse = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype), np.empty(q.shape[:-1], np.float32)
     for head in range(heads):
         one = slice(head, None, heads)
-        part = {"sinks": sinks[head * group : (head + 1) * group], "visible_until": until[one]}
+        part: dict[str, Any] = {"sinks": sinks[head * group : (head + 1) * group], "visible_until": until[one]}
         out[one], lse[one] = attention(q[one], k[one], v[one], causal=True, return_lse=True, **part, **options)
     return out, lse
 
@@ -67,7 +65,7 @@ def as_flags(flags: Array, name: str) -> NDArray[np.bool_]:
     """Booleans, or numbers 0 and 1."""
     x = as_numpy(flags, name, any_strides=True)
     if x.dtype != np.bool_:
-        if x.dtype.kind not in "iu" or (x.size and not (0 <= int(x.min()) and int(x.max()) <= 1)):
+        if x.dtype.kind not in "iu" or (x.size and not (int(x.min()) >= 0 and int(x.max()) <= 1)):
             raise TypeError(f"{name}: got dtype {x.dtype}, expected bool, or integers 0 and 1")
         return x.astype(bool)
     return x

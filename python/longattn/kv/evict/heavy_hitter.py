@@ -106,5 +106,5 @@ METHOD = Method(
         "With a mean row, the result is attention over the kept rows and so many copies of the mean of the others.",
     ),
     tests="tests/kv/test_heavy_hitter.py",
-    cost="A step reads `heavy + recent + 1` rows; 16 bytes and a few operations per slot. A prompt costs two passes more.",
+    cost="A step reads `heavy + recent + 1` rows; 16 bytes per slot. A prompt costs two passes more.",
 )

@@ -34,7 +34,8 @@ def nats_types(logits: Array) -> NDArray[np.int64]:
     x = as_numpy(logits, "logits")
     if x.ndim < 2 or x.shape[-1] != 3:
         raise ValueError(f"logits: got shape {x.shape}, expected [..., L, Hkv, 3]")
-    return x.argmax(axis=-1).swapaxes(-1, -2)
+    types: NDArray[np.int64] = x.argmax(axis=-1).swapaxes(-1, -2)
+    return types
 
 
 def nats_visibility(types: Array, window: int = 256, *, window_for_all: bool = False) -> NDArray[np.int64]:
@@ -181,7 +182,7 @@ def _types(types: Array) -> NDArray[np.int64]:
     x = as_numpy(types, "types")
     if x.dtype.kind not in "iu":
         raise TypeError(f"types: got dtype {x.dtype}, expected integers")
-    if x.size and not (0 <= int(x.min()) and int(x.max()) <= WINDOW):
+    if x.size and not (int(x.min()) >= 0 and int(x.max()) <= WINDOW):
         raise ValueError(f"types: got numbers from {x.min()} to {x.max()}, expected 0 to {WINDOW}")
     return x.astype(np.int64)
 

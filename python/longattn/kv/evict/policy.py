@@ -17,9 +17,9 @@ Mask = NDArray[np.bool_]
 class Policy(ABC):
     """Decides which rows of an `EvictingCache` go. One policy object serves one cache.
 
-    The cache calls, in this order: `prefill` once for a prompt, `start`, `admit` for rows that enter their slots; then
-    for every step `admit`, `within` and `bias`, `observe`, `choose` and `discard`. `check` sees what comes with rows first. A step's number is the position of
-    its query. A policy keeps a few numbers per slot in arrays `[kv_heads, slots]`.
+    The cache calls, in this order: `check` and `prefill` once for a prompt, `start`, `admit` for rows that enter their
+    slots; then for every step `check`, `admit`, `within` and `bias`, `observe`, `choose` and `discard`. A step's number
+    is the position of its query. A policy keeps a few numbers per slot in arrays `[kv_heads, slots]`.
 
     Attributes:
         observes: what `observe` is given: "max", "mean" or "sum" of the weights over a group's query heads, "logits" of

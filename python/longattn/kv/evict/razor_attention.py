@@ -74,12 +74,13 @@ class RazorAttention(Policy):
         """What the next row may see."""
         length = k.shape[1]
         j = np.arange(length)
-        return self.retrieval_heads[:, None] | (j < self.sinks) | (j > length - self._last(length + 1))
+        near = (j < self.sinks) | (j > length - self._last(length + 1))
+        return np.asarray(self.retrieval_heads[:, None] | near)
 
     def choose(self, step: int) -> Mask | None:
         """Of the other heads, the rows that leave the window."""
         gone = self.live & (self.positions >= self.sinks) & (self.positions <= step + 1 - self._last(step + 2))
-        return gone & ~self.retrieval_heads[:, None]
+        return np.asarray(gone & ~self.retrieval_heads[:, None])
 
     def _last(self, rows: int) -> int:
         """Last rows that are kept of so many."""
@@ -101,8 +102,8 @@ def razor_compress(
         keep: boolean `[Hkv, L]`, or `[L]` for all heads.
 
     Returns:
-        Keys `[Hkv, n + 1, D]`, values `[Hkv, n + 1, Dv]` and bias `[Hkv, 1, n + 1]`, float32; `n` is the most rows that a
-        head keeps, the last row the compensation row. For query heads, repeat the bias over the group.
+        Keys `[Hkv, n + 1, D]`, values `[Hkv, n + 1, Dv]` and bias `[Hkv, 1, n + 1]`, float32; `n` is the most rows
+        that a head keeps, the last row the compensation row. For query heads, repeat the bias over the group.
 
     Raises:
         TypeError: an argument of another kind or dtype.

@@ -43,7 +43,8 @@ class SelectiveBudget(Policy):
     def __init__(self, budget: int, *, selector_head: int = 0, protect_first: int = 1) -> None:
         self.protect_first = integer(protect_first, "protect_first", 0)
         self.budget = integer(budget, "budget", self.protect_first + 1)
-        self.logits_of = integer(selector_head, "selector_head", 0)
+        self.selector_head = integer(selector_head, "selector_head", 0)
+        self.logits_of = self.selector_head
         self._prompt: NDArray[np.float32] | None = None
 
     def capacity(self, prompt: int) -> int:
@@ -55,7 +56,7 @@ class SelectiveBudget(Policy):
         if "sinks" in options:
             raise ValueError("sinks: got sink logits, expected none with selective attention")
         out, f = selective_attention(
-            q, k, v, selector_head=self.logits_of, protect_first=self.protect_first, return_state=True, **options
+            q, k, v, selector_head=self.selector_head, protect_first=self.protect_first, return_state=True, **options
         )
         self._prompt = as_numpy(f, "state")
         keep = np.zeros(k.shape[:2], bool)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import integer
+from longattn._checks import integer, shape_of
 from longattn.dense.attention import attention
 from longattn.kv.evict.policy import Mask, Policy
 from longattn.methods import Method
@@ -44,7 +44,9 @@ class StreamingLLM(Policy):
 
     def prefill(self, q: Array, k: Array, v: Array, options: dict[str, Any], **info: Any) -> tuple[Array, Mask | None]:
         """Sink and window attention over the prompt."""
-        return sink_window_attention(q, k, v, self.sinks, self.window, options), self.keep(q, k, options)
+        given = {name: options[name] for name in ("scale", "softcap")}
+        out = sink_window_attention(q, k, v, self.sinks, self.window, sink_logits=options.get("sinks"), **given)
+        return out, self.keep(q, k, options)
 
     def keep(self, q: Array, k: Array, options: dict[str, Any]) -> Mask | None:
         """What the next row may see."""
@@ -57,23 +59,65 @@ class StreamingLLM(Policy):
         return self.live & (self.positions >= self.sinks) & (self.positions <= step + 1 - self.window)
 
 
-def sink_window_attention(q: Array, k: Array, v: Array, sinks: int, window: int, options: dict[str, Any]) -> Array:
-    """Causal attention over the first `sinks` keys and the last `window`, as two passes merged in one softmax."""
-    length = q.shape[-2]
-    sides = (window - 1, -1)
-    if sinks == 0 or length <= sinks:
-        return attention(q, k, v, causal=True, window=(-1, -1) if sinks else sides, **options)
-    # Rows up to the last sink see sinks only; those after it all of them, and a window of the others.
-    head = attention(q[..., :sinks, :], k[..., :sinks, :], v[..., :sinks, :], causal=True, **options)
-    sink_logits = options.get("sinks")
-    plain = {name: value for name, value in options.items() if name != "sinks"}
-    tail = q[..., sinks:, :]
+def sink_window_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    sinks: int,
+    window: int,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sink_logits: Array | None = None,
+) -> Array:
+    """Causal attention over the first `sinks` keys and the last `window`, in one softmax.
+
+    Args:
+        q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`, those of the last `Lq` keys; float32, float16 or bfloat16.
+        k: keys `[B, Hkv, Lk, D]`, or `[Hkv, Lk, D]`; likewise.
+        v: values `[B, Hkv, Lk, Dv]`, or `[Hkv, Lk, Dv]`; dtype of `k`.
+        sinks: first keys that every later query sees.
+        window: last keys that a query sees, its own among them.
+        scale: factor on the dot products; `None` is `D ** -0.5`.
+        softcap: as in `longattn.attention`.
+        sink_logits: floating `[Hq]`, as `sinks` of `longattn.attention`.
+
+    Returns:
+        The output, in the shape, kind and dtype of `q` (last axis `Dv`).
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes or values that do not fit.
+
+    Cost:
+        `Hq * Lq * (sinks + window) * (D + Dv)` multiply-adds.
+    """
+    sinks, window = integer(sinks, "sinks", 0), integer(window, "window", 1)
+    rows, keys = shape_of(q, "q")[-2], shape_of(k, "k")[-2]
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    if sinks == 0 or keys <= sinks:
+        sides = (-1, -1) if sinks else (window - 1, -1)
+        return attention(q, k, v, causal=True, window=sides, sinks=sink_logits, **options)
+    # Queries up to the last sink see sinks only; those after it all of them, and a window of the others.
+    early = min(max(sinks - (keys - rows), 0), rows)
+    tail = q[..., early:, :]
+    first_keys, first_values = k[..., :sinks, :], v[..., :sinks, :]
     # In float32, so that the part is not rounded before it is merged.
     wide = as_numpy(tail, "q").astype(np.float32)
-    first = attention(wide, k[..., :sinks, :], v[..., :sinks, :], return_lse=True, **plain)
+    first = attention(wide, as_numpy(first_keys, "k"), as_numpy(first_values, "v"), return_lse=True, **options)
     rest = attention(
-        tail, k[..., sinks:, :], v[..., sinks:, :], causal=True, window=sides, state=first, sinks=sink_logits, **plain
+        tail,
+        k[..., sinks:, :],
+        v[..., sinks:, :],
+        causal=True,
+        window=(window - 1, -1),
+        state=first,
+        sinks=sink_logits,
+        **options,
     )
+    if early == 0:
+        return rest
+    head = attention(q[..., :early, :], first_keys, first_values, causal=True, sinks=sink_logits, **options)
     return like(q, np.concatenate([as_numpy(head, "out"), as_numpy(rest, "out")], axis=-2))
 
 

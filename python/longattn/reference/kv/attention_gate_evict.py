@@ -47,5 +47,5 @@ def gated_attention(
     length = flags.shape[-1]
     mask = flags[..., None, :] | (np.eye(length, dtype=bool) & keep_self)
     group = q.shape[-3] // flags.shape[-2]
-    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "return_lse": return_lse}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks, "return_lse": return_lse}
     return attention(q, k, v, causal=True, mask=np.repeat(mask, group, axis=-3), **options)

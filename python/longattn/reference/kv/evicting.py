@@ -83,8 +83,8 @@ def decode(
         return [set(range(step + 1)) - rows for rows in alive]
 
     def settle(step: int) -> None:
-        for rows, dropped in zip(alive, policy.drop(step, [set(rows) for rows in alive]), strict=True):
-            rows -= dropped
+        for rows, away in zip(alive, policy.drop(step, [set(rows) for rows in alive]), strict=True):
+            rows.difference_update(away)
         kept.append([sorted(rows) for rows in alive])
 
     if prompt:
@@ -129,7 +129,8 @@ def causal_mass(q: Float64, k: Float64, rows: range | None = None, **options: An
     """Weight that each key receives from the given rows of a prompt, all if none, `[Hq, L]`."""
     length = k.shape[1]
     every = attention_weights(q, k, range(length) if rows is None else rows, causal=True, **options)
-    return every.sum(axis=1)
+    mass: Float64 = every.sum(axis=1)
+    return mass
 
 
 def of_group(x: Float64, kv_heads: int, how: str) -> Float64:

@@ -43,5 +43,5 @@ def nats_attention(
     q = np.asarray(q, np.float64)
     mask = nats_mask(types, window, window_for_all)
     group = q.shape[-3] // mask.shape[-3]
-    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "return_lse": return_lse}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks, "return_lse": return_lse}
     return attention(q, k, v, causal=True, mask=np.repeat(mask, group, axis=-3), **options)
