@@ -201,8 +201,9 @@ class EvictingCache:
         self._attended = float(read.sum()) / self._kv_heads
         seen = result.weights.swapaxes(0, 1) if result.weights is not None else result.logits
         if seen is not None:
+            seen[np.isnan(seen)] = 0
             for row in range(rows):
-                policy.observe(np.nan_to_num(seen[row], nan=0.0), first + row)
+                policy.observe(seen[row], first + row)
         if rows:
             self._drop(store.appended - 1)
         return result.out

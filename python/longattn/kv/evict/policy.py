@@ -13,6 +13,8 @@ from longattn.dense.attention import attention
 
 Mask = NDArray[np.bool_]
 
+_LATEST = np.iinfo(np.int64).max
+
 
 class Policy(ABC):
     """Decides which rows of an `EvictingCache` go. One policy object serves one cache.
@@ -137,11 +139,10 @@ def weakest(scores: NDArray[Any], candidates: Mask, counts: NDArray[np.int64], a
         return None
     mask = np.zeros(scores.shape, bool)
     if most == 1:
-        heads = np.flatnonzero(counts == 1)
-        inside, ours = candidates[heads], scores[heads]
-        low = np.where(inside, ours, np.inf).min(axis=1, keepdims=True)
-        oldest = np.where(inside & (ours <= low), ages[heads], np.iinfo(np.int64).max).argmin(axis=1)
-        mask[heads, oldest] = True
+        # The step of a full cache: one row of each head.
+        low = np.where(candidates, scores, np.inf).min(axis=1, keepdims=True)
+        oldest = np.where(candidates & (scores <= low), ages, _LATEST).argmin(axis=1)
+        mask[np.arange(len(mask)), oldest] = counts == 1
         return mask
     for h in np.flatnonzero(counts > 0):
         at = np.flatnonzero(candidates[h])
