@@ -212,6 +212,18 @@ def test_bias_and_logits(rng, isa):
     np.testing.assert_allclose(capped.logits, 0.5 * np.tanh(plain.logits / 0.5), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_of_stored_numbers(rng, isa, dtype):
+    model = filled(rng, Model(dtype=dtype))
+    q = normal(rng, (4, 2, 16), dtype, spread=2.0)
+    got = model.store.attend(q, logits_of=1, scale=0.3).logits
+    positions = model.store.positions[0]
+    k = np.array([model.rows[0][p][0] if p >= 0 else np.zeros(16) for p in positions], np.float64)
+    expected = 0.3 * q[1].astype(float) @ k.T
+    expected[0, positions == model.count - 1] = 0
+    np.testing.assert_allclose(got, expected, atol=2e-6 * np.abs(q.astype(float)).max() * 16)
+
+
 def test_the_order_of_slots_does_not_matter(rng):
     """Rows that were put in again elsewhere give the same result up to rounding."""
     k, v = normal(rng, (2, 40, 16)), normal(rng, (2, 40, 16))

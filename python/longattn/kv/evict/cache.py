@@ -93,7 +93,7 @@ class EvictingCache:
     ) -> None:
         if not isinstance(policy, Policy):
             raise TypeError(f"policy: got {type(policy).__name__}, expected a policy of longattn.kv.evict")
-        if hasattr(policy, "positions"):
+        if policy.taken:
             raise ValueError("policy: got one that serves another cache, expected a fresh one")
         if residual not in (None, "mean"):
             raise ValueError(f"residual: got {residual!r}, expected 'mean' or None")
@@ -108,6 +108,7 @@ class EvictingCache:
         if sinks is not None:
             self._options["sinks"] = per_head(sinks, "sinks", as_numpy(sinks, "sinks").size)
         self._policy = policy
+        policy.taken = True
         self._store: SlotStore | None = None
         self._attended = 0.0
 

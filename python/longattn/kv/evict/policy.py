@@ -35,6 +35,8 @@ class Policy(ABC):
     single: bool = False
     logits_of: int | None = None
 
+    #: Whether a cache has it.
+    taken: bool = False
     #: Position of the row in each slot, -1 where there is none.
     positions: NDArray[np.int64]
 

@@ -158,8 +158,7 @@ impl Kernel for Part<'_, '_> {
                 padded_value_dim: vp,
                 running: &mut partial.running[first..first + n],
             };
-            let mut record =
-                Record { told: unit.told, first, start: keys.start, keys: keys.len(), found: &mut found };
+            let mut record = Record { told: unit.told, first, start: keys.start, keys: keys.len(), found: &mut found };
             let (keys, all, index) = (keys.clone(), Some(0..unit.list.len()), unit.list);
             // SAFETY: the list's rows are rows of the views; the buffers are padded as RowState says.
             unsafe {

@@ -4,13 +4,14 @@
 //! while they live, and heads differ in what they keep. Rows that go may be folded into their head's mean row, which stands in for
 //! them in attention.
 
+mod attend;
+#[cfg(test)]
+mod tests;
+
 use super::rows::{RowFormat, Rows};
-use crate::dense::Options;
-use crate::dense::listed::{self, MeanRow, Told, Unit};
-use crate::dense::{Problem, Reduce};
 use crate::parallel::{Execution, map};
-use crate::simd;
 use crate::tensor::{DType, Element, Error, Result, TensorView, TensorViewMut, with_element};
+pub use attend::Observe;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -54,13 +55,6 @@ struct Mean {
     count: u64,
 }
 
-/// The means as attention reads them.
-struct Folded {
-    key: Vec<f32>,
-    value: Vec<f32>,
-    count: u64,
-}
-
 impl Mean {
     /// Takes one row more.
     fn take<T: Element>(&mut self, key: &[T], value: &[T]) {
@@ -70,17 +64,12 @@ impl Mean {
             means.iter_mut().zip(row).for_each(|(mean, x)| *mean += (f64::from(x.to_f32()) - *mean) * share);
         }
     }
-
-    fn folded(&self) -> Folded {
-        let narrow = |x: &[f64]| x.iter().map(|&x| x as f32).collect();
-        Folded { key: narrow(&self.key), value: narrow(&self.value), count: self.count }
-    }
 }
 
 impl Head {
     fn views(&self) -> [TensorView<'_>; 2] {
-        // SAFETY: slots in `positions` are written, and the state's lock keeps writers away while this borrow lasts.
         [&self.keys, &self.values].map(|rows| {
+            // SAFETY: slots in `positions` are written, and the state's lock keeps writers away while this borrow lasts.
             let view = unsafe { rows.view(self.positions.len(), None) };
             view.numbers().expect("slots hold numbers")
         })
@@ -101,17 +90,6 @@ impl Head {
         let bytes = |rows: &Rows| rows.format().row_bytes().expect("checked when the store was made");
         bytes(&self.keys) + bytes(&self.values)
     }
-}
-
-/// What [`SlotStore::attend`] is asked for beside the output.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Observe {
-    /// Nothing.
-    Nothing,
-    /// Of every slot the softmax weight `e^(logit - lse)`, over the query heads of its KV head's group.
-    Weights(Reduce),
-    /// Of every slot of one query head's KV head, the logit of that query head before a bias.
-    Logits(usize),
 }
 
 impl SlotStore {
@@ -391,130 +369,6 @@ impl SlotStore {
         }
     }
 
-    /// Attention of `q`, `[1, query heads, queries, head_dim]`, the last `queries` rows appended, over the kept rows up to each one's
-    /// position, and over the mean of the folded ones.
-    ///
-    /// With `within`, `[kv_heads, slots]`, only rows are read where it is non-zero; `bias`, `[kv_heads, slots]`, is added to the logits
-    /// of the slots. Of `options`, `scale`, `softcap` and `sinks` count. `out` is `[1, query heads, queries, value_dim]`, `lse` `[1,
-    /// query heads, queries, 1]` in f32. What `observe` asks for goes to `observed`: weights `[kv_heads, queries, slots]`, logits
-    /// `[queries, slots]`, 0 where nothing was read.
-    pub fn attend(
-        &self,
-        q: TensorView,
-        options: Options,
-        within: Option<&[u8]>,
-        bias: Option<&[f32]>,
-        observe: Observe,
-        observed: &mut [f32],
-        out: &mut TensorViewMut,
-        lse: &mut TensorViewMut,
-        execution: &Execution,
-    ) -> Result<()> {
-        let [batch, heads, queries, dim] = q.shape();
-        if batch != 1 || dim != self.head_dim || heads == 0 || heads % self.kv_heads != 0 {
-            let expected = format!("[1, a multiple of {}, queries, {}]", self.kv_heads, self.head_dim);
-            return Err(Error::value("q", format!("shape {:?}", q.shape()), expected));
-        }
-        let group = heads / self.kv_heads;
-        if out.shape() != [1, heads, queries, self.value_dim] {
-            let expected = format!("[1, {heads}, {queries}, {}]", self.value_dim);
-            return Err(Error::value("out", format!("shape {:?}", out.shape()), expected));
-        }
-        if lse.shape() != [1, heads, queries, 1] || lse.dtype() != DType::F32 {
-            let expected = format!("float32 [1, {heads}, {queries}, 1]");
-            return Err(Error::value("lse", format!("{} {:?}", lse.dtype(), lse.shape()), expected));
-        }
-        if let Some(sinks) = options.sinks.filter(|sinks| sinks.len() != heads) {
-            return Err(Error::value("sinks", format!("{} numbers", sinks.len()), heads));
-        }
-        for (name, got) in [("within", within.map(<[u8]>::len)), ("bias", bias.map(<[f32]>::len))] {
-            got.map_or(Ok(()), |got| self.check_slots(name, got))?;
-        }
-        let wanted = match observe {
-            Observe::Nothing => 0,
-            Observe::Weights(_) => self.kv_heads * queries * self.slots,
-            Observe::Logits(head) if head >= heads => {
-                return Err(Error::value("head", head, format!("a head below {heads}")));
-            }
-            Observe::Logits(_) => queries * self.slots,
-        };
-        if observed.len() != wanted {
-            return Err(Error::value("observed", format!("{} numbers", observed.len()), wanted));
-        }
-        let state = self.read();
-        if queries > state.appended {
-            let got = format!("{queries} queries on {} rows", state.appended);
-            return Err(Error::value("q", got, "queries that are the last rows appended"));
-        }
-
-        // What each head reads for each query: all rows, or those that a query before the last knows of.
-        let lists: Vec<Vec<u32>> = (0..self.kv_heads * queries)
-            .map(|i| {
-                let (h, last) = (i / queries, (state.appended - queries + i % queries) as i64);
-                let head = &state.heads[h];
-                let seen = |slot: &&u32| {
-                    let slot = **slot as usize;
-                    head.positions[slot] <= last && within.is_none_or(|within| within[h * self.slots + slot] != 0)
-                };
-                head.live.iter().filter(seen).copied().collect()
-            })
-            .collect();
-        let biases: Vec<Vec<f32>> = match bias {
-            None => Vec::new(),
-            Some(bias) => lists
-                .iter()
-                .enumerate()
-                .map(|(i, list)| {
-                    let h = i / queries;
-                    let mut of_list = vec![0.0; state.heads[h].positions.len()];
-                    for (to, &slot) in of_list.iter_mut().zip(list) {
-                        *to = bias[h * self.slots + slot as usize];
-                    }
-                    of_list
-                })
-                .collect(),
-        };
-        let means: Vec<Folded> = state.heads.iter().map(|head| head.mean.folded()).collect();
-        let of_group = |h: usize| h * group..(h + 1) * group;
-        let targets: Vec<_> =
-            (0..self.kv_heads).map(|h| (out.heads(of_group(h)), lse.heads(of_group(h)))).collect();
-        let mut units = Vec::with_capacity(lists.len());
-        for (i, list) in lists.iter().enumerate() {
-            let (h, row) = (i / queries, i % queries);
-            let [k, v] = state.heads[h].views();
-            let bias = match biases.get(i) {
-                Some(bias) => Some(crate::dense::Broadcast::new(bias, [1, 1, 1, bias.len()])?),
-                None => None,
-            };
-            let sinks = options.sinks.map(|sinks| &sinks[of_group(h)]);
-            let dense =
-                Options { scale: options.scale, softcap: options.softcap, sinks, bias, ..Options::default() };
-            let mean = &means[h];
-            let mean = (mean.count > 0)
-                .then_some(MeanRow { key: &mean.key, value: &mean.value, count: mean.count as f64 });
-            let told = match observe {
-                Observe::Weights(reduce) => Told::Weights(reduce),
-                Observe::Logits(head) if head / group == h => Told::Logits(head % group),
-                _ => Told::Nothing,
-            };
-            let problem = Problem::new(q.heads(of_group(h)), k.into(), v.into(), dense)?;
-            let (out, lse) = (&targets[h].0, &targets[h].1);
-            units.push(Unit { problem, batch: 0, kv_head: 0, row, list, mean, told, out, lse });
-        }
-        let told = listed::attend(simd::current(), &units, execution)?;
-        observed.fill(0.0);
-        for (i, (unit, told)) in units.iter().zip(told).enumerate() {
-            let at = match unit.told {
-                Told::Nothing => continue,
-                Told::Weights(_) => i,
-                Told::Logits(_) => i % queries,
-            };
-            let to = &mut observed[at * self.slots..(at + 1) * self.slots];
-            unit.list.iter().zip(told).for_each(|(&slot, x)| to[slot as usize] = x);
-        }
-        Ok(())
-    }
-
     fn read(&self) -> RwLockReadGuard<'_, State> {
         // Nothing under the lock is left half done by a panic.
         self.state.read().unwrap_or_else(|e| e.into_inner())
@@ -560,84 +414,4 @@ fn fold_row(mean: &mut Mean, k: &TensorView, v: &TensorView, row: usize, dtype: 
         }))
     };
     mean.take(&rounded(k), &rounded(v));
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::parallel::Execution;
-
-    fn store(slots: usize) -> SlotStore {
-        SlotStore::new(2, 3, 2, DType::F32, slots).unwrap()
-    }
-
-    /// Appends `count` rows of ones times the position, to keys and values alike.
-    fn append(store: &SlotStore, count: usize, keep: Option<&[u8]>, fold: bool) -> Result<Vec<i64>> {
-        let first = store.appended();
-        let rows = |dim: usize| -> Vec<f32> {
-            (0..2 * count * dim).map(|i| (first + i / dim % count) as f32).collect()
-        };
-        let (k, v) = (rows(3), rows(2));
-        let (k, v) = (TensorView::new(&k, [1, 2, count, 3])?, TensorView::new(&v, [1, 2, count, 2])?);
-        store.append(&k, &v, keep, fold)
-    }
-
-    fn positions(store: &SlotStore) -> Vec<i64> {
-        let mut positions = vec![0; 2 * store.slots()];
-        store.positions(&mut positions).unwrap();
-        positions
-    }
-
-    #[test]
-    fn the_lowest_free_slots_are_taken_and_heads_differ() {
-        let store = store(4);
-        assert_eq!(append(&store, 3, Some(&[1, 0, 1, 1, 1, 1]), false).unwrap(), [0, -1, 1, 0, 1, 2]);
-        assert_eq!(positions(&store), [0, 2, -1, -1, 0, 1, 2, -1]);
-        assert!(append(&store, 2, None, false).is_err(), "head 1 has one slot left");
-        assert_eq!(store.appended(), 3);
-        assert!(store.evict(&[0, 0, 1, 0, 0, 0, 0, 0], false).is_err(), "a free slot");
-        assert_eq!(store.evict(&[1, 0, 0, 0, 0, 1, 0, 0], true).unwrap(), [1, 1]);
-        assert_eq!((store.live(), store.folded()), (vec![1, 2], vec![1, 1]));
-        assert_eq!(append(&store, 2, None, false).unwrap(), [0, 2, 1, 3]);
-        assert_eq!(positions(&store), [3, 2, 4, -1, 0, 3, 2, 4]);
-        store.clear();
-        assert_eq!((store.appended(), store.live(), positions(&store)), (0, vec![0, 0], vec![-1; 8]));
-    }
-
-    #[test]
-    fn means_are_those_of_the_rows_that_went() {
-        let store = store(8);
-        append(&store, 5, Some(&[1, 1, 1, 1, 1, 0, 1, 0, 1, 0]), true).unwrap();
-        store.evict(&[0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], true).unwrap();
-        let (mut key, mut value) = ([0.0; 3], [0.0; 2]);
-        assert_eq!(store.copy_mean(0, &mut key, &mut value).unwrap(), 2);
-        assert_eq!((key, value), ([1.5; 3], [1.5; 2]));
-        assert_eq!(store.copy_mean(1, &mut key, &mut value).unwrap(), 3);
-        assert!(key.iter().chain(&value).all(|x| (x - 2.0).abs() < 1e-12));
-    }
-
-    #[test]
-    fn weights_are_told_by_slot_and_earlier_queries_see_earlier_rows() {
-        let store = store(6);
-        append(&store, 4, None, false).unwrap();
-        store.evict(&[0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], false).unwrap();
-        let q = [1f32; 4 * 2 * 3];
-        let q = TensorView::new(&q, [1, 4, 2, 3]).unwrap();
-        let options = Options { scale: Some(0.0), ..Options::default() };
-        let (mut out, mut lse) = (vec![0f32; 4 * 2 * 2], vec![0f32; 8]);
-        let mut out = TensorViewMut::new(&mut out, [1, 4, 2, 2]).unwrap();
-        let mut lse = TensorViewMut::new(&mut lse, [1, 4, 2, 1]).unwrap();
-        let mut told = vec![9f32; 2 * 2 * 6];
-        let observe = Observe::Weights(Reduce::Sum);
-        let execution = Execution::default();
-        store.attend(q, options, None, None, observe, &mut told, &mut out, &mut lse, &execution).unwrap();
-        let thirds = 2.0 / 3.0;
-        let expected = [
-            [1.0, 0.0, 1.0, 0.0, 0.0, 0.0],
-            [thirds, 0.0, thirds, thirds, 0.0, 0.0],
-            [thirds, thirds, thirds, 0.0, 0.0, 0.0],
-            [0.5, 0.5, 0.5, 0.5, 0.0, 0.0],
-        ];
-        assert!(told.iter().zip(expected.as_flattened()).all(|(x, y)| (x - y).abs() < 1e-6), "{told:?}");
-    }
 }
