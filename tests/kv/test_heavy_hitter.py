@@ -17,7 +17,7 @@ from random_arrays import DTYPES
 @pytest.mark.parametrize("residual", [None, "mean"])
 @pytest.mark.parametrize("prompt", [0, 1, 12, 40])
 @pytest.mark.parametrize(("heavy", "recent"), [(6, 4), (0, 5), (10, 1), (3, 30)])
-def test_steps_are_those_of_a_simulation(rng, isa, *, heavy, recent, prompt, residual):
+def test_steps_are_those_of_a_simulation(rng, *, heavy, recent, prompt, residual):
     q, k, v = sequence(rng, heads=6)
     policy, model = HeavyHitter(heavy, recent), reference.HeavyHitter(heavy, recent)
     _, _, kept = check(policy, model, q, k, v, prompt=prompt, residual=residual)
@@ -25,6 +25,11 @@ def test_steps_are_those_of_a_simulation(rng, isa, *, heavy, recent, prompt, res
         for rows in heads:
             assert len(rows) == min(step + 1, heavy + recent)
             assert rows[-recent:] == list(range(step + 1))[-recent:]
+
+
+def test_every_instruction_set(rng, isa):
+    q, k, v = sequence(rng)
+    check(HeavyHitter(6, 4), reference.HeavyHitter(6, 4), q, k, v, prompt=20, residual="mean")
 
 
 @pytest.mark.parametrize("prompt", [0, 20])

@@ -13,7 +13,7 @@ from random_arrays import DTYPES, LAYOUTS, lay, normal
 
 @pytest.mark.parametrize("prompt", [0, 9, 35])
 @pytest.mark.parametrize("heads", [[True, False], [False, False], [False, True]])
-def test_steps_are_those_of_a_simulation(rng, isa, *, heads, prompt):
+def test_steps_are_those_of_a_simulation(rng, *, heads, prompt):
     q, k, v = sequence(rng, heads=6)
     options = {"sinks": 2, "window": 5, "ratio": 4}
     policy, model = RazorAttention(np.array(heads), **options), reference.RazorAttention(heads, **options)

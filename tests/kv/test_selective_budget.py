@@ -14,7 +14,7 @@ from random_arrays import DTYPES
 
 @pytest.mark.parametrize("prompt", [0, 1, 30])
 @pytest.mark.parametrize(("budget", "protect"), [(8, 1), (5, 0), (12, 4), (2, 1)])
-def test_steps_are_those_of_a_simulation(rng, isa, *, budget, protect, prompt):
+def test_steps_are_those_of_a_simulation(rng, *, budget, protect, prompt):
     q, k, v = sequence(rng, heads=6)
     options = {"selector_head": 3, "protect_first": protect}
     tolerance, _ = tolerances.selective(q, k, v)

@@ -18,7 +18,7 @@ def masked(q, k, v, first, window, **options):
 
 @pytest.mark.parametrize("prompt", [0, 1, 3, 30, 60])
 @pytest.mark.parametrize(("sinks", "window"), [(4, 8), (0, 5), (1, 1), (3, 70), (70, 2)])
-def test_steps_and_prefill_are_the_mask(rng, isa, *, sinks, window, prompt):
+def test_steps_and_prefill_are_the_mask(rng, *, sinks, window, prompt):
     q, k, v = sequence(rng)
     out, _ = decode(cache_of(StreamingLLM(sinks, window), k, v), q, k, v, prompt=prompt)
     tolerances.attention(q, k, v).check(out, masked(q, k, v, sinks, window))
