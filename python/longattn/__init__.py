@@ -5,7 +5,7 @@ from importlib.metadata import version as _version
 # Registers the dtype "bfloat16" with numpy, which the compiled module asks for.
 import ml_dtypes as _ml_dtypes  # noqa: F401
 
-from longattn import dense, diagnostics, index, retrieval, sparse
+from longattn import dense, diagnostics, index, kv, retrieval, sparse
 from longattn.config import get_num_threads, set_num_threads, show_config
 from longattn.dense import attention, attention_varlen, merge
 from longattn.kv import KVStore
@@ -31,6 +31,7 @@ __all__ = [
     "get_num_threads",
     "index",
     "index_sparse_attention",
+    "kv",
     "merge",
     "methods",
     "retrieval",

@@ -236,6 +236,71 @@ def chunk_attention(
     shared: bool,
 ) -> None: ...
 
+class SlotStore:
+    """The kept rows of one sequence, in slots."""
+
+    def __init__(self, kv_heads: int, head_dim: int, value_dim: int, dtype: str, slots: int) -> None: ...
+    def append(
+        self,
+        k: NDArray[Any],
+        v: NDArray[Any],
+        keep: NDArray[np.uint8] | None,
+        fold: bool,
+        slots: NDArray[np.int64],
+    ) -> None: ...
+    def evict(self, mask: NDArray[np.uint8], fold: bool) -> list[int]: ...
+    def clear(self) -> None: ...
+    def attend(
+        self,
+        q: NDArray[Any],
+        out: NDArray[Any],
+        lse: NDArray[np.float32],
+        scale: float,
+        softcap: float,
+        sinks: NDArray[np.float32] | None,
+        within: NDArray[np.uint8] | None,
+        bias: NDArray[np.float32] | None,
+        reduce: str | None,
+        logits_of: int | None,
+        observed: NDArray[np.float32],
+    ) -> None: ...
+    def positions(self, to: NDArray[np.int64]) -> None: ...
+    def copy_rows(self, head: int, k: NDArray[Any], v: NDArray[Any]) -> list[int]: ...
+    def copy_mean(self, head: int, key: NDArray[np.float64], value: NDArray[np.float64]) -> int: ...
+    @property
+    def appended(self) -> int: ...
+    @property
+    def live(self) -> list[int]: ...
+    @property
+    def folded(self) -> list[int]: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def value_dim(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def live_bytes(self) -> int: ...
+
+def listed_attention(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    lists: list[NDArray[np.uint32]],
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+    scale: float,
+    softcap: float,
+    sinks: NDArray[np.float32] | None,
+) -> None: ...
+def rank_union(scores: NDArray[np.float32], first: int, last: int, count: int) -> NDArray[np.uint32]: ...
+
 class VirtualKVStore:
     """Keys and values of a batch of requests in all layers."""
 

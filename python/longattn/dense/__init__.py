@@ -11,6 +11,7 @@ from longattn.dense.generalized_gaussian_bias_attention import (
 )
 from longattn.dense.grouped_query_attention import grouped_query_attention, mha_to_gqa
 from longattn.dense.head_scaled_nope_attention import head_scaled_nope_attention, matching_lam
+from longattn.dense.listed_attention import listed_attention
 from longattn.dense.merge import merge
 from longattn.dense.multi_head_latent_attention import multi_head_latent_attention
 from longattn.dense.multi_query_attention import multi_query_attention
@@ -30,6 +31,7 @@ __all__ = [
     "generalized_gaussian_table",
     "grouped_query_attention",
     "head_scaled_nope_attention",
+    "listed_attention",
     "matching_lam",
     "max_f_kept",
     "merge",

@@ -12,6 +12,7 @@ mod prefix_tree;
 mod retrieval;
 mod running;
 mod selectors;
+mod slot_store;
 mod sparse;
 mod store;
 mod system;
@@ -59,6 +60,8 @@ mod _core {
     use super::selectors::{
         best_of_rows, block_means, chunk_keys, hash_lists, hash_order, pooled_blocks, rounded_blocks, stripes,
     };
+    #[pymodule_export]
+    use super::slot_store::{SlotStore, listed_attention, rank_union};
     #[pymodule_export]
     use super::sparse::{block_sparse, index_sparse};
     #[pymodule_export]

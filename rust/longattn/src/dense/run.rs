@@ -96,7 +96,7 @@ fn dense_row_blocks<'a>(job: usize, problem: &Problem, blocks: &mut Vec<RowBlock
 }
 
 /// Keys per item: all of a row block where there are enough of these to share out, else fixed pieces.
-fn split_length(blocks: usize, longest: usize) -> usize {
+pub(super) fn split_length(blocks: usize, longest: usize) -> usize {
     const ENOUGH: usize = 32;
     const SHORTEST: usize = 1024;
     if blocks >= ENOUGH {

@@ -598,6 +598,24 @@ pub(crate) enum Seen<'a> {
     Listed(&'a List<'a>),
 }
 
+/// Sees every block of scores on its way: as products, and as the weights that they become.
+pub(crate) trait Watch {
+    /// Scaled products of all rows with the keys from `start` on, a row's [`KEYS`] after that of the row before.
+    fn products(&mut self, start: usize, keys: usize, scores: &[f32]);
+    /// Their weights `e^(logit - running.max)`, likewise.
+    fn weights(&mut self, start: usize, keys: usize, weights: &[f32], running: &[Running]);
+}
+
+/// Looks away.
+struct Unwatched;
+
+impl Watch for Unwatched {
+    #[inline(always)]
+    fn products(&mut self, _start: usize, _keys: usize, _scores: &[f32]) {}
+    #[inline(always)]
+    fn weights(&mut self, _start: usize, _keys: usize, _weights: &[f32], _running: &[Running]) {}
+}
+
 /// Attends from the rows of `state` to the keys `keys`, `ids[r]` being row r.
 ///
 /// `visible` stands in for what causality and window leave each row, where keys are counted otherwise than in the problem.
@@ -640,6 +658,28 @@ pub(crate) unsafe fn attend_seen<S: Simd, K: Rows, V: Rows>(
     scores: &mut [f32],
     careful: bool,
 ) {
+    // SAFETY: the caller's promise.
+    unsafe { attend_watched(s, problem, ids, k, v, keys, seen, state, scores, careful, &mut Unwatched) }
+}
+
+/// [`attend_seen`], every block of which is shown to `watch`.
+///
+/// # Safety
+/// As [`attend`].
+#[inline(always)]
+pub(crate) unsafe fn attend_watched<S: Simd, K: Rows, V: Rows, W: Watch>(
+    s: S,
+    problem: &Problem,
+    ids: &[RowId],
+    k: K,
+    v: V,
+    keys: Range<usize>,
+    seen: Seen,
+    state: &mut RowState,
+    scores: &mut [f32],
+    careful: bool,
+    watch: &mut W,
+) {
     let n = ids.len();
     assert!(n == state.running.len());
     if let Seen::Listed(list) = &seen {
@@ -679,8 +719,10 @@ pub(crate) unsafe fn attend_seen<S: Simd, K: Rows, V: Rows>(
                 }
             }
         }
+        watch.products(start, keys.len(), scores);
         let weights = BlockWeights { problem, ids, keys: keys.clone(), seen: seen.clone(), state, scores, skips };
         if s.call(weights) {
+            watch.weights(start, keys.len(), scores, state.running);
             let next = (k, problem.dim);
             match v.bare() {
                 Some(v) if !careful => {

@@ -7,6 +7,7 @@ mod convert;
 pub(crate) mod prefix_tree;
 mod region;
 mod rows;
+mod slots;
 pub(crate) mod snapshot;
 mod store;
 #[cfg(test)]
@@ -14,5 +15,6 @@ mod tests;
 mod virtual_store;
 
 pub use prefix_tree::{PrefixTree, TreeReader};
+pub use slots::{Observe, SlotStore};
 pub use store::{ChannelScales, Format, KvStore, Origin, Reader};
 pub use virtual_store::{Planes, RequestRows, VirtualOptions, VirtualStore};

@@ -108,6 +108,13 @@ impl<'a> TensorView<'a> {
         TensorView { ptr, shape: [self.shape[0], self.shape[1], rows.len(), self.shape[3]], ..*self }
     }
 
+    /// The heads `heads`.
+    pub(crate) fn heads(&self, heads: std::ops::Range<usize>) -> TensorView<'a> {
+        assert!(heads.start <= heads.end && heads.end <= self.shape[1], "heads {heads:?} of {}", self.shape[1]);
+        let ptr = self.ptr.wrapping_offset(heads.start as isize * self.strides[1] * self.dtype.size() as isize);
+        TensorView { ptr, shape: [self.shape[0], heads.len(), self.shape[2], self.shape[3]], ..*self }
+    }
+
     /// One entry of the batch, as a batch of 1.
     pub(crate) fn batch(&self, batch: usize) -> TensorView<'a> {
         assert!(batch < self.shape[0], "batch {batch} of {}", self.shape[0]);
@@ -224,6 +231,14 @@ impl<'a> TensorViewMut<'a> {
         let size = self.dtype.size() as isize;
         let ptr = self.ptr.wrapping_offset(rows.start as isize * self.strides[2] * size);
         let shape = [self.shape[0], self.shape[1], rows.len(), self.shape[3]];
+        TensorViewMut { ptr, shape, dtype: self.dtype, strides: self.strides, memory: PhantomData }
+    }
+
+    /// The heads `heads`, for the time of this borrow.
+    pub(crate) fn heads(&self, heads: std::ops::Range<usize>) -> TensorViewMut<'_> {
+        assert!(heads.start <= heads.end && heads.end <= self.shape[1], "heads {heads:?} of {}", self.shape[1]);
+        let ptr = self.ptr.wrapping_offset(heads.start as isize * self.strides[1] * self.dtype.size() as isize);
+        let shape = [self.shape[0], heads.len(), self.shape[2], self.shape[3]];
         TensorViewMut { ptr, shape, dtype: self.dtype, strides: self.strides, memory: PhantomData }
     }
 
