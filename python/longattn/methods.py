@@ -20,6 +20,7 @@ FAMILY_PACKAGES = (
     "longattn.kv",
     "longattn.pool",
     "longattn.retrieval",
+    "longattn.sparse",
 )
 
 #: What `Method.modes` may hold.
