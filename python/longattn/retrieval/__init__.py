@@ -1,5 +1,6 @@
 """Attention that reads few of a store's rows: those an index picks, with an estimate of the others."""
 
+from longattn.retrieval.landmark_attention import LandmarkCache, LandmarkStats, landmark_attention
 from longattn.retrieval.pqcache_attention import pqcache_attention
 from longattn.retrieval.quest_attention import quest_attention
 from longattn.retrieval.recall import recall, recovery_ratio
@@ -8,8 +9,11 @@ from longattn.retrieval.retro_infer_attention import retro_infer_attention
 from longattn.retrieval.verified_sparse_attention import verified_sparse_attention
 
 __all__ = [
+    "LandmarkCache",
+    "LandmarkStats",
     "RetrievalResult",
     "RetrievalStats",
+    "landmark_attention",
     "pqcache_attention",
     "quest_attention",
     "recall",
