@@ -3,6 +3,7 @@
 from longattn.index._index import Index
 from longattn.index.by_name import KINDS, make
 from longattn.index.clusters import Clusters
+from longattn.index.features import Features
 from longattn.index.flat import Flat
 from longattn.index.graph import Graph
 from longattn.index.inverted_lists import InvertedLists
@@ -13,6 +14,7 @@ from longattn.index.signatures import Signatures
 __all__ = [
     "KINDS",
     "Clusters",
+    "Features",
     "Flat",
     "Graph",
     "Index",

@@ -1,6 +1,7 @@
 //! Indexes: one class for all, one function per kind that makes it.
 
 pub(crate) mod clusters;
+pub(crate) mod features;
 pub(crate) mod flat;
 pub(crate) mod graph;
 pub(crate) mod inverted_lists;

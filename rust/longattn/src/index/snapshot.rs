@@ -5,7 +5,7 @@
 //! the store, and one of the file itself, taken with zeros in its own place. An index is loaded onto a store that has the very rows it
 //! was made of, as its first ones, or not at all.
 
-use super::{Flat, Graph, Index, InvertedLists, KeyClusters, Pages, ProductQuantisation, Signatures};
+use super::{Features, Flat, Graph, Index, InvertedLists, KeyClusters, Pages, ProductQuantisation, Signatures};
 use crate::kv::snapshot::{NO_CHECKSUM, Refusal, corrupt, open_checked, replace_file};
 use crate::kv::{KvStore, Reader};
 use crate::tensor::{Error, Result};
@@ -278,6 +278,7 @@ pub fn load(path: impl AsRef<Path>, store: Arc<KvStore>) -> Result<Arc<dyn Index
     }
     drop(reader);
     let index: Arc<dyn Index> = match kind.as_str() {
+        "features" => Arc::new(Features::load(store, saved)?),
         "flat" => Arc::new(Flat::load(store, saved)?),
         "graph" => Arc::new(Graph::load(store, saved)?),
         "inverted_lists" => Arc::new(InvertedLists::load(store, saved)?),
