@@ -1,14 +1,7 @@
 """Attention that reads few of a store's rows: those an index picks, with an estimate of the others."""
 
 from longattn.retrieval.landmark_attention import LandmarkCache, LandmarkStats, landmark_attention
-from longattn.retrieval.ltri_span_attention import (
-    LtriCache,
-    SpanStats,
-    discover_spans,
-    ltri_span_attention,
-    span_representatives,
-    triangle_scores,
-)
+from longattn.retrieval.ltri_span_attention import LtriCache, SpanStats, ltri_span_attention
 from longattn.retrieval.pqcache_attention import pqcache_attention
 from longattn.retrieval.quest_attention import quest_attention
 from longattn.retrieval.recall import recall, recovery_ratio
@@ -23,6 +16,7 @@ from longattn.retrieval.s3_feature_retrieve import (
     sae_topk_features,
     select_spans,
 )
+from longattn.retrieval.span_discovery import discover_spans, span_representatives, triangle_scores
 from longattn.retrieval.verified_sparse_attention import verified_sparse_attention
 
 __all__ = [
