@@ -193,6 +193,102 @@ def projected_attention(x, wq, wk, wv, wo, *, heads, context=None, scale=None):
     return Tolerance(atol=float(wide), rtol=4 * U, lse_atol=one.lse_atol)
 
 
+def core_context(q, k, v, *, scale=None, count_bias=0.0):
+    """Tolerance of core context attention.
+
+    Cores are attention outputs in float32. What a core key errs by shifts its logit, what a core value errs by
+    shifts the output.
+    """
+    wide = [np.asarray(x, np.float32) for x in (q, k, v)]
+    factor = q.shape[-1] ** -0.5 if scale is None else abs(scale)
+    one = attention(q, k, v, scale=scale, offset=abs(count_bias))
+    keys, values = (attention(wide[0], wide[1], x, scale=scale) for x in wide[1:])
+    key = np.sqrt(q.shape[-1]) * (keys.atol + keys.rtol * _largest(k))
+    logit, value = factor * _row_norm(q) * key, values.atol + values.rtol * _largest(v)
+    atol = one.atol + 2 * logit * _largest(v) + value
+    return Tolerance(atol=atol, rtol=one.rtol, lse_atol=one.lse_atol + logit)
+
+
+def summarised(tolerance, x, wq, wk, wv, g_weight, wo=None, *, heads):
+    """`tolerance` of attention whose queries, keys and values are float32 projections of `x` and of normed summaries.
+
+    A projected number errs by `U` of its terms' norms, and summaries by a few `U` of numbers that are at most
+    `sqrt(E) * g_weight`.
+    """
+    x, wq, wk, wv, g_weight = (np.asarray(a, np.float64) for a in (x, wq, wk, wv, g_weight))
+    dim = wq.shape[1] // heads
+    source = max(_row_norm(x), np.sqrt(x.shape[-1]) * _largest(g_weight))
+    terms = _row_norm(x) * source * _row_norm(wq.T) * _row_norm(wk.T) * dim
+    value = source * _row_norm(wv.T)
+    atol = tolerance.atol + SAFETY * U * (8 * terms + 8) * value
+    if wo is not None:
+        atol *= np.abs(np.asarray(wo, np.float64)).sum(axis=0).max()
+    return Tolerance(
+        atol=float(atol), rtol=tolerance.rtol + 4 * U, lse_atol=tolerance.lse_atol + SAFETY * U * 8 * terms
+    )
+
+
+def two_levels(q, k, v, *, scale=None):
+    """Tolerance of a softmax over parts of softmaxes, the queries or keys of which were turned by a float32 rotation.
+
+    Both levels err as attention does, and a turned number by a few `U` of the largest.
+    """
+    one = attention(q, k, v, scale=scale)
+    return Tolerance(atol=3 * one.atol, rtol=one.rtol, lse_atol=3 * one.lse_atol)
+
+
+def check_features(actual, expected, q, k, w_enc, bias=0.0, layers=1):
+    """Assert that scores by features are close, whose activations are float32 sums and, of keys, rounded to float16.
+
+    An activation is at most the norms' product, plus the bias; a score has as many terms as there are features.
+    """
+    terms = w_enc.shape[-1]
+    longest = _row_norm(np.swapaxes(w_enc, -1, -2))
+    of_query, of_key = (_row_norm(x) * longest + bias for x in (q, k))
+    rarity = np.log(2 * k.shape[-2] + 2)
+    size = layers * rarity * q.shape[-2] * of_query * np.sqrt(terms) * of_key
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=(2.0**-11 + SAFETY * U * np.sqrt(terms)) * size)
+
+
+def check_linear(actual, expected, size, terms):
+    """Assert that sums of products, without a softmax, are close.
+
+    Args:
+        actual: sums that were computed in float32.
+        expected: their references.
+        size: sums of the terms' magnitudes.
+        terms: how many numbers are added one after another, products of a few factors each.
+    """
+    actual = np.asarray(actual)
+    roundoff, smallest = ROUNDOFF[actual.dtype]
+    allowed = SAFETY * U * (np.sqrt(terms) + 8) * np.asarray(size) + roundoff * np.abs(expected) + smallest + 1e-37
+    error = np.abs(actual.astype(np.float64) - expected)
+    assert (error <= allowed).all(), f"{(error / allowed).max():.2f} times the error that is allowed"
+
+
+def added_branches(x, wq, wk, wv, wo=None, *, heads, branches, scale=None):
+    """Tolerance of the sum of a few attentions between float32 projections of the same rows.
+
+    A projected row errs by `U` of the norms of its terms, in each of its numbers; that times the norm of the other row
+    is what it adds to a logit, and a projected value adds its own.
+    """
+    x, wq, wk, wv = (np.asarray(a, np.float64) for a in (x, wq, wk, wv))
+    dim = wq.shape[1] // heads
+    kv_heads = wk.shape[1] // dim
+    scale = dim**-0.5 if scale is None else abs(scale)
+
+    def rows(w, parts):
+        return _row_norm((x @ w).reshape(-1, w.shape[1] // parts))
+
+    q, k, v = rows(wq, heads), rows(wk, kv_heads), rows(wv, kv_heads)
+    error_q, error_k, error_v = (SAFETY * U * np.sqrt(dim) * _row_norm(x) * _row_norm(w.T) for w in (wq, wk, wv))
+    logit = scale * (error_q * k + error_k * q) + SAFETY * U * (scale * q * k + 4)
+    atol = branches * (2 * logit * v + error_v + SAFETY * U * np.sqrt(x.shape[-2]) * v)
+    if wo is not None:
+        atol *= np.abs(np.asarray(wo, np.float64)).sum(axis=0).max()
+    return Tolerance(atol=float(atol), rtol=4 * U, lse_atol=0.0)
+
+
 def stored(tolerance, dtype):
     """`tolerance` of a float32 result that is then rounded to `dtype`."""
     roundoff, smallest = ROUNDOFF[np.dtype(dtype)]

@@ -15,7 +15,17 @@ from types import ModuleType
 from typing import Any
 
 #: Modules and packages that are searched for entries; a package with all that is below it.
-FAMILY_PACKAGES = ("longattn.dense", "longattn.diagnostics", "longattn.kv", "longattn.retrieval", "longattn.sparse")
+FAMILY_PACKAGES = (
+    "longattn.dense",
+    "longattn.diagnostics",
+    "longattn.distributed",
+    "longattn.kv",
+    "longattn.linear",
+    "longattn.pool",
+    "longattn.recurrent",
+    "longattn.retrieval",
+    "longattn.sparse",
+)
 
 #: What `Method.modes` may hold.
 MODES = ("causal", "non-causal", "self", "cross")

@@ -1,6 +1,8 @@
 """Attention that reads few of a store's rows: those an index picks, with an estimate of the others."""
 
 from longattn.retrieval.hata_topk_attention import hata_topk_attention
+from longattn.retrieval.landmark_attention import LandmarkCache, LandmarkStats, landmark_attention
+from longattn.retrieval.ltri_span_attention import LtriCache, SpanStats, ltri_span_attention
 from longattn.retrieval.magicpig_attention import magicpig_attention
 from longattn.retrieval.pariskv_attention import pariskv_attention
 from longattn.retrieval.pqcache_attention import pqcache_attention
@@ -8,12 +10,33 @@ from longattn.retrieval.quest_attention import quest_attention
 from longattn.retrieval.recall import recall, recovery_ratio
 from longattn.retrieval.retrieval_attention import RetrievalResult, RetrievalStats, retrieval_attention
 from longattn.retrieval.retro_infer_attention import retro_infer_attention
+from longattn.retrieval.s3_feature_retrieve import (
+    FeatureIndex,
+    RetrievedSpans,
+    bm25,
+    fuse,
+    s3_feature_retrieve,
+    sae_topk_features,
+    select_spans,
+)
+from longattn.retrieval.span_discovery import discover_spans, span_representatives, triangle_scores
 from longattn.retrieval.verified_sparse_attention import verified_sparse_attention
 
 __all__ = [
+    "FeatureIndex",
+    "LandmarkCache",
+    "LandmarkStats",
+    "LtriCache",
     "RetrievalResult",
     "RetrievalStats",
+    "RetrievedSpans",
+    "SpanStats",
+    "bm25",
+    "discover_spans",
+    "fuse",
     "hata_topk_attention",
+    "landmark_attention",
+    "ltri_span_attention",
     "magicpig_attention",
     "pariskv_attention",
     "pqcache_attention",
@@ -22,5 +45,10 @@ __all__ = [
     "recovery_ratio",
     "retrieval_attention",
     "retro_infer_attention",
+    "s3_feature_retrieve",
+    "sae_topk_features",
+    "select_spans",
+    "span_representatives",
+    "triangle_scores",
     "verified_sparse_attention",
 ]
