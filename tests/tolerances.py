@@ -193,6 +193,22 @@ def projected_attention(x, wq, wk, wv, wo, *, heads, context=None, scale=None):
     return Tolerance(atol=float(wide), rtol=4 * U, lse_atol=one.lse_atol)
 
 
+def core_context(q, k, v, *, scale=None, count_bias=0.0):
+    """Tolerance of core context attention.
+
+    Cores are attention outputs in float32. What a core key errs by shifts its logit, what a core value errs by
+    shifts the output.
+    """
+    wide = [np.asarray(x, np.float32) for x in (q, k, v)]
+    factor = q.shape[-1] ** -0.5 if scale is None else abs(scale)
+    one = attention(q, k, v, scale=scale, offset=abs(count_bias))
+    keys, values = (attention(wide[0], wide[1], x, scale=scale) for x in wide[1:])
+    key = np.sqrt(q.shape[-1]) * (keys.atol + keys.rtol * _largest(k))
+    logit, value = factor * _row_norm(q) * key, values.atol + values.rtol * _largest(v)
+    atol = one.atol + 2 * logit * _largest(v) + value
+    return Tolerance(atol=atol, rtol=one.rtol, lse_atol=one.lse_atol + logit)
+
+
 def stored(tolerance, dtype):
     """`tolerance` of a float32 result that is then rounded to `dtype`."""
     roundoff, smallest = ROUNDOFF[np.dtype(dtype)]

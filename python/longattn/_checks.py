@@ -27,10 +27,10 @@ def arithmetic(qn: NDArray[Any]) -> np.dtype[Any]:
 
 
 def dense_inputs(
-    q: Array, k: Array, v: Array, *, codes: bool = False
+    q: Array, k: Array, v: Array, *, codes: bool = False, double: bool = True
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Queries, keys and values `[B, H, L, D]` or `[H, L, D]` that fit each other; `codes` as in `attention_inputs`."""
-    qn, kn, vn = attention_inputs(q, k, v, ranks=(3, 4), codes=codes, double=True)
+    """Queries, keys and values `[B, H, L, D]` or `[H, L, D]` that fit each other; flags as in `attention_inputs`."""
+    qn, kn, vn = attention_inputs(q, k, v, ranks=(3, 4), codes=codes, double=double)
     for x, name in ((kn, "k"), (vn, "v")):
         if x.shape[:-3] != qn.shape[:-3]:
             raise ValueError(f"{name}: got batch {x.shape[0]}, expected {qn.shape[0]} as in q")

@@ -15,7 +15,13 @@ from types import ModuleType
 from typing import Any
 
 #: Modules and packages that are searched for entries; a package with all that is below it.
-FAMILY_PACKAGES = ("longattn.dense", "longattn.kv", "longattn.retrieval", "longattn.sparse")
+FAMILY_PACKAGES = (
+    "longattn.dense",
+    "longattn.kv",
+    "longattn.pool",
+    "longattn.retrieval",
+    "longattn.sparse",
+)
 
 #: What `Method.modes` may hold.
 MODES = ("causal", "non-causal", "self", "cross")
