@@ -209,6 +209,25 @@ def core_context(q, k, v, *, scale=None, count_bias=0.0):
     return Tolerance(atol=atol, rtol=one.rtol, lse_atol=one.lse_atol + logit)
 
 
+def summarised(tolerance, x, wq, wk, wv, g_weight, wo=None, *, heads):
+    """`tolerance` of attention whose queries, keys and values are float32 projections of `x` and of normed summaries.
+
+    A projected number errs by `U` of its terms' norms, and summaries by a few `U` of numbers that are at most
+    `sqrt(E) * g_weight`.
+    """
+    x, wq, wk, wv, g_weight = (np.asarray(a, np.float64) for a in (x, wq, wk, wv, g_weight))
+    dim = wq.shape[1] // heads
+    source = max(_row_norm(x), np.sqrt(x.shape[-1]) * _largest(g_weight))
+    terms = _row_norm(x) * source * _row_norm(wq.T) * _row_norm(wk.T) * dim
+    value = source * _row_norm(wv.T)
+    atol = tolerance.atol + SAFETY * U * (8 * terms + 8) * value
+    if wo is not None:
+        atol *= np.abs(np.asarray(wo, np.float64)).sum(axis=0).max()
+    return Tolerance(
+        atol=float(atol), rtol=tolerance.rtol + 4 * U, lse_atol=tolerance.lse_atol + SAFETY * U * 8 * terms
+    )
+
+
 def stored(tolerance, dtype):
     """`tolerance` of a float32 result that is then rounded to `dtype`."""
     roundoff, smallest = ROUNDOFF[np.dtype(dtype)]

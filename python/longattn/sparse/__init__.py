@@ -17,6 +17,11 @@ from longattn.sparse.row_lists import RowLists
 from longattn.sparse.sale_select import Sale, sale_select
 from longattn.sparse.sparge_attention import Sparge, sparge_attention
 from longattn.sparse.sparse_attention import Selector, SparseStats, sparse_attention
+from longattn.sparse.transient_global_attention import (
+    local_global_attention,
+    t5_relative_table,
+    transient_global_attention,
+)
 
 __all__ = [
     "Anchor",
@@ -37,6 +42,7 @@ __all__ = [
     "index_sparse_attention",
     "lightweight_topk_attention",
     "lightweight_topk_select",
+    "local_global_attention",
     "next_rho",
     "pick_boundaries",
     "power_of_two_attention",
@@ -44,4 +50,6 @@ __all__ = [
     "shared_layer",
     "sparge_attention",
     "sparse_attention",
+    "t5_relative_table",
+    "transient_global_attention",
 ]

@@ -3,13 +3,15 @@
 from longattn.reference.sparse.anchor_attention import anchor_attention, anchor_margins
 from longattn.reference.sparse.dhsa_select import boundary_labels, boundary_logits, dhsa_select, pick_boundaries
 from longattn.reference.sparse.hyper_attention import hyper_attention
-from longattn.reference.sparse.lightweight_topk_attention import (
-    lightweight_topk_attention,
-    lightweight_topk_logits,
-)
+from longattn.reference.sparse.lightweight_topk_attention import lightweight_topk_attention, lightweight_topk_logits
 from longattn.reference.sparse.power_of_two_attention import power_of_two_attention, power_of_two_mask
 from longattn.reference.sparse.sale_select import sale_estimates, sale_kept, sale_select
 from longattn.reference.sparse.sparge_attention import sparge_attention, sparge_blocks, sparge_scores
+from longattn.reference.sparse.transient_global_attention import (
+    local_global_attention,
+    t5_bucket,
+    transient_global_attention,
+)
 
 __all__ = [
     "anchor_attention",
@@ -20,6 +22,7 @@ __all__ = [
     "hyper_attention",
     "lightweight_topk_attention",
     "lightweight_topk_logits",
+    "local_global_attention",
     "pick_boundaries",
     "power_of_two_attention",
     "power_of_two_mask",
@@ -29,4 +32,6 @@ __all__ = [
     "sparge_attention",
     "sparge_blocks",
     "sparge_scores",
+    "t5_bucket",
+    "transient_global_attention",
 ]
