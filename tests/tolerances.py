@@ -228,6 +228,15 @@ def summarised(tolerance, x, wq, wk, wv, g_weight, wo=None, *, heads):
     )
 
 
+def two_levels(q, k, v, *, scale=None):
+    """Tolerance of a softmax over parts of softmaxes, the queries or keys of which were turned by a float32 rotation.
+
+    Both levels err as attention does, and a turned number by a few `U` of the largest.
+    """
+    one = attention(q, k, v, scale=scale)
+    return Tolerance(atol=3 * one.atol, rtol=one.rtol, lse_atol=3 * one.lse_atol)
+
+
 def stored(tolerance, dtype):
     """`tolerance` of a float32 result that is then rounded to `dtype`."""
     roundoff, smallest = ROUNDOFF[np.dtype(dtype)]

@@ -238,7 +238,7 @@ def transient_global_attention(
             continue
         rows = np.asarray(xn[chosen, :n], np.float32)
         summaries = _summaries(rows, tokens, norm, small)
-        split = [
+        queries, keys, values, global_keys, global_values = (
             (a @ w).reshape(len(chosen), a.shape[1], parts, w.shape[1] // parts).swapaxes(1, 2)
             for a, w, parts in (
                 (rows, q_proj, number),
@@ -247,9 +247,12 @@ def transient_global_attention(
                 (summaries, k_proj, kv_heads),
                 (summaries, v_proj, kv_heads),
             )
-        ]
+        )
         out = np.empty((len(chosen), number, n, value_dim), np.float32)
-        _in_one_softmax(*split, out, radius=far, block=tokens, local=tables[0], side=tables[1], scale=1.0)
+        _in_one_softmax(
+            queries, keys, values, global_keys, global_values, out,
+            radius=far, block=tokens, local=tables[0], side=tables[1], scale=1.0,
+        )  # fmt: skip
         flat[chosen, :n] = out.swapaxes(1, 2).reshape(len(chosen), n, -1)
     result = flat if o_proj is None else flat @ o_proj
     return like(x, result.astype(xn.dtype, copy=False))

@@ -1,6 +1,7 @@
 """Oracles of `longattn.retrieval` and of the indexes."""
 
 from longattn.reference.retrieval.hata_topk_attention import HashAttention, hata_topk_attention
+from longattn.reference.retrieval.landmark_attention import landmark_attention, landmark_weights, rotated
 from longattn.reference.retrieval.magicpig_attention import SampledAttention, buckets, inclusion, magicpig_attention
 from longattn.reference.retrieval.pariskv_attention import VotedAttention, pariskv_attention, patterns, ratios, votes
 from longattn.reference.retrieval.pqcache_attention import pqcache_attention
@@ -15,15 +16,7 @@ from longattn.reference.retrieval.product_quantisation import (
 from longattn.reference.retrieval.quest_attention import quest_attention
 from longattn.reference.retrieval.retrieval_attention import ReadAttention, attention, best_rows, candidates
 from longattn.reference.retrieval.retro_infer_attention import retro_infer_attention
-from longattn.reference.retrieval.signatures import (
-    BLOCK,
-    STEPS,
-    Codes,
-    encode,
-    estimate,
-    rotation,
-    unread_log_weights,
-)
+from longattn.reference.retrieval.signatures import BLOCK, STEPS, Codes, encode, estimate, rotation, unread_log_weights
 from longattn.reference.retrieval.train_hash_weights import hash_loss
 from longattn.reference.retrieval.units import UnitAttention, page_rows, unit_attention, unit_scores
 
@@ -47,6 +40,8 @@ __all__ = [
     "hash_loss",
     "hata_topk_attention",
     "inclusion",
+    "landmark_attention",
+    "landmark_weights",
     "magicpig_attention",
     "nearest",
     "page_rows",
@@ -59,6 +54,7 @@ __all__ = [
     "quest_attention",
     "ratios",
     "retro_infer_attention",
+    "rotated",
     "rotation",
     "unit_attention",
     "unit_scores",
