@@ -17,6 +17,7 @@ from typing import Any
 #: Modules and packages that are searched for entries; a package with all that is below it.
 FAMILY_PACKAGES = (
     "longattn.dense",
+    "longattn.distributed",
     "longattn.kv",
     "longattn.pool",
     "longattn.retrieval",
