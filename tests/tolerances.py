@@ -237,6 +237,22 @@ def two_levels(q, k, v, *, scale=None):
     return Tolerance(atol=3 * one.atol, rtol=one.rtol, lse_atol=3 * one.lse_atol)
 
 
+def check_linear(actual, expected, size, terms):
+    """Assert that sums of products, without a softmax, are close.
+
+    Args:
+        actual: sums that were computed in float32.
+        expected: their references.
+        size: sums of the terms' magnitudes.
+        terms: how many numbers are added one after another, products of a few factors each.
+    """
+    actual = np.asarray(actual)
+    roundoff, smallest = ROUNDOFF[actual.dtype]
+    allowed = SAFETY * U * (np.sqrt(terms) + 8) * np.asarray(size) + roundoff * np.abs(expected) + smallest + 1e-37
+    error = np.abs(actual.astype(np.float64) - expected)
+    assert (error <= allowed).all(), f"{(error / allowed).max():.2f} times the error that is allowed"
+
+
 def stored(tolerance, dtype):
     """`tolerance` of a float32 result that is then rounded to `dtype`."""
     roundoff, smallest = ROUNDOFF[np.dtype(dtype)]

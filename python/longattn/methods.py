@@ -19,6 +19,7 @@ FAMILY_PACKAGES = (
     "longattn.dense",
     "longattn.distributed",
     "longattn.kv",
+    "longattn.linear",
     "longattn.pool",
     "longattn.retrieval",
     "longattn.sparse",
