@@ -237,6 +237,19 @@ def two_levels(q, k, v, *, scale=None):
     return Tolerance(atol=3 * one.atol, rtol=one.rtol, lse_atol=3 * one.lse_atol)
 
 
+def check_features(actual, expected, q, k, w_enc, bias=0.0, layers=1):
+    """Assert that scores by features are close, whose activations are float32 sums and, of keys, rounded to float16.
+
+    An activation is at most the norms' product, plus the bias; a score has as many terms as there are features.
+    """
+    terms = w_enc.shape[-1]
+    longest = _row_norm(np.swapaxes(w_enc, -1, -2))
+    of_query, of_key = (_row_norm(x) * longest + bias for x in (q, k))
+    rarity = np.log(2 * k.shape[-2] + 2)
+    size = layers * rarity * q.shape[-2] * of_query * np.sqrt(terms) * of_key
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=(2.0**-11 + SAFETY * U * np.sqrt(terms)) * size)
+
+
 def check_linear(actual, expected, size, terms):
     """Assert that sums of products, without a softmax, are close.
 

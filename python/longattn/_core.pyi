@@ -322,6 +322,43 @@ def product_quantisation(
     bits: int,
     seed: int,
     bases: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+class FeaturePostings:
+    """Inverted lists of features."""
+
+    def __init__(self, features: int) -> None: ...
+    def __len__(self) -> int: ...
+    def add(self, features: NDArray[np.uint32], activations: NDArray[np.float32]) -> None: ...
+    def counts(self) -> list[int]: ...
+    def search(
+        self,
+        features: NDArray[np.uint32],
+        sums: NDArray[np.float32],
+        idf: bool,
+        stop_share: float,
+        scores: NDArray[np.float32],
+    ) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+def encode_features(
+    x: NDArray[Any],
+    weights: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    centre: NDArray[np.float32],
+    relu: bool,
+    features: NDArray[np.uint32],
+    activations: NDArray[np.float32],
+) -> None: ...
+def features(
+    store: KVStore,
+    weights: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    centre: NDArray[np.float32],
+    top_k: int,
+    relu: bool,
+    idf: bool,
+    stop_share: float,
+    scale: float,
 ) -> Index: ...
 def signatures(
     store: KVStore, bits: int, seed: int, hash_weights: NDArray[np.float32] | None, use_norm: bool

@@ -4,6 +4,7 @@ from longattn.index._index import Index
 from longattn.index.by_name import KINDS, make
 from longattn.index.clusters import Clusters
 from longattn.index.collisions import Collisions
+from longattn.index.features import Features
 from longattn.index.flat import Flat
 from longattn.index.graph import Graph
 from longattn.index.hashes import Hashes, random_weights
@@ -18,6 +19,7 @@ __all__ = [
     "KINDS",
     "Clusters",
     "Collisions",
+    "Features",
     "Flat",
     "Graph",
     "Hashes",

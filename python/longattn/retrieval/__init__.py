@@ -2,6 +2,14 @@
 
 from longattn.retrieval.hata_topk_attention import hata_topk_attention
 from longattn.retrieval.landmark_attention import LandmarkCache, LandmarkStats, landmark_attention
+from longattn.retrieval.ltri_span_attention import (
+    LtriCache,
+    SpanStats,
+    discover_spans,
+    ltri_span_attention,
+    span_representatives,
+    triangle_scores,
+)
 from longattn.retrieval.magicpig_attention import magicpig_attention
 from longattn.retrieval.pariskv_attention import pariskv_attention
 from longattn.retrieval.pqcache_attention import pqcache_attention
@@ -9,15 +17,32 @@ from longattn.retrieval.quest_attention import quest_attention
 from longattn.retrieval.recall import recall, recovery_ratio
 from longattn.retrieval.retrieval_attention import RetrievalResult, RetrievalStats, retrieval_attention
 from longattn.retrieval.retro_infer_attention import retro_infer_attention
+from longattn.retrieval.s3_feature_retrieve import (
+    FeatureIndex,
+    RetrievedSpans,
+    bm25,
+    fuse,
+    s3_feature_retrieve,
+    sae_topk_features,
+    select_spans,
+)
 from longattn.retrieval.verified_sparse_attention import verified_sparse_attention
 
 __all__ = [
+    "FeatureIndex",
     "LandmarkCache",
     "LandmarkStats",
+    "LtriCache",
     "RetrievalResult",
     "RetrievalStats",
+    "RetrievedSpans",
+    "SpanStats",
+    "bm25",
+    "discover_spans",
+    "fuse",
     "hata_topk_attention",
     "landmark_attention",
+    "ltri_span_attention",
     "magicpig_attention",
     "pariskv_attention",
     "pqcache_attention",
@@ -26,5 +51,10 @@ __all__ = [
     "recovery_ratio",
     "retrieval_attention",
     "retro_infer_attention",
+    "s3_feature_retrieve",
+    "sae_topk_features",
+    "select_spans",
+    "span_representatives",
+    "triangle_scores",
     "verified_sparse_attention",
 ]

@@ -15,6 +15,7 @@ from longattn.dense.merge import merge
 from longattn.kv import KVStore
 from longattn.methods import Method
 from longattn.reference import retrieval as reference
+from longattn.retrieval._rotary import turned
 
 Choice = Literal["row", "chunk"]
 
@@ -203,7 +204,7 @@ class LandmarkCache:
         rule = self._rule
         if rule.rope_base is not None:
             offsets = np.arange(start, start + kn.shape[1]) % rule.page
-            kn = _turned(np.asarray(kn, np.float32), offsets, rule.rope_base)
+            kn = turned(np.asarray(kn, np.float32), offsets, rule.rope_base)
         self._store.append(kn, vn)
         pages, before = len(self._store) // rule.page, start // rule.page
         if pages > self._landmarks.shape[1]:
@@ -316,7 +317,7 @@ def _page(
     own = slice(first, at + rows)
     # A landmark at the end is seen by none.
     until = np.where(np.arange(own.stop - own.start) < rule.block_len, np.iinfo(np.int32).max, 0)
-    mine = q if rule.rope_base is None else _turned(q, offsets, rule.rope_base)
+    mine = q if rule.rope_base is None else turned(q, offsets, rule.rope_base)
     o, lse = attention(mine, k[:, own], v[:, own], causal=True, visible_until=until, scale=rule.scale, return_lse=True)
     parts = [(o, lse)]
     if page and rule.top_k != 0:
@@ -344,8 +345,8 @@ def _chosen(
         scores = np.empty((*q.shape[:2], pages), np.float32)
         for d in range(1, top_k + 2):
             of_slot = slice(0, pages - top_k) if d == top_k + 1 else slice(pages - d, pages - d + 1)
-            turned = _turned(q, distance[0, of_slot.start], rule.rope_base)
-            scores[..., of_slot] = _logits(turned, landmarks[:, of_slot], rule.scale)
+            placed = turned(q, distance[0, of_slot.start], rule.rope_base)
+            scores[..., of_slot] = _logits(placed, landmarks[:, of_slot], rule.scale)
     if rule.select == "chunk":
         e = np.exp(scores - scores.max(axis=-1, keepdims=True))
         scores = (e / e.sum(axis=-1, keepdims=True)).max(axis=1, keepdims=True)
@@ -382,13 +383,13 @@ def _listed_blocks(
     lists, share = chosen[:, 0], q.shape[0] // k.shape[0]
     kv_head = (np.arange(q.shape[0]) // share)[:, None]
     block_k, block_v = (_pages(x, page, rule)[kv_head, lists] for x in (k, v))  # [Hq, n, block_len, D]
-    turned = np.broadcast_to(q[:, None], (*lists.shape, *q.shape[1:]))
+    placed = np.broadcast_to(q[:, None], (*lists.shape, *q.shape[1:]))
     if rule.rope_base is not None:
         back = _distances(lists, page, rule, np.arange(lists.shape[1]))
-        turned = _turned(turned, back[..., None] + offsets, rule.rope_base)
-    o = np.asarray(attention(turned, block_k, block_v, scale=rule.scale))
+        placed = turned(placed, back[..., None] + offsets, rule.rope_base)
+    o = np.asarray(attention(placed, block_k, block_v, scale=rule.scale))
     marks = landmarks[kv_head, lists]  # [Hq, n, D]
-    s = np.float32(rule.scale) * (turned @ marks[..., None])[..., 0]
+    s = np.float32(rule.scale) * (placed @ marks[..., None])[..., 0]
     return [(o[:, n], s[:, n]) for n in range(lists.shape[1])]
 
 
@@ -410,15 +411,15 @@ def _common_blocks(
         some = blocks[n : n + BLOCKS]
         index: Any = slice(int(some[0]), int(some[-1]) + 1) if some[-1] - some[0] + 1 == len(some) else some
         taken = None if chosen is None else (chosen == some[:, None, None, None])  # [blocks, Hq, rows, n]
-        turned: NDArray[np.float32] = np.broadcast_to(q, (len(some), *q.shape))
+        placed: NDArray[np.float32] = np.broadcast_to(q, (len(some), *q.shape))
         if rule.rope_base is not None:
             every = np.broadcast_to(some[:, None, None], (len(some), *q.shape[:2]))
             ranks = every if taken is None else taken.argmax(axis=-1)
-            turned = _turned(turned, _distances(every, page, rule, ranks) + offsets, rule.rope_base)
+            placed = turned(placed, _distances(every, page, rule, ranks) + offsets, rule.rope_base)
         block_k, block_v = (x[:, index].swapaxes(0, 1) for x in (pages_k, pages_v))
-        o = np.asarray(attention(turned, block_k, block_v, scale=rule.scale))
+        o = np.asarray(attention(placed, block_k, block_v, scale=rule.scale))
         marks = landmarks[:, index].swapaxes(0, 1)[:, :, None]  # [blocks, Hkv, 1, D]
-        groups = turned.reshape(len(some), k.shape[0], -1, q.shape[2])
+        groups = placed.reshape(len(some), k.shape[0], -1, q.shape[2])
         s = np.float32(rule.scale) * (groups @ marks.swapaxes(2, 3)).reshape(o.shape[:3])
         if taken is not None:
             s = np.where(taken.any(axis=-1), s, np.float32(-np.inf))
@@ -431,15 +432,6 @@ def _pages(x: NDArray[Any], pages: int, rule: _Rule) -> NDArray[Any]:
     """Ordinary rows of whole pages, `[Hkv, pages, block_len, D]`, where they lie."""
     whole = x[:, : pages * rule.page]
     return whole.reshape(x.shape[0], pages, rule.page, x.shape[2])[:, :, : rule.block_len]
-
-
-def _turned(x: NDArray[np.float32], positions: NDArray[np.int64], base: float) -> NDArray[np.float32]:
-    """Rows `[..., D]` turned by positions that broadcast to their leading axes."""
-    half = x.shape[-1] // 2
-    angle = positions[..., None] * base ** (-np.arange(half) / half)
-    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-    first, second = x[..., :half], x[..., half:]
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 METHOD = Method(

@@ -36,6 +36,8 @@ mod _core {
     #[pymodule_export]
     use super::index::collisions::collisions;
     #[pymodule_export]
+    use super::index::features::{FeaturePostings, encode_features, features};
+    #[pymodule_export]
     use super::index::flat::flat;
     #[pymodule_export]
     use super::index::graph::graph;

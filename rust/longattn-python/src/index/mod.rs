@@ -2,6 +2,7 @@
 
 pub(crate) mod clusters;
 pub(crate) mod collisions;
+pub(crate) mod features;
 pub(crate) mod flat;
 pub(crate) mod graph;
 pub(crate) mod hashes;

@@ -6,8 +6,8 @@
 //! was made of, as its first ones, or not at all.
 
 use super::{
-    Collisions, Flat, Graph, Hashes, Index, InvertedLists, KeyClusters, LshTables, Pages, ProductQuantisation,
-    Signatures,
+    Collisions, Features, Flat, Graph, Hashes, Index, InvertedLists, KeyClusters, LshTables, Pages,
+    ProductQuantisation, Signatures,
 };
 use crate::kv::snapshot::{NO_CHECKSUM, Refusal, corrupt, open_checked, replace_file};
 use crate::kv::{KvStore, Reader};
@@ -281,6 +281,7 @@ pub fn load(path: impl AsRef<Path>, store: Arc<KvStore>) -> Result<Arc<dyn Index
     }
     drop(reader);
     let index: Arc<dyn Index> = match kind.as_str() {
+        "features" => Arc::new(Features::load(store, saved)?),
         "flat" => Arc::new(Flat::load(store, saved)?),
         "graph" => Arc::new(Graph::load(store, saved)?),
         "inverted_lists" => Arc::new(InvertedLists::load(store, saved)?),
