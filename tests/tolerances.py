@@ -266,6 +266,29 @@ def check_linear(actual, expected, size, terms):
     assert (error <= allowed).all(), f"{(error / allowed).max():.2f} times the error that is allowed"
 
 
+def added_branches(x, wq, wk, wv, wo=None, *, heads, branches, scale=None):
+    """Tolerance of the sum of a few attentions between float32 projections of the same rows.
+
+    A projected row errs by `U` of the norms of its terms, in each of its numbers; that times the norm of the other row
+    is what it adds to a logit, and a projected value adds its own.
+    """
+    x, wq, wk, wv = (np.asarray(a, np.float64) for a in (x, wq, wk, wv))
+    dim = wq.shape[1] // heads
+    kv_heads = wk.shape[1] // dim
+    scale = dim**-0.5 if scale is None else abs(scale)
+
+    def rows(w, parts):
+        return _row_norm((x @ w).reshape(-1, w.shape[1] // parts))
+
+    q, k, v = rows(wq, heads), rows(wk, kv_heads), rows(wv, kv_heads)
+    error_q, error_k, error_v = (SAFETY * U * np.sqrt(dim) * _row_norm(x) * _row_norm(w.T) for w in (wq, wk, wv))
+    logit = scale * (error_q * k + error_k * q) + SAFETY * U * (scale * q * k + 4)
+    atol = branches * (2 * logit * v + error_v + SAFETY * U * np.sqrt(x.shape[-2]) * v)
+    if wo is not None:
+        atol *= np.abs(np.asarray(wo, np.float64)).sum(axis=0).max()
+    return Tolerance(atol=float(atol), rtol=4 * U, lse_atol=0.0)
+
+
 def stored(tolerance, dtype):
     """`tolerance` of a float32 result that is then rounded to `dtype`."""
     roundoff, smallest = ROUNDOFF[np.dtype(dtype)]

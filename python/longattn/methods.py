@@ -21,6 +21,7 @@ FAMILY_PACKAGES = (
     "longattn.kv",
     "longattn.linear",
     "longattn.pool",
+    "longattn.recurrent",
     "longattn.retrieval",
     "longattn.sparse",
 )

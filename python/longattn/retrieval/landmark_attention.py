@@ -10,12 +10,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from longattn._arrays import Array, like
 from longattn._checks import batched, dense_inputs, flag, integer, real, result_array, returned, scale_factor, storage
+from longattn._rotary import turned
 from longattn.dense.attention import attention
 from longattn.dense.merge import merge
 from longattn.kv import KVStore
 from longattn.methods import Method
 from longattn.reference import retrieval as reference
-from longattn.retrieval._rotary import turned
 
 Choice = Literal["row", "chunk"]
 

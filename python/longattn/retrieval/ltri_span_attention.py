@@ -11,12 +11,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from longattn._arrays import Array, as_numpy, like
 from longattn._checks import check_floating, dense_inputs, flag, integer, real, scale_factor, storage
+from longattn._rotary import turned
 from longattn.dense.attention_varlen import attention_varlen
 from longattn.dense.attention_weights import attention_weights
 from longattn.kv import KVStore
 from longattn.methods import Method
 from longattn.reference import retrieval as reference
-from longattn.retrieval._rotary import turned
 
 GroupReduce = Literal["sum", "max"]
 RowReduce = Literal["mean", "max"]

@@ -12,6 +12,7 @@ from longattn.sparse.lightweight_topk_attention import (
     next_rho,
     shared_layer,
 )
+from longattn.sparse.overlapped_chunk_attention import kernel_pool, overlapped_chunk_attention
 from longattn.sparse.power_of_two_attention import PowerOfTwo, power_of_two_attention
 from longattn.sparse.row_lists import RowLists
 from longattn.sparse.sale_select import Sale, sale_select
@@ -40,10 +41,12 @@ __all__ = [
     "dhsa_select",
     "hyper_attention",
     "index_sparse_attention",
+    "kernel_pool",
     "lightweight_topk_attention",
     "lightweight_topk_select",
     "local_global_attention",
     "next_rho",
+    "overlapped_chunk_attention",
     "pick_boundaries",
     "power_of_two_attention",
     "sale_select",

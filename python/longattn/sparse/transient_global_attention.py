@@ -24,6 +24,7 @@ from longattn._checks import (
 from longattn.dense import attention
 from longattn.methods import Method
 from longattn.reference import sparse as reference
+from longattn.sparse._lengths import sequence_lengths
 
 
 def local_global_attention(
@@ -229,7 +230,7 @@ def transient_global_attention(
         if found is not None and len(found) != number:
             raise ValueError(f"{name}: got {len(found)} heads, expected {number}")
         tables.append(found)
-    kept = _lengths(lengths, batch, length)
+    kept = sequence_lengths(lengths, batch, length)
 
     flat = np.zeros((batch, length, number * value_dim), np.float32)
     for n in np.unique(kept):
@@ -364,17 +365,6 @@ def _projection(weights: Array, name: str, width: int) -> NDArray[np.float32]:
     if x.ndim != 2 or x.shape[0] != width:
         raise ValueError(f"{name}: got shape {x.shape}, expected [{width}, columns]")
     return np.asarray(x, np.float32)
-
-
-def _lengths(lengths: Array | None, batch: int, longest: int) -> NDArray[np.int64]:
-    if lengths is None:
-        return np.full(batch, longest)
-    x = as_numpy(lengths, "lengths")
-    if x.dtype.kind not in "iu":
-        raise TypeError(f"lengths: got dtype {x.dtype}, expected integers")
-    if x.shape != (batch,) or (x < 0).any() or (x > longest).any():
-        raise ValueError(f"lengths: got {x.tolist()}, expected {batch} numbers from 0 to {longest}")
-    return x.astype(np.int64)
 
 
 METHOD = Method(

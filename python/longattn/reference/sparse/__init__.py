@@ -4,6 +4,7 @@ from longattn.reference.sparse.anchor_attention import anchor_attention, anchor_
 from longattn.reference.sparse.dhsa_select import boundary_labels, boundary_logits, dhsa_select, pick_boundaries
 from longattn.reference.sparse.hyper_attention import hyper_attention
 from longattn.reference.sparse.lightweight_topk_attention import lightweight_topk_attention, lightweight_topk_logits
+from longattn.reference.sparse.overlapped_chunk_attention import kernel_pool, overlapped_chunk_attention
 from longattn.reference.sparse.power_of_two_attention import power_of_two_attention, power_of_two_mask
 from longattn.reference.sparse.sale_select import sale_estimates, sale_kept, sale_select
 from longattn.reference.sparse.sparge_attention import sparge_attention, sparge_blocks, sparge_scores
@@ -20,9 +21,11 @@ __all__ = [
     "boundary_logits",
     "dhsa_select",
     "hyper_attention",
+    "kernel_pool",
     "lightweight_topk_attention",
     "lightweight_topk_logits",
     "local_global_attention",
+    "overlapped_chunk_attention",
     "pick_boundaries",
     "power_of_two_attention",
     "power_of_two_mask",
