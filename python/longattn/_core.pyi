@@ -322,6 +322,8 @@ def product_quantisation(
     bits: int,
     seed: int,
     bases: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+) -> Index: ...
+
 class FeaturePostings:
     """Inverted lists of features."""
 
