@@ -26,6 +26,7 @@ from longattn.retrieval.s3_feature_retrieve import (
     sae_topk_features,
     select_spans,
 )
+from longattn.retrieval.span_discovery import discover_spans, span_representatives, triangle_scores
 from longattn.retrieval.verified_sparse_attention import verified_sparse_attention
 
 __all__ = [
