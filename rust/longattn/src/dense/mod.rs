@@ -11,6 +11,7 @@
 mod backward;
 mod bytes;
 mod chunk;
+mod code_values;
 mod codes;
 pub mod double;
 mod logits;

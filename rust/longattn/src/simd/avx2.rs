@@ -178,10 +178,6 @@ impl Simd for Avx2 {
         unsafe { _mm256_loadu_si256(p.cast()) }
     }
     #[inline(always)]
-    fn times128(self, a: __m256i) -> __m256i {
-        unsafe { _mm256_slli_epi32::<7>(a) }
-    }
-    #[inline(always)]
     fn and(self, a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_and_si256(a, b) }
     }

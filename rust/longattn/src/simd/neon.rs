@@ -141,10 +141,6 @@ impl Simd for Neon {
         unsafe { vreinterpretq_s32_u8(vld1q_u8(p)) }
     }
     #[inline(always)]
-    fn times128(self, a: int32x4_t) -> int32x4_t {
-        unsafe { vshlq_n_s32::<7>(a) }
-    }
-    #[inline(always)]
     fn and(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
         unsafe { vandq_s32(a, b) }
     }
