@@ -90,7 +90,6 @@ impl Kernel for RoundQueries<'_> {
 pub(super) struct ByteScores<'a, K, V> {
     pub(super) queries: &'a ByteQueries,
     pub(super) rows: usize,
-    pub(super) dim: usize,
     pub(super) k: K,
     pub(super) keys: Range<usize>,
     pub(super) next: (V, usize),
@@ -102,7 +101,7 @@ impl<K: BareRows, V: Rows> Kernel for ByteScores<'_, K, V> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { queries, rows: n, dim, k, keys, next, scores } = self;
+        let Self { queries, rows: n, k, keys, next, scores } = self;
         let bytes = k.code_bytes();
         assert!(queries.words.len() * K::BITS >= 2 * bytes && n <= MAX_QUERY_ROWS);
         assert!(keys.len() <= KEYS && scores.len() >= n * KEYS);

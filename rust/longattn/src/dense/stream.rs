@@ -140,8 +140,7 @@ pub(super) unsafe fn fill_scores<S: Simd, D: Dots, K: Rows, V: Rows>(
     assert!(keys.len() <= KEYS && scores.len() >= n * KEYS);
     let mut r = 0;
     while r < n {
-        // Sums of 8 rows with 2 keys at a time would be stored in more pieces than a second pass over the block takes.
-        let together = rows_together::<S>(n - r).min(4);
+        let together = rows_together::<S>(n - r);
         // The first rows bring the block into the cache for the others.
         let next = (r == 0).then_some(next);
         let (keys, out) = (keys.clone(), &mut scores[r * KEYS..]);
@@ -151,8 +150,9 @@ pub(super) unsafe fn fill_scores<S: Simd, D: Dots, K: Rows, V: Rows>(
                 1 => fill_rows::<S, D, K, V, 1, 8>(s, dots, r, k, dim, keys, next, out),
                 2 if S::SUMS == 16 => fill_rows::<S, D, K, V, 2, 8>(s, dots, r, k, dim, keys, next, out),
                 2 => fill_rows::<S, D, K, V, 2, 4>(s, dots, r, k, dim, keys, next, out),
-                _ if S::SUMS == 16 => fill_rows::<S, D, K, V, 4, 4>(s, dots, r, k, dim, keys, next, out),
-                _ => fill_rows::<S, D, K, V, 4, 2>(s, dots, r, k, dim, keys, next, out),
+                4 if S::SUMS == 16 => fill_rows::<S, D, K, V, 4, 4>(s, dots, r, k, dim, keys, next, out),
+                4 => fill_rows::<S, D, K, V, 4, 2>(s, dots, r, k, dim, keys, next, out),
+                _ => fill_rows::<S, D, K, V, 8, 2>(s, dots, r, k, dim, keys, next, out),
             }
         }
         r += together;
@@ -630,8 +630,7 @@ pub(crate) unsafe fn attend<S: Simd, K: Rows, V: Rows>(
             (Some(k), Some(queries)) => {
                 let next = (v, problem.value_dim);
                 if dot_bytes {
-                    let dim = problem.dim;
-                    s.call_bytes(ByteScores { queries, rows: n, dim, k, keys: keys.clone(), next, scores });
+                    s.call_bytes(ByteScores { queries, rows: n, k, keys: keys.clone(), next, scores });
                 } else {
                     s.call(BlockScores::new(state, problem, k, keys.clone(), next, scores));
                 }
