@@ -109,21 +109,21 @@ impl<K: Rows, V: BareRows> Kernel for ByteValues<'_, K, V> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { rows, padded_dim, ref outputs, .. } = self;
-        assert!(self.keys.len() <= KEYS && rows <= MAX_QUERY_ROWS && outputs.len() >= rows * padded_dim);
-        let bytes = self.v.code_bytes();
-        let mut block = self;
-        for at in (0..bytes).step_by(4 * S::LANES) {
-            let n = (bytes - at).min(4 * S::LANES);
+        let Self { weights, rows, v, keys, next, outputs, padded_dim } = self;
+        assert!(keys.len() <= KEYS && rows <= MAX_QUERY_ROWS && outputs.len() >= rows * padded_dim);
+        let (bytes, step) = (v.code_bytes(), 4 * S::LANES);
+        let passes = bytes.div_ceil(step) * rows.div_ceil(2) * if V::BITS == 4 { 2 } else { 1 };
+        let coming = Ahead { rows: next.0, dim: next.1, next: keys.start + KEYS, steps: 0, passes };
+        let mut block = Passes { weights, v, keys, outputs, padded_dim, coming };
+        for at in (0..bytes).step_by(step) {
+            let n = (bytes - at).min(step);
             for r in (0..rows).step_by(2) {
-                // The first pass asks for what comes next.
-                let first = at == 0 && r == 0;
                 // SAFETY: rows r.. exist by the assertion; whoever made this vouches for the values.
                 unsafe {
                     if r + 1 < rows {
-                        block.add::<S, 2>(s, at, n, r, first);
+                        block.add::<S, 2>(s, at, n, r);
                     } else {
-                        block.add::<S, 1>(s, at, n, r, first);
+                        block.add::<S, 1>(s, at, n, r);
                     }
                 }
             }
@@ -131,20 +131,52 @@ impl<K: Rows, V: BareRows> Kernel for ByteValues<'_, K, V> {
     }
 }
 
-impl<K: Rows, V: BareRows> ByteValues<'_, K, V> {
+/// Rows of the next block of keys, which memory is asked for evenly in all passes over the values.
+#[derive(Clone, Copy)]
+struct Ahead<K> {
+    rows: K,
+    dim: usize,
+    next: usize,
+    /// Keys passed since a row was asked for.
+    steps: usize,
+    passes: usize,
+}
+
+impl<K: Rows> Ahead<K> {
+    /// Asks for what is due after four more keys of a pass.
+    #[inline(always)]
+    fn four_more(&mut self) {
+        self.steps += 4;
+        while self.steps >= self.passes {
+            self.steps -= self.passes;
+            Coming::<1>::rows(self.rows, self.dim, self.next).ask(0, usize::MAX);
+            self.next += 1;
+        }
+    }
+}
+
+/// Passes over the values of a block.
+struct Passes<'a, K, V> {
+    weights: &'a ByteWeights,
+    v: V,
+    keys: Range<usize>,
+    outputs: &'a mut [f32],
+    padded_dim: usize,
+    coming: Ahead<K>,
+}
+
+impl<K: Rows, V: BareRows> Passes<'_, K, V> {
     /// Adds the `n` bytes of codes from byte `at` on to `R` rows of outputs.
     ///
     /// # Safety
     /// The values and rows exist.
     #[inline(always)]
-    unsafe fn add<S: Simd, const R: usize>(&mut self, s: S, at: usize, n: usize, first: usize, ask: bool) {
+    unsafe fn add<S: Simd, const R: usize>(&mut self, s: S, at: usize, n: usize, first: usize) {
         // SAFETY: the caller's promise.
         unsafe {
+            self.add_half::<S, R, 0>(s, at, n, first);
             if V::BITS == 4 {
-                self.add_half::<S, R, 0>(s, at, n, first, ask);
-                self.add_half::<S, R, 1>(s, at, n, first, false);
-            } else {
-                self.add_half::<S, R, 0>(s, at, n, first, ask);
+                self.add_half::<S, R, 1>(s, at, n, first);
             }
         }
     }
@@ -154,25 +186,15 @@ impl<K: Rows, V: BareRows> ByteValues<'_, K, V> {
     /// # Safety
     /// As [`Self::add`].
     #[inline(always)]
-    unsafe fn add_half<S: Simd, const R: usize, const HALF: usize>(
-        &mut self,
-        s: S,
-        at: usize,
-        n: usize,
-        first: usize,
-        ask: bool,
-    ) {
-        let Self { weights, v, ref keys, next, padded_dim, .. } = *self;
+    unsafe fn add_half<S: Simd, const R: usize, const HALF: usize>(&mut self, s: S, at: usize, n: usize, first: usize) {
+        let Self { weights, v, ref keys, mut coming, padded_dim, .. } = *self;
         let low_halves = s.splat_i32(0x0f0f_0f0f);
         let mut acc = [[[s.splat_i32(0); 4]; PARTS]; R];
         // SAFETY: the rows of values have these bytes; the row after the last stands for the last, with weight 0.
         unsafe {
             let weight_bytes = weights.bytes.as_ptr().add(first).cast::<i8>();
             for j in (0..keys.len()).step_by(4) {
-                if ask {
-                    // Codes are few bytes: all keys of the next block come while this block's values are computed with.
-                    Coming::<4>::rows(next.0, next.1, keys.start + j + KEYS).ask(0, usize::MAX);
-                }
+                coming.four_more();
                 let mut rows = [v.start(keys.start + j).wrapping_add(at); 4];
                 for (c, row) in rows.iter_mut().enumerate().skip(1) {
                     *row = v.start((keys.start + j + c).min(keys.end - 1)).wrapping_add(at);
@@ -195,6 +217,7 @@ impl<K: Rows, V: BareRows> ByteValues<'_, K, V> {
                 }
             }
         }
+        self.coming = coming;
         for (r, [a, b, c]) in acc.iter().enumerate() {
             let row = &mut self.outputs[(first + r) * padded_dim..(first + r + 1) * padded_dim];
             let factor = s.splat(weights.factors[first + r]);

@@ -7,7 +7,7 @@
 //! sum_j w_j v_j = sum_j (w_j scale_j) c_j + sum_j w_j offset_j
 //! ```
 //! Where the CPU multiplies bytes, `q . c_j` is an exact sum of integers, of the query rounded to 15 bits of its largest element:
-//! `q = f (128 high + low)` with signed bytes `high` and `low`.
+//! `q = f (128 high + low)` with signed bytes `high` and `low`. Values by bytes are in `code_values.rs`.
 
 use super::rows::{BareRows, Rows};
 use super::stream::{Coming, KEYS, MAX_QUERY_ROWS, rows_together};
