@@ -85,6 +85,20 @@ def test_value_dim_differs(rng, isa, dim, value_dim, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", range(1, 9))
+def test_values_of_keys_with_one_channel(rng, isa, kind, group):
+    """Logits have next to no error then, however queries are rounded: what remains is that of the sums over values."""
+    for keys, value_dim in ((1, 1), (5, 40), (131, 7), (300, 130)):
+        k, v = rng.standard_normal((2, keys, 1)), rng.standard_normal((2, keys, value_dim))
+        v *= 10.0 ** rng.integers(-6, 1, (2, keys, 1))
+        v[:, ::5] = v[:, ::5, :1]  # one number in all channels
+        v[:, 3::7] = 0
+        store = store_of(k.astype(np.float32), v.astype(np.float32), kind)
+        for size in (0.01, 1, 6):
+            check((size * normal(rng, (2 * group, 1, 1))).astype(np.float32), store)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group", [1, 2, 4, 5, 8])
 def test_decode_rows_and_groups(rng, isa, kind, group):
     for rows in range(1, 10):

@@ -7,65 +7,79 @@
 //! sum_j w_j v_j = sum_j (w_j scale_j) c_j + sum_j w_j offset_j
 //! ```
 //! Where the CPU multiplies bytes, `q . c_j` is an exact sum of integers, of the query rounded to 15 bits of its largest element:
-//! `q = f (128 high + low)` with signed bytes `high` and `low`.
+//! `q = f (128 high + low)` with signed bytes `high` and `low`. Values by bytes are in `code_values.rs`.
 
 use super::rows::{BareRows, Rows};
-use super::stream::{Coming, Dots, KEYS, MAX_QUERY_ROWS, fill_scores};
-use crate::simd::{Kernel, Simd};
+use super::stream::{Coming, KEYS, MAX_QUERY_ROWS, rows_together};
+use crate::simd::{Kernel, MAX_LANES, Simd};
+use crate::tensor::CODE_STEP;
 use std::ops::Range;
 
-/// Bytes that one vector of bytes has at most: queries are padded to a multiple of it.
-const CHUNK: usize = 64;
-
-/// Channels of the widest rows whose sums of products of bytes fit the 32 bits of one of `lanes`, whatever the bytes are.
-pub(super) const fn widest(lanes: usize, bits: usize) -> usize {
-    // Four channels go to a lane at a time.
-    i32::MAX as usize / (128 * 128 * ((1 << bits) - 1)) / 4 * 4 * lanes
+/// Channels of the widest rows whose sums of products of bytes fit 32 bits, whatever the bytes are.
+pub(super) const fn widest(bits: usize) -> usize {
+    i32::MAX as usize / (128 * ((1 << bits) - 1)) / 4 * 4
 }
 
-/// Query rows as bytes, in the order in which the codes of `BITS` bits lie.
+/// Query rows as bytes, in the order in which words of four bytes of codes of `BITS` bits meet them.
 pub(super) struct ByteQueries {
-    /// `[rows, 2 (high, low), bytes]`.
-    bytes: Vec<i8>,
-    /// Bytes of one part of a row.
-    stride: usize,
+    /// `[words of a row, halves (of the bytes, where codes have 4 bits)]`.
+    words: Vec<Word>,
     factors: [f32; MAX_QUERY_ROWS],
     sums: [f32; MAX_QUERY_ROWS],
 }
 
-impl ByteQueries {
-    /// The rows of `queries`, `padded_dim` apart, for rows of keys with `code_bytes` bytes.
-    pub(super) fn new(queries: &[f32], padded_dim: usize, rows: usize, dim: usize, bits: usize, bytes: bool) -> Self {
-        // A vector of 4-bit codes is one vector of low halves and one of high halves.
-        let stride = if bits == 4 { 2 * dim.div_ceil(128) * CHUNK } else { dim.next_multiple_of(CHUNK) };
-        let mut made = Self {
-            bytes: vec![0; if bytes { 2 * stride * rows } else { 0 }],
-            stride,
+/// High and low bytes of four channels of each row.
+type Word = [[[i8; 4]; 2]; MAX_QUERY_ROWS];
+
+/// Makes [`ByteQueries`] of the rows of `queries`, `padded_dim` apart; without `bytes` their sums alone.
+pub(super) struct RoundQueries<'a> {
+    pub(super) queries: &'a [f32],
+    pub(super) padded_dim: usize,
+    pub(super) rows: usize,
+    pub(super) dim: usize,
+    pub(super) bits: usize,
+    pub(super) bytes: bool,
+}
+
+impl Kernel for RoundQueries<'_> {
+    type Output = ByteQueries;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> ByteQueries {
+        let Self { queries, padded_dim, rows, dim, bits, bytes } = self;
+        assert!(padded_dim.is_multiple_of(S::LANES) && rows <= MAX_QUERY_ROWS);
+        let words = if bytes { dim.next_multiple_of(CODE_STEP) / 4 } else { 0 };
+        let mut made = ByteQueries {
+            words: vec![[[[0; 4]; 2]; MAX_QUERY_ROWS]; words],
             factors: [1.0; MAX_QUERY_ROWS],
             sums: [0.0; MAX_QUERY_ROWS],
         };
         for (r, query) in queries.chunks(padded_dim.max(1)).take(rows).enumerate() {
-            let query = &query[..dim];
-            made.sums[r] = query.iter().sum();
+            let (mut sum, mut largest) = (s.zero(), s.zero());
+            for x in query.chunks_exact(S::LANES) {
+                // SAFETY: the chunk has LANES floats; those beyond `dim` are 0.
+                let x = unsafe { s.load(x.as_ptr()) };
+                sum = s.add(sum, x);
+                largest = s.max(s.max(x, s.sub(s.zero(), x)), largest);
+            }
+            made.sums[r] = s.sum(sum);
             if !bytes {
                 continue;
             }
             // A query with NaN has the sum NaN, and one with an infinity that factor: so are the scores, whatever the bytes are.
-            let largest = query.iter().fold(0f32, |m, x| m.max(x.abs()));
             // Of the normal numbers, so that it has an inverse.
-            made.factors[r] = (largest / (127.0 * 128.0)).max(f32::MIN_POSITIVE);
+            made.factors[r] = (s.max_lane(largest) / (127.0 * 128.0)).max(f32::MIN_POSITIVE);
             let inverse = 1.0 / made.factors[r];
-            let (high, low) = made.bytes[2 * r * stride..2 * (r + 1) * stride].split_at_mut(stride);
-            for (d, x) in query.iter().enumerate() {
-                let x = (x * inverse).round() as i32;
-                let part = (x + 64) >> 7;
-                let at = if bits == 4 {
-                    // Channels 32 i + b and 32 i + 16 + b share a byte; 64 such bytes make a vector.
-                    d / 128 * 2 * CHUNK + d % 32 / 16 * CHUNK + d % 128 / 32 * 16 + d % 16
-                } else {
-                    d
-                };
-                (high[at], low[at]) = (part as i8, (x - 128 * part) as i8);
+            for (i, x) in query[..dim].chunks(4).enumerate() {
+                // Channels 32 i + b and 32 i + 16 + b share byte 16 i + b.
+                let word = if bits == 4 { i / 8 * 8 + i % 4 * 2 + i % 8 / 4 } else { i };
+                let [high, low] = &mut made.words[word][r];
+                for ((x, high), low) in x.iter().zip(high).zip(low) {
+                    // The nearest integer is in the low bits of this sum, of which the lowest 16 would be 0.
+                    let x = (x * inverse + 12_582_912.0).to_bits() as i32;
+                    let part = x.wrapping_add(64) >> 7;
+                    (*high, *low) = (part as i8, x.wrapping_sub(128 * (part as i8 as i32)) as i8);
+                }
             }
         }
         made
@@ -76,7 +90,6 @@ impl ByteQueries {
 pub(super) struct ByteScores<'a, K, V> {
     pub(super) queries: &'a ByteQueries,
     pub(super) rows: usize,
-    pub(super) dim: usize,
     pub(super) k: K,
     pub(super) keys: Range<usize>,
     pub(super) next: (V, usize),
@@ -88,82 +101,108 @@ impl<K: BareRows, V: Rows> Kernel for ByteScores<'_, K, V> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { queries, rows: n, dim, k, keys, next, scores } = self;
-        assert!(queries.bytes.len() >= 2 * n * queries.stride);
-        // SAFETY: the queries are there by the assertion; whoever made this vouches for the keys.
-        unsafe { fill_scores(s, ByteDots { queries, k }, n, k, dim, keys, next, scores) }
+        let Self { queries, rows: n, k, keys, next, scores } = self;
+        let bytes = k.code_bytes();
+        assert!(queries.words.len() * K::BITS >= 2 * bytes && n <= MAX_QUERY_ROWS);
+        assert!(keys.len() <= KEYS && scores.len() >= n * KEYS);
+        let mut r = 0;
+        while r < n {
+            let together = rows_together::<S>(n - r);
+            for j in keys.clone().step_by(S::LANES) {
+                // The last key stands for those that would come after it.
+                let mut rows = [k.start(j); MAX_LANES];
+                for (lane, row) in rows.iter_mut().enumerate().take(S::LANES) {
+                    *row = k.start((j + lane).min(keys.end - 1));
+                }
+                // Rows of codes are short: while a block's keys are computed with, all of its values come, whose scales are wanted
+                // first.
+                let coming = if r == 0 { Coming::rows(next.0, next.1, j) } else { Coming::none() };
+                // SAFETY: the queries are there by the assertion, whoever made this vouches for the keys; rows of scores are KEYS
+                // apart, a multiple of LANES, and there are n of them.
+                unsafe {
+                    let to = scores.as_mut_ptr().add(r * KEYS + j - keys.start);
+                    match together {
+                        1 => store_rows(s, dots::<S, K, 1>(s, queries, r, &rows, bytes, coming), to),
+                        2 => store_rows(s, dots::<S, K, 2>(s, queries, r, &rows, bytes, coming), to),
+                        4 => store_rows(s, dots::<S, K, 4>(s, queries, r, &rows, bytes, coming), to),
+                        _ => store_rows(s, dots::<S, K, 8>(s, queries, r, &rows, bytes, coming), to),
+                    }
+                }
+            }
+            r += together;
+        }
     }
 }
 
-/// `128 high . c_j + low . c_j`.
-#[derive(Clone, Copy)]
-struct ByteDots<'a, K> {
-    queries: &'a ByteQueries,
-    k: K,
+/// Stores a vector to each of `R` rows of scores.
+///
+/// # Safety
+/// The rows are writable for a vector.
+#[inline(always)]
+unsafe fn store_rows<S: Simd, const R: usize>(s: S, v: [S::F32; R], to: *mut f32) {
+    for (r, &v) in v.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { s.store(to.add(r * KEYS), v) };
+    }
 }
 
-impl<K: BareRows> Dots for ByteDots<'_, K> {
-    #[inline(always)]
-    unsafe fn dots<S: Simd, const R: usize, const C: usize>(
-        self,
-        s: S,
-        first: usize,
-        j: usize,
-        coming: Coming<C>,
-    ) -> [[f32; C]; R] {
-        let Self { queries, k } = self;
-        let (bytes, step) = (k.code_bytes(), 4 * S::LANES);
-        // 4-bit codes: two vectors of the query for one of bytes, which come in chunks of 64.
-        let halves = if K::BITS == 4 { 2 } else { 1 };
-        let low_halves = s.splat_i32(0x0f0f_0f0f);
-        let mut acc = [[s.splat_i32(0); C]; R];
-        for part in 0..2 {
-            let mut at = 0;
-            while at < bytes {
-                let mut x = [s.splat_i32(0); C];
-                for (c, x) in x.iter_mut().enumerate() {
-                    let codes = k.start(j + c).wrapping_add(at);
-                    // SAFETY: the row has `bytes` bytes.
-                    *x = unsafe {
-                        if at + step <= bytes { s.load_bytes(codes) } else { s.load_bytes_first(codes, bytes - at) }
-                    };
-                }
+/// Room for a vector of bytes of as many keys.
+#[repr(align(64))]
+struct Words([u8; 4 * MAX_LANES * MAX_LANES]);
+
+/// `128 high . c_j + low . c_j` of the `R` query rows from `first` on with the `LANES` keys that begin at `rows`, a key per lane: sums
+/// across lanes would take longer than the products. Asks for what is `coming` meanwhile.
+///
+/// # Safety
+/// The query rows and the keys exist, `bytes` bytes each.
+#[inline(always)]
+unsafe fn dots<S: Simd, K: BareRows, const R: usize>(
+    s: S,
+    queries: &ByteQueries,
+    first: usize,
+    rows: &[*const u8; MAX_LANES],
+    bytes: usize,
+    coming: Coming<MAX_LANES>,
+) -> [S::F32; R] {
+    let step = 4 * S::LANES;
+    let halves = if K::BITS == 4 { 2 } else { 1 };
+    let low_halves = s.splat_i32(0x0f0f_0f0f);
+    let mut words = Words([0; _]);
+    let mut acc = [[s.splat_i32(0); 2]; R];
+    let mut at = 0;
+    while at < bytes {
+        let n = (bytes - at).min(step);
+        // SAFETY: the rows have `bytes` bytes, and there are queries for as many.
+        unsafe {
+            s.transpose_words(rows, at, n, words.0.as_mut_ptr());
+            let queries = queries.words.as_ptr().add(at / 4 * halves).cast::<i32>().add(2 * first);
+            for t in 0..n.div_ceil(4) {
+                let x = s.load_bytes(words.0.as_ptr().add(t * step));
                 for half in 0..halves {
+                    let codes = match (K::BITS, half) {
+                        (4, 0) => s.and(x, low_halves),
+                        (4, _) => s.and(s.shift_right_16::<4>(x), low_halves),
+                        _ => x,
+                    };
+                    let queries = queries.add((t * halves + half) * 2 * MAX_QUERY_ROWS);
                     for (r, acc) in acc.iter_mut().enumerate() {
-                        let row = (2 * (first + r) + part) * queries.stride;
-                        let q = row + at / CHUNK * CHUNK * halves + half * CHUNK + at % CHUNK;
-                        // SAFETY: queries are padded to whole chunks.
-                        let q = unsafe { s.load_bytes(queries.bytes.as_ptr().add(q).cast()) };
-                        for (acc, &x) in acc.iter_mut().zip(&x) {
-                            let codes = match (K::BITS, half) {
-                                (4, 0) => s.and(x, low_halves),
-                                (4, _) => s.and(s.shift_right_16::<4>(x), low_halves),
-                                _ => x,
-                            };
-                            *acc = s.dot4(*acc, codes, q);
+                        for (part, acc) in acc.iter_mut().enumerate() {
+                            let q = queries.add(2 * r + part).read_unaligned();
+                            *acc = s.dot4(*acc, codes, s.splat_i32(q));
                         }
                     }
                 }
-                if part == 0 {
-                    coming.ask(at, at + step);
-                }
-                at += step;
-            }
-            if part == 0 {
-                coming.ask(at, usize::MAX);
-                for acc in acc.as_flattened_mut() {
-                    *acc = s.times128(*acc);
-                }
             }
         }
-        let mut sums = [[s.zero(); C]; R];
-        for (sums, acc) in sums.iter_mut().zip(&acc) {
-            for (sum, &acc) in sums.iter_mut().zip(acc) {
-                *sum = s.to_f32(acc);
-            }
-        }
-        s.sums(sums)
+        coming.ask(at, at + step);
+        at += step;
     }
+    coming.ask(at, usize::MAX);
+    let mut sums = [s.zero(); R];
+    for (sum, &[high, low]) in sums.iter_mut().zip(&acc) {
+        *sum = s.fma(s.to_f32(high), s.splat(128.0), s.to_f32(low));
+    }
+    sums
 }
 
 /// Turns products with bare codes into scores.
@@ -182,24 +221,39 @@ impl<K: BareRows> Kernel for ScaleScores<'_, K> {
     fn run<S: Simd>(self, _: S) {
         let Self { queries, rows, k, keys, scores } = self;
         let n = keys.len();
-        let (scales, offsets) = scales_and_offsets(k, keys);
+        let mut parameters = Parameters::NONE;
+        parameters.read(k, keys);
+        let Parameters { scales, offsets } = &parameters;
         for (r, scores) in scores.chunks_exact_mut(KEYS).take(rows).enumerate() {
             let (factor, sum) = (queries.factors[r], queries.sums[r]);
-            for (score, (scale, offset)) in scores[..n].iter_mut().zip(scales.iter().zip(&offsets)) {
+            for (score, (scale, offset)) in scores[..n].iter_mut().zip(scales.iter().zip(offsets)) {
                 *score = scale * factor * *score + offset * sum;
             }
         }
     }
 }
 
-#[inline(always)]
-fn scales_and_offsets<K: BareRows>(rows: K, keys: Range<usize>) -> ([f32; KEYS], [f32; KEYS]) {
-    let (mut scales, mut offsets) = ([0f32; KEYS], [0f32; KEYS]);
-    for ((key, scale), offset) in keys.zip(&mut scales).zip(&mut offsets) {
-        // SAFETY: `keys` are rows that whoever started the kernel vouched for.
-        [*scale, *offset] = unsafe { rows.scale_and_offset(key) };
+/// Scales and offsets of a block's rows, 0 beyond the last.
+pub(super) struct Parameters {
+    pub(super) scales: [f32; KEYS],
+    pub(super) offsets: [f32; KEYS],
+}
+
+impl Parameters {
+    pub(super) const NONE: Self = Self { scales: [0.0; KEYS], offsets: [0.0; KEYS] };
+
+    /// Reads those of the rows `keys`.
+    #[inline(always)]
+    pub(super) fn read<K: BareRows>(&mut self, rows: K, keys: Range<usize>) {
+        let mut pairs = [[0f32; 2]; KEYS];
+        for (key, pair) in keys.zip(&mut pairs) {
+            // SAFETY: `keys` are rows that whoever started the kernel vouched for.
+            *pair = unsafe { rows.scale_and_offset(key) };
+        }
+        for ((&[scale, offset], to), to2) in pairs.iter().zip(&mut self.scales).zip(&mut self.offsets) {
+            (*to, *to2) = (scale, offset);
+        }
     }
-    (scales, offsets)
 }
 
 /// Multiplies a block's weights by the scales of the values and adds what the offsets contribute to the outputs.
@@ -219,7 +273,9 @@ impl<V: BareRows> Kernel for ScaleWeights<'_, V> {
     fn run<S: Simd>(self, _: S) {
         let Self { weights, rows, v, keys, outputs, padded_dim } = self;
         let n = keys.len();
-        let (scales, offsets) = scales_and_offsets(v, keys);
+        let mut parameters = Parameters::NONE;
+        parameters.read(v, keys);
+        let Parameters { scales, offsets } = &parameters;
         for r in 0..rows {
             let weights = &mut weights[r * KEYS..(r + 1) * KEYS];
             // Lanes of their own, so that the loop becomes vector code.

@@ -11,6 +11,7 @@
 mod backward;
 pub(crate) mod bytes;
 mod chunk;
+mod code_values;
 mod codes;
 pub mod double;
 pub(crate) mod keys;

@@ -3,7 +3,7 @@
 use super::Problem;
 use super::rows::Rows;
 use super::scores::RowId;
-use super::stream::{Coming, Dots, MAX_QUERY_ROWS, fill_scores};
+use super::stream::{Coming, Dots, KEYS, MAX_QUERY_ROWS, fill_scores, scale_row};
 use crate::simd::{Kernel, MAX_LANES, Simd};
 use half::bf16;
 use std::ops::Range;
@@ -49,9 +49,13 @@ impl<K: Rows, V: Rows> Kernel for PairScores<'_, K, V> {
             unreachable!("asked for where pairs are multiplied only");
         }
         let Self { queries, rows: n, dim, k, keys, next, scores } = self;
+        let padded = keys.len().next_multiple_of(S::LANES);
         assert!(queries.numbers.len() >= n * queries.stride);
         // SAFETY: the queries are there by the assertion; whoever made this vouches for the keys.
         unsafe { fill_scores(s, PairDots { queries, dim, k }, n, k, dim, keys, next, scores) }
+        for (scores, scale) in scores.chunks_mut(KEYS).zip(queries.scales).take(n) {
+            scale_row(s, &mut scores[..padded], scale);
+        }
     }
 }
 
@@ -96,10 +100,6 @@ impl<K: Rows> Dots for PairDots<'_, K> {
             at += step;
         }
         coming.ask(at, usize::MAX);
-        let mut sums = s.sums(acc);
-        for (sums, scale) in sums.iter_mut().zip(&queries.scales[first..]) {
-            sums.iter_mut().for_each(|sum| *sum *= scale);
-        }
-        sums
+        s.sums(acc)
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! for each block of keys:
-//!     S = Q K^T          dot products along contiguous rows, 16 accumulators (8 where registers are few): 4 query rows x 4 keys
+//!     S = Q K^T          dot products along contiguous rows, 16 accumulators (8 where registers are few): 4 query rows x 4 keys;
+//!                        of bytes with a key in each lane (codes.rs)
 //!     modify, mask, online softmax                       (scores.rs)
 //!     O = O * factor + P V                                16 accumulators: 4 query rows x 4 vectors of columns
 //! ```
@@ -11,7 +12,8 @@
 //! All rows of a KV head's query group go together, so each K and V byte is read once per group.
 
 use super::Problem;
-use super::codes::{ByteQueries, ByteScores, ScaleScores, ScaleWeights, widest};
+use super::code_values::{ByteValues, ByteWeights, RoundWeights};
+use super::codes::{ByteScores, RoundQueries, ScaleScores, ScaleWeights, widest};
 use super::keys::List;
 use super::pairs::{PairQueries, PairScores};
 use super::rows::{BareRows, Row, Rows};
@@ -76,6 +78,16 @@ impl<const C: usize> Coming<C> {
         Self { starts, bytes: if inside { rows.row_bytes(dim) } else { next.row_bytes(next_dim) } }
     }
 
+    /// Rows that come after the block: those from `j` on.
+    #[inline(always)]
+    pub(super) fn rows<V: Rows>(rows: V, dim: usize, j: usize) -> Self {
+        let mut starts = [std::ptr::null(); C];
+        for (c, start) in starts.iter_mut().enumerate() {
+            *start = rows.start(j + c);
+        }
+        Self { starts, bytes: rows.row_bytes(dim) }
+    }
+
     /// Nothing to ask for.
     #[inline(always)]
     pub(super) fn none() -> Self {
@@ -95,7 +107,7 @@ impl<const C: usize> Coming<C> {
     }
 }
 
-/// How dot products come about: of floats, of pairs of bf16 (pairs.rs) or of bytes (codes.rs).
+/// How dot products along rows come about: of floats or of pairs of bf16 (pairs.rs).
 pub(super) trait Dots: Copy {
     /// Products of the `R` query rows from `first` on with the `C` keys from `j` on; asks for what is `coming` meanwhile.
     ///
@@ -151,7 +163,7 @@ pub(super) unsafe fn fill_scores<S: Simd, D: Dots, K: Rows, V: Rows>(
 /// [`fill_scores`] for the `R` rows from `first` on, `C` keys at a time.
 ///
 /// # Safety
-/// As [`fill_scores`].
+/// As [`fill_scores`]; `scores` are `R` rows.
 #[inline(always)]
 unsafe fn fill_rows<S: Simd, D: Dots, K: Rows, V: Rows, const R: usize, const C: usize>(
     s: S,
@@ -167,18 +179,18 @@ unsafe fn fill_rows<S: Simd, D: Dots, K: Rows, V: Rows, const R: usize, const C:
     let mut j = keys.start;
     while j < keys.end {
         let coming = Coming::<C>::new(k, dim, ahead, j, &keys, next);
-        let to = &mut scores[j - keys.start..];
         // SAFETY: the caller's promise; fewer than C keys are left only where one at a time is taken.
         unsafe {
+            let to = scores.as_mut_ptr().add(j - keys.start);
             if j + C <= keys.end {
                 for (r, sums) in dots.dots::<S, R, C>(s, first, j, coming).iter().enumerate() {
-                    to[r * KEYS..r * KEYS + C].copy_from_slice(sums);
+                    to.add(r * KEYS).cast::<[f32; C]>().write_unaligned(*sums);
                 }
             } else {
                 coming.ask(0, usize::MAX);
                 for c in 0..keys.end - j {
                     for (r, &[sum]) in dots.dots::<S, R, 1>(s, first, j + c, Coming::none()).iter().enumerate() {
-                        to[r * KEYS + c] = sum;
+                        *to.add(r * KEYS + c) = sum;
                     }
                 }
             }
@@ -422,7 +434,7 @@ unsafe fn accumulate_visible<S: Simd, V: Rows>(
 
 /// Query rows that go through a block together, out of `n` that are left.
 #[inline(always)]
-const fn rows_together<S: Simd>(n: usize) -> usize {
+pub(super) const fn rows_together<S: Simd>(n: usize) -> usize {
     match n {
         1 => 1,
         2 | 3 => 2,
@@ -687,11 +699,14 @@ pub(crate) unsafe fn attend_watched<S: Simd, K: Rows, V: Rows, W: Watch>(
     }
     let skips = problem.options.skip_threshold > 0.0 && !careful;
     let bits = <K::Bare as BareRows>::BITS;
-    let dot_bytes = S::DOT_BYTES && problem.dim <= widest(S::LANES, bits);
-    let byte_queries =
-        k.bare().is_some().then(|| ByteQueries::new(state.queries, state.padded_dim, n, problem.dim, bits, dot_bytes));
+    let dot_bytes = S::DOT_BYTES && problem.dim <= widest(bits);
+    let byte_queries = k.bare().map(|_| {
+        let (queries, padded_dim, dim) = (state.queries, state.padded_dim, problem.dim);
+        s.call(RoundQueries { queries, padded_dim, rows: n, dim, bits, bytes: dot_bytes })
+    });
     let pairs = S::DOT2_BF16 && K::BF16 && problem.q.dtype() == DType::BF16;
     let pair_queries = pairs.then(|| PairQueries::new(problem, ids));
+    let mut byte_weights = ByteWeights::NONE;
     let mut start = keys.start;
     while start < keys.end {
         let end = (start + KEYS).min(keys.end);
@@ -701,8 +716,7 @@ pub(crate) unsafe fn attend_watched<S: Simd, K: Rows, V: Rows, W: Watch>(
             (Some(k), Some(queries)) => {
                 let next = (v, problem.value_dim);
                 if dot_bytes {
-                    let dim = problem.dim;
-                    s.call_bytes(ByteScores { queries, rows: n, dim, k, keys: keys.clone(), next, scores });
+                    s.call_bytes(ByteScores { queries, rows: n, k, keys: keys.clone(), next, scores });
                 } else {
                     s.call(BlockScores::new(state, problem, k, keys.clone(), next, scores));
                 }
@@ -725,6 +739,14 @@ pub(crate) unsafe fn attend_watched<S: Simd, K: Rows, V: Rows, W: Watch>(
             watch.weights(start, keys.len(), scores, state.running);
             let next = (k, problem.dim);
             match v.bare() {
+                Some(v) if !careful && S::DOT_BYTES => {
+                    let (outputs, padded_dim) = (&mut *state.outputs, state.padded_value_dim);
+                    let to = &mut byte_weights;
+                    s.call(RoundWeights { weights: scores, rows: n, v, keys: keys.clone(), outputs, padded_dim, to });
+                    let weights = &byte_weights;
+                    let outputs = &mut *state.outputs;
+                    s.call_bytes(ByteValues { weights, rows: n, v, keys, next, outputs, padded_dim });
+                }
                 Some(v) if !careful => {
                     let (outputs, padded_dim) = (&mut *state.outputs, state.padded_value_dim);
                     s.call(ScaleWeights { weights: scores, rows: n, v, keys: keys.clone(), outputs, padded_dim });

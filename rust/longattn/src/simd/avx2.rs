@@ -178,10 +178,6 @@ impl Simd for Avx2 {
         unsafe { _mm256_loadu_si256(p.cast()) }
     }
     #[inline(always)]
-    fn times128(self, a: __m256i) -> __m256i {
-        unsafe { _mm256_slli_epi32::<7>(a) }
-    }
-    #[inline(always)]
     unsafe fn store_bytes(self, p: *mut u8, v: __m256i) {
         unsafe { _mm256_storeu_si256(p.cast(), v) }
     }

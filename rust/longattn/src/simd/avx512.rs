@@ -1,6 +1,6 @@
 //! AVX-512 (F, BW, DQ, VL): sixteen floats; dot products of bytes (VNNI) and of bf16 pairs where the CPU has them.
 
-use super::{Kernel, Simd};
+use super::{Kernel, MAX_LANES, Simd};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -62,6 +62,42 @@ unsafe fn sums4(a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
 unsafe fn halves(a: __m512, b: __m512) -> __m512 {
     // SAFETY: the caller's promise.
     unsafe { _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b)) }
+}
+
+/// The transpose of 16 x 16 floats.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline(always)]
+unsafe fn transposed(rows: [__m512; 16]) -> [__m512; 16] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // Pairs of rows, then quadruples, each within 128-bit quarters; then the quarters change places in two rounds.
+        let mut pair = rows;
+        for i in 0..8 {
+            pair[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+            pair[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+        }
+        // quad[4 g + c]: column c + 4 * quarter of rows 4 g .. 4 g + 3
+        let mut quad = rows;
+        for i in 0..8 {
+            let (a, b) = (pair[i / 2 * 4 + i % 2], pair[i / 2 * 4 + i % 2 + 2]);
+            quad[2 * i] = _mm512_shuffle_ps::<0x44>(a, b);
+            quad[2 * i + 1] = _mm512_shuffle_ps::<0xee>(a, b);
+        }
+        let mut columns = rows;
+        for c in 0..4 {
+            let low = _mm512_shuffle_f32x4::<0x88>(quad[c], quad[4 + c]);
+            let high = _mm512_shuffle_f32x4::<0xdd>(quad[c], quad[4 + c]);
+            let low2 = _mm512_shuffle_f32x4::<0x88>(quad[8 + c], quad[12 + c]);
+            let high2 = _mm512_shuffle_f32x4::<0xdd>(quad[8 + c], quad[12 + c]);
+            columns[c] = _mm512_shuffle_f32x4::<0x88>(low, low2);
+            columns[4 + c] = _mm512_shuffle_f32x4::<0x88>(high, high2);
+            columns[8 + c] = _mm512_shuffle_f32x4::<0xdd>(low, low2);
+            columns[12 + c] = _mm512_shuffle_f32x4::<0xdd>(high, high2);
+        }
+        columns
+    }
 }
 
 // SAFETY of every block below: an `Avx512` only exists inside the `run` of its parameters, so the CPU has the instructions; memory is
@@ -194,26 +230,13 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
     #[inline(always)]
     unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
         unsafe {
-            let row = |i: usize| _mm512_loadu_ps(from.add(i * from_stride));
-            // Pairs of rows, then quadruples, each within 128-bit quarters; then the quarters change places in two rounds.
-            let pair: [_; 16] = std::array::from_fn(|i| {
-                let (a, b) = (row(i / 2 * 2), row(i / 2 * 2 + 1));
-                if i % 2 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) }
-            });
-            // quad[4 g + c]: column c + 4 * quarter of rows 4 g .. 4 g + 3
-            let quad: [_; 16] = std::array::from_fn(|i| {
-                let (a, b) = (pair[i / 4 * 4 + i % 4 / 2], pair[i / 4 * 4 + i % 4 / 2 + 2]);
-                if i % 2 == 0 { _mm512_shuffle_ps::<0x44>(a, b) } else { _mm512_shuffle_ps::<0xee>(a, b) }
-            });
-            for c in 0..4 {
-                let low = _mm512_shuffle_f32x4::<0x88>(quad[c], quad[4 + c]);
-                let high = _mm512_shuffle_f32x4::<0xdd>(quad[c], quad[4 + c]);
-                let low2 = _mm512_shuffle_f32x4::<0x88>(quad[8 + c], quad[12 + c]);
-                let high2 = _mm512_shuffle_f32x4::<0xdd>(quad[8 + c], quad[12 + c]);
-                _mm512_storeu_ps(to.add(c * to_stride), _mm512_shuffle_f32x4::<0x88>(low, low2));
-                _mm512_storeu_ps(to.add((4 + c) * to_stride), _mm512_shuffle_f32x4::<0x88>(high, high2));
-                _mm512_storeu_ps(to.add((8 + c) * to_stride), _mm512_shuffle_f32x4::<0xdd>(low, low2));
-                _mm512_storeu_ps(to.add((12 + c) * to_stride), _mm512_shuffle_f32x4::<0xdd>(high, high2));
+            let mut rows = [_mm512_setzero_ps(); 16];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = _mm512_loadu_ps(from.add(i * from_stride));
+            }
+            let columns = transposed(rows);
+            for (i, &column) in columns.iter().enumerate() {
+                _mm512_storeu_ps(to.add(i * to_stride), column);
             }
         }
     }
@@ -231,8 +254,50 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
         unsafe { _mm512_maskz_loadu_epi8(!(u64::MAX.checked_shl(n as u32).unwrap_or(0)), p.cast()) }
     }
     #[inline(always)]
-    fn times128(self, a: __m512i) -> __m512i {
-        unsafe { _mm512_slli_epi32::<7>(a) }
+    unsafe fn transpose_words(self, rows: &[*const u8; MAX_LANES], at: usize, n: usize, to: *mut u8) {
+        unsafe {
+            let mut words = [_mm512_setzero_ps(); 16];
+            for (words, row) in words.iter_mut().zip(rows) {
+                let row = row.add(at);
+                let bytes = if n == 64 { self.load_bytes(row) } else { self.load_bytes_first(row, n) };
+                *words = _mm512_castsi512_ps(bytes);
+            }
+            let columns = transposed(words);
+            for (t, &column) in columns.iter().enumerate() {
+                _mm512_storeu_ps(to.add(64 * t).cast(), column);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn interleave(self, rows: [*const u8; 4], n: usize) -> [__m512i; 4] {
+        unsafe {
+            let mut x = [_mm512_setzero_si512(); 4];
+            for (x, row) in x.iter_mut().zip(rows) {
+                *x = if n == 64 { self.load_bytes(row) } else { self.load_bytes_first(row, n) };
+            }
+            let (low, high) = (_mm512_unpacklo_epi8(x[0], x[1]), _mm512_unpackhi_epi8(x[0], x[1]));
+            let (low2, high2) = (_mm512_unpacklo_epi8(x[2], x[3]), _mm512_unpackhi_epi8(x[2], x[3]));
+            [
+                _mm512_unpacklo_epi16(low, low2),
+                _mm512_unpackhi_epi16(low, low2),
+                _mm512_unpacklo_epi16(high, high2),
+                _mm512_unpackhi_epi16(high, high2),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn in_order(self, v: [__m512; 4]) -> [__m512; 4] {
+        unsafe {
+            // Quarter q of vector t is the t-th part of quarter q of the bytes.
+            let (a, b) = (_mm512_shuffle_f32x4::<0x44>(v[0], v[1]), _mm512_shuffle_f32x4::<0x44>(v[2], v[3]));
+            let (c, d) = (_mm512_shuffle_f32x4::<0xee>(v[0], v[1]), _mm512_shuffle_f32x4::<0xee>(v[2], v[3]));
+            [
+                _mm512_shuffle_f32x4::<0x88>(a, b),
+                _mm512_shuffle_f32x4::<0xdd>(a, b),
+                _mm512_shuffle_f32x4::<0x88>(c, d),
+                _mm512_shuffle_f32x4::<0xdd>(c, d),
+            ]
+        }
     }
     const DOT_BYTES: bool = VNNI;
     #[inline(always)]

@@ -144,8 +144,51 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
             self.load_bytes(buffer.as_ptr())
         }
     }
-    /// Each lane times 128.
-    fn times128(self, a: Self::I32) -> Self::I32;
+    /// Transposes words of four bytes: vector t of `to` has word t of the bytes from `at` on of each of the first `LANES` rows. There
+    /// are `n <= 4 * LANES` bytes, zeros after them.
+    ///
+    /// # Safety
+    /// The rows are readable for `n` bytes from `at` on, `to` is writable for `LANES` vectors.
+    #[inline(always)]
+    unsafe fn transpose_words(self, rows: &[*const u8; MAX_LANES], at: usize, n: usize, to: *mut u8) {
+        for (lane, &row) in rows.iter().enumerate().take(Self::LANES) {
+            for t in 0..Self::LANES {
+                let mut word = [0; 4];
+                let bytes = n.saturating_sub(4 * t).min(4);
+                // SAFETY: the caller's promise; `bytes` are inside the row.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(row.wrapping_add(at + 4 * t), word.as_mut_ptr(), bytes);
+                    to.add(4 * (t * Self::LANES + lane)).cast::<[u8; 4]>().write(word);
+                }
+            }
+        }
+    }
+    /// A byte of each of the four rows in every lane, of the first `n <= 4 * LANES` bytes of the rows, zeros after them. The order of
+    /// the lanes is that of the instruction set; [`Self::in_order`] turns it into the order of the bytes.
+    ///
+    /// # Safety
+    /// The rows are readable for `n` bytes.
+    #[inline(always)]
+    unsafe fn interleave(self, rows: [*const u8; 4], n: usize) -> [Self::I32; 4] {
+        let mut bytes = [0u8; 16 * MAX_LANES];
+        for (i, four) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate().take(n) {
+            for (byte, row) in four.iter_mut().zip(rows) {
+                // SAFETY: the caller vouches for n bytes.
+                *byte = unsafe { *row.add(i) };
+            }
+        }
+        let mut all = [self.splat_i32(0); 4];
+        for (t, v) in all.iter_mut().enumerate() {
+            // SAFETY: the buffer holds four vectors of any instruction set.
+            *v = unsafe { self.load_bytes(bytes.as_ptr().add(4 * t * Self::LANES)) };
+        }
+        all
+    }
+    /// What came of [`Self::interleave`] lane by lane, in the order of the bytes.
+    #[inline(always)]
+    fn in_order(self, v: [Self::F32; 4]) -> [Self::F32; 4] {
+        v
+    }
     /// Whether [`Self::dot4`] takes any unsigned bytes, in kernels that run by [`Self::call_bytes`].
     const DOT_BYTES: bool = false;
     /// As [`Self::call`], with products of bytes.

@@ -141,10 +141,6 @@ impl Simd for Neon {
         unsafe { vreinterpretq_s32_u8(vld1q_u8(p)) }
     }
     #[inline(always)]
-    fn times128(self, a: int32x4_t) -> int32x4_t {
-        unsafe { vshlq_n_s32::<7>(a) }
-    }
-    #[inline(always)]
     unsafe fn store_bytes(self, p: *mut u8, v: int32x4_t) {
         unsafe { vst1q_u8(p, vreinterpretq_u8_s32(v)) }
     }

@@ -140,10 +140,6 @@ impl Simd for Scalar {
         // SAFETY: the caller vouches for 4 * N bytes.
         unsafe { p.cast::<[i32; N]>().read_unaligned() }
     }
-    #[inline(always)]
-    fn times128(self, a: [i32; N]) -> [i32; N] {
-        a.map(|x| x << 7)
-    }
     const DOT_BYTES: bool = true;
     #[inline(always)]
     unsafe fn store_bytes(self, p: *mut u8, v: [i32; N]) {

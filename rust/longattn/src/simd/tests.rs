@@ -186,3 +186,56 @@ fn transpose_on_every_isa() {
         }
     }
 }
+
+struct Words<'a>(&'a [u8], usize);
+
+impl Kernel for Words<'_> {
+    /// Lanes, transposed words, interleaved bytes in order.
+    type Output = (usize, Vec<u8>, Vec<f32>);
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        let Self(bytes, n) = self;
+        let n = n.min(4 * S::LANES);
+        let mut rows = [bytes.as_ptr(); MAX_LANES];
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = row.wrapping_add(i * 70);
+        }
+        let mut words = vec![0; 4 * S::LANES * S::LANES];
+        let mut sums = vec![0f32; 4 * S::LANES];
+        // SAFETY: MAX_LANES rows of 70 bytes, of which n from byte 5 on are asked for; room for LANES vectors, then for four.
+        unsafe {
+            s.transpose_words(&rows, 5, n, words.as_mut_ptr());
+            let four = s.interleave([rows[0], rows[1], rows[2], rows[3]], n);
+            let weights = s.splat_i32(i32::from_ne_bytes([1, 2, 3, 4]));
+            let mut dots = [s.zero(); 4];
+            for (dot, x) in dots.iter_mut().zip(four) {
+                *dot = s.to_f32(s.dot4(s.splat_i32(0), s.and(x, s.splat_i32(0x0f0f_0f0f)), weights));
+            }
+            for (t, v) in s.in_order(dots).into_iter().enumerate() {
+                s.store(sums.as_mut_ptr().add(t * S::LANES), v);
+            }
+        }
+        (S::LANES, words, sums)
+    }
+}
+
+#[test]
+fn words_and_bytes_of_rows_on_every_isa() {
+    let bytes: Vec<u8> = (0..MAX_LANES * 70 + 5).map(|i| (i * 37 % 251) as u8).collect();
+    for isa in Isa::available() {
+        for n in [64, 63, 32, 17, 5, 1] {
+            let (lanes, words, sums) = dispatch(isa, Words(&bytes, n));
+            let n = n.min(4 * lanes);
+            for (i, &byte) in words.iter().enumerate() {
+                let (t, lane, b) = (i / 4 / lanes, i / 4 % lanes, i % 4);
+                let at = 4 * t + b;
+                assert_eq!(byte, if at < n { bytes[lane * 70 + 5 + at] } else { 0 }, "{} {n} {i}", isa.name());
+            }
+            for (i, &sum) in sums.iter().enumerate() {
+                let of_row = |c: usize| if i < n { f32::from(bytes[c * 70 + i] & 15) } else { 0.0 };
+                let expected: f32 = (0..4).map(|c| (c + 1) as f32 * of_row(c)).sum();
+                assert_eq!(sum, expected, "{} {n} {i}", isa.name());
+            }
+        }
+    }
+}
