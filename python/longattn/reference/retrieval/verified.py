@@ -12,6 +12,7 @@ The random numbers are those of the library, so that both draw the same rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -206,21 +207,21 @@ class HeadEstimates:
 
 @dataclass(frozen=True)
 class Verified:
-    """Result of one KV head's group at one position.
+    """Result of `verified_sparse_attention`.
 
     Attributes:
-        out: `[G, Dv]`.
-        lse: `[G]`.
-        rows: rows of the sample, or `None` where all rows are read.
-        sd: `[G]`, expected norm of the error, in the unit that was asked for.
-        size: size of the last sample.
+        out: `[Hq, Lq, Dv]`.
+        lse: `[Hq, Lq]`.
+        error_estimate: `[Hq, Lq]`, expected norm of the error, in the unit that was asked for.
+        sampled: `[Hkv][Lq]`, rows of the sample, or `None` where all rows are read.
+        sizes: `[Hkv, Lq]`, size of the last sample.
     """
 
     out: Float64
     lse: Float64
-    rows: Rows | None
-    sd: Float64
-    size: float
+    error_estimate: Float64
+    sampled: list[list[Rows | None]]
+    sizes: Float64
 
 
 class Group:
@@ -294,35 +295,91 @@ class Group:
 
 
 def verified_sparse_attention(
-    group: Group,
-    seed: int,
-    kv_head: int,
+    q: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    heads: Sequence[HeadEstimates],
     *,
     epsilon: float = 0.1,
     delta: float = 0.05,
     relative_to: str = "output",
+    sinks: int = 4,
+    window: int = 512,
+    scale: float | None = None,
+    seed: int = 0,
+    sink_logits: ArrayLike | None = None,
 ) -> Verified:
     """Samples rows until the error is within epsilon, or reads all.
+
+    Args:
+        q: queries `[Hq, Lq, D]`, the last positions of the sequence.
+        keys: `[Hkv, N, D]`.
+        values: `[Hkv, N, Dv]`.
+        heads: what the index knows of each KV head.
+        epsilon: largest norm of the error, in units of `relative_to`.
+        delta: chance of a larger one.
+        relative_to: `"output"` or `"values"`.
+        sinks: first rows, always read.
+        window: last rows, always read.
+        scale: factor of the logits; `None` is `D ** -0.5`.
+        seed: of the random numbers.
+        sink_logits: `[Hq]`, in the denominator only.
 
     References:
         A. Desai et al., "vAttention: Verified Sparse Attention", 2025 (arXiv 2510.05688).
     """
-    of = key(seed, group.total - 1, kv_head)
+    q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
+    size, rows = len(q) // len(keys), q.shape[1]
+    out, lse = np.zeros((*q.shape[:2], values.shape[-1])), np.zeros(q.shape[:2])
+    errors, sizes = np.zeros(q.shape[:2]), np.zeros((len(keys), rows))
+    sampled: list[list[Rows | None]] = []
+    for h, head in enumerate(heads):
+        mine = slice(h * size, (h + 1) * size)
+        sinks_of = None if sink_logits is None else np.asarray(sink_logits)[mine]
+        of_head: list[Rows | None] = []
+        for i in range(rows):
+            total = keys.shape[1] - rows + i + 1
+            group = Group(
+                q[mine, i],
+                keys[h, :total],
+                values[h, :total],
+                head,
+                sinks=sinks,
+                window=window,
+                scale=scale,
+                sink_logits=sinks_of,
+            )
+            found = _sampled(group, key(seed, total - 1, h), epsilon, delta, relative_to)
+            if found is None:
+                out[mine, i], lse[mine, i] = group.exact()
+                of_head.append(None)
+                continue
+            correction, drawn, sizes[h, i] = found
+            out[mine, i], lse[mine, i] = correction.out, group.unit + np.log(correction.mass)
+            unit = head.value_norm if relative_to == "values" else np.linalg.norm(correction.out, axis=-1)
+            errors[mine, i] = correction.sd / unit
+            of_head.append(drawn)
+        sampled.append(of_head)
+    return Verified(out, lse, errors, sampled, sizes)
+
+
+def _sampled(
+    group: Group, of: tuple[int, int], epsilon: float, delta: float, relative_to: str
+) -> tuple[Correction, Rows, float] | None:
+    """The first sample that is good enough: its correction, its rows, its size."""
     numbers = uniforms(of, group.candidates)
     size = PILOT
     for _ in range(ROUNDS):
         chances = probabilities(group.shares, size)
         drawn = numbers < chances
         if drawn.sum() > int(len(drawn) * LARGEST):
-            break
+            return None
         rows = group.candidates[drawn]
         found = group.correct(rows, chances[drawn], hashes(of, rows))
         wanted = group.wanted(found, size, epsilon, delta, relative_to)
         if wanted <= size:
-            unit = group.head.value_norm if relative_to == "values" else np.linalg.norm(found.out, axis=-1)
-            return Verified(found.out, group.unit + np.log(found.mass), rows, found.sd / unit, size)
+            return found, rows, size
         if not np.isfinite(wanted):
-            break
+            return None
         size = max(GROWTH[0] * wanted, GROWTH[1] * size)
-    out, lse = group.exact()
-    return Verified(out, lse, None, np.zeros(len(out)), size)
+    return None
