@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
 from longattn._checks import batched, check_float_storage, check_floating, dense_inputs, flag, integer, scale_factor
-from longattn.dense import attention, attention_varlen
+from longattn.dense.attention import attention
+from longattn.dense.attention_varlen import attention_varlen
 from longattn.methods import Method
 from longattn.reference import sparse as reference
 from longattn.sparse._lengths import sequence_lengths

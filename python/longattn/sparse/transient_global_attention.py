@@ -21,7 +21,7 @@ from longattn._checks import (
     returned,
     scale_factor,
 )
-from longattn.dense import attention
+from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import sparse as reference
 from longattn.sparse._lengths import sequence_lengths
