@@ -10,7 +10,7 @@ from longattn.config import get_num_threads, set_num_threads, show_config
 from longattn.dense import attention, attention_varlen, merge
 from longattn.kv import KVStore
 from longattn.methods import Method, methods
-from longattn.retrieval import RetrievalResult, RetrievalStats, retrieval_attention
+from longattn.retrieval import RetrievalResult, RetrievalStats, retrieval_attention, retrieval_attention_batch
 from longattn.sparse import BlockMask, RowLists, block_sparse_attention, index_sparse_attention, sparse_attention
 
 __version__ = _version("longattn")
@@ -36,6 +36,7 @@ __all__ = [
     "methods",
     "retrieval",
     "retrieval_attention",
+    "retrieval_attention_batch",
     "set_num_threads",
     "show_config",
     "sparse",

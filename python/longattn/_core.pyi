@@ -435,20 +435,15 @@ def hashes(store: KVStore, weights: NDArray[np.float32], use_norm: bool) -> Inde
 def lsh_tables(store: KVStore, tables: int, bits: int, seed: int) -> Index: ...
 def signatures_sigma(index: Index) -> list[float]: ...
 def retrieval_attention(
-    q: NDArray[Any],
-    index: Index,
-    out: NDArray[Any],
-    lse: NDArray[np.float32],
-    top_k: int | None,
+    sequences: list[tuple[NDArray[Any], Index, NDArray[Any], NDArray[np.float32], int | None, bool]],
     top_p: float,
     sinks: int,
     window: int,
     scale: float,
-    estimate_rest: bool,
     sink_logits: NDArray[np.float32] | None,
     keep_selected: bool,
     sampling: tuple[int, tuple[float, bool, tuple[float, float]] | None] | None,
-) -> dict[str, list[Any]]: ...
+) -> list[dict[str, list[Any]]]: ...
 
 # the machine's limits
 

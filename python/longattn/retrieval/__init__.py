@@ -8,7 +8,12 @@ from longattn.retrieval.pariskv_attention import pariskv_attention
 from longattn.retrieval.pqcache_attention import pqcache_attention
 from longattn.retrieval.quest_attention import quest_attention
 from longattn.retrieval.recall import recall, recovery_ratio
-from longattn.retrieval.retrieval_attention import RetrievalResult, RetrievalStats, retrieval_attention
+from longattn.retrieval.retrieval_attention import (
+    RetrievalResult,
+    RetrievalStats,
+    retrieval_attention,
+    retrieval_attention_batch,
+)
 from longattn.retrieval.retro_infer_attention import retro_infer_attention
 from longattn.retrieval.s3_feature_retrieve import (
     FeatureIndex,
@@ -44,6 +49,7 @@ __all__ = [
     "recall",
     "recovery_ratio",
     "retrieval_attention",
+    "retrieval_attention_batch",
     "retro_infer_attention",
     "s3_feature_retrieve",
     "sae_topk_features",

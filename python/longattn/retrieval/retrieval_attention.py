@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,69 +160,150 @@ def retrieval_attention(
         D. Liu et al., "RetrievalAttention: Accelerating Long-Context LLM Inference via Vector Retrieval", 2024,
         for the split into steady rows and rows retrieved from host memory. The codes are those of `Signatures`.
     """
-    if not isinstance(store, KVStore):
-        raise TypeError(f"store: got {type(store).__name__}, expected a KVStore")
-    if not isinstance(index, Index):
-        raise TypeError(f"index: got {type(index).__name__}, expected an Index")
-    if index.store is not store:
-        raise ValueError("index: got the index of another store, expected one built on `store`")
-    qn = as_numpy(q, "q")
-    if qn.dtype not in FLOATS:
-        raise TypeError(f"q: got dtype {qn.dtype}, expected float32, float16 or bfloat16")
-    if qn.ndim not in (3, 4) or (qn.ndim == 4 and qn.shape[0] != 1):
-        raise ValueError(f"q: got shape {qn.shape}, expected [Hq, Lq, D] or [1, Hq, Lq, D]")
-    q3 = qn[0] if qn.ndim == 4 else qn
-    heads, rows, dim = q3.shape
-    kv_heads = store.kv_heads
-    if heads == 0 or heads % kv_heads or dim != store.head_dim:
-        raise ValueError(
-            f"q: got {heads} heads of width {dim}, expected a positive multiple of the {kv_heads} heads of the "
-            f"store, of width {store.head_dim}"
-        )
-    if len(store) == 0:
-        raise ValueError("store: got an empty store, expected at least one row")
-    if rows > len(store):
-        raise ValueError(f"q: got {rows} queries, expected at most the {len(store)} rows of the store")
-    if rest not in ("values", "none", "sampled", None):
-        raise ValueError(f"rest: got {rest!r}, expected 'values', 'none', 'sampled' or None")
-    sampling = _budgets.sampling(index, seed, rest, epsilon, delta, relative_to, top_k, top_p)
-    top_k, top_p = _budgets.rows_or_mass(top_k, top_p, len(store))
-    sinks, window = _budgets.count(sinks, "sinks"), _budgets.count(window, "window")
-    factor = dim**-0.5 if scale is None else _budgets.finite(scale, "scale")
-    estimate = index.estimates if rest is None else rest == "values"
-    logits = None
-    if sink_logits is not None:
-        logits = np.ascontiguousarray(as_numpy(sink_logits, "sink_logits"), np.float32)
-        if logits.shape != (heads,):
-            raise ValueError(f"sink_logits: got shape {logits.shape}, expected ({heads},)")
-
-    out = np.empty((heads, rows, store.value_dim), qn.dtype)
-    lse = np.empty((heads, rows), np.float32)
-    found = _core.retrieval_attention(
-        q3,
-        index._handle,
-        out,
-        lse,
-        top_k,
-        0.0 if top_p is None else top_p,
-        sinks,
-        window,
-        factor,
-        estimate,
-        logits,
-        return_selected,
-        sampling,
+    options = _Options(
+        top_k=top_k,
+        top_p=top_p,
+        sinks=sinks,
+        window=window,
+        scale=scale,
+        rest=rest,
+        epsilon=epsilon,
+        delta=delta,
+        relative_to=relative_to,
+        seed=seed,
+        sink_logits=sink_logits,
+        return_stats=return_stats,
+        return_selected=return_selected,
     )
-    stats = None
-    if return_stats:
+    return _run([_Call(q, store, index, options)], options)[0]
+
+
+def retrieval_attention_batch(
+    qs: Sequence[Array], stores: Sequence[KVStore], indexes: Sequence[Index], **options: Any
+) -> list[RetrievalResult]:
+    """`retrieval_attention` of several sequences in one call, whatever their lengths.
+
+    The KV heads of all sequences are one pool of work for the threads: a batch of short sequences keeps them as busy
+    as one long sequence. The results are the same bits as those of one call for each.
+
+    Args:
+        qs: queries of each sequence, as `retrieval_attention` takes them; an array `[B, Hq, Lq, D]` will do.
+        stores: a store for each; no store twice.
+        indexes: an index of each store.
+        options: the options of `retrieval_attention`, the same for all; budgets that depend on the length are of each
+            sequence.
+
+    Returns:
+        A `RetrievalResult` for each sequence.
+
+    Raises:
+        TypeError: an argument of another kind or dtype; an unknown option.
+        ValueError: what `retrieval_attention` refuses, with the number of the sequence; lists of different lengths;
+            a store twice; sequences whose heads differ.
+
+    Cost:
+        That of a call for each sequence.
+    """
+    if not len(qs) == len(stores) == len(indexes):
+        raise ValueError(
+            f"stores, indexes: got {len(stores)} and {len(indexes)} for {len(qs)} queries, expected one for each"
+        )
+    if len({id(store) for store in stores}) < len(stores):
+        raise ValueError("stores: got a store twice, expected a store of its own for each sequence")
+    given = _Options(**options)
+    calls = []
+    for i, (q, store, index) in enumerate(zip(qs, stores, indexes, strict=True)):
+        try:
+            calls.append(_Call(q, store, index, given))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"sequence {i}: {error}") from None
+        if calls[i].q.shape[::2] != calls[0].q.shape[::2]:
+            raise ValueError(f"qs: got heads of shapes {calls[0].q.shape} and {calls[i].q.shape}, expected the same")
+    return _run(calls, given) if calls else []
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What callers ask of every sequence."""
+
+    top_k: int | None = None
+    top_p: float | None = None
+    sinks: int = 4
+    window: int = 512
+    scale: float | None = None
+    rest: str | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    relative_to: str | None = None
+    seed: int = 0
+    sink_logits: Array | None = None
+    return_stats: bool = True
+    return_selected: bool = False
+
+
+class _Call:
+    """One sequence, checked."""
+
+    def __init__(self, q: Array, store: KVStore, index: Index, options: _Options) -> None:
+        if not isinstance(store, KVStore):
+            raise TypeError(f"store: got {type(store).__name__}, expected a KVStore")
+        if not isinstance(index, Index):
+            raise TypeError(f"index: got {type(index).__name__}, expected an Index")
+        if index.store is not store:
+            raise ValueError("index: got the index of another store, expected one built on `store`")
+        qn = as_numpy(q, "q")
+        if qn.dtype not in FLOATS:
+            raise TypeError(f"q: got dtype {qn.dtype}, expected float32, float16 or bfloat16")
+        if qn.ndim not in (3, 4) or (qn.ndim == 4 and qn.shape[0] != 1):
+            raise ValueError(f"q: got shape {qn.shape}, expected [Hq, Lq, D] or [1, Hq, Lq, D]")
+        self.q = qn[0] if qn.ndim == 4 else qn
+        self.heads, self.rows, dim = self.q.shape
+        self.kv_heads = store.kv_heads
+        if self.heads == 0 or self.heads % self.kv_heads or dim != store.head_dim:
+            raise ValueError(
+                f"q: got {self.heads} heads of width {dim}, expected a positive multiple of the {self.kv_heads} heads "
+                f"of the store, of width {store.head_dim}"
+            )
+        if len(store) == 0:
+            raise ValueError("store: got an empty store, expected at least one row")
+        if self.rows > len(store):
+            raise ValueError(f"q: got {self.rows} queries, expected at most the {len(store)} rows of the store")
+        rest = options.rest
+        if rest not in ("values", "none", "sampled", None):
+            raise ValueError(f"rest: got {rest!r}, expected 'values', 'none', 'sampled' or None")
+        top_k, top_p = options.top_k, options.top_p
+        self.sampling = _budgets.sampling(
+            index, options.seed, rest, options.epsilon, options.delta, options.relative_to, top_k, top_p
+        )
+        self.top_k, self.top_p = _budgets.rows_or_mass(top_k, top_p, len(store))
+        self.sinks, self.window = _budgets.count(options.sinks, "sinks"), _budgets.count(options.window, "window")
+        self.factor = dim**-0.5 if options.scale is None else _budgets.finite(options.scale, "scale")
+        self.estimate = index.estimates if rest is None else rest == "values"
+        self.logits = None
+        if options.sink_logits is not None:
+            self.logits = np.ascontiguousarray(as_numpy(options.sink_logits, "sink_logits"), np.float32)
+            if self.logits.shape != (self.heads,):
+                raise ValueError(f"sink_logits: got shape {self.logits.shape}, expected ({self.heads},)")
+        self.given, self.index, self.batch = q, index, qn.shape[:-3]
+        self.out = np.empty((self.heads, self.rows, store.value_dim), qn.dtype)
+        self.lse = np.empty((self.heads, self.rows), np.float32)
+
+    def result(self, found: dict[str, list[Any]], options: _Options) -> RetrievalResult:
+        """What the core found, as callers get it."""
+        stats = self._stats(found, options.return_selected) if options.return_stats else None
+        out = like(self.given, self.out.reshape(*self.batch, *self.out.shape))
+        return RetrievalResult(out, like(self.given, self.lse.reshape(*self.batch, *self.lse.shape)), stats)
+
+    def _stats(self, found: dict[str, list[Any]], listed: bool) -> RetrievalStats:
+        heads, kv_heads, rows = self.heads, self.kv_heads, self.rows
         per_kv_head = {name: np.asarray(found[name], np.int64).reshape(kv_heads, rows) for name in _PER_KV_HEAD}
 
         def per_query_head(name: str) -> NDArray[np.float32]:
             by_group = np.asarray(found[name], np.float32).reshape(kv_heads, rows, heads // kv_heads)
             return np.ascontiguousarray(by_group.transpose(0, 2, 1)).reshape(heads, rows)
 
-        lists = [np.asarray(picked, np.uint32) for picked in found["selected"]] if return_selected else []
-        stats = RetrievalStats(
+        lists = [np.asarray(picked, np.uint32) for picked in found["selected"]] if listed else []
+        return RetrievalStats(
             **per_kv_head,
             missed_mass=per_query_head("missed_mass"),
             missed_mass_bound=per_query_head("missed_mass_bound"),
@@ -229,8 +311,21 @@ def retrieval_attention(
             error_estimate=per_query_head("error_estimate"),
             verified=np.asarray(found["verified"], bool).reshape(kv_heads, rows).repeat(heads // kv_heads, axis=0),
         )
-    batch = qn.shape[:-3]
-    return RetrievalResult(like(q, out.reshape(*batch, *out.shape)), like(q, lse.reshape(*batch, *lse.shape)), stats)
+
+
+def _run(calls: list[_Call], options: _Options) -> list[RetrievalResult]:
+    first = calls[0]
+    found = _core.retrieval_attention(
+        [(call.q, call.index._handle, call.out, call.lse, call.top_k, call.estimate) for call in calls],
+        0.0 if first.top_p is None else first.top_p,
+        first.sinks,
+        first.window,
+        first.factor,
+        first.logits,
+        options.return_selected,
+        first.sampling,
+    )
+    return [call.result(of_call, options) for call, of_call in zip(calls, found, strict=True)]
 
 
 METHOD = Method(

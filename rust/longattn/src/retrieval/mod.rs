@@ -26,7 +26,7 @@ use crate::dense::stream::{self, MAX_QUERY_ROWS, RowState, scale_row};
 use crate::dense::{Broadcast, Options, Problem};
 pub use crate::index::Select;
 use crate::index::{Ask, Index, Pick, View};
-use crate::kv::Reader;
+use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map, num_threads};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
 use crate::tensor::{DType, Element, Error, Result, Storage, TensorView, TensorViewMut, with_element};
@@ -116,34 +116,89 @@ pub fn retrieval_attention(
     keep_selected: bool,
     execution: &Execution,
 ) -> Result<Vec<RowStats>> {
-    let store = Arc::clone(index.store());
-    let reader = store.read();
-    check(&q, index, &reader, &options, out, lse)?;
-    let dense = Options { scale: options.scale, causal: true, sinks: options.sink_logits, ..Options::default() };
-    let problem = Problem::new(q, reader.keys(), reader.values(), dense)?;
-    if problem.queries == 0 {
-        return Ok(Vec::new());
+    let mut found =
+        retrieval_attention_batch(&mut [Sequence { q, index, options, out, lse }], keep_selected, execution)?;
+    Ok(found.pop().expect("one sequence"))
+}
+
+/// One sequence of a batch: what [`retrieval_attention`] takes.
+pub struct Sequence<'a, 'o, 'l> {
+    /// Queries.
+    pub q: TensorView<'a>,
+    /// Index of the sequence's own store.
+    pub index: &'a dyn Index,
+    /// How it is read.
+    pub options: RetrievalOptions<'a>,
+    /// Where the output goes.
+    pub out: &'a mut TensorViewMut<'o>,
+    /// Where the log-sum-exp goes.
+    pub lse: &'a mut TensorViewMut<'l>,
+}
+
+/// [`retrieval_attention`] of several sequences, each with a store of its own, as one pool of work. The results are the same bits as
+/// those of a call for each.
+pub fn retrieval_attention_batch(
+    sequences: &mut [Sequence],
+    keep_selected: bool,
+    execution: &Execution,
+) -> Result<Vec<Vec<RowStats>>> {
+    let stores: Vec<Arc<KvStore>> = sequences.iter().map(|s| Arc::clone(s.index.store())).collect();
+    // Locks are taken in the order of the stores, so that calls with the same ones cannot wait for each other.
+    let mut order: Vec<usize> = (0..stores.len()).collect();
+    order.sort_by_key(|&i| stores[i].id());
+    if order.windows(2).any(|pair| stores[pair[0]].id() == stores[pair[1]].id()) {
+        return Err(Error::value("indexes", "a store twice", "a store of its own for each sequence"));
     }
-    let view = index.read(&reader, execution)?;
-    let Storage::Numbers(dtype) = problem.k.storage() else {
-        return Err(Error::dtype("store", problem.k.storage(), "a store of float32, float16 or bfloat16 rows"));
+    let mut readers: Vec<Option<Reader>> = stores.iter().map(|_| None).collect();
+    for &i in &order {
+        readers[i] = Some(stores[i].read());
+    }
+    let readers: Vec<Reader> = readers.into_iter().flatten().collect();
+    for (sequence, reader) in sequences.iter().zip(&readers) {
+        let Sequence { q, index, options, out, lse } = sequence;
+        check(q, *index, reader, options, out, lse)?;
+    }
+    let mut calls: Vec<Option<Call>> = stores.iter().map(|_| None).collect();
+    for &i in &order {
+        let (sequence, reader) = (&sequences[i], &readers[i]);
+        let (options, index) = (sequence.options, sequence.index);
+        let dense = Options { scale: options.scale, causal: true, sinks: options.sink_logits, ..Options::default() };
+        let problem = Problem::new(sequence.q, reader.keys(), reader.values(), dense)?;
+        let Storage::Numbers(dtype) = problem.k.storage() else {
+            return Err(Error::dtype("store", problem.k.storage(), "a store of float32, float16 or bfloat16 rows"));
+        };
+        if problem.queries > 0 {
+            let view = index.read(reader, execution)?;
+            calls[i] = Some(Call { problem, dtype, options, view, isa: simd::current(), keep_selected });
+        }
+    }
+    // (sequence, KV head, position)
+    let mut items = Vec::new();
+    for (i, call) in calls.iter().enumerate() {
+        if let Some(Call { problem, .. }) = call {
+            items
+                .extend((0..problem.kv_heads * problem.queries).map(|j| (i, j / problem.queries, j % problem.queries)));
+        }
+    }
+    let run = |&(i, head, row): &(usize, usize, usize), parallel| {
+        let call = calls[i].as_ref().expect("items are of calls");
+        call.row(head, row, sequences[i].out, sequences[i].lse, parallel)
     };
-    let call = Call { problem, dtype, options, view, isa: simd::current(), keep_selected };
-    let (out, lse) = (&*out, &*lse);
-    let heads = call.problem.kv_heads;
-    let rows = heads * call.problem.queries;
-    if rows >= num_threads() {
-        map(execution, rows, |i| call.row(i / call.problem.queries, i % call.problem.queries, out, lse, None))
+    let stats = if items.len() >= num_threads() {
+        map(execution, items.len(), |i| run(&items[i], None))?
     } else {
-        // Fewer rows than threads: the rows go one by one, their candidates in parallel. The results are the same bits.
-        (0..rows)
-            .map(|i| {
-                let (head, row) = (i / call.problem.queries, i % call.problem.queries);
-                let stats = call.row(head, row, out, lse, Some(execution));
-                if execution.cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(stats) }
-            })
-            .collect()
+        // Fewer items than threads: they go one by one, their candidates in parallel. The results are the same bits.
+        let alone = |item| {
+            let stats = run(item, Some(execution));
+            if execution.cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(stats) }
+        };
+        items.iter().map(alone).collect::<Result<_>>()?
+    };
+    let mut found: Vec<Vec<RowStats>> = stores.iter().map(|_| Vec::new()).collect();
+    for ((i, _, _), stats) in items.into_iter().zip(stats) {
+        found[i].push(stats);
     }
+    Ok(found)
 }
 
 fn check(
