@@ -363,7 +363,7 @@ mod tests {
                     let mut weight = |i: usize| match kind {
                         0 => 1.0 - random(&mut seed) / 4.0,
                         1 => (-80.0 * random(&mut seed)).exp(),
-                        2 => f32::from(i % KEYS == 0),
+                        2 => f32::from(i.is_multiple_of(KEYS)),
                         _ => 0.0,
                     };
                     let weights: Vec<f32> = (0..rows * KEYS).map(&mut weight).collect();
