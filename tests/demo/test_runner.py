@@ -89,8 +89,9 @@ def continued(model: Model, tokens: np.ndarray, reader: Reader | Way, **options:
     return session.forward(tokens[-20:], reader)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("way", [way for way in WAYS if way.kind != "lsh"], ids=lambda way: way.name)
 def test_retrieval_of_all_keys_is_exact(model: Model, tokens: np.ndarray, whole: np.ndarray, way: Way) -> None:
+    # LSH tables sample, whatever the budget.
     logits = continued(model, tokens, way, top_k=LENGTH, sinks=4, window=32)
     np.testing.assert_allclose(logits, whole[-20:], rtol=0, atol=TOLERANCE)
 
