@@ -66,7 +66,7 @@ mod tests {
         let union = |count, among| rank_union(&scores, 2, among, count, &Execution::default()).unwrap();
         // Head 0: 1 2 3 4 0; head 1: 2 4 1 0 3.
         assert_eq!(union(3, 0..5), [1, 2, 4]);
-        assert_eq!(union(2, 2..5), [2, 4]);
+        assert_eq!(union(2, 2..5), [2, 3]);
         assert_eq!(union(9, 0..5), [0, 1, 2, 3, 4]);
         assert!(union(0, 0..5).is_empty());
         assert!(rank_union(&scores, 3, 0..2, 1, &Execution::default()).is_err());
