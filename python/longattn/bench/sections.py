@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longattn.bench import decode, error, external, prefill, targets
-from longattn.bench.plots import Bars, Panel, series
+from longattn.bench import compare, decode, error, external, prefill, targets, verified
+from longattn.bench.plots import Bars, Panel, Scatter, series
 from longattn.bench.results import Result, Row
 from longattn.bench.tables import count, grid, table
 
@@ -28,13 +28,13 @@ def counted(verdicts: Sequence[targets.Verdict]) -> list[str]:
     return [f"{found[status]} {status}" for status in (targets.PASS, targets.MISS, targets.ABSENT) if found[status]]
 
 
-def figures(found: Sequence[Result]) -> dict[str, list[Panel | Bars]]:
+def figures(found: Sequence[Result]) -> dict[str, list[Panel | Bars | Scatter]]:
     """Every plot that the results allow, by name."""
-    drawn: dict[str, list[Panel | Bars]] = {}
+    drawn: dict[str, list[Panel | Bars | Scatter]] = {}
     rows = _rows(found, "decode")
     for threads in _values(rows, "threads"):
         mine = [row for row in rows if row["threads"] == threads]
-        drawn[f"decode-{threads}"] = decode.panels({"rows": mine})
+        drawn[f"decode-{threads}"] = list(decode.panels({"rows": mine}))
     if any(row.get("vs_best_torch") for row in rows):
         drawn["decode-ratios"] = _decode_ratios(rows)
     rows = _rows(found, "prefill")
@@ -48,6 +48,10 @@ def figures(found: Sequence[Result]) -> dict[str, list[Panel | Bars]]:
     rows = _rows(found, "error")
     if rows:
         drawn["error"] = list(error.panels({"rows": rows}))
+    for name, routine in (("compare", compare), ("verified", verified)):
+        rows = _rows(found, name)
+        if rows:
+            drawn[name] = list(routine.panels({"rows": rows}))
     return drawn
 
 
@@ -146,15 +150,30 @@ def _error_tables(found: Sequence[Result]) -> list[str]:
     return ["", *table(rows, error.COLUMNS)] if rows else []
 
 
+def _compare_tables(found: Sequence[Result]) -> list[str]:
+    lines: list[str] = []
+    rows = _rows(found, "compare")
+    for vectors, keys, threads in dict.fromkeys((row["vectors"], row["keys"], row["threads"]) for row in rows):
+        mine = [row for row in rows if (row["vectors"], row["keys"], row["threads"]) == (vectors, keys, threads)]
+        mine.sort(key=lambda row: row.get("error_v") or 0)
+        lines += ["", f"{vectors}, {keys} keys, {count(threads)}:", "", *table(mine, compare.COLUMNS[2:])]
+    return lines
+
+
+def _verified_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, "verified")
+    return ["", *table(rows, verified.COLUMNS)] if rows else []
+
+
 def _titled(threads: int, lines: list[str]) -> list[str]:
     return ["", f"{count(threads)}:", "", *lines]
 
 
-def _decode_ratios(rows: Sequence[Row]) -> list[Panel | Bars]:
+def _decode_ratios(rows: Sequence[Row]) -> list[Panel | Bars | Scatter]:
     """Speed against torch's best form at the greatest length, a panel per width and thread count."""
     ours = [row for row in rows if row["ours"] and row["keys"] == max(_values(rows, "keys"))]
     dtypes = tuple(dict.fromkeys(row["dtype"] for row in ours))
-    panels: list[Panel | Bars] = []
+    panels: list[Panel | Bars | Scatter] = []
     for threads in _values(ours, "threads"):
         for dim in _values(ours, "head_dim"):
             mine = [row for row in ours if (row["threads"], row["head_dim"]) == (threads, dim)]
@@ -175,14 +194,14 @@ def _first(rows: Sequence[Row], heads: str, dtype: str) -> float | None:
     return None
 
 
-def _prefill_lines(rows: Sequence[Row]) -> list[Panel | Bars]:
+def _prefill_lines(rows: Sequence[Row]) -> list[Panel | Bars | Scatter]:
     """Share of the multiply-add peak over length per dtype; then memory over length."""
     ours = [
         {**row, "percent": 100 * row["of_fma"], "line": row["dtype"] + row["method"].removeprefix(prefill.OURS)}
         for row in rows
         if row["ours"]
     ]
-    panels: list[Panel | Bars] = []
+    panels: list[Panel | Bars | Scatter] = []
     for threads in _values(ours, "threads"):
         for dim in _values(ours, "head_dim"):
             mine = [row for row in ours if (row["threads"], row["head_dim"]) == (threads, dim)]
@@ -197,10 +216,10 @@ def _prefill_lines(rows: Sequence[Row]) -> list[Panel | Bars]:
     return panels
 
 
-def _prefill_ratios(rows: Sequence[Row]) -> list[Panel | Bars]:
+def _prefill_ratios(rows: Sequence[Row]) -> list[Panel | Bars | Scatter]:
     """Speed against torch, a group of bars per length, a panel per width and thread count."""
     ours = [row for row in rows if row["method"] == prefill.OURS]
-    panels: list[Panel | Bars] = []
+    panels: list[Panel | Bars | Scatter] = []
     for threads in _values(ours, "threads"):
         for dim in _values(ours, "head_dim"):
             mine = [row for row in ours if (row["threads"], row["head_dim"]) == (threads, dim)]
@@ -215,11 +234,11 @@ def _prefill_ratios(rows: Sequence[Row]) -> list[Panel | Bars]:
     return panels
 
 
-def _peer_ratios(rows: Sequence[Row]) -> list[Panel | Bars]:
+def _peer_ratios(rows: Sequence[Row]) -> list[Panel | Bars | Scatter]:
     """How many times as long the peers take, a panel per shape and thread count."""
     theirs = [row for row in rows if row.get("peer") and row["times_ours"] is not None]
     kinds = dict.fromkeys((row["heads"], row["head_dim"], row["threads"]) for row in theirs)
-    panels: list[Panel | Bars] = []
+    panels: list[Panel | Bars | Scatter] = []
     for heads, dim, threads in kinds:
         mine = [row for row in theirs if (row["heads"], row["head_dim"], row["threads"]) == (heads, dim, threads)]
         lengths = _values(mine, "keys")
@@ -254,6 +273,22 @@ SECTIONS: tuple[Section, ...] = (
         "Decode beside other runtimes",
         "Made by the scripts in `benches/peers`; `× ours` is the peer's time over ours in the same bits per element.",
         _peer_tables,
+    ),
+    Section(
+        "compare",
+        "Ways to read a part of the store",
+        "Every way of `longattn compare` at the same budget of rows, sinks and window among them (LSH tables read what "
+        "they draw), on one set of queries, by their error. `recall`: share of the query group's best rows among those "
+        "selected; `mass`: share of the softmax mass in the rows read; `bytes read`: rows and index, of all keys and "
+        "values.",
+        _compare_tables,
+    ),
+    Section(
+        "verified",
+        "Stated errors",
+        "`retrieval_attention` with `epsilon` and `delta` over many queries: how often the error was larger than "
+        "stated, what was read for it, and how often everything was.",
+        _verified_tables,
     ),
     Section(
         "error",
