@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,7 @@ def test_suite_with_nothing_to_run(tmp_path, options):
 def test_a_step_is_known_by_its_command(tmp_path, monkeypatch):
     """What a step writes as its command is what the suite looks for."""
     options = ["bench", "suite", "--quick", "--rounds", "1", "--threads", "1", "--no-peers", "--out", str(tmp_path)]
+    platform.processor()  # runs a program, once in a process
     monkeypatch.setattr(subprocess, "run", lambda command, **rest: commands.append(command) or completed)
     commands, completed = [], subprocess.CompletedProcess([], 0)
     assert cli.main([*options, "--only", "decode-2"]) == 0
