@@ -115,15 +115,15 @@ def flag(value: object, name: str) -> bool:
     return bool(value)
 
 
-def integer(value: object, name: str, low: int, high: int | None = None) -> int:
-    """An integer of at least `low` and, where given, at most `high`."""
+def integer(value: object, name: str, low: int | None = None, high: int | None = None) -> int:
+    """An integer, where given of at least `low` and at most `high`."""
     if isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: got {value!r}, expected an integer")
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name}: got {value!r}, expected an integer") from None
-    if number < low or (high is not None and number > high):
+    if (low is not None and number < low) or (high is not None and number > high):
         expected = f"at least {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name}: got {number}, expected {expected}")
     return number

@@ -24,9 +24,9 @@ from longattn.bench.harness import Bench, Candidate, slopes, timed
 from longattn.bench.options import integers
 from longattn.bench.plots import Bars, Panel, Scatter
 from longattn.bench.results import Result, Row
+from longattn.bench.stored import empty_store, prepared
 from longattn.bench.tables import Column
 from longattn.retrieval.ways import WAYS, Way, chosen
-from longattn.vectors.command import progress_line
 
 SUMMARY = "every way to read a part of a store at equal budgets: what it finds, its error, its time, its index"
 COLUMNS: tuple[Column, ...] = (
@@ -90,12 +90,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     if bench.quick:
         lengths = [min(n, QUICK_LENGTH) for n in lengths]
     rows: list[Row] = []
-    for name in _names(args.vectors):
-        try:
-            vectors.prepare(name, progress=progress_line(name))
-        except (FileNotFoundError, ModuleNotFoundError) as error:
-            bench.notes.append(f"{name} left out: {error}")
-            continue
+    for name in prepared(bench, _names(args.vectors), asked=args.vectors not in ("real", "all")):
         for length in lengths:
             bench.say(f"compare on {name}, {length} keys: loading")
             data = vectors.load(name, length=length, groups=groups, heads=heads)
@@ -118,13 +113,7 @@ class _Case:
 
     def __init__(self, bench: Bench, data: vectors.Vectors, dtype: str, sinks: int, window: int) -> None:
         self.bench, self.data, self.sinks, self.window = bench, data, sinks, window
-        self.store = la.KVStore(
-            kv_heads=data.kv_heads,
-            head_dim=data.head_dim,
-            value_dim=data.values.shape[2],
-            dtype=dtype,
-            capacity=len(data),
-        )
+        self.store = empty_store(data, dtype)
         self.store.append(data.keys, data.values)
         self.queries = data.queries.astype(DTYPES[dtype])
 

@@ -22,8 +22,8 @@ from longattn.bench.harness import Bench, Candidate, slopes, timed
 from longattn.bench.options import integers
 from longattn.bench.plots import Bars, Panel, series
 from longattn.bench.results import Result, Row
+from longattn.bench.stored import empty_store, prepared
 from longattn.bench.tables import Column
-from longattn.vectors.command import progress_line
 
 SUMMARY = "a decode step that reads a few per cent of a long store, against exact attention: time and quality"
 COLUMNS: tuple[Column, ...] = (
@@ -89,14 +89,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     heads = args.heads.split(",") if args.heads else None
     rows: list[Row] = []
     indexes: dict[str, Any] = {}
-    for name in names:
-        try:
-            vectors.prepare(name, progress=progress_line(name))
-        except (FileNotFoundError, ModuleNotFoundError) as error:
-            if args.vectors:
-                raise
-            bench.notes.append(f"{name} left out: {error}")
-            continue
+    for name in prepared(bench, names, asked=bool(args.vectors)):
         bench.say(f"retrieval on {name}, {length} keys: loading")
         data = vectors.load(name, length=length, groups=groups, heads=heads)
         case = _Case(bench, data, args.dtype, args.bits, args.sinks, window)
@@ -120,13 +113,7 @@ class _Case:
     def __init__(self, bench: Bench, data: vectors.Vectors, dtype: str, bits: int, sinks: int, window: int) -> None:
         self.bench, self.data, self.sinks, self.window = bench, data, sinks, window
         self.dtype = DTYPES[dtype]
-        self.store = la.KVStore(
-            kv_heads=data.kv_heads,
-            head_dim=data.head_dim,
-            value_dim=data.values.shape[2],
-            dtype=dtype,
-            capacity=len(data),
-        )
+        self.store = empty_store(data, dtype)
         self.append_s, _ = timed(lambda: self.store.append(data.keys, data.values))
         self.build_s, self.index = timed(lambda: la.index.Signatures(self.store, bits=bits))
         self.build_s += timed(self.index.update)[0]

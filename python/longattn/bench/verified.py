@@ -21,8 +21,8 @@ from longattn.bench.arrays import DTYPES
 from longattn.bench.harness import Bench, Candidate
 from longattn.bench.plots import Bars, Panel, Points
 from longattn.bench.results import Result, Row
+from longattn.bench.stored import empty_store, prepared
 from longattn.bench.tables import Column
-from longattn.vectors.command import progress_line
 
 SUMMARY = "attention with a promised error: violations, rows read and time against epsilon"
 COLUMNS: tuple[Column, ...] = (
@@ -90,14 +90,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     budgets = [Budget(unit, e, delta) for unit, epsilons in EPSILONS.items() for e in epsilons for delta in DELTAS]
     heads = args.heads.split(",") if args.heads else None
     rows: list[Row] = []
-    for name in names:
-        try:
-            vectors.prepare(name, progress=progress_line(name))
-        except (FileNotFoundError, ModuleNotFoundError) as error:
-            if args.vectors:
-                raise
-            bench.notes.append(f"{name} left out: {error}")
-            continue
+    for name in prepared(bench, names, asked=bool(args.vectors)):
         bench.say(f"verified on {name}, {length} keys: loading")
         data = _load(name, length, outputs, heads)
         case = _Case(bench, data, args.dtype, args.bits, args.sinks, window)
@@ -121,13 +114,7 @@ class _Case:
 
     def __init__(self, bench: Bench, data: vectors.Vectors, dtype: str, bits: int, sinks: int, window: int) -> None:
         self.bench, self.data, self.sinks, self.window = bench, data, sinks, window
-        self.store = la.KVStore(
-            kv_heads=data.kv_heads,
-            head_dim=data.head_dim,
-            value_dim=data.values.shape[2],
-            dtype=dtype,
-            capacity=len(data),
-        )
+        self.store = empty_store(data, dtype)
         self.store.append(data.keys, data.values)
         self.index = la.index.Signatures(self.store, bits=bits)
         self.index.update()

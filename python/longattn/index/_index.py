@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
 from typing import Any, ClassVar, Self
 
 from longattn import _core
+from longattn._checks import integer
 from longattn.kv import KVStore
 
 
@@ -135,13 +135,3 @@ def check_seed(seed: object) -> int:
     if not 0 <= number < 1 << 64:
         raise ValueError(f"seed: got {seed}, expected 0 to 2**64 - 1")
     return number
-
-
-def integer(value: object, name: str) -> int:
-    """An argument as an integer; booleans are none."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected an integer")
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name}: got {value!r}, expected an integer") from None

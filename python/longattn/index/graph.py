@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy
-from longattn.index._index import Index, check_seed, check_store, integer
+from longattn._checks import integer
+from longattn.index._index import Index, check_seed, check_store
 from longattn.kv import KVStore
 
 #: argument, lowest, highest

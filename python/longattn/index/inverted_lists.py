@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from longattn import _core
-from longattn.index._index import Index, check_seed, check_store, integer
+from longattn._checks import integer
+from longattn.index._index import Index, check_seed, check_store
 from longattn.kv import KVStore
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 import sys
 from statistics import NormalDist
 from typing import TypeVar
 
 import numpy as np
 
+from longattn._checks import integer, real
 from longattn.index import Index
 from longattn.index._index import check_seed
 
@@ -97,20 +97,11 @@ def rows_or_mass(top_k: int | None, top_p: float | None, length: int) -> tuple[i
 
 
 def count(value: object, name: str) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected an integer")
-    try:
-        n = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name}: got {value!r}, expected an integer") from None
-    if n < 0:
-        raise ValueError(f"{name}: got {n}, expected 0 or more")
-    return min(n, sys.maxsize)  # more than any store holds
+    return min(integer(value, name, 0), sys.maxsize)  # more than any store holds
 
 
 def finite(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name}: got {value!r}, expected a number")
-    if not math.isfinite(value):
+    number = real(value, name)
+    if not math.isfinite(number):
         raise ValueError(f"{name}: got {value}, expected a finite number")
-    return float(value)
+    return number

@@ -330,36 +330,4 @@ mod tests {
             }
         }
     }
-
-    /// A scan in time: run by hand.
-    #[test]
-    #[ignore = "a measurement"]
-    fn timing() {
-        let (columns, n, heads) = (16, 131_072, 8);
-        let codes: Vec<Vec<u8>> =
-            (0..heads).map(|h| (0..columns * n).map(|i| (i * 97 + h + (i >> 9)) as u8).collect()).collect();
-        let halves = Tables::<HALVES>::new((0..columns).map(|c| (c, std::array::from_fn(|i| (i + c) as u8 % 16))));
-        let whole = Tables::<WHOLE>::new((0..columns).map(|c| (c, std::array::from_fn(|i| (i + c) as u8 % 7))));
-        for isa in Isa::available() {
-            for kind in ["halves", "whole", "select"] {
-                let found: Vec<Vec<u16>> = codes.iter().map(|codes| sums(isa, &halves, columns, codes, None)).collect();
-                let mut best = f64::MAX;
-                for _ in 0..9 {
-                    let start = std::time::Instant::now();
-                    for h in 0..heads {
-                        match kind {
-                            "halves" => drop(std::hint::black_box(sums(isa, &halves, columns, &codes[h], None))),
-                            "whole" => drop(std::hint::black_box(sums(isa, &whole, columns, &codes[h], None))),
-                            _ => {
-                                drop(std::hint::black_box(largest(isa, &found[h], 4..n - 512, 1310, halves.largest())))
-                            }
-                        }
-                    }
-                    best = best.min(start.elapsed().as_secs_f64());
-                }
-                let bytes = (heads * columns * n) as f64;
-                println!("{:12} {kind:8} {:.3} ms, {:.1} GB/s", isa.name(), best * 1e3, bytes / best / 1e9);
-            }
-        }
-    }
 }
