@@ -29,7 +29,7 @@ $(VENV)/installed-test: $(VENV)/installed
 	@touch $@
 
 $(VENV)/installed-frameworks: $(VENV)/installed-test
-	$(PIP) install --quiet --group frameworks
+	$(PIP) install --quiet --group frameworks --group gpu-check
 	@touch $@
 
 demo: $(VENV)/installed  ## Ask a small model for needles hidden in a long text, with exact and with retrieval attention

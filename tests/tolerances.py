@@ -72,6 +72,22 @@ def attention(q, k, v, *, scale=None, offset=0.0):
     return Tolerance(atol=atol, rtol=rtol, lse_atol=logit + summed, lse_rtol=2 * u)
 
 
+def device_attention(q, k, v, *, scale=None):
+    """Tolerance of attention by the kernels of `longattn.gpu`.
+
+    Beside what holds on a CPU: softmax weights of 16-bit inputs are rounded to that dtype for the matrix product, and
+    the device's `exp2` and `log2` err by two units in the last place.
+    """
+    on_cpu = attention(q, k, v, scale=scale)
+    weights = ROUNDOFF[q.dtype][0] * _largest(v) if q.dtype.itemsize == 2 else 0.0
+    return Tolerance(
+        atol=on_cpu.atol + weights + 4 * U * _largest(v),
+        rtol=on_cpu.rtol,
+        lse_atol=on_cpu.lse_atol + 4 * U,
+        lse_rtol=4 * U,
+    )
+
+
 @dataclass(frozen=True)
 class Gradients:
     """Allowed `|actual - expected|` of each element of the gradients, but for the rounding of the result."""

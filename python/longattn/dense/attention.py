@@ -1,6 +1,7 @@
 """Exact attention: blocked softmax over all visible keys, for prefill and decode.
 
-Arrays are numpy arrays, torch CPU tensors or other DLPack CPU arrays. They are read where they lie, with any
+Arrays are numpy arrays, torch CPU tensors or other DLPack CPU arrays; CuPy arrays and torch CUDA tensors go to
+`longattn.gpu.attention`, with fewer options. They are read where they lie, with any
 strides whose last axis is contiguous; another layout costs one copy (`bias` and `mask` may have any). Storage
 is float32, float16 or bfloat16, arithmetic float32; or both are float64. Results have the kind and dtype of `q`,
 and the same bits whatever the number of threads.
@@ -16,6 +17,8 @@ from longattn import _core
 from longattn._arrays import FLOAT64, Array
 from longattn._checks import arithmetic, batched, carried_state, dense_inputs, flag, result_array, returned
 from longattn.dense._options import arrays_of, score_options
+from longattn.gpu import attention as attention_on_gpu
+from longattn.gpu import is_on_gpu
 from longattn.methods import Method
 from longattn.reference import dense as reference
 
@@ -123,6 +126,25 @@ def attention(
         >>> out.shape, lse.shape
         ((1, 8, 1, 64), (1, 8, 1))
     """
+    if is_on_gpu(q):
+        absent = {
+            "bias": bias,
+            "mask": mask,
+            "alibi_slopes": alibi_slopes,
+            "sinks": sinks,
+            "relative_bias": relative_bias,
+            "segments": segments,
+            "visible_until": visible_until,
+            "state": state,
+            "out": out,
+            "softcap": softcap or None,
+            "skip_threshold": skip_threshold or None,
+            "qk_int8": qk_int8 or None,
+        }
+        for name, value in absent.items():
+            if value is not None:
+                raise ValueError(f"{name}: not offered for arrays of a GPU")
+        return attention_on_gpu(q, k, v, causal=causal, window=window, scale=scale, return_lse=return_lse)
     qn, kn, vn = dense_inputs(q, k, v, codes=True)
     keys, dtype = kn.shape[-2], arithmetic(qn)
     options = score_options(

@@ -1,0 +1,24 @@
+"""Attention on a GPU by kernels of our own, for CuPy arrays and torch CUDA tensors.
+
+The functions of `longattn` take arrays of a GPU too and come here; what they do not offer there they refuse by name.
+The kernels are CUDA sources (`longattn/gpu/cuda`) that CuPy compiles at first use, so CuPy is needed:
+`pip install longattn[gpu]`. Importing this package needs neither CuPy nor a GPU.
+
+Storage is float32, float16 or bfloat16; softmax and sums are float32. Rows must be aligned to 16 bytes, head sizes are
+64, 128 or 256.
+"""
+
+from longattn.gpu._device import Device, View, device_of, is_on_gpu
+from longattn.gpu.attention import attention, block_sparse_attention, index_sparse_attention
+from longattn.gpu.merge import merge
+
+__all__ = [
+    "Device",
+    "View",
+    "attention",
+    "block_sparse_attention",
+    "device_of",
+    "index_sparse_attention",
+    "is_on_gpu",
+    "merge",
+]

@@ -1,0 +1,114 @@
+"""The back end for a GPU: CuPy compiles and starts the kernels, on the stream the caller's arrays live on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from longattn.gpu._device import Launch, View
+from longattn.gpu._sources import source
+
+_INSTALL = "GPU functions need CuPy: pip install 'longattn[gpu]' (cupy-cuda13x; for CUDA 12 install cupy-cuda12x)"
+_DEFAULT_SHARED = 48 << 10  # a kernel that wants more must say so before it is started
+
+
+def current() -> CupyDevice:
+    """The back end of CuPy's current device.
+
+    Raises:
+        ImportError: CuPy is not installed.
+    """
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(_INSTALL) from error
+    return _of_number(int(cupy.cuda.Device().id))
+
+
+@cache
+def _of_number(number: int) -> CupyDevice:
+    return CupyDevice(number)
+
+
+class CupyDevice:
+    """A `Device` over CuPy."""
+
+    def __init__(self, number: int) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self._modules: dict[str, Any] = {}
+        attributes = cupy.cuda.Device(number).attributes
+        self.processors: int = attributes["MultiProcessorCount"]
+        self.shared_limit: int = attributes["MaxSharedMemoryPerBlockOptin"]
+
+    def view(self, x: Any, name: str) -> View:
+        """The memory of a CuPy array or a torch CUDA tensor."""
+        if isinstance(x, self._cupy.ndarray):
+            address = int(x.data.ptr)
+            strides = tuple(stride // x.itemsize for stride in x.strides)
+            return View(np.uint64(address), x.shape, strides, str(x.dtype), x.itemsize, address, x)
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(x, torch.Tensor) and x.device.type == "cuda":
+            if x.requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"{name}: got a tensor that requires grad; this function computes no gradients")
+            address = int(x.data_ptr())
+            dtype = str(x.dtype).removeprefix("torch.")
+            return View(np.uint64(address), tuple(x.shape), tuple(x.stride()), dtype, x.element_size(), address, x)
+        kind = f"{type(x).__module__}.{type(x).__qualname__}"
+        raise TypeError(f"{name}: got {kind}, expected a CuPy array or a torch CUDA tensor")
+
+    def contiguous(self, x: Any) -> Any:
+        """`x`, or a C-contiguous copy."""
+        return self._cupy.ascontiguousarray(x) if isinstance(x, self._cupy.ndarray) else x.contiguous()
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        """A new array of the kind of `like`."""
+        if isinstance(like, self._cupy.ndarray):
+            if dtype == "bfloat16":
+                import ml_dtypes
+
+                return self._cupy.empty(shape, np.dtype(ml_dtypes.bfloat16))
+            return self._cupy.empty(shape, dtype)
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+
+    def integers(self, values: Any, like: Any) -> Any:
+        """A new int32 array of the kind of `like`."""
+        if isinstance(like, self._cupy.ndarray):
+            return self._cupy.ascontiguousarray(self._cupy.asarray(values, dtype=np.int32))
+        torch = sys.modules["torch"]
+        return torch.as_tensor(values, dtype=torch.int32, device=like.device).contiguous()
+
+    def kernel(self, source_name: str, name: str) -> Launch:
+        """A kernel, compiled at first use and kept by CuPy's own cache."""
+        if source_name not in self._modules:
+            # Without a header of its own in the key of CuPy's cache, the text must be whole: `source` puts it together.
+            self._modules[source_name] = self._cupy.RawModule(code=source(source_name), options=("-std=c++17",))
+        kernel = self._modules[source_name].get_function(name)
+
+        def launch(
+            grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], shared_bytes: int
+        ) -> None:
+            if shared_bytes > _DEFAULT_SHARED:
+                kernel.max_dynamic_shared_size_bytes = shared_bytes
+            passed = tuple(np.uint64(0) if a is None else a for a in arguments)
+            with self._callers_stream():
+                kernel(grid, block, passed, shared_mem=shared_bytes)
+
+        return launch
+
+    @contextmanager
+    def _callers_stream(self) -> Iterator[None]:
+        """Torch's current stream where torch uses the GPU, so that its kernels and ours stay in order; else CuPy's."""
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+            yield
+            return
+        with self._cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+            yield

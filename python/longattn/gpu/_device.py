@@ -1,0 +1,86 @@
+"""What launching code sees of a device: memory, kernels, limits. The tests have a second back end that needs no GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from longattn._arrays import is_torch
+
+#: What runs a kernel: `(grid, block, arguments, shared_bytes)`; arguments are numpy scalars, `View.pointer`s and None.
+Launch = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...], int], None]
+
+#: Names that kernels give storage dtypes.
+KERNEL_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """An array in the memory of a device.
+
+    Attributes:
+        pointer: what the device's kernels take as its address.
+        shape: the shape.
+        strides: in elements.
+        dtype: its name, such as "bfloat16".
+        itemsize: bytes of an element.
+        address: its address as a number, for checks of alignment.
+        owner: the caller's array, which keeps the memory alive.
+    """
+
+    pointer: Any
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    itemsize: int
+    address: int
+    owner: Any
+
+
+class Device(Protocol):
+    """A back end."""
+
+    #: Units that run blocks of threads side by side.
+    processors: int
+    #: Most bytes of shared memory that a block may have.
+    shared_limit: int
+
+    def view(self, x: Any, name: str) -> View:
+        """The memory of a caller's array; TypeError or ValueError where it is none of this device."""
+
+    def contiguous(self, x: Any) -> Any:
+        """`x`, or a C-contiguous copy of it in the same memory."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        """A new array of the kind of `like`, with arbitrary content."""
+
+    def integers(self, values: Any, like: Any) -> Any:
+        """A new int32 array of the kind of `like`, from host or device integers."""
+
+    def kernel(self, source: str, name: str) -> Launch:
+        """A compiled kernel of a source text of `longattn.gpu`."""
+
+
+def is_on_gpu(x: Any) -> bool:
+    """Whether `x` is a CuPy array or a torch CUDA tensor. Imports neither."""
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(x, getattr(cupy, "ndarray", ())):
+        return True
+    return is_torch(x) and bool(x.device.type == "cuda")
+
+
+def device_of(x: Any, name: str) -> Device:
+    """The device that holds `x`.
+
+    Raises:
+        TypeError: `x` is neither a CuPy array nor a torch CUDA tensor.
+        ImportError: CuPy is not installed; says what to install.
+    """
+    if not is_on_gpu(x):
+        kind = f"{type(x).__module__}.{type(x).__qualname__}"
+        raise TypeError(f"{name}: got {kind}, expected a CuPy array or a torch CUDA tensor")
+    from longattn.gpu._cupy import current
+
+    return current()

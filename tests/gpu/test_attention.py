@@ -1,0 +1,237 @@
+"""Attention of `longattn.gpu` against the float64 reference, in the emulator and on a GPU where there is one."""
+
+import numpy as np
+import pytest
+
+import longattn as la
+import tolerances
+from emu import emulator
+from emu.device import EmulatorDevice
+from gpu.conftest import get, put
+from longattn import gpu
+from longattn.reference import dense as reference
+from random_arrays import BF16, DTYPES, F16, F32, qkv
+
+
+def check(device, q, k, v, **options):
+    """Output and lse against the reference; returns them."""
+    out, lse = gpu.attention(*(put(device, x) for x in (q, k, v)), return_lse=True, device=device, **options)
+    out, lse = get(out), get(lse)
+    assert out.dtype == q.dtype and out.shape == q.shape and lse.dtype == np.float32
+    expected, expected_lse = reference.attention(q, k, v, return_lse=True, **options)
+    tolerances.device_attention(q, k, v, scale=options.get("scale")).check(out, expected, lse, expected_lse)
+    return out, lse
+
+
+def arrays(rng, dtype, *, batch=1, **shape):
+    return qkv(rng, batch=batch, q_dtype=dtype, kv_dtype=dtype, **shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_decode(rng, device, dtype, dim, group):
+    check(device, *arrays(rng, dtype, batch=2, heads=2 * group, kv_heads=2, rows=1, keys=333, dim=dim), causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [1, 15, 16, 17, 255, 256, 257, 700])
+def test_decode_of_ragged_lengths(rng, device, dtype, keys):
+    check(device, *arrays(rng, dtype, heads=3, kv_heads=1, rows=1, keys=keys, dim=64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "keys"), [(2, 90), (5, 5), (4, 2), (3, 300)])
+def test_decode_of_several_positions(rng, device, dtype, rows, keys):
+    """Rows before the first key see nothing: output 0, lse -inf."""
+    _, lse = check(device, *arrays(rng, dtype, heads=6, kv_heads=2, rows=rows, keys=keys, dim=64), causal=True)
+    assert np.isneginf(lse[:, :, : max(rows - keys, 0)]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("causal", [True, False])
+def test_prefill(rng, device, dtype, dim, causal):
+    check(device, *arrays(rng, dtype, heads=2, kv_heads=1, rows=70, keys=100, dim=dim), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(("rows", "keys"), [(17, 17), (64, 64), (129, 129), (65, 200), (200, 65)])
+def test_prefill_of_ragged_lengths(rng, device, dtype, rows, keys):
+    check(device, *arrays(rng, dtype, heads=1, kv_heads=1, rows=rows, keys=keys, dim=64), causal=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("window", [(20, 0), (0, 0), (70, 5), (-1, 30), (3, -1)])
+def test_window(rng, device, dtype, window):
+    check(device, *arrays(rng, dtype, heads=2, kv_heads=1, rows=90, keys=130, dim=64), window=window)
+    check(device, *arrays(rng, dtype, heads=2, kv_heads=1, rows=1, keys=130, dim=64), window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale(rng, device, dtype):
+    check(device, *arrays(rng, dtype, heads=2, kv_heads=2, rows=1, keys=64, dim=64), scale=0.5)
+    check(device, *arrays(rng, dtype, heads=2, kv_heads=2, rows=33, keys=64, dim=64), scale=0.02)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_no_keys_and_no_rows(rng, device, dtype, rows):
+    q, k, v = arrays(rng, dtype, heads=2, kv_heads=1, rows=rows, keys=0, dim=64)
+    out, lse = gpu.attention(*(put(device, x) for x in (q, k, v)), return_lse=True, device=device)
+    assert (get(out) == 0).all() and np.isneginf(get(lse)).all()
+    empty = put(device, q[:, :, :0])
+    assert gpu.attention(empty, put(device, k), put(device, v), device=device).shape == (1, 2, 0, 64)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("rows", [1, 30])
+def test_strides_are_read_in_place(rng, device, dtype, rows):
+    """Heads last, as flash-attn lays them, and rows of a longer array."""
+    q, k, v = arrays(rng, dtype, heads=2, kv_heads=2, rows=rows, keys=77, dim=64)
+    wide = np.zeros((1, 77, 2, 128), k.dtype)
+    wide[..., :64], wide[..., 64:] = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    both = put(device, wide)
+    heads_first = both.transpose(0, 2, 1, 3)
+    out = gpu.attention(put(device, q), heads_first[..., :64], heads_first[..., 64:], causal=True, device=device)
+    plain = gpu.attention(*(put(device, x) for x in (q, k, v)), causal=True, device=device)
+    np.testing.assert_array_equal(get(out), get(plain))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [1, 4])
+def test_index_sparse_reads_rows_where_they_lie(rng, device, dtype, group):
+    q, k, v = arrays(rng, dtype, batch=2, heads=2 * group, kv_heads=2, rows=1, keys=400, dim=64)
+    lists = np.stack([[rng.permutation(400)[:77] for _ in range(2)] for _ in range(2)]).astype(np.int32)
+    lengths = np.array([77, 30], np.int32)
+    lists[1, :, 30:] = -1  # beyond the length nothing is read
+    out, lse = gpu.index_sparse_attention(
+        *(put(device, x) for x in (q, k, v, lists, lengths)), return_lse=True, device=device
+    )
+    for b in range(2):
+        rows = lists[b, :, : lengths[b]]
+        chosen = [np.take_along_axis(x[b], rows[..., None], axis=1)[None] for x in (k, v)]
+        expected, expected_lse = reference.attention(q[b : b + 1], *chosen, return_lse=True)
+        tolerance = tolerances.device_attention(q, k, v)
+        tolerance.check(get(out)[b : b + 1], expected, get(lse)[b : b + 1], expected_lse)
+
+
+def block_lists(rng, heads, length, keys, query_block, density):
+    """Random lists as `starts` and `blocks`, and the mask they stand for."""
+    of_rows, of_keys = -(-length // query_block), -(-keys // 64)
+    chosen = rng.random((1, heads, of_rows, of_keys)) < density
+    counts = chosen.sum(-1).reshape(heads, of_rows)
+    ends = np.cumsum(counts).reshape(heads, of_rows)
+    starts = np.concatenate([(ends[:, :1] - counts[:, :1]), ends], axis=1)[None].astype(np.int32)
+    mask = np.repeat(np.repeat(chosen, query_block, 2), 64, 3)[:, :, :length, :keys]
+    return starts, np.append(np.nonzero(chosen)[3], 0).astype(np.int32), mask
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("query_block", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_block_sparse_is_masked_attention(rng, device, dtype, query_block, causal):
+    q, k, v = arrays(rng, dtype, heads=2, kv_heads=1, rows=150, keys=220, dim=64)
+    starts, blocks, mask = block_lists(rng, 2, 150, 220, query_block, 0.5)
+    if dtype == F32 and query_block == 128:
+        with pytest.raises(ValueError, match="query_block"):
+            gpu.block_sparse_attention(
+                *(put(device, x) for x in (q, k, v, starts, blocks)), query_block=128, device=device
+            )
+        return
+    out, lse = gpu.block_sparse_attention(
+        *(put(device, x) for x in (q, k, v, starts, blocks)),
+        query_block=query_block,
+        causal=causal,
+        return_lse=True,
+        device=device,
+    )
+    expected, expected_lse = reference.attention(q, k, v, mask=mask, causal=causal, return_lse=True)
+    tolerances.device_attention(q, k, v).check(get(out), expected, get(lse), expected_lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merge_of_disjoint_sets_is_attention_over_all(rng, device, dtype):
+    q, k, v = arrays(rng, dtype, heads=4, kv_heads=2, rows=1, keys=150, dim=64)
+    parts = []
+    for rows in (slice(0, 4), slice(4, 120), slice(120, 150), slice(150, 150)):
+        out, lse = gpu.attention(
+            *(put(device, np.ascontiguousarray(x, np.float32)) for x in (q, k[:, :, rows], v[:, :, rows])),
+            return_lse=True,
+            device=device,
+        )
+        parts.append((out, lse))
+    merged, lse = gpu.merge(parts, device=device)
+    expected, expected_lse = reference.attention(q, k, v, return_lse=True)
+    tolerances.device_attention(q.astype(np.float32), k, v).check(get(merged), expected, get(lse), expected_lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_thread_orders_give_the_same_bits(rng, dtype):
+    if not emulator.available():
+        pytest.skip("the emulator needs g++ on x86-64")
+    for rows in (1, 40):
+        q, k, v = arrays(rng, dtype, heads=4, kv_heads=2, rows=rows, keys=90, dim=64)
+        results = [gpu.attention(q, k, v, device=EmulatorDevice(order)) for order in emulator.ORDERS]
+        for other in results[1:]:
+            np.testing.assert_array_equal(results[0], other)
+
+
+def test_matrix_loads_meet_no_bank_twice(rng):
+    """Tiles are laid out so that the eight rows of a matrix load lie in different banks."""
+    if not emulator.available():
+        pytest.skip("the emulator needs g++ on x86-64")
+    for dim in (64, 128, 256):
+        for rows in (1, 40):
+            device = EmulatorDevice()
+            q, k, v = arrays(rng, BF16, heads=1, kv_heads=1, rows=rows, keys=90, dim=dim)
+            gpu.attention(q, k, v, device=device)
+            loads, waits = device.matrix_loads
+            assert loads > 0 and waits == 0
+
+
+class TestBadInput:
+    def test_arrays_of_no_gpu(self, rng):
+        q, k, v = arrays(rng, F32, heads=1, kv_heads=1, rows=1, keys=8, dim=64)
+        with pytest.raises(TypeError, match=r"q: got numpy.ndarray, expected a CuPy array or a torch CUDA tensor"):
+            gpu.attention(q, k, v)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (lambda q, k, v: (q.astype(np.float64), k, v), TypeError, "q: got dtype float64"),
+            (lambda q, k, v: (q, k.astype(F16), v), TypeError, "k: got dtype float16, expected float32"),
+            (lambda q, k, v: (q[0], k, v), ValueError, r"q: got shape \(2, 3, 64\)"),
+            (lambda q, k, v: (q[..., :40], k[..., :40], v[..., :40]), ValueError, "head_dim 40, expected one of"),
+            (lambda q, k, v: (q, k[..., :7, :], v), ValueError, "v: got shape"),
+            (
+                lambda q, k, v: (np.concatenate([q, q[:, :1]], 1), k, v),
+                ValueError,
+                "k: got 2 heads, expected a divisor",
+            ),
+            (lambda q, k, v: (np.concatenate([q, q]), k, v), ValueError, "k: got shape"),
+        ],
+    )
+    def test_arrays_that_do_not_fit(self, rng, change, error, message):
+        arrays_ = change(*arrays(rng, F32, heads=2, kv_heads=2, rows=3, keys=8, dim=64))
+        with pytest.raises(error, match=message):
+            gpu.attention(*arrays_, device=EmulatorDevice())
+
+    def test_window_and_lists(self, rng):
+        q, k, v = arrays(rng, F32, heads=2, kv_heads=2, rows=1, keys=8, dim=64)
+        device = EmulatorDevice()
+        with pytest.raises(ValueError, match="window"):
+            gpu.attention(q, k, v, window=(-2, 0), device=device)
+        with pytest.raises(ValueError, match="rows: got shape"):
+            gpu.index_sparse_attention(q, k, v, np.zeros((1, 1, 4), np.int32), device=device)
+        with pytest.raises(ValueError, match="starts: got shape"):
+            gpu.block_sparse_attention(q, k, v, np.zeros((1, 2, 3), np.int32), np.zeros(1, np.int32), device=device)
+        with pytest.raises(ValueError, match="parts: got none"):
+            gpu.merge([], device=device)
+        assert not device.started
+
+
+def test_importing_needs_no_cupy():
+    """The package imports anywhere; `longattn.attention` refuses nothing it took before."""
+    assert not gpu.is_on_gpu(np.zeros(3))
+    assert "gpu" not in la.__dict__ or la.gpu is gpu
