@@ -10,10 +10,12 @@ Storage is float32, float16 or bfloat16; softmax and sums are float32. Rows must
 
 from longattn.gpu._device import Device, View, device_of, is_on_gpu
 from longattn.gpu.attention import attention, block_sparse_attention, index_sparse_attention
+from longattn.gpu.host_kv_cache import HostKVCache
 from longattn.gpu.merge import merge
 
 __all__ = [
     "Device",
+    "HostKVCache",
     "View",
     "attention",
     "block_sparse_attention",

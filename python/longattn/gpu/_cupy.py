@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from longattn._arrays import as_numpy
 from longattn.gpu._device import Launch, View
 from longattn.gpu._sources import source
 
@@ -84,6 +86,43 @@ class CupyDevice:
             return self._cupy.ascontiguousarray(self._cupy.asarray(values, dtype=np.int32))
         torch = sys.modules["torch"]
         return torch.as_tensor(values, dtype=torch.int32, device=like.device).contiguous()
+
+    def download(self, x: Any) -> Callable[[], NDArray[Any]]:
+        """Starts a copy of `x` into page-locked memory, on the caller's stream."""
+        with self._callers_stream():
+            event = self._cupy.cuda.Event()
+            if isinstance(x, self._cupy.ndarray):
+                import cupyx
+
+                pinned = cupyx.empty_pinned(x.shape, x.dtype)
+                self._cupy.ascontiguousarray(x).get(out=pinned, blocking=False)
+            else:
+                torch = sys.modules["torch"]
+                held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+                held.copy_(x.detach(), non_blocking=True)
+                pinned = as_numpy(held, "x")
+            event.record()
+
+        def wait() -> NDArray[Any]:
+            event.synchronize()
+            arrived: NDArray[Any] = pinned
+            return arrived
+
+        return wait
+
+    def upload(self, x: NDArray[Any], like: Any) -> Any:
+        """Starts a copy of a host array, on the caller's stream."""
+        with self._callers_stream():
+            if isinstance(like, self._cupy.ndarray):
+                import cupyx
+
+                pinned = cupyx.empty_pinned(x.shape, x.dtype)
+                pinned[...] = x
+                made = self._cupy.empty(x.shape, x.dtype)
+                made.set(pinned)
+                return made
+            torch = sys.modules["torch"]
+            return torch.from_numpy(np.ascontiguousarray(x)).pin_memory().to(like.device, non_blocking=True)
 
     def kernel(self, source_name: str, name: str) -> Launch:
         """A kernel, compiled at first use and kept by CuPy's own cache."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from numpy.typing import NDArray
+
 from longattn._arrays import is_torch
 
 #: What runs a kernel: `(grid, block, arguments, shared_bytes)`; arguments are numpy scalars, `View.pointer`s and None.
@@ -58,6 +60,12 @@ class Device(Protocol):
 
     def integers(self, values: Any, like: Any) -> Any:
         """A new int32 array of the kind of `like`, from host or device integers."""
+
+    def download(self, x: Any) -> Callable[[], NDArray[Any]]:
+        """Starts a copy of `x` to the host; the result waits for it and gives the array."""
+
+    def upload(self, x: NDArray[Any], like: Any) -> Any:
+        """Starts a copy of a host array into a new array of the kind of `like`."""
 
     def kernel(self, source: str, name: str) -> Launch:
         """A compiled kernel of a source text of `longattn.gpu`."""

@@ -32,6 +32,7 @@ def attention(
     window: tuple[int, int] = (-1, -1),
     scale: float | None = None,
     return_lse: bool = False,
+    out_dtype: str | None = None,
     device: Device | None = None,
 ) -> Any:
     """Softmax attention on a GPU, as `longattn.attention`.
@@ -45,10 +46,12 @@ def attention(
         window: `(left, right)`, -1 unbounded.
         scale: factor on the dot products; `None` is `D ** -0.5`.
         return_lse: also return the log-sum-exp `[B, Hq, Lq]`, float32, natural log.
+        out_dtype: dtype of the output, "float32" for a part that is merged later; `None` is that of `q`, and the only
+            one for more than 16 rows per KV head.
         device: the back end; `None` is that of `q`.
 
     Returns:
-        `out` in the kind, dtype and shape of `q`, or `(out, lse)`. A row that sees no key gives 0 and -inf. Unlike on
+        `out` in the kind and shape of `q`, or `(out, lse)`. A row that sees no key gives 0 and -inf. Unlike on
         a CPU, a NaN in the values of a key that is masked, but in a tile that is not, spreads.
 
     Raises:
@@ -64,14 +67,17 @@ def attention(
     queries, keys, values = attention_views(device, q, k, v)
     left, right = window_ends(causal, window)
     factor = (queries.shape[3] ** -0.5 if scale is None else float(scale)) * _LOG2_E
-    out = device.empty(queries.shape, queries.dtype, q)
+    positions, kv_heads = queries.shape[2], keys.shape[1]
+    few = queries.shape[1] // kv_heads * positions <= DECODE_ROWS
+    split = few and left < 0 and right <= 0 and keys.shape[2] > 0
+    if out_dtype not in ((None, *KERNEL_DTYPES) if split else (None, queries.dtype)):
+        raise ValueError(f"out_dtype: got {out_dtype!r}, expected {queries.dtype} for these shapes")
+    out = device.empty(queries.shape, out_dtype or queries.dtype, q)
     lse = device.empty(queries.shape[:3], "float32", q)
     results = device.view(out, "out"), device.view(lse, "lse")
     if math.prod(queries.shape) == 0:
         return (out, lse) if return_lse else out
-    positions, kv_heads = queries.shape[2], keys.shape[1]
-    few = queries.shape[1] // kv_heads * positions <= DECODE_ROWS
-    if few and left < 0 and right <= 0 and keys.shape[2]:
+    if split:
         _decode(device, queries, keys, values, results, factor, causal=right == 0, listed=None, lengths=None)
     else:
         _prefill(device, queries, keys, values, results, factor, (left, right), None, None)

@@ -1,0 +1,200 @@
+"""One layer's KV cache over two memories: the newest tokens on the device, all others on the host behind an index."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longattn.gpu._checks import heads_view
+from longattn.gpu._device import Device, device_of
+from longattn.gpu.attention import attention
+from longattn.gpu.merge import merge
+
+if TYPE_CHECKING:
+    from longattn.index import Index
+    from longattn.kv import KVStore
+
+
+@dataclass(slots=True)
+class _Arriving:
+    """Rows on their way to the host."""
+
+    keys: Callable[[], NDArray[Any]]
+    values: Callable[[], NDArray[Any]]
+    first: int  # position of the first row
+    taken: int  # rows that the store has got
+
+
+class HostKVCache:
+    """Keys and values of one sequence: `sinks` first and `window` last tokens on the device, the others in host memory.
+
+    A decode step reads both at once: the device attends to its rows while threads of the host look for the rows that
+    matter in theirs and attend to them. Of the host's part only an output row and its log-sum-exp per query head go
+    back, and a merge puts both into one softmax. Keys and values never cross the bus again.
+
+    A token is copied to the host when it is appended and enters the store when it leaves the window, so that no token
+    is counted twice.
+
+    Args:
+        store: host store of the layer, empty; what it holds later is read through `index`.
+        index: an index of that store.
+        sinks: first tokens that stay on the device, at least 0.
+        window: last tokens that are on the device, at least 1.
+        device: the back end; `None` is that of the first arrays.
+
+    Raises:
+        ValueError: a store that is not empty, an index of another store, counts out of range.
+    """
+
+    def __init__(
+        self, store: KVStore, index: Index, *, sinks: int = 4, window: int = 512, device: Device | None = None
+    ) -> None:
+        if len(store):
+            raise ValueError(f"store: got {len(store)} rows, expected an empty store")
+        if index.store is not store:
+            raise ValueError("index: got the index of another store")
+        if sinks < 0 or window < 1:
+            raise ValueError(f"sinks, window: got {sinks} and {window}, expected at least 0 and 1")
+        self.store, self.index, self.sinks, self.window = store, index, sinks, window
+        self._device = device
+        self._keys: Any = None
+        self._values: Any = None
+        self._length = 0
+        self._arriving: deque[_Arriving] = deque()
+
+    def __len__(self) -> int:
+        """Tokens in both memories."""
+        return self._length
+
+    def append(self, k: Any, v: Any) -> None:
+        """Adds tokens: rows go to the device's window, and a copy of them starts on its way to the host.
+
+        Args:
+            k: keys `[1, Hkv, n, D]` on the device, in the store's dtype.
+            v: values, the shape of `k`.
+
+        Raises:
+            TypeError: arrays of no GPU, or of another dtype than the store's.
+            ValueError: shapes that do not fit the store; more tokens than its capacity.
+        """
+        device = self._device = self._device or device_of(k, "k")
+        dtype = str(self.store.dtype)
+        keys, values = heads_view(device, k, "k", dtype), heads_view(device, v, "v", dtype)
+        _, heads, count, dim = keys.shape
+        expected = (1, self.store.kv_heads, count, self.store.head_dim)
+        for name, view in (("k", keys), ("v", values)):
+            if view.shape != expected:
+                raise ValueError(f"{name}: got shape {view.shape}, expected {expected}")
+        on_host = max(self._length + count - self.window - self.sinks, 0)
+        if on_host > self.store.capacity:
+            raise ValueError(
+                f"k: got {count} tokens, {on_host} would be on the host, whose store holds {self.store.capacity}"
+            )
+        if count == 0:
+            return
+        if self._keys is None:
+            shape = (1, heads, self.sinks + self.window, dim)
+            self._keys, self._values = (device.empty(shape, keys.dtype, k) for _ in range(2))
+        self._arriving.append(_Arriving(device.download(k), device.download(v), self._length, 0))
+        self._write(k, v, count)
+        self._length += count
+        self._hand_over()
+
+    def _write(self, k: Any, v: Any, count: int) -> None:
+        """The sinks and the last of the window among `count` new rows, into their places on the device."""
+        first, end = self._length, self._length + count
+        pieces = []
+        if first < self.sinks:
+            pieces.append((first, min(end, self.sinks), first))
+        at = max(first, self.sinks, end - self.window)
+        while at < end:  # the window is a ring: at most two pieces
+            place = (at - self.sinks) % self.window
+            until = min(end, at + self.window - place)
+            pieces.append((at, until, self.sinks + place))
+            at = until
+        for start, until, place in pieces:
+            rows, places = slice(start - first, until - first), slice(place, place + until - start)
+            self._keys[:, :, places] = k[:, :, rows]
+            self._values[:, :, places] = v[:, :, rows]
+
+    def _hand_over(self) -> None:
+        """Rows that have left the window enter the store."""
+        until = self._length - self.window
+        while self._arriving:
+            part = self._arriving[0]
+            keys = part.keys()
+            count = keys.shape[2]
+            first = max(part.taken, self.sinks - part.first)
+            end = min(count, until - part.first)
+            if end > first:
+                self.store.append(keys[0, :, first:end], part.values()[0, :, first:end])
+                part.taken = end
+            if end < count:
+                return
+            self._arriving.popleft()
+
+    def attend(
+        self, q: Any, *, top_k: int | None = None, scale: float | None = None, return_stats: bool = False, **budget: Any
+    ) -> Any:
+        """Attention of the newest token.
+
+        Args:
+            q: queries `[1, Hq, 1, D]` on the device.
+            top_k: rows that the index selects on the host, as of `longattn.retrieval_attention`.
+            scale: factor on the dot products; `None` is `D ** -0.5`.
+            return_stats: also return what the host read.
+            **budget: further arguments of `longattn.retrieval_attention`, such as `top_p` or `epsilon`.
+
+        Returns:
+            The output `[1, Hq, 1, D]` in the kind and dtype of `q`, or the pair with `RetrievalStats`, which are `None`
+            as long as all tokens are on the device.
+
+        Raises:
+            TypeError: as of `append`.
+            ValueError: no token yet; shapes that do not fit; what `retrieval_attention` refuses.
+
+        Cost: the longer of the device's pass over `sinks + window` rows and the host's retrieval, and a merge.
+        """
+        if self._length == 0:
+            raise ValueError("attend: got a cache without tokens")
+        device = self._device
+        assert device is not None
+        queries = heads_view(device, q, "q", str(self.store.dtype))
+        if queries.shape[0] != 1 or queries.shape[2] != 1:
+            raise ValueError(f"q: got shape {queries.shape}, expected [1, heads, 1, {self.store.head_dim}]")
+        arriving = device.download(q)
+        filled = min(self._length, self.sinks + self.window)
+        here = attention(
+            q,
+            self._keys[:, :, :filled],
+            self._values[:, :, :filled],
+            scale=scale,
+            return_lse=True,
+            out_dtype="float32",
+            device=device,
+        )
+        parts, stats = [here], None
+        if len(self.store):
+            from longattn.retrieval import retrieval_attention
+
+            # In float32, as a part of a sum should be. The rows between sinks and window are all that the store holds.
+            found = retrieval_attention(
+                arriving()[0].astype(np.float32),
+                self.store,
+                self.index,
+                top_k=top_k,
+                sinks=0,
+                window=0,
+                scale=scale,
+                return_stats=return_stats,
+                **budget,
+            )
+            parts.append((device.upload(found.out[None], q), device.upload(found.lse[None], q)))
+            stats = found.stats
+        out, _ = merge(parts, dtype=queries.dtype, device=device)
+        return (out, stats) if return_stats else out
