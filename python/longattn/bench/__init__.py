@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import longattn as la
-from longattn.bench import compare, decode, error, options, prefill, report, results, retrieval, suite, verified
+from longattn.bench import compare, decode, error, gpu, options, prefill, report, results, retrieval, suite, verified
 from longattn.bench.harness import Bench
 from longattn.bench.plots import Bars, Panel, Scatter, draw, need_matplotlib
 from longattn.bench.tables import Column, as_text
@@ -47,6 +47,7 @@ ROUTINES: dict[str, Routine] = {
     "compare": compare,
     "verified": verified,
     "error": error,
+    "gpu": gpu,
 }
 TOOLS = {"suite": suite, "report": report}
 

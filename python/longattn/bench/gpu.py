@@ -1,0 +1,284 @@
+"""Kernels of `longattn.gpu`: time on the device by events, beside the bandwidth of a copy and torch's own attention.
+
+Without a GPU the routine says what is missing; its cases run in the tests on the emulator, whose times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+
+from longattn import gpu
+from longattn.bench.harness import Bench
+from longattn.bench.plots import Bars, Panel
+from longattn.bench.results import Result, Row
+from longattn.bench.tables import Column
+from longattn.gpu import Device
+
+SUMMARY = "kernels of longattn.gpu on a GPU: against copy bandwidth, torch, and density"
+COLUMNS: tuple[Column, ...] = (
+    Column("case", "case"),
+    Column("Hq/Hkv", "heads"),
+    Column("D", "head_dim"),
+    Column("length", "keys"),
+    Column("dtype", "dtype"),
+    Column("ms", "ms", ".4g"),
+    Column("min", "ms_min", ".4g"),
+    Column("GB/s", "gb_s", ".4g"),
+    Column("of copy", "of_copy", ".0%"),
+    Column("TFLOP/s", "tflop_s", ".4g"),
+    Column("over density", "over_density", ".2f"),
+    Column("torch ms", "torch_ms", ".4g"),
+    Column("vs torch", "vs_torch", ".2f"),
+)
+_WARM_UP = 3
+_COPY_BYTES = 1 << 30
+_BITS = 128
+_CHOSEN = 1024
+_DENSITY = 0.1
+
+
+Call: TypeAlias = Callable[[], object]
+Times: TypeAlias = tuple[float, float]
+"""Median and least seconds."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Where cases run.
+
+    Attributes:
+        device: back end.
+        put: a host array into its memory.
+        seconds: how long a call keeps the device busy.
+        torch: makes a call of torch's attention for queries, keys, values and causality; `None` without torch.
+    """
+
+    device: Device
+    put: Callable[[np.ndarray[Any, Any]], Any]
+    seconds: Callable[[Call], float]
+    torch: Callable[[Any, Any, Any, bool], Call] | None = None
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What is measured."""
+
+    heads: tuple[tuple[int, int], ...] = ((32, 8), (64, 8))
+    head_dim: int = 128
+    decode_keys: tuple[int, ...] = (32768, 131072)
+    prefill_keys: tuple[int, ...] = (4096, 16384)
+    copy_bytes: int = _COPY_BYTES
+    bits: int = _BITS
+    chosen: int = _CHOSEN
+
+
+QUICK = Shapes(
+    heads=((4, 2),), head_dim=64, decode_keys=(300,), prefill_keys=(100,), copy_bytes=1 << 12, bits=32, chosen=16
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the routine's options to `parser`: none of its own."""
+
+
+def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+    """All cases on CuPy's current device.
+
+    Raises:
+        ModuleNotFoundError: no CuPy, or no GPU; says what to do.
+    """
+    del args
+    runner = _on_gpu(bench)
+    return {"rows": cases(bench, runner, QUICK if bench.quick else Shapes()), "slopes": [], "device": _name()}
+
+
+def _name() -> str:
+    import cupy
+
+    return str(cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode())
+
+
+def _on_gpu(bench: Bench) -> Runner:
+    try:
+        import cupy
+    except ImportError:
+        raise ModuleNotFoundError("CuPy is not installed: pip install 'longattn[gpu]'") from None
+    if not cupy.is_available():
+        raise ModuleNotFoundError("no GPU: CuPy finds no device; `nvidia-smi` shows what the driver sees")
+    from longattn.gpu._cupy import current
+
+    def seconds(call: Call) -> float:
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3
+
+    return Runner(current(), cupy.asarray, seconds, _torch_attention if _torch_has_gpu(bench) else None)
+
+
+def _torch_has_gpu(bench: Bench) -> bool:
+    if not bench.peers:
+        return False
+    import torch
+
+    if not torch.cuda.is_available():
+        bench.notes.append("torch has no CUDA: no peers")
+        return False
+    return True
+
+
+def _torch_attention(q: Any, k: Any, v: Any, causal: bool) -> Call:
+    import torch
+
+    query, key, value = (torch.utils.dlpack.from_dlpack(x.view(np.int16)).view(torch.bfloat16) for x in (q, k, v))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return lambda: attend(query, key, value, is_causal=causal, enable_gqa=True)
+
+
+def wall_seconds(call: Call) -> float:
+    """Seconds of a call that is done when it returns."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def cases(bench: Bench, runner: Runner, shapes: Shapes) -> list[Row]:
+    """Every case's row."""
+    rng = np.random.default_rng(0)
+    copied, bandwidth = _copy(bench, runner, shapes.copy_bytes)
+    rows = [{"case": "device copy", **_columns(copied), "gb_s": bandwidth, "of_copy": 1.0}]
+    for (heads, kv_heads), keys in itertools.product(shapes.heads, shapes.decode_keys):
+        bench.say(f"decode {heads}/{kv_heads}, {keys} keys")
+        rows += _decode(bench, runner, rng, shapes, (heads, kv_heads, keys), bandwidth)
+    for (heads, kv_heads), keys in itertools.product(shapes.heads[:1], shapes.prefill_keys):
+        bench.say(f"prefill {heads}/{kv_heads}, {keys} keys")
+        rows += _prefill(bench, runner, rng, (heads, kv_heads, keys), shapes.head_dim)
+    return rows
+
+
+def _copy(bench: Bench, runner: Runner, size: int) -> tuple[Times, float]:
+    """A copy within the device: its times, and GB/s read and written together."""
+    source = runner.put(np.zeros(size // 2, np.uint8))
+    target = runner.device.empty(source.shape, "uint8", source)
+
+    def copy() -> None:
+        target[...] = source
+
+    times = _times(bench, runner, {"copy": copy})["copy"]
+    return times, size / times[0] / 1e9
+
+
+def _random(runner: Runner, rng: np.random.Generator, *shape: int) -> Any:
+    made = np.empty(shape, ml_dtypes.bfloat16)
+    for head in made.reshape(-1, *shape[-2:]):  # one at a time: float32 of all of them would not fit small hosts
+        head[...] = rng.standard_normal(head.shape, np.float32)
+    return runner.put(made)
+
+
+def _decode(
+    bench: Bench,
+    runner: Runner,
+    rng: np.random.Generator,
+    shapes: Shapes,
+    case: tuple[int, int, int],
+    bandwidth: float,
+) -> list[Row]:
+    """A decode step over all keys; codes, choice and attention to the chosen."""
+    heads, kv_heads, keys = case
+    dim, device = shapes.head_dim, runner.device
+    q = _random(runner, rng, 1, heads, 1, dim)
+    k, v = (_random(runner, rng, 1, kv_heads, keys, dim) for _ in "kv")
+    row = {"heads": f"{heads}/{kv_heads}", "head_dim": dim, "keys": keys, "dtype": "bfloat16"}
+    found = _times(bench, runner, _with_torch(runner, q, k, v, causal=False))
+    speed = 4 * kv_heads * keys * dim / found["ours"][0] / 1e9
+    rows = [{"case": "decode", **row, **_against(found), "gb_s": speed, "of_copy": speed / bandwidth}]
+    matrix = runner.put(rng.standard_normal((kv_heads, dim, shapes.bits)).astype(np.float32))
+    codes = gpu.hash_encode(k, matrix, device=device)
+    asked = gpu.hash_encode(q.reshape(1, kv_heads, heads // kv_heads, dim), matrix, device=device)
+    chosen = gpu.hash_topk(asked, codes, shapes.chosen, device=device)
+    steps: dict[str, Call] = {
+        "scan and top-k": lambda: gpu.hash_topk(asked, codes, shapes.chosen, device=device),
+        "attention to listed rows": lambda: gpu.index_sparse_attention(q, k, v, chosen, device=device),
+    }
+    return rows + [{"case": name, **row, **_columns(times)} for name, times in _times(bench, runner, steps).items()]
+
+
+def _prefill(bench: Bench, runner: Runner, rng: np.random.Generator, case: tuple[int, int, int], dim: int) -> list[Row]:
+    """Causal attention of a whole sequence, and attention to a tenth of the blocks of keys against that to all."""
+    heads, kv_heads, keys = case
+    device = runner.device
+    q = _random(runner, rng, 1, heads, keys, dim)
+    k, v = (_random(runner, rng, 1, kv_heads, keys, dim) for _ in "kv")
+    row = {"heads": f"{heads}/{kv_heads}", "head_dim": dim, "keys": keys, "dtype": "bfloat16"}
+    found = _times(bench, runner, _with_torch(runner, q, k, v, causal=True))
+    flops = 2 * heads * dim * keys * (keys + 1)
+    rows = [{"case": "prefill", **row, **_against(found), "tflop_s": flops / found["ours"][0] / 1e12}]
+    starts, blocks, density = random_blocks(rng, heads, keys, 128)
+    lists = runner.put(starts), runner.put(blocks)
+    both: dict[str, Call] = {
+        "dense": lambda: gpu.attention(q, k, v, device=device),
+        "sparse": lambda: gpu.block_sparse_attention(q, k, v, *lists, query_block=128, device=device),
+    }
+    times = _times(bench, runner, both)
+    name, ratio = f"block-sparse, density {density:.3f}", times["sparse"][0] / times["dense"][0] / density
+    return [*rows, {"case": name, **row, **_columns(times["sparse"]), "over_density": ratio}]
+
+
+def random_blocks(
+    rng: np.random.Generator, heads: int, length: int, query_block: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]:
+    """Random lists for `block_sparse_attention`, none empty: starts, blocks, the share of blocks that they hold."""
+    of_rows, of_keys = -(-length // query_block), -(-length // 64)
+    count = max(1, round(_DENSITY * of_keys))
+    order = np.argsort(rng.random((heads * of_rows, of_keys)), axis=1)[:, :count]
+    blocks = np.sort(order, axis=1).astype(np.int32).ravel()
+    first = np.arange(heads, dtype=np.int32)[:, None] * (of_rows * count)
+    starts = (first + np.arange(of_rows + 1, dtype=np.int32) * count)[None].astype(np.int32)
+    return starts, blocks, count / of_keys
+
+
+def _with_torch(runner: Runner, q: Any, k: Any, v: Any, *, causal: bool) -> dict[str, Call]:
+    calls: dict[str, Call] = {"ours": lambda: gpu.attention(q, k, v, causal=causal, device=runner.device)}
+    if runner.torch is not None:
+        calls["torch"] = runner.torch(q, k, v, causal)
+    return calls
+
+
+def _times(bench: Bench, runner: Runner, calls: dict[str, Call]) -> dict[str, Times]:
+    """Median and least seconds of each call, in turns."""
+    for call in calls.values():
+        for _ in range(_WARM_UP if not bench.quick else 1):
+            call()
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(bench.rounds):
+        for name, call in calls.items():
+            found[name].append(runner.seconds(call))
+    return {name: (statistics.median(seconds), min(seconds)) for name, seconds in found.items()}
+
+
+def _columns(times: Times) -> Row:
+    return {"ms": 1e3 * times[0], "ms_min": 1e3 * times[1]}
+
+
+def _against(found: dict[str, Times]) -> Row:
+    row = _columns(found["ours"])
+    if "torch" in found:
+        row |= {"torch_ms": 1e3 * found["torch"][0], "vs_torch": found["torch"][0] / found["ours"][0]}
+    return row
+
+
+def panels(result: Result) -> Sequence[Panel | Bars]:
+    """Nothing is drawn: a device has one row per case."""
+    del result
+    return []
