@@ -10,6 +10,7 @@ Storage is float32, float16 or bfloat16; softmax and sums are float32. Rows must
 
 from longattn.gpu._device import Device, View, device_of, is_on_gpu
 from longattn.gpu.attention import attention, block_sparse_attention, index_sparse_attention
+from longattn.gpu.chunked_recurrence import chunked_recurrence
 from longattn.gpu.hash_topk import hash_encode, hash_topk
 from longattn.gpu.host_kv_cache import HostKVCache
 from longattn.gpu.merge import merge
@@ -20,6 +21,7 @@ __all__ = [
     "View",
     "attention",
     "block_sparse_attention",
+    "chunked_recurrence",
     "device_of",
     "hash_encode",
     "hash_topk",

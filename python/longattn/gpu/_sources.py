@@ -6,7 +6,7 @@ from functools import cache
 from importlib.resources import files
 
 #: Sources, each a translation unit of its own.
-NAMES = ("decode", "hash", "merge", "prefill", "prefill_f32")
+NAMES = ("decode", "hash", "merge", "prefill", "prefill_f32", "recurrence")
 
 
 @cache

@@ -1,0 +1,144 @@
+"""Linear attention with gates on a GPU: one pair of kernels from plain linear attention to gated delta rules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from longattn.gpu._checks import heads_view
+from longattn.gpu._device import KERNEL_DTYPES, Device, View, device_of
+
+_CHUNK = 16
+_THREADS = 128
+_COLUMNS = 32
+_WARPS = 4
+
+
+def chunked_recurrence(
+    q: Any,
+    k: Any,
+    v: Any,
+    g: Any | None = None,
+    beta: Any | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Any | None = None,
+    device: Device | None = None,
+) -> tuple[Any, Any]:
+    """Causal linear attention with a state `S` `[D, Dv]` per head.
+
+        S_t = Diag(e^g_t) S_{t-1} + k_t u_t^T,   o_t = scale * S_t^T q_t
+        u_t = v_t, or with `beta` the delta rule  beta_t (v_t - (Diag(e^g_t) S_{t-1})^T k_t)
+
+    With a gate per channel and `beta` this is Kimi Delta Attention, with a gate per head Gated DeltaNet, without a
+    gate DeltaNet; without `beta` gated linear attention, retention (a constant gate) and plain linear attention.
+
+    Args:
+        q: queries `[B, H, L, D]` on a GPU; float32, float16 or bfloat16; D 64, 128 or 256. Not normalised here.
+        k: keys, shape and dtype of `q`.
+        v: values `[B, Hv, L, Dv]`, dtype of `q`; Hv a multiple of H, value head `h` belongs to head `h // (Hv // H)`.
+        g: log gates, natural log, float32 `[B, Hv, L]` or `[B, Hv, L, D]`; at most 0, which is not checked on the
+            device. `None` is no decay.
+        beta: rates of the delta rule, float32 `[B, Hv, L]`; `None` is none.
+        scale: factor of the output; `None` is `D ** -0.5`.
+        initial_state: float32 `[B, Hv, D, Dv]`, contiguous; `None` is zeros.
+        device: the back end; `None` is that of `q`.
+
+    Returns:
+        Output `[B, Hv, L, Dv]` in the dtype of `q`, and the state after the last row, float32 `[B, Hv, D, Dv]`. A call
+        with L = 1 and the last state is a decode step.
+
+    Raises:
+        TypeError: arrays of no GPU, or another dtype.
+        ValueError: shapes that do not fit.
+
+    Cost: `L * Dv * (3 * D + 16)` multiply-adds per head and `L * 16 * D` exponentials; `L * (3 * D + 33) * 4` bytes of
+        parts per value head.
+    """
+    device = device or device_of(q, "q")
+    queries = heads_view(device, q, "q")
+    keys = heads_view(device, k, "k", queries.dtype)
+    values = _rows_view(device, v, "v", queries.dtype)
+    batch, heads, length, dim = queries.shape
+    if keys.shape != queries.shape:
+        raise ValueError(f"k: got shape {keys.shape}, expected that of q, {queries.shape}")
+    value_heads, value_dim = values.shape[1], values.shape[3]
+    if values.shape[0] != batch or values.shape[2] != length or heads == 0 or value_heads % heads:
+        raise ValueError(f"v: got shape {values.shape}, expected [{batch}, a multiple of {heads}, {length}, Dv]")
+    gates = None if g is None else _numbers(device, g, "g", (batch, value_heads, length), dim)
+    rates = None if beta is None else _numbers(device, beta, "beta", (batch, value_heads, length), None)
+    shape = (batch, value_heads, dim, value_dim)
+    initial = None if initial_state is None else device.view(device.contiguous(initial_state), "initial_state")
+    if initial is not None and (initial.shape != shape or initial.dtype != "float32"):
+        raise ValueError(f"initial_state: got {initial.dtype} {initial.shape}, expected float32 {shape}")
+    out = device.empty(values.shape, queries.dtype, q)
+    state = device.empty(shape, "float32", q)
+    if math.prod(shape) == 0:
+        return out, state
+    chunks = -(-length // _CHUNK)
+    size = 2 * _CHUNK * _CHUNK + dim + 3 * _CHUNK * dim
+    parts = device.view(device.empty((batch, value_heads, max(chunks, 1), size), "float32", q), "parts")
+    none = np.int64(0)
+    if chunks:
+        device.kernel("recurrence", f"recurrence_prepare_{KERNEL_DTYPES[queries.dtype]}_{dim}")(
+            (chunks, value_heads, batch),
+            (_THREADS,),
+            (
+                queries.pointer,
+                keys.pointer,
+                None if gates is None else gates.pointer,
+                None if rates is None else rates.pointer,
+                parts.pointer,
+                *_strides(queries, keys),
+                *((none,) * 4 if gates is None else (*_strides(gates), np.int64((*gates.strides, 0)[3]))),
+                *((none,) * 3 if rates is None else _strides(rates)),
+                np.int32(value_heads // heads),
+                np.int32(length),
+                np.float32(dim**-0.5 if scale is None else scale),
+            ),
+            4 * (3 * _CHUNK * (dim + 1) + _CHUNK * _CHUNK),
+        )
+    result = device.view(out, "out")
+    device.kernel("recurrence", f"recurrence_carry_{KERNEL_DTYPES[queries.dtype]}_{dim}")(
+        (-(-value_dim // _COLUMNS), value_heads, batch),
+        (_THREADS,),
+        (
+            parts.pointer,
+            values.pointer,
+            result.pointer,
+            None if initial is None else initial.pointer,
+            device.view(state, "state").pointer,
+            *_strides(values, result),
+            np.int32(length),
+            np.int32(value_dim),
+            np.int32(rates is not None),
+        ),
+        4 * (2 * size + _WARPS * 2 * _CHUNK * _COLUMNS + _CHUNK * _COLUMNS),
+    )
+    return out, state
+
+
+def _strides(*views: View) -> tuple[np.int64, ...]:
+    return tuple(np.int64(stride) for view in views for stride in view.strides[:3])
+
+
+def _rows_view(device: Device, x: Any, name: str, dtype: str) -> View:
+    """`[B, H, L, any]` with a contiguous last axis."""
+    view = device.view(x, name)
+    if view.dtype != dtype:
+        raise TypeError(f"{name}: got dtype {view.dtype}, expected {dtype}")
+    if len(view.shape) != 4:
+        raise ValueError(f"{name}: got shape {view.shape}, expected [batch, heads, length, dim]")
+    return view if view.strides[3] == 1 else device.view(device.contiguous(x), name)
+
+
+def _numbers(device: Device, x: Any, name: str, shape: tuple[int, ...], channels: int | None) -> View:
+    """A float32 array of a number per row, or where `channels` says so per row and channel."""
+    view = device.view(x, name)
+    allowed = [shape] if channels is None else [shape, (*shape, channels)]
+    if view.dtype != "float32" or view.shape not in allowed:
+        expected = " or ".join(map(str, allowed))
+        raise ValueError(f"{name}: got {view.dtype} {view.shape}, expected float32 {expected}")
+    return view

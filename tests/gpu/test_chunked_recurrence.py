@@ -1,0 +1,142 @@
+"""The recurrence of `longattn.gpu` against its definition, token by token in float64."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from emu.device import EmulatorDevice
+from gpu.conftest import get, put
+from longattn import gpu
+from random_arrays import BF16, DTYPES, F16, F32
+from tolerances import ROUNDOFF, U
+
+
+def by_definition(q, k, v, g, beta, scale, state):
+    """Outputs and final state of one token after another."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    group = v.shape[1] // q.shape[1]
+    q, k = (np.repeat(x, group, axis=1) for x in (q, k))
+    batch, heads, length, dim = q.shape
+    s = np.zeros((batch, heads, dim, v.shape[3])) if state is None else state.astype(np.float64)
+    out = np.zeros(v.shape)
+    for t in range(length):
+        if g is not None:
+            decay = np.exp(g[:, :, t].astype(np.float64))
+            s = s * (decay[..., None] if decay.ndim == 3 else decay[..., None, None])
+        update = v[:, :, t]
+        if beta is not None:
+            update = beta[:, :, t, None] * (update - np.einsum("bhdv,bhd->bhv", s, k[:, :, t]))
+        s = s + k[:, :, t, :, None] * update[:, :, None]
+        out[:, :, t] = scale * np.einsum("bhdv,bhd->bhv", s, q[:, :, t])
+    return out, s
+
+
+def arrays(rng, dtype, *, batch=1, heads=2, value_heads=None, length, dim=64, value_dim=40, gate="channel", delta=True):
+    value_heads = value_heads or heads
+    q, k = (rng.standard_normal((batch, heads, length, dim)) for _ in "qk")
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    v = rng.standard_normal((batch, value_heads, length, value_dim))
+    shape = {"channel": (batch, value_heads, length, dim), "head": (batch, value_heads, length)}.get(gate)
+    g = None if shape is None else -rng.exponential(0.3, shape).astype(np.float32)
+    beta = rng.uniform(0.1, 1, (batch, value_heads, length)).astype(np.float32) if delta else None
+    return *(x.astype(dtype) for x in (q, k, v)), g, beta
+
+
+def check(device, q, k, v, g, beta, *, scale=None, state=None):
+    placed = [None if x is None else put(device, x) for x in (q, k, v, g, beta)]
+    initial = None if state is None else put(device, state)
+    out, final = gpu.chunked_recurrence(*placed, scale=scale, initial_state=initial, device=device)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    expected, expected_state = by_definition(q, k, v, g, beta, factor, state)
+    assert get(out).dtype == q.dtype
+    # States are sums of at most `length` terms of the size of v; each is rounded to float32 a few times on its way.
+    rounding = 64 * U * np.sqrt(max(q.shape[2], 1)) * max(1.0, np.abs(expected_state).max())
+    roundoff, smallest = ROUNDOFF[q.dtype]
+    np.testing.assert_allclose(get(final), expected_state, atol=rounding)
+    np.testing.assert_allclose(get(out).astype(np.float64), expected, rtol=roundoff, atol=rounding + smallest)
+    return get(out), get(final)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", ["channel", "head", "none"])
+@pytest.mark.parametrize("delta", [True, False])
+def test_every_form(rng, device, dtype, gate, delta):
+    check(device, *arrays(rng, dtype, length=50, gate=gate, delta=delta))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("value_dim", [1, 32, 100])
+def test_head_sizes(rng, device, dim, value_dim):
+    check(device, *arrays(rng, BF16, length=20, dim=dim, value_dim=value_dim))
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 15, 16, 17, 48])
+def test_lengths_and_initial_states(rng, device, length):
+    state = rng.standard_normal((1, 2, 64, 40)).astype(np.float32)
+    q, k, v, g, beta = arrays(rng, F32, length=length)
+    check(device, q, k, v, g, beta, state=state)
+    _, final = check(device, q, k, v, g, beta)
+    if length == 0:
+        assert not final.any()
+
+
+def test_more_value_heads_than_keys(rng, device):
+    check(device, *arrays(rng, F16, batch=2, heads=2, value_heads=6, length=33))
+
+
+def test_a_sequence_in_pieces_and_in_steps_is_the_sequence(rng):
+    device = EmulatorDevice()
+    q, k, v, g, beta = arrays(rng, F32, length=45)
+    whole, final = gpu.chunked_recurrence(q, k, v, g, beta, device=device)
+    for cuts in ([0, 7, 32, 45], list(range(46))):
+        state, outs = None, []
+        for a, b in itertools.pairwise(cuts):
+            out, state = gpu.chunked_recurrence(
+                *(np.ascontiguousarray(x[:, :, a:b]) for x in (q, k, v, g, beta)), initial_state=state, device=device
+            )
+            outs.append(out)
+        np.testing.assert_allclose(np.concatenate(outs, axis=2), whole, atol=2e-5)
+        np.testing.assert_allclose(state, final, atol=2e-5)
+
+
+def test_strong_gates_neither_overflow_nor_lose(rng, device):
+    """Channels that forget everything at once beside channels that forget nothing."""
+    q, k, v, g, beta = arrays(rng, F32, length=40)
+    g[..., ::3], g[..., 1::3] = -200.0, 0.0
+    out, _ = check(device, q, k, v, g, beta)
+    assert np.isfinite(out).all()
+
+
+def test_gate_per_head_is_that_gate_in_every_channel(rng):
+    device = EmulatorDevice()
+    q, k, v, g, beta = arrays(rng, F32, length=30, gate="head")
+    wide = np.ascontiguousarray(np.broadcast_to(g[..., None], (*g.shape, 64)))
+    for a, b in zip(
+        gpu.chunked_recurrence(q, k, v, g, beta, device=device),
+        gpu.chunked_recurrence(q, k, v, wide, beta, device=device),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_bad_input(rng):
+    device = EmulatorDevice()
+    q, k, v, g, beta = arrays(rng, F32, length=8)
+
+    def call(**change):
+        given = {"q": q, "k": k, "v": v, "g": g, "beta": beta} | change
+        return gpu.chunked_recurrence(**given, device=device)
+
+    for change, error, message in (
+        ({"k": k[:, :, :5]}, ValueError, "k: got shape"),
+        ({"v": v[:, :1]}, ValueError, "v: got shape"),
+        ({"v": v.astype(F16)}, TypeError, "v: got dtype float16"),
+        ({"g": g[:, :, :5]}, ValueError, "g: got float32"),
+        ({"g": g.astype(np.float64)}, ValueError, "g: got float64"),
+        ({"beta": beta[..., None]}, ValueError, "beta: got"),
+        ({"initial_state": np.zeros((1, 2, 64, 41), np.float32)}, ValueError, "initial_state: got"),
+    ):
+        with pytest.raises(error, match=message):
+            call(**change)
+    assert not device.started
