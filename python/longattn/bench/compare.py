@@ -8,19 +8,17 @@ their output is from exact attention, what they read and how long they took.
 from __future__ import annotations
 
 import argparse
-import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import longattn as la
 from longattn import vectors
-from longattn.bench import peers, quality
+from longattn.bench import peers
 from longattn.bench.arrays import DTYPES
-from longattn.bench.harness import Bench, Candidate, slopes, timed
+from longattn.bench.asked import Asked, Built
+from longattn.bench.harness import Bench, Candidate, slopes
 from longattn.bench.options import integers
 from longattn.bench.plots import Bars, Panel, Scatter
 from longattn.bench.results import Result, Row
@@ -112,26 +110,26 @@ class _Case:
     """One data set in a store."""
 
     def __init__(self, bench: Bench, data: vectors.Vectors, dtype: str, sinks: int, window: int) -> None:
-        self.bench, self.data, self.sinks, self.window = bench, data, sinks, window
-        self.store = empty_store(data, dtype)
-        self.store.append(data.keys, data.values)
-        self.queries = data.queries.astype(DTYPES[dtype])
+        self.bench, self.data = bench, data
+        store = empty_store(data, dtype)
+        store.append(data.keys, data.values)
+        self.asked = Asked(data, store, dtype, sinks, window)
 
     def at_budget(self, ways: Sequence[Way], top_k: int) -> list[Row]:
         """All ways with `top_k` rows beside sinks and window."""
-        built = {way.name: self._build(way) for way in ways}
+        built = {way.name: self._built(way) for way in ways}
         budgets = dict.fromkeys(built, top_k)
-        return self._rows(built, budgets, self._assessed(built, budgets))
+        return self._rows(built, budgets, self.asked.assess(built, budgets))
 
     def at_error(self, ways: Sequence[Way], error: float) -> list[Row]:
         """Those ways that reach a mean error, each with its smallest budget of a doubling sequence."""
-        built = {way.name: self._build(way) for way in ways}
+        built = {way.name: self._built(way) for way in ways}
         budgets: dict[str, int] = {}
         found: dict[str, dict[str, Any]] = {}
         top_k = 32
         while top_k <= len(self.data) // 4 and len(budgets) < len(built):
             left = {name: way for name, way in built.items() if name not in budgets}
-            for name, figures in self._assessed(left, dict.fromkeys(left, top_k)).items():
+            for name, figures in self.asked.assess(left, dict.fromkeys(left, top_k)).items():
                 if figures["error_v"] <= error:
                     budgets[name], found[name] = top_k, figures
             top_k *= 2
@@ -139,58 +137,17 @@ class _Case:
             self.bench.notes.append(f"{name} on {self.data.name}, {len(self.data)} keys: error above {error}")
         return self._rows({name: built[name] for name in budgets}, budgets, found)
 
-    def _build(self, way: Way) -> _Built:
+    def _built(self, way: Way) -> Built:
         self.bench.say(f"compare on {self.data.name}, {len(self.data)} keys: {way.name}")
-        queries = np.ascontiguousarray(self.data.prefill_queries.transpose(1, 0, 2)) if way.queries else None
+        return self.asked.build(way)
 
-        def index() -> la.index.Index:
-            made = way.index(self.store, queries)
-            made.update()
-            return made
-
-        seconds, made = timed(index)
-        return _Built(way, made, seconds)
-
-    def _retrieve(self, built: _Built, query: NDArray[Any], top_k: int, *, listed: bool = False) -> la.RetrievalResult:
-        return la.retrieval_attention(
-            query,
-            self.store,
-            built.index,
-            top_k=top_k,
-            sinks=self.sinks,
-            window=self.window,
-            rest=built.way.rest,
-            return_selected=listed,
-        )
-
-    def _assessed(self, built: dict[str, _Built], budgets: dict[str, int]) -> dict[str, dict[str, Any]]:
-        """What each way finds and how far its output is from exact attention's."""
-        found: dict[str, list[quality.Retrieved]] = {}
-        read: dict[str, dict[str, Any]] = {}
-        width = self.store.keys.nbytes + self.store.values.nbytes
-        for name, way in built.items():
-            results = [self._retrieve(way, query[:, None], budgets[name], listed=True) for query in self.queries]
-            stats = [result.stats for result in results if result.stats is not None]
-            attended = np.mean([s.keys_attended.mean() for s in stats]) / len(self.data)
-            index_bytes = np.mean([s.index_bytes.sum() for s in stats])
-            read[name] = {"rows_read": attended, "bytes_read": attended + index_bytes / width}
-            found[name] = [_retrieved(result) for result in results]
-        figures = quality.assess(
-            self.queries.astype(np.float32),
-            self.store.keys,
-            self.store.values,
-            found,
-            sinks=self.sinks,
-            window=self.window,
-            heads=self.data.heads,
-        )
-        return {name: figures[name] | read[name] for name in built}
-
-    def _rows(self, built: dict[str, _Built], budgets: dict[str, int], found: dict[str, dict[str, Any]]) -> list[Row]:
+    def _rows(self, built: dict[str, Built], budgets: dict[str, int], found: dict[str, dict[str, Any]]) -> list[Row]:
         data = self.data
-        candidates = [Candidate(name, self._rotating(way, budgets[name]), peer=False) for name, way in built.items()]
-        q = np.ascontiguousarray(self.queries[0][:, None])
-        keys, values = self.store.keys, self.store.values
+        candidates = [
+            Candidate(name, self.asked.rotating(way, budgets[name]), peer=False) for name, way in built.items()
+        ]
+        q = np.ascontiguousarray(self.asked.queries[0][:, None])
+        keys, values = self.asked.store.keys, self.asked.store.values
         candidates.append(Candidate(EXACT, lambda: la.attention(q, keys, values, causal=True), peer=False))
         if self.bench.peers:
             candidates += [way for way in peers.decode(q[None], keys[None], values[None]) if "repeat" not in way.name]
@@ -217,30 +174,6 @@ class _Case:
                     }
                 rows.append(row)
         return rows
-
-    def _rotating(self, built: _Built, top_k: int) -> Callable[[], la.RetrievalResult]:
-        """A call that asks the next query each time, so that no selection stays in the caches."""
-        rotation = itertools.cycle(np.ascontiguousarray(self.queries[:, :, None]))
-        return lambda: self._retrieve(built, next(rotation), top_k)
-
-
-@dataclass(frozen=True)
-class _Built:
-    way: Way
-    index: la.index.Index
-    seconds: float
-
-
-def _retrieved(result: la.RetrievalResult) -> quality.Retrieved:
-    stats = result.stats
-    assert stats is not None  # asked for
-    return quality.Retrieved(
-        out=result.out[:, 0],
-        out_rows_only=result.out[:, 0],
-        selected=[rows for (rows,) in stats.selected],
-        missed=stats.missed_mass[:, 0],
-        missed_bound=stats.missed_mass_bound[:, 0],
-    )
 
 
 def panels(result: Result) -> list[Panel | Bars | Scatter]:

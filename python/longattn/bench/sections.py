@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longattn.bench import compare, decode, error, external, prefill, targets, verified
+from longattn.bench import compare, decode, drift, error, external, prefill, targets, verified
 from longattn.bench.plots import Bars, Panel, Scatter, series
 from longattn.bench.results import Result, Row
 from longattn.bench.tables import count, grid, table
@@ -48,7 +48,7 @@ def figures(found: Sequence[Result]) -> dict[str, list[Panel | Bars | Scatter]]:
     rows = _rows(found, "error")
     if rows:
         drawn["error"] = list(error.panels({"rows": rows}))
-    for name, routine in (("compare", compare), ("verified", verified)):
+    for name, routine in (("compare", compare), ("verified", verified), ("drift", drift)):
         rows = _rows(found, name)
         if rows:
             drawn[name] = list(routine.panels({"rows": rows}))
@@ -163,6 +163,17 @@ def _compare_tables(found: Sequence[Result]) -> list[str]:
 def _verified_tables(found: Sequence[Result]) -> list[str]:
     rows = _rows(found, "verified")
     return ["", *table(rows, verified.COLUMNS)] if rows else []
+
+
+def _drift_tables(found: Sequence[Result]) -> list[str]:
+    lines: list[str] = []
+    rows = _rows(found, "drift")
+    for vectors, first, keys in dict.fromkeys((row["vectors"], row["prefill"], row["keys"]) for row in rows):
+        mine = [row for row in rows if (row["vectors"], row["prefill"], row["keys"]) == (vectors, first, keys)]
+        mine.sort(key=lambda row: -row["recall_end"])
+        lines += ["", f"{vectors}, a prefill of {first} keys and {keys - first} behind it:", ""]
+        lines += table(mine, drift.COLUMNS[3:])
+    return lines
 
 
 def _titled(threads: int, lines: list[str]) -> list[str]:
@@ -289,6 +300,16 @@ SECTIONS: tuple[Section, ...] = (
         "`retrieval_attention` with `epsilon` and `delta` over many queries: how often the error was larger than "
         "stated, what was read for it, and how often everything was.",
         _verified_tables,
+    ),
+    Section(
+        "drift",
+        "Drift: an index that grows",
+        "An index over a prefill, and what it finds when as many rows came behind it as stated, a few at a time; "
+        "beside it one that was built anew over all rows. Synthetic text changes its subject where the prefill ends, "
+        "and the last queries ask about the new one; recorded text goes on as it is. `recall`: share of the query "
+        "group's best rows among those selected; `kept`: their mass over that of the best set of as many; `growing`: "
+        "time to follow the store, per row, all heads together.",
+        _drift_tables,
     ),
     Section(
         "error",

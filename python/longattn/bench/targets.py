@@ -12,6 +12,7 @@ from typing import Any
 from longattn.bench import external, peers, prefill
 from longattn.bench.results import Result, Row
 from longattn.bench.tables import count
+from longattn.retrieval.ways import WAYS
 
 PASS, MISS, ABSENT = "PASS", "MISS", "not measured"
 LONG = 32768
@@ -113,6 +114,7 @@ def _able(target: Target, result: Result) -> bool:
 def _place(row: Row) -> str:
     """The shape of a row, in a few words."""
     parts = [
+        row.get("vectors"),
         row.get("heads"),
         f"D {row['head_dim']}" if "head_dim" in row else None,
         f"N {row['keys']}" if "keys" in row else None,
@@ -239,4 +241,18 @@ def _peers() -> list[Target]:
     ]
 
 
-TARGETS: tuple[Target, ...] = (*_decode(), *_prefill(), *_peers())
+def _drift() -> list[Target]:
+    return [
+        Target(
+            "drift: recall of the default index after 32K generated rows, less that behind the prefill",
+            "drift",
+            "recall_change",
+            -0.02,
+            "longattn bench drift",
+            {"method": (WAYS[0].name,)},
+            form="+.3f",
+        )
+    ]
+
+
+TARGETS: tuple[Target, ...] = (*_decode(), *_prefill(), *_peers(), *_drift())

@@ -105,7 +105,7 @@ def _load(name: str, length: int, outputs: int, heads: list[str] | None) -> vect
     one = vectors.load(name, length=length, groups=1, heads=heads)
     groups = -(-outputs // one.query_heads)
     if name in vectors.RECORDED:
-        groups = min(groups, vectors.RECORDED[name].open().queries.shape[1])
+        groups = min(groups, vectors.RECORDED[name].open().groups)
     return vectors.load(name, length=length, groups=groups, heads=heads)
 
 
