@@ -1,12 +1,18 @@
 """`longattn bench`: the routines that ask ways to read a part of a store, at sizes that take a second."""
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from longattn import cli
-from longattn.bench import drift, targets
+from longattn import cli, vectors
+from longattn.bench import drift, nearest, sections, targets
 from longattn.retrieval.ways import WAYS
+
+SCRIPTS = Path(__file__).parents[2] / "benches" / "peers"
 
 
 def run(routine, tmp_path, *options):
@@ -42,10 +48,6 @@ def test_drift(tmp_path, capsys):
 
 def test_generated_text_is_about_something_else(tmp_path):
     """Queries of the end look at what was generated, far more than its share."""
-    import numpy as np
-
-    from longattn import vectors
-
     text = vectors.generation("synthetic", prefill=3072, length=4096, groups=24, heads=["0"])
     keys = text.data.keys[0]
 
@@ -76,3 +78,81 @@ def test_drift_refuses(options, complaint, capsys):
 def test_ways_of_one_index_are_one():
     kept = drift._distinct(WAYS)
     assert len({(way.kind, str(way.parameters), way.queries) for way in WAYS}) == len(kept) < len(WAYS)
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def brute_force(keys, threads):
+    """A peer that finds the best rows, or none of them."""
+
+    def best(query, count):
+        return np.argpartition(keys @ query, -count)[-count:]
+
+    return [
+        nearest.Search("all", lambda q: best(q, nearest.BEST)),
+        nearest.Search("none", lambda q: np.full(nearest.BEST, -1)),
+    ]
+
+
+def test_nearest_peers(tmp_path, capsys):
+    file = tmp_path / "nearest.json"
+    peers = [nearest.Peer("brute force", brute_force), nearest.Peer("other", brute_force)]
+    options = ["--quick", "--rounds", "1", "--vectors", "synthetic", "--only", "force", "--json", str(file)]
+    assert nearest.main("brute force", lambda: ({"numpy": np.__version__}, peers), options) == 0
+    result = json.loads(file.read_text())
+    theirs = {row["setting"]: row for row in result["rows"] if row.get("peer")}
+    assert {row["peer"] for row in theirs.values()} == {"brute force"}
+    assert theirs["all"]["kept"] == pytest.approx(1, abs=1e-9) and theirs["none"]["kept"] == 0
+    assert theirs["all"]["found"] == nearest.BEST and theirs["none"]["found"] == 0
+    ours = [row for row in result["rows"] if row.get("default")]
+    masses = [row["mass"] for row in ours]
+    assert masses == sorted(masses) and 0.9 < ours[-1]["mass"] < 1 and all(row["us"] > 0 for row in ours)
+    for line in result["levels"]:
+        assert line["peer_setting"] == "all" and line["ours_us"] >= line["fastest_us"]
+        assert line["times_ours"] == pytest.approx(line["peer_us"] / line["ours_us"])
+    assert "## faiss, hnswlib, usearch" in (SCRIPTS / "README.md").read_text()
+    assert "brute force" in capsys.readouterr().out
+    assert any("of own best 100" in line for line in sections._nearest_tables([result]))
+    assert nearest.main("x", lambda: ({}, peers), [*options[:-3], "no such"]) == 2
+    assert "--only: got no such" in capsys.readouterr().err
+
+
+def test_levels_that_nobody_reaches():
+    shared = {"threads": 1, "vectors": "v", "head": "0", "keys": 9, "head_dim": 8, "build_s": 1.0}
+    ours = shared | {"method": "m", "setting": "top_k 9", "default": True, "kept": 0.85, "us": 10.0}
+    slow, fast = (
+        shared | {"peer": "p", "method": "p", "setting": s, "kept": kept, "us": us}
+        for s, kept, us in (("slow", 0.99, 90.0), ("fast", 0.9, 40.0))
+    )
+    found = {row["level"]: row for row in nearest.at_levels([ours, slow, fast])}
+    assert (found[0.8]["peer_setting"], found[0.8]["times_ours"]) == ("fast", 4.0)
+    assert "times_ours" not in found[0.9] and found[0.95]["peer_setting"] == "slow"
+    assert nearest.at_levels([ours, fast])[-1]["missing"] == "the peer: 0.900 at most"
+
+
+def test_nearest_libraries_that_are_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert nearest.main("ann", script("ann").load, ["--quick", "--vectors", "synthetic"]) == 2
+    assert "pip install faiss-cpu hnswlib usearch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("library", ["faiss", "hnswlib", "usearch"])
+def test_nearest_libraries_find_the_best(library, rng):
+    pytest.importorskip(library)
+    for package in ("faiss", "hnswlib", "usearch"):
+        pytest.importorskip(package)
+    keys, queries = rng.standard_normal((2, 2000, 16), dtype=np.float32)
+    _, peers = script("ann").load()
+    for peer in peers:
+        if library not in peer.name:
+            continue
+        search = peer.build(keys, 1)[-1]
+        for query in queries[:5]:
+            rows = np.asarray(search.rows(query))
+            best = np.argsort(keys @ query)[-100:]
+            assert np.isin(best, rows).mean() > 0.9, peer.name

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longattn.bench import compare, decode, drift, error, external, prefill, targets, verified
+from longattn.bench import compare, decode, drift, error, external, nearest, prefill, targets, verified
 from longattn.bench.plots import Bars, Panel, Scatter, series
 from longattn.bench.results import Result, Row
 from longattn.bench.tables import count, grid, table
@@ -176,6 +176,11 @@ def _drift_tables(found: Sequence[Result]) -> list[str]:
     return lines
 
 
+def _nearest_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, nearest.ROUTINE, "levels")
+    return ["", *table(rows, nearest.LEVEL_COLUMNS)] if rows else []
+
+
 def _titled(threads: int, lines: list[str]) -> list[str]:
     return ["", f"{count(threads)}:", "", *lines]
 
@@ -293,6 +298,16 @@ SECTIONS: tuple[Section, ...] = (
         "selected; `mass`: share of the softmax mass in the rows read; `bytes read`: rows and index, of all keys and "
         "values.",
         _compare_tables,
+    ),
+    Section(
+        "nearest",
+        "Beside nearest-neighbour libraries",
+        "Made by `benches/peers/ann.py`: one KV head, searches of one thread, a query a call. A peer is asked by each "
+        "query head for its 100 or 400 nearest keys; ours are asked once for the query group, and their time, divided "
+        "by the heads of the group, holds the attention over the rows found, the peers' does not. `of own best 100`: "
+        "mass found over that of each query head's own 100 best keys; of each index the fastest setting that reaches "
+        "it in the mean.",
+        _nearest_tables,
     ),
     Section(
         "verified",

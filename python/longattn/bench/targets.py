@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from longattn.bench import external, peers, prefill
+from longattn.bench import external, nearest, peers, prefill
 from longattn.bench.results import Result, Row
 from longattn.bench.tables import count
 from longattn.retrieval.ways import WAYS
@@ -115,6 +115,7 @@ def _place(row: Row) -> str:
     """The shape of a row, in a few words."""
     parts = [
         row.get("vectors"),
+        f"{row['level']:.0%} of the mass" if "level" in row else None,
         row.get("heads"),
         f"D {row['head_dim']}" if "head_dim" in row else None,
         f"N {row['keys']}" if "keys" in row else None,
@@ -241,6 +242,21 @@ def _peers() -> list[Target]:
     ]
 
 
+def _nearest() -> list[Target]:
+    return [
+        Target(
+            f"time of {peer} per query head over that of the default way, at equal mass",
+            nearest.ROUTINE,
+            "times_ours",
+            3.0,
+            "python benches/peers/ann.py",
+            {"peer": (peer,)},
+            table="levels",
+        )
+        for peer in ("faiss IVF", "faiss HNSW", "faiss binary flat", "hnswlib", "usearch")
+    ]
+
+
 def _drift() -> list[Target]:
     return [
         Target(
@@ -255,4 +271,4 @@ def _drift() -> list[Target]:
     ]
 
 
-TARGETS: tuple[Target, ...] = (*_decode(), *_prefill(), *_peers(), *_drift())
+TARGETS: tuple[Target, ...] = (*_decode(), *_prefill(), *_peers(), *_nearest(), *_drift())
