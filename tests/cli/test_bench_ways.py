@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from longattn import cli, vectors
-from longattn.bench import drift, nearest, sections, targets
+from longattn.bench import drift, growth, nearest, sections, targets
 from longattn.retrieval.ways import WAYS
 
 SCRIPTS = Path(__file__).parents[2] / "benches" / "peers"
@@ -156,3 +156,104 @@ def test_nearest_libraries_find_the_best(library, rng):
             rows = np.asarray(search.rows(query))
             best = np.argsort(keys @ query)[-100:]
             assert np.isin(best, rows).mean() > 0.9, peer.name
+
+
+GROWTH = ("--vectors", "synthetic", "--ways", "2 bits,exact scan,of 64", "--error", "0.2")
+
+
+def test_growth_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "growth.json"
+    timed, stop_at = growth._Case._timed, [3]
+
+    def interrupted(self, *given):
+        stop_at[0] -= 1
+        if stop_at[0] < 0:
+            raise KeyboardInterrupt
+        return timed(self, *given)
+
+    monkeypatch.setattr(growth._Case, "_timed", interrupted)
+    common = ["--quick", "--rounds", "2", "--threads", "1", "--json", str(file)]
+    assert cli.main(["bench", "growth", *common, *GROWTH]) == 130
+    partly = json.loads(file.read_text())
+    assert sum(row["ms"] is not None for row in partly["rows"]) == 3
+    monkeypatch.setattr(growth._Case, "_timed", timed)
+    result = run("growth", tmp_path, *GROWTH)
+    assert result["rows"][: len(partly["rows"])] == partly["rows"], "what was there is not run again"
+    rows = {(row["method"], row["keys"]): row for row in result["rows"]}
+    ways = ("signatures, 2 bits", "exact scan", "clusters of 64")
+    assert rows.keys() == {(way, keys) for way in ways for keys in growth.QUICK_LENGTHS}
+    for row in rows.values():
+        if row["ms"] is not None:
+            assert row["error_v"] <= 0.2 and 0 < row["rows_read"] < 0.3 and row["exact_ms"] > 0
+    assert rows["signatures, 2 bits", 8192]["ms"] > 0
+    lines = {line["method"]: line["slope"] for line in result["slopes"]}
+    assert "signatures, 2 bits" in lines
+    assert [line["slope"] for line in result["best_slopes"]] == [lines["clusters of 64"]]
+    assert run("growth", tmp_path, *GROWTH)["rows"] == result["rows"]
+    assert "there already" in capsys.readouterr().err
+    assert any("| signatures, 2 bits |" in line for line in sections._growth_tables([result]))
+    assert cli.main(["bench", "growth", *common, *GROWTH[:-1], "0.3"]) == 2
+    assert "holds a run with other settings" in capsys.readouterr().err
+
+
+def test_growth_says_what_was_not_run(tmp_path):
+    options = ("--vectors", "synthetic", "--heads", "0", "--ways", "exact scan,graph of keys")
+    result = run("growth", tmp_path, *options, "--error", "1e-9", "--build-limit", "1e-9")
+    reasons = {(row["method"], row["keys"]): row["reason"] for row in result["rows"]}
+    assert reasons["exact scan", 4096].startswith("error 0.") and "25% of the rows" in reasons["exact scan", 4096]
+    assert "to build, at 4096 keys it was" in reasons["graph of keys", 8192]
+    assert result["slopes"] == [] and all(row["ms"] is None for row in result["rows"])
+
+
+def test_growth_finds_the_smallest_budget(monkeypatch):
+    case = object.__new__(growth._Case)
+    case.args = type("Args", (), {"most": 0.25, "error": 0.1})()
+    case.data = range(100_000)
+    asked = []
+
+    def error(built, top_k):
+        asked.append(top_k)
+        return 0.1 * (777 / top_k) ** 0.5
+
+    case._error = error
+    top_k, found = case._budget(None)
+    assert 777 <= top_k < 1.1 * 777 and found <= 0.1
+    case.args.error = 1e-3
+    assert case._budget(None)[0] is None
+    case.args.error = 10
+    assert case._budget(None)[0] == growth.LEAST
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--error", "0"], "--error: got 0.0"),
+        (["--most", "1.5"], "--most: got 1.5"),
+        (["--ways", "no such"], "ways: got 'no such'"),
+    ],
+)
+def test_growth_refuses(options, complaint, capsys):
+    assert cli.main(["bench", "growth", "--quick", *options]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_compare(tmp_path):
+    options = ("--vectors", "synthetic", "--heads", "0", "--ways", "4 bits,exact scan")
+    result = run("compare", tmp_path, *options)
+    rows = {row["method"]: row for row in result["rows"]}
+    assert rows["exact scan"]["recall"] == 1 and rows["longattn.attention"]["faster_than_exact"] == 1
+    assert rows["signatures, 4 bits"]["error_v"] < rows["signatures, 4 bits, rows only"]["error_v"]
+    assert all(row["rows_read"] == pytest.approx(0.02, abs=1e-3) for row in rows.values() if "rows_read" in row)
+
+
+def test_verified_counts_what_was_read_whole(tmp_path):
+    """Where a sample that keeps the promise is a third of the rows, all are read, and said to be."""
+    options = ("--vectors", "synthetic-flat", "--heads", "0", "--length")
+    short, longer = (run("verified", tmp_path, *options, n)["rows"] for n in ("1200", "16384"))
+    for row in short:
+        assert row["dense"] == 1 and row["rows"] == 1 and row["violations"] == row["violations_over_delta"] == 0
+    tight, wide = (
+        [row for row in longer if row["epsilon"] == e and row["relative_to"] == "output"] for e in (0.05, 0.2)
+    )
+    assert all(0 < row["dense"] <= row["rows"] for row in tight)
+    assert all(row["dense"] < 0.1 and row["rows"] < 0.5 for row in wide)

@@ -19,6 +19,7 @@ from longattn.bench import (
     drift,
     error,
     gpu,
+    growth,
     options,
     prefill,
     report,
@@ -60,6 +61,7 @@ ROUTINES: dict[str, Routine] = {
     "compare": compare,
     "verified": verified,
     "drift": drift,
+    "growth": growth,
     "error": error,
     "gpu": gpu,
 }

@@ -18,8 +18,7 @@ from longattn import vectors
 from longattn.bench import peers
 from longattn.bench.arrays import DTYPES
 from longattn.bench.asked import Asked, Built
-from longattn.bench.harness import Bench, Candidate, slopes
-from longattn.bench.options import integers
+from longattn.bench.harness import Bench, Candidate
 from longattn.bench.plots import Bars, Panel, Scatter
 from longattn.bench.results import Result, Row
 from longattn.bench.stored import empty_store, prepared
@@ -46,7 +45,6 @@ COLUMNS: tuple[Column, ...] = (
     Column("build s", "build_s", ".2f"),
 )
 EXACT = "longattn.attention"
-GROWTH_ERROR = 0.02
 QUICK_LENGTH, QUICK_WINDOW = 4096, 64
 
 
@@ -65,15 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the store (default %(default)s)")
     parser.add_argument("--sinks", type=int, default=4, help="first rows that are always read (default %(default)s)")
     parser.add_argument("--window", type=int, default=64, help="last rows that are always read (default %(default)s)")
-    parser.add_argument(
-        "--growth",
-        type=integers,
-        metavar="N,N",
-        help="instead: the time at these lengths, with the smallest budget that keeps error/rms‖v‖ under --error",
-    )
-    parser.add_argument(
-        "--error", type=float, default=GROWTH_ERROR, help="the error of --growth, a mean (default %(default)s)"
-    )
 
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
@@ -84,20 +73,14 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     groups = 3 if bench.quick else args.groups
     window = min(args.window, QUICK_WINDOW) if bench.quick else args.window
     heads = args.heads.split(",") if args.heads else None
-    lengths = args.growth or [args.length]
-    if bench.quick:
-        lengths = [min(n, QUICK_LENGTH) for n in lengths]
+    length = min(args.length, QUICK_LENGTH) if bench.quick else args.length
     rows: list[Row] = []
     for name in prepared(bench, _names(args.vectors), asked=args.vectors not in ("real", "all")):
-        for length in lengths:
-            bench.say(f"compare on {name}, {length} keys: loading")
-            data = vectors.load(name, length=length, groups=groups, heads=heads)
-            case = _Case(bench, data, args.dtype, args.sinks, window)
-            if args.growth:
-                rows += case.at_error(ways, args.error)
-            else:
-                rows += case.at_budget(ways, max(1, round(args.rows * length) - args.sinks - window))
-    return {"rows": rows, "slopes": slopes(rows, ("method", "vectors", "threads"), "ms")}
+        bench.say(f"compare on {name}, {length} keys: loading")
+        data = vectors.load(name, length=length, groups=groups, heads=heads)
+        case = _Case(bench, data, args.dtype, args.sinks, window)
+        rows += case.at_budget(ways, max(1, round(args.rows * length) - args.sinks - window))
+    return {"rows": rows, "slopes": []}
 
 
 def _names(asked: str) -> Sequence[str]:
@@ -120,22 +103,6 @@ class _Case:
         built = {way.name: self._built(way) for way in ways}
         budgets = dict.fromkeys(built, top_k)
         return self._rows(built, budgets, self.asked.assess(built, budgets))
-
-    def at_error(self, ways: Sequence[Way], error: float) -> list[Row]:
-        """Those ways that reach a mean error, each with its smallest budget of a doubling sequence."""
-        built = {way.name: self._built(way) for way in ways}
-        budgets: dict[str, int] = {}
-        found: dict[str, dict[str, Any]] = {}
-        top_k = 32
-        while top_k <= len(self.data) // 4 and len(budgets) < len(built):
-            left = {name: way for name, way in built.items() if name not in budgets}
-            for name, figures in self.asked.assess(left, dict.fromkeys(left, top_k)).items():
-                if figures["error_v"] <= error:
-                    budgets[name], found[name] = top_k, figures
-            top_k *= 2
-        for name in built.keys() - budgets.keys():
-            self.bench.notes.append(f"{name} on {self.data.name}, {len(self.data)} keys: error above {error}")
-        return self._rows({name: built[name] for name in budgets}, budgets, found)
 
     def _built(self, way: Way) -> Built:
         self.bench.say(f"compare on {self.data.name}, {len(self.data)} keys: {way.name}")
@@ -177,19 +144,10 @@ class _Case:
 
 
 def panels(result: Result) -> list[Panel | Bars | Scatter]:
-    """Error over time, a panel per data set and length; growth of the time where several lengths were measured."""
+    """Error over time, a panel per data set and length."""
     drawn: list[Panel | Bars | Scatter] = []
-    names = dict.fromkeys(row["vectors"] for row in result["rows"])
-    for name in names:
-        rows = [row for row in result["rows"] if row["vectors"] == name and row.get("ms")]
-        lengths = sorted({row["keys"] for row in rows})
-        if len(lengths) > 1:
-            series: dict[str, list[tuple[float, float]]] = {}
-            for row in rows:
-                series.setdefault(row["method"], []).append((row["keys"], row["ms"]))
-            drawn.append(Panel(f"decode step at equal error, {name}", "keys", "ms", series))
-            continue
+    for name, keys in dict.fromkeys((row["vectors"], row["keys"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["vectors"], row["keys"]) == (name, keys) and row.get("ms")]
         points = {row["method"]: (row["us"], row["error_v"]) for row in rows if row.get("error_v") is not None}
-        title = f"{name}, {lengths[0]} keys"
-        drawn.append(Scatter(title, "µs per query head", "mean error / rms ‖v‖", points))
+        drawn.append(Scatter(f"{name}, {keys} keys", "µs per query head", "mean error / rms ‖v‖", points))
     return drawn

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longattn.bench import compare, decode, drift, error, external, nearest, prefill, targets, verified
+from longattn.bench import compare, decode, drift, error, external, growth, nearest, prefill, targets, verified
 from longattn.bench.plots import Bars, Panel, Scatter, series
 from longattn.bench.results import Result, Row
 from longattn.bench.tables import count, grid, table
@@ -48,7 +48,7 @@ def figures(found: Sequence[Result]) -> dict[str, list[Panel | Bars | Scatter]]:
     rows = _rows(found, "error")
     if rows:
         drawn["error"] = list(error.panels({"rows": rows}))
-    for name, routine in (("compare", compare), ("verified", verified), ("drift", drift)):
+    for name, routine in (("compare", compare), ("verified", verified), ("drift", drift), ("growth", growth)):
         rows = _rows(found, name)
         if rows:
             drawn[name] = list(routine.panels({"rows": rows}))
@@ -174,6 +174,30 @@ def _drift_tables(found: Sequence[Result]) -> list[str]:
         lines += ["", f"{vectors}, a prefill of {first} keys and {keys - first} behind it:", ""]
         lines += table(mine, drift.COLUMNS[3:])
     return lines
+
+
+def _growth_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, "growth")
+    grown = _rows(found, "growth", "slopes")
+    lines: list[str] = []
+    for vectors, threads in dict.fromkeys((row["vectors"], row["threads"]) for row in rows):
+        mine = [row for row in rows if (row["vectors"], row["threads"]) == (vectors, threads)]
+        lengths = _values(mine, "keys")
+        heads = ["way", *(f"{_short(n)}: ms (rows)" for n in lengths), "slope"]
+        heads += [f"× la.attention at {_short(lengths[-1])}", "build s", "not run"]
+        cells = []
+        for by_length in _lengths(mine, growth.LINE).values():
+            some, last = next(iter(by_length.values())), by_length.get(lengths[-1], {})
+            times = [_way_at(by_length.get(n, {})) for n in lengths]
+            why = "; ".join(f"{_short(n)}: {row['reason']}" for n, row in by_length.items() if row.get("reason"))
+            faster, seconds = _number(last.get("faster_than_exact"), ".1f"), _number(last.get("build_s"), ".1f")
+            cells.append([some["method"], *times, _grown(grown, growth.LINE, some), faster, seconds, why])
+        lines += ["", f"{vectors}, {count(threads)}:", "", *grid(heads, cells)]
+    return lines
+
+
+def _way_at(row: Row) -> str:
+    return f"{row['ms']:.3g} ({row['rows_read']:.2%})" if row.get("ms") is not None else ""
 
 
 def _nearest_tables(found: Sequence[Result]) -> list[str]:
@@ -308,6 +332,14 @@ SECTIONS: tuple[Section, ...] = (
         "mass found over that of each query head's own 100 best keys; of each index the fastest setting that reaches "
         "it in the mean.",
         _nearest_tables,
+    ),
+    Section(
+        "growth",
+        "Growth with the length",
+        "A decode step of one KV head, each way with the smallest number of rows that keeps the mean error below the "
+        "same share of the values' rms norm. `slope`: of log time over log length. Empty cells were not run, for the "
+        "reason in the last column.",
+        _growth_tables,
     ),
     Section(
         "verified",

@@ -257,6 +257,41 @@ def _nearest() -> list[Target]:
     ]
 
 
+def _growth() -> list[Target]:
+    return [
+        Target(
+            "time at equal error grows as length to the power, the best way over clusters, pages or a graph",
+            "growth",
+            "slope",
+            0.5,
+            "longattn bench growth --threads 1",
+            table="best_slopes",
+            at_most=True,
+        )
+    ]
+
+
+def _verified() -> list[Target]:
+    return [
+        Target(
+            "stated errors: share of violations over delta",
+            "verified",
+            "violations_over_delta",
+            1.0,
+            "longattn bench verified",
+            at_most=True,
+        ),
+        Target(
+            "stated errors: outputs per setting",
+            "verified",
+            "queries",
+            10_000,
+            "longattn bench verified",
+            form=",.0f",
+        ),
+    ]
+
+
 def _drift() -> list[Target]:
     return [
         Target(
@@ -271,4 +306,4 @@ def _drift() -> list[Target]:
     ]
 
 
-TARGETS: tuple[Target, ...] = (*_decode(), *_prefill(), *_peers(), *_nearest(), *_drift())
+TARGETS: tuple[Target, ...] = (*_decode(), *_prefill(), *_peers(), *_nearest(), *_drift(), *_growth(), *_verified())

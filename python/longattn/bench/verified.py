@@ -164,6 +164,7 @@ class _Case:
             "outputs": relative.size,
             "queries": self.exact[..., 0].size,
             "violations": float((relative > 1).mean()),
+            "violations_over_delta": float((relative > 1).mean()) / budget.delta,
             "error_quantile": float(np.quantile(relative, 1 - budget.delta)),
             "error_largest": float(relative.max()),
             "rows": float(share.mean()),
