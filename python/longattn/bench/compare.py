@@ -8,22 +8,24 @@ their output is from exact attention, what they read and how long they took.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 import longattn as la
 from longattn import vectors
-from longattn.bench import peers
+from longattn.bench import peers, quality
 from longattn.bench.arrays import DTYPES
 from longattn.bench.asked import Asked, Built
-from longattn.bench.harness import Bench, Candidate
+from longattn.bench.harness import Bench, Candidate, timed
 from longattn.bench.plots import Bars, Panel, Scatter
 from longattn.bench.results import Result, Row
 from longattn.bench.stored import empty_store, prepared
 from longattn.bench.tables import Column
-from longattn.retrieval.ways import WAYS, Way, chosen
+from longattn.kv.evict.compressed import CompressedPrompt
+from longattn.retrieval.ways import Kept, Way, chosen_of_all
 
 SUMMARY = "every way to read a part of a store at equal budgets: what it finds, its error, its time, its index"
 COLUMNS: tuple[Column, ...] = (
@@ -45,6 +47,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("build s", "build_s", ".2f"),
 )
 EXACT = "longattn.attention"
+SAMPLE = 128  # queries of the prefill that policies judge by
 QUICK_LENGTH, QUICK_WINDOW = 4096, 64
 
 
@@ -69,7 +72,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     """Every data set: a row per way and thread count."""
     if not 0 < args.rows < 1:
         raise ValueError(f"--rows: got {args.rows}, expected a share between 0 and 1")
-    ways = chosen(args.ways) if args.ways else WAYS
+    ways, policies = chosen_of_all(args.ways or "all")
     groups = 3 if bench.quick else args.groups
     window = min(args.window, QUICK_WINDOW) if bench.quick else args.window
     heads = args.heads.split(",") if args.heads else None
@@ -79,7 +82,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         bench.say(f"compare on {name}, {length} keys: loading")
         data = vectors.load(name, length=length, groups=groups, heads=heads)
         case = _Case(bench, data, args.dtype, args.sinks, window)
-        rows += case.at_budget(ways, max(1, round(args.rows * length) - args.sinks - window))
+        rows += case.at_budget(ways, policies, max(1, round(args.rows * length) - args.sinks - window))
     return {"rows": rows, "slopes": []}
 
 
@@ -98,21 +101,67 @@ class _Case:
         store.append(data.keys, data.values)
         self.asked = Asked(data, store, dtype, sinks, window)
 
-    def at_budget(self, ways: Sequence[Way], top_k: int) -> list[Row]:
+    def at_budget(self, ways: Sequence[Way], policies: Sequence[Kept], top_k: int) -> list[Row]:
         """All ways with `top_k` rows beside sinks and window."""
         built = {way.name: self._built(way) for way in ways}
+        kept = {way.name: self._compressed(way, top_k) for way in policies}
         budgets = dict.fromkeys(built, top_k)
-        return self._rows(built, budgets, self.asked.assess(built, budgets))
+        answers = {name: self.asked.ask(way, top_k) for name, way in built.items()}
+        answers |= {name: self._ask(way) for name, (way, _) in kept.items()}
+        figures = self.asked.compare({name: found for name, (found, _) in answers.items()})
+        found = {name: figures[name] | read | {"top_k": top_k} for name, (_, read) in answers.items()}
+        for name, way in built.items():
+            found[name] |= self._size(way.seconds, way.index.nbytes)
+        for name, (compressed, seconds) in kept.items():
+            # It holds the rows that it reads: the store beside it could go.
+            found[name] |= self._size(seconds, compressed.store.live_bytes)
+        candidates = [
+            Candidate(name, self.asked.rotating(way, budgets[name]), peer=False) for name, way in built.items()
+        ]
+        candidates += [Candidate(name, self._attending(way), peer=False) for name, (way, _) in kept.items()]
+        return self._rows(candidates, found)
+
+    def _size(self, seconds: float, nbytes: int) -> Row:
+        per_key = nbytes / (self.data.kv_heads * len(self.data))
+        return {"build_s": seconds, "index_bytes": nbytes, "index_bytes_per_key": per_key}
+
+    def _compressed(self, way: Kept, top_k: int) -> tuple[CompressedPrompt, float]:
+        """What a policy keeps, judged by queries of the prefill, and the seconds that it took."""
+        self.bench.say(f"compare on {self.data.name}, {len(self.data)} keys: {way.name}")
+        asked, every = self.asked, -(-len(self.data.prefill_queries) // SAMPLE)
+        sample = np.ascontiguousarray(self.data.prefill_queries[::every].transpose(1, 0, 2))
+        rows = top_k + asked.sinks + asked.window
+
+        def choose() -> CompressedPrompt:
+            budget = {"rows": rows, "sinks": asked.sinks, "window": asked.window, "room": 1}
+            return way.compressed(asked.store.keys, asked.store.values, sample, **budget)
+
+        seconds, made = timed(choose)
+        return made, seconds
+
+    def _ask(self, kept: CompressedPrompt) -> tuple[list[quality.Retrieved], dict[str, Any]]:
+        """Every query over what is kept: the answers, and the shares of rows and bytes that were read."""
+        asked, length = self.asked, len(self.data)
+        between = [rows[(rows >= asked.sinks) & (rows < length - asked.window)] for rows in kept.rows]
+        nothing = np.zeros(self.data.query_heads, np.float32)
+        found = []
+        for query in asked.queries:
+            out = np.asarray(kept.attend(query[:, None]))[:, 0]
+            # A policy makes no estimate of what it misses, and no promise.
+            found.append(quality.Retrieved(out, out, between, nothing, nothing + 1))
+        share = float(np.mean([len(rows) for rows in kept.rows])) / length
+        return found, {"rows_read": share, "bytes_read": share}
+
+    def _attending(self, kept: CompressedPrompt) -> Callable[[], Any]:
+        rotation = itertools.cycle(np.ascontiguousarray(self.asked.queries[:, :, None]))
+        return lambda: kept.attend(next(rotation))
 
     def _built(self, way: Way) -> Built:
         self.bench.say(f"compare on {self.data.name}, {len(self.data)} keys: {way.name}")
         return self.asked.build(way)
 
-    def _rows(self, built: dict[str, Built], budgets: dict[str, int], found: dict[str, dict[str, Any]]) -> list[Row]:
+    def _rows(self, candidates: list[Candidate], found: dict[str, dict[str, Any]]) -> list[Row]:
         data = self.data
-        candidates = [
-            Candidate(name, self.asked.rotating(way, budgets[name]), peer=False) for name, way in built.items()
-        ]
         q = np.ascontiguousarray(self.asked.queries[0][:, None])
         keys, values = self.asked.store.keys, self.asked.store.values
         candidates.append(Candidate(EXACT, lambda: la.attention(q, keys, values, causal=True), peer=False))
@@ -131,14 +180,7 @@ class _Case:
                     row["us"] = 1e3 * row["ms"] / data.query_heads
                     row["faster_than_exact"] = exact_ms / row["ms"]
                     row["faster_than_torch"] = min(torch_ms) / row["ms"] if torch_ms else None
-                if name in built:
-                    index = built[name].index
-                    row |= found[name] | {
-                        "top_k": budgets[name],
-                        "build_s": built[name].seconds,
-                        "index_bytes": index.nbytes,
-                        "index_bytes_per_key": index.nbytes / (data.kv_heads * len(data)),
-                    }
+                row |= found.get(name, {})
                 rows.append(row)
         return rows
 

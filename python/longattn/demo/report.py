@@ -58,13 +58,15 @@ def introduction(settings: dict[str, Any], parameters: int) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """One line per contestant; times are medians over the decoded tokens."""
-    lines = [f"{'':31}{'right answers':>15}{'keys read':>12}{'ms/token':>11}{'attention ms/token':>21}"]
+    peer = result["peer"] is not None
+    heads = f"{'':40}{'right answers':>15}{'keys read':>12}{'ms/token':>11}{'attention ms/token':>21}"
+    lines = [heads + (f"{'faster than sdpa':>19}" if peer else "")]
     for name, row in result["contestants"].items():
         right = f"{round(row['accuracy'] * result['questions'])} of {result['questions']}"
         share = f"{100 * row['keys_read_fraction']:.2f} %"
         lines.append(
-            f"{NAMES.get(name, name):31}{right:>15}{share:>12}{row['ms_per_token']:>11.2f}"
-            f"{row['attention_ms_per_token']:>21.2f}"
+            f"{NAMES.get(name, name):40}{right:>15}{share:>12}{row['ms_per_token']:>11.2f}"
+            f"{row['attention_ms_per_token']:>21.2f}" + (f"{row['faster_than_sdpa']:>18.1f}x" if peer else "")
         )
     megabytes = {name: result[f"{name}_bytes"] / 1e6 for name in ("store", "index")}
     lines.append(
