@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from longattn import demo
+from longattn.bench import results, sections
 from longattn.demo import driver, runner
 from longattn.retrieval.ways import POLICIES
 
@@ -65,6 +66,11 @@ def test_policies_are_asked_too(tmp_path: Path) -> None:
     assert demo.main([*SMALL, "--ways", "H2O,Stream,1 bit", "--json", str(file)]) == 0
     contestants = json.loads(file.read_text())["contestants"]
     assert {"H2O", "StreamingLLM", "signatures, 1 bit"} < contestants.keys()
+    (result,) = results.read_folder(tmp_path)
+    (summary,) = result["summary"]
+    assert result["routine"] == "demo" and 1 <= summary["accurate"] <= 4 and "accurate_and_fast" not in summary
+    assert {row["method"]: row["accuracy"] for row in result["rows"]}["H2O"] == contestants["H2O"]["accuracy"]
+    assert any("| H2O |" in line for line in sections._demo_tables([result]))
     for row in contestants.values():
         assert 0 <= row["accuracy_of_exact"] <= 8 / 7 and row["faster_than_sdpa"] is None
     assert 0.04 < contestants["H2O"]["keys_read_fraction"] < 0.07
@@ -93,6 +99,7 @@ def test_peer_answers_the_same(tmp_path: Path) -> None:
     file = tmp_path / "demo.json"
     assert demo.main([*SMALL, "--peer", "transformers", "--json", str(file)]) == 0
     result = json.loads(file.read_text())
+    assert result["summary"][0]["accurate_and_fast"] <= result["summary"][0]["accurate"]
     assert result["contestants"]["sdpa"]["accuracy"] == result["accuracy"]["exact"]
     assert result["contestants"]["sdpa"]["wrong"] == result["contestants"]["exact"]["wrong"]
     sdpa = result["attention_ms_per_token"]["sdpa"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from longattn.bench import compare, decode, drift, error, external, growth, nearest, prefill, targets, verified
 from longattn.bench.plots import Bars, Panel, Scatter, series
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import count, grid, table
+from longattn.bench.tables import Column, count, grid, table
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,24 @@ def _nearest_tables(found: Sequence[Result]) -> list[str]:
     return ["", *table(rows, nearest.LEVEL_COLUMNS)] if rows else []
 
 
+DEMO_COLUMNS: tuple[Column, ...] = (
+    Column("threads", "threads"),
+    Column("context", "keys"),
+    Column("way", "method"),
+    Column("accuracy", "accuracy", ".2f"),
+    Column("of exact", "accuracy_of_exact", ".2f"),
+    Column("keys read", "keys_read_fraction", ".2%"),
+    Column("attention, ms per token", "attention_ms_per_token", ".2f"),
+    Column("× faster than SDPA", "faster_than_sdpa", ".1f"),
+    Column("ms per token", "ms_per_token", ".2f"),
+)
+
+
+def _demo_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, "demo")
+    return ["", *table(rows, DEMO_COLUMNS)] if rows else []
+
+
 def _titled(threads: int, lines: list[str]) -> list[str]:
     return ["", f"{count(threads)}:", "", *lines]
 
@@ -357,6 +375,15 @@ SECTIONS: tuple[Section, ...] = (
         "group's best rows among those selected; `kept`: their mass over that of the best set of as many; `growing`: "
         "time to follow the store, per row, all heads together.",
         _drift_tables,
+    ),
+    Section(
+        "demo",
+        "Demo: a model answers questions about a long text",
+        "The byte-level model of `tools/needle_lm` over text that it was not trained on, asked for hidden facts. Ways "
+        "read sinks, window and `--top-k` rows per KV head; policies keep as many rows of the text, judged by a sample "
+        "of its queries before any question is known. Attention times are those of the full layers, cache update "
+        "included; SDPA is transformers with its own cache on the same prompt.",
+        _demo_tables,
     ),
     Section(
         "error",
