@@ -155,7 +155,7 @@ def statuses(monkeypatch):
 def test_suite_runs_every_routine_and_script(tmp_path, capsys, statuses):
     assert steps_run(capsys, "--out", str(tmp_path), "--scripts", str(SCRIPTS))[0] == 0
     assert statuses["asked"] == [
-        "decode-8-2-64", "decode-2-2-64", "prefill-64", "error", "ggml_flash", "onnxruntime_gqa",
+        "decode-8-2-64", "decode-2-2-64", "prefill-64", "error", "ann", "ggml_flash", "onnxruntime_gqa",
     ]  # fmt: skip
 
 

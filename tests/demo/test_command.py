@@ -8,10 +8,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from longattn import demo
-from longattn.demo import driver
+from longattn.bench import results, sections
+from longattn.demo import driver, runner
+from longattn.retrieval.ways import POLICIES
 
 SMALL = ["--context", "2048", "--questions", "8", "--top-k", "24", "--window", "64"]
 REQUIRED = {
@@ -58,15 +61,50 @@ def test_other_ways_are_asked_too(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert demo.main([*SMALL, "--ways", "no such"]) == 2
 
 
+def test_policies_are_asked_too(tmp_path: Path) -> None:
+    file = tmp_path / "demo.json"
+    assert demo.main([*SMALL, "--ways", "H2O,Stream,1 bit", "--json", str(file)]) == 0
+    contestants = json.loads(file.read_text())["contestants"]
+    assert {"H2O", "StreamingLLM", "signatures, 1 bit"} < contestants.keys()
+    (result,) = results.read_folder(tmp_path)
+    (summary,) = result["summary"]
+    assert result["routine"] == "demo" and 1 <= summary["accurate"] <= 4 and "accurate_and_fast" not in summary
+    assert {row["method"]: row["accuracy"] for row in result["rows"]}["H2O"] == contestants["H2O"]["accuracy"]
+    assert any("| H2O |" in line for line in sections._demo_tables([result]))
+    for row in contestants.values():
+        assert 0 <= row["accuracy_of_exact"] <= 8 / 7 and row["faster_than_sdpa"] is None
+    assert 0.04 < contestants["H2O"]["keys_read_fraction"] < 0.07
+
+
+def test_a_policy_that_keeps_all_rows_reads_as_exact_attention_does() -> None:
+    session, prefill = runner.Session(runner.Model(), 700), runner.PrefillReader()
+    tokens = np.random.default_rng(0).integers(32, 127, 540)
+    session.forward(tokens[:512], prefill)
+    (h2o,) = [way for way in POLICIES if way.name == "H2O"]
+    reader = runner.KeptReader(session.stores, prefill, h2o, top_k=512, sinks=4, window=16)
+    mark = session.mark()
+    for question in (tokens[512:530], tokens[530:]):
+        expected, got = [], []
+        for read, outs in ((runner.read_all, expected), (reader, got)):
+            outs += [session.forward(question[:-2], read), session.forward(question[-2:-1], read)]
+            session.rewind(mark)
+        for ours, theirs in zip(got, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    assert reader.fraction_read == 1
+
+
 def test_peer_answers_the_same(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("torch")
     file = tmp_path / "demo.json"
     assert demo.main([*SMALL, "--peer", "transformers", "--json", str(file)]) == 0
     result = json.loads(file.read_text())
+    assert result["summary"][0]["accurate_and_fast"] <= result["summary"][0]["accurate"]
     assert result["contestants"]["sdpa"]["accuracy"] == result["accuracy"]["exact"]
     assert result["contestants"]["sdpa"]["wrong"] == result["contestants"]["exact"]["wrong"]
     sdpa = result["attention_ms_per_token"]["sdpa"]
+    for row in result["contestants"].values():
+        assert row["faster_than_sdpa"] == pytest.approx(sdpa / row["attention_ms_per_token"])
     assert 0 < sdpa < result["contestants"]["sdpa"]["ms_per_token"]
 
 

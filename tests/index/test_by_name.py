@@ -20,16 +20,17 @@ def store() -> la.KVStore:
     return store
 
 
-def test_every_kind_that_a_store_suffices_for_is_known_by_its_name():
+def test_every_kind_is_known_by_its_name():
     exported = [getattr(la.index, name) for name in la.index.__all__]
     kinds = {kind for kind in exported if isinstance(kind, type) and kind is not la.index.Index}
-    assert set(la.index.KINDS.values()) == kinds - {la.index.Features}  # which needs the weights of an encoder
+    assert set(la.index.KINDS.values()) == kinds
     assert all(name == kind.KIND for name, kind in la.index.KINDS.items())
 
 
 def test_names_of_ways_differ():
     assert len({way.name for way in WAYS}) == len(WAYS)
-    assert {way.kind for way in WAYS} == set(la.index.KINDS)
+    # The weights of an encoder are the model's: no way has them.
+    assert {way.kind for way in WAYS} == {kind for kind in la.index.KINDS if not by_name.needed(kind)}
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
@@ -44,6 +45,22 @@ def test_a_way_with_every_row_is_exact_attention(store, way: Way):
     assert few.stats is not None
     assert (few.stats.keys_attended <= 4 + 64 + 100 + 16).all()
     assert (few.stats.keys_total == ROWS).all()
+
+
+def test_features_take_their_weights_by_name(store):
+    weights = np.random.default_rng(2).normal(size=(DIM, 64)).astype(np.float32)
+    assert by_name.needed("features") == ["w_enc"]
+    index = la.index.make("features", store, w_enc=weights, top_k=8)
+    assert isinstance(index, la.index.Features) and index.parameters["top_k"] == 8
+    q = np.random.default_rng(3).normal(size=(4, 1, DIM)).astype(np.float32)
+    direct = la.index.Features(store, weights, top_k=8)
+    rows = [
+        la.retrieval_attention(q, store, one, top_k=50, rest="none", return_selected=True).stats.selected[0][0]
+        for one in (index, direct)
+    ]
+    np.testing.assert_array_equal(*rows)
+    with pytest.raises(TypeError, match="w_enc: got none, expected the parameter that an index of features needs"):
+        la.index.make("features", store)
 
 
 def test_unknown_names_are_refused(store):

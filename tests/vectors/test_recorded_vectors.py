@@ -127,6 +127,7 @@ def test_lm_recorded_in_small(monkeypatch):
     monkeypatch.setattr(lm, "NEEDLES", 6)
     vectors.prepare("lm")
     data = vectors.load("lm", length=4096, groups=6 * 5 + lm.TEXT_QUERIES)
+    assert vectors.RECORDED["lm"].open().groups == 6 * 10 + lm.CHUNK
     assert (data.kv_heads, data.group, data.head_dim, len(data)) == (4, 2, 64, 4096)
     assert len(data.prefill_queries) == (4096 - 512) // lm.PREFILL_EVERY
     # A head that answers looks at one needle: most of its mass lies on a few keys. Ordinary text has none.
@@ -135,3 +136,23 @@ def test_lm_recorded_in_small(monkeypatch):
     top = np.sort(weights / weights.sum(-1, keepdims=True), -1)[..., -4:].sum(-1)
     assert np.median(top[:30].max(1)) > 0.8
     assert top[30:].mean() < top[:30].mean()
+
+
+def test_further_queries_come_when_more_are_asked_for(source, rng):
+    made_up, arrays, _ = source
+    further = rng.standard_normal((2, 4, 2, 8)).astype(np.float16)
+    more = Source(
+        "made-up",
+        lambda: "made-up-v2",
+        None,
+        lambda _: (arrays | {"further_queries": further}, {"heads": ["0.0", "0.1"]}),
+    )
+    made_up.prepare(False, silent)
+    more.prepare(False, silent)
+    plain, recording = made_up.open(), more.open()
+    assert (plain.groups, recording.groups) == (6, 10)
+    np.testing.assert_array_equal(recording.head("0.0", 9, 3, 1)[2], plain.head("0.0", 9, 3, 1)[2])
+    queries = recording.head("0.1", 9, 8, 1)[2]
+    np.testing.assert_array_equal(queries, np.concatenate([arrays["queries"][1], further[1, :2]]))
+    with pytest.raises(ValueError, match="groups: made-up has 10, got 11"):
+        recording.head("0.0", 9, 11, 1)

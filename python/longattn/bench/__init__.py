@@ -13,7 +13,21 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import longattn as la
-from longattn.bench import compare, decode, error, gpu, options, prefill, report, results, retrieval, suite, verified
+from longattn.bench import (
+    compare,
+    decode,
+    drift,
+    error,
+    gpu,
+    growth,
+    options,
+    prefill,
+    report,
+    results,
+    retrieval,
+    suite,
+    verified,
+)
 from longattn.bench.harness import Bench
 from longattn.bench.plots import Bars, Panel, Scatter, draw, need_matplotlib
 from longattn.bench.tables import Column, as_text
@@ -46,6 +60,8 @@ ROUTINES: dict[str, Routine] = {
     "retrieval": retrieval,
     "compare": compare,
     "verified": verified,
+    "drift": drift,
+    "growth": growth,
     "error": error,
     "gpu": gpu,
 }

@@ -10,23 +10,22 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import longattn as la
 from longattn import vectors
 from longattn.bench import peers, quality
 from longattn.bench.arrays import DTYPES
-from longattn.bench.harness import Bench, Candidate, slopes, timed
-from longattn.bench.options import integers
+from longattn.bench.asked import Asked, Built
+from longattn.bench.harness import Bench, Candidate, timed
 from longattn.bench.plots import Bars, Panel, Scatter
 from longattn.bench.results import Result, Row
 from longattn.bench.stored import empty_store, prepared
 from longattn.bench.tables import Column
-from longattn.retrieval.ways import WAYS, Way, chosen
+from longattn.kv.evict.compressed import CompressedPrompt
+from longattn.retrieval.ways import Kept, Way, chosen_of_all
 
 SUMMARY = "every way to read a part of a store at equal budgets: what it finds, its error, its time, its index"
 COLUMNS: tuple[Column, ...] = (
@@ -48,7 +47,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("build s", "build_s", ".2f"),
 )
 EXACT = "longattn.attention"
-GROWTH_ERROR = 0.02
+SAMPLE = 128  # queries of the prefill that policies judge by
 QUICK_LENGTH, QUICK_WINDOW = 4096, 64
 
 
@@ -67,39 +66,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the store (default %(default)s)")
     parser.add_argument("--sinks", type=int, default=4, help="first rows that are always read (default %(default)s)")
     parser.add_argument("--window", type=int, default=64, help="last rows that are always read (default %(default)s)")
-    parser.add_argument(
-        "--growth",
-        type=integers,
-        metavar="N,N",
-        help="instead: the time at these lengths, with the smallest budget that keeps error/rms‖v‖ under --error",
-    )
-    parser.add_argument(
-        "--error", type=float, default=GROWTH_ERROR, help="the error of --growth, a mean (default %(default)s)"
-    )
 
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     """Every data set: a row per way and thread count."""
     if not 0 < args.rows < 1:
         raise ValueError(f"--rows: got {args.rows}, expected a share between 0 and 1")
-    ways = chosen(args.ways) if args.ways else WAYS
+    ways, policies = chosen_of_all(args.ways or "all")
     groups = 3 if bench.quick else args.groups
     window = min(args.window, QUICK_WINDOW) if bench.quick else args.window
     heads = args.heads.split(",") if args.heads else None
-    lengths = args.growth or [args.length]
-    if bench.quick:
-        lengths = [min(n, QUICK_LENGTH) for n in lengths]
+    length = min(args.length, QUICK_LENGTH) if bench.quick else args.length
     rows: list[Row] = []
     for name in prepared(bench, _names(args.vectors), asked=args.vectors not in ("real", "all")):
-        for length in lengths:
-            bench.say(f"compare on {name}, {length} keys: loading")
-            data = vectors.load(name, length=length, groups=groups, heads=heads)
-            case = _Case(bench, data, args.dtype, args.sinks, window)
-            if args.growth:
-                rows += case.at_error(ways, args.error)
-            else:
-                rows += case.at_budget(ways, max(1, round(args.rows * length) - args.sinks - window))
-    return {"rows": rows, "slopes": slopes(rows, ("method", "vectors", "threads"), "ms")}
+        bench.say(f"compare on {name}, {length} keys: loading")
+        data = vectors.load(name, length=length, groups=groups, heads=heads)
+        case = _Case(bench, data, args.dtype, args.sinks, window)
+        rows += case.at_budget(ways, policies, max(1, round(args.rows * length) - args.sinks - window))
+    return {"rows": rows, "slopes": []}
 
 
 def _names(asked: str) -> Sequence[str]:
@@ -112,85 +96,74 @@ class _Case:
     """One data set in a store."""
 
     def __init__(self, bench: Bench, data: vectors.Vectors, dtype: str, sinks: int, window: int) -> None:
-        self.bench, self.data, self.sinks, self.window = bench, data, sinks, window
-        self.store = empty_store(data, dtype)
-        self.store.append(data.keys, data.values)
-        self.queries = data.queries.astype(DTYPES[dtype])
+        self.bench, self.data = bench, data
+        store = empty_store(data, dtype)
+        store.append(data.keys, data.values)
+        self.asked = Asked(data, store, dtype, sinks, window)
 
-    def at_budget(self, ways: Sequence[Way], top_k: int) -> list[Row]:
+    def at_budget(self, ways: Sequence[Way], policies: Sequence[Kept], top_k: int) -> list[Row]:
         """All ways with `top_k` rows beside sinks and window."""
-        built = {way.name: self._build(way) for way in ways}
+        built = {way.name: self._built(way) for way in ways}
+        kept = {way.name: self._compressed(way, top_k) for way in policies}
         budgets = dict.fromkeys(built, top_k)
-        return self._rows(built, budgets, self._assessed(built, budgets))
-
-    def at_error(self, ways: Sequence[Way], error: float) -> list[Row]:
-        """Those ways that reach a mean error, each with its smallest budget of a doubling sequence."""
-        built = {way.name: self._build(way) for way in ways}
-        budgets: dict[str, int] = {}
-        found: dict[str, dict[str, Any]] = {}
-        top_k = 32
-        while top_k <= len(self.data) // 4 and len(budgets) < len(built):
-            left = {name: way for name, way in built.items() if name not in budgets}
-            for name, figures in self._assessed(left, dict.fromkeys(left, top_k)).items():
-                if figures["error_v"] <= error:
-                    budgets[name], found[name] = top_k, figures
-            top_k *= 2
-        for name in built.keys() - budgets.keys():
-            self.bench.notes.append(f"{name} on {self.data.name}, {len(self.data)} keys: error above {error}")
-        return self._rows({name: built[name] for name in budgets}, budgets, found)
-
-    def _build(self, way: Way) -> _Built:
-        self.bench.say(f"compare on {self.data.name}, {len(self.data)} keys: {way.name}")
-        queries = np.ascontiguousarray(self.data.prefill_queries.transpose(1, 0, 2)) if way.queries else None
-
-        def index() -> la.index.Index:
-            made = way.index(self.store, queries)
-            made.update()
-            return made
-
-        seconds, made = timed(index)
-        return _Built(way, made, seconds)
-
-    def _retrieve(self, built: _Built, query: NDArray[Any], top_k: int, *, listed: bool = False) -> la.RetrievalResult:
-        return la.retrieval_attention(
-            query,
-            self.store,
-            built.index,
-            top_k=top_k,
-            sinks=self.sinks,
-            window=self.window,
-            rest=built.way.rest,
-            return_selected=listed,
-        )
-
-    def _assessed(self, built: dict[str, _Built], budgets: dict[str, int]) -> dict[str, dict[str, Any]]:
-        """What each way finds and how far its output is from exact attention's."""
-        found: dict[str, list[quality.Retrieved]] = {}
-        read: dict[str, dict[str, Any]] = {}
-        width = self.store.keys.nbytes + self.store.values.nbytes
+        answers = {name: self.asked.ask(way, top_k) for name, way in built.items()}
+        answers |= {name: self._ask(way) for name, (way, _) in kept.items()}
+        figures = self.asked.compare({name: found for name, (found, _) in answers.items()})
+        found = {name: figures[name] | read | {"top_k": top_k} for name, (_, read) in answers.items()}
         for name, way in built.items():
-            results = [self._retrieve(way, query[:, None], budgets[name], listed=True) for query in self.queries]
-            stats = [result.stats for result in results if result.stats is not None]
-            attended = np.mean([s.keys_attended.mean() for s in stats]) / len(self.data)
-            index_bytes = np.mean([s.index_bytes.sum() for s in stats])
-            read[name] = {"rows_read": attended, "bytes_read": attended + index_bytes / width}
-            found[name] = [_retrieved(result) for result in results]
-        figures = quality.assess(
-            self.queries.astype(np.float32),
-            self.store.keys,
-            self.store.values,
-            found,
-            sinks=self.sinks,
-            window=self.window,
-            heads=self.data.heads,
-        )
-        return {name: figures[name] | read[name] for name in built}
+            found[name] |= self._size(way.seconds, way.index.nbytes)
+        for name, (compressed, seconds) in kept.items():
+            # It holds the rows that it reads: the store beside it could go.
+            found[name] |= self._size(seconds, compressed.store.live_bytes)
+        candidates = [
+            Candidate(name, self.asked.rotating(way, budgets[name]), peer=False) for name, way in built.items()
+        ]
+        candidates += [Candidate(name, self._attending(way), peer=False) for name, (way, _) in kept.items()]
+        return self._rows(candidates, found)
 
-    def _rows(self, built: dict[str, _Built], budgets: dict[str, int], found: dict[str, dict[str, Any]]) -> list[Row]:
+    def _size(self, seconds: float, nbytes: int) -> Row:
+        per_key = nbytes / (self.data.kv_heads * len(self.data))
+        return {"build_s": seconds, "index_bytes": nbytes, "index_bytes_per_key": per_key}
+
+    def _compressed(self, way: Kept, top_k: int) -> tuple[CompressedPrompt, float]:
+        """What a policy keeps, judged by queries of the prefill, and the seconds that it took."""
+        self.bench.say(f"compare on {self.data.name}, {len(self.data)} keys: {way.name}")
+        asked, every = self.asked, -(-len(self.data.prefill_queries) // SAMPLE)
+        sample = np.ascontiguousarray(self.data.prefill_queries[::every].transpose(1, 0, 2))
+        rows = top_k + asked.sinks + asked.window
+
+        def choose() -> CompressedPrompt:
+            budget = {"rows": rows, "sinks": asked.sinks, "window": asked.window, "room": 1}
+            return way.compressed(asked.store.keys, asked.store.values, sample, **budget)
+
+        seconds, made = timed(choose)
+        return made, seconds
+
+    def _ask(self, kept: CompressedPrompt) -> tuple[list[quality.Retrieved], dict[str, Any]]:
+        """Every query over what is kept: the answers, and the shares of rows and bytes that were read."""
+        asked, length = self.asked, len(self.data)
+        between = [rows[(rows >= asked.sinks) & (rows < length - asked.window)] for rows in kept.rows]
+        nothing = np.zeros(self.data.query_heads, np.float32)
+        found = []
+        for query in asked.queries:
+            out = np.asarray(kept.attend(query[:, None]))[:, 0]
+            # A policy makes no estimate of what it misses, and no promise.
+            found.append(quality.Retrieved(out, out, between, nothing, nothing + 1))
+        share = float(np.mean([len(rows) for rows in kept.rows])) / length
+        return found, {"rows_read": share, "bytes_read": share}
+
+    def _attending(self, kept: CompressedPrompt) -> Callable[[], Any]:
+        rotation = itertools.cycle(np.ascontiguousarray(self.asked.queries[:, :, None]))
+        return lambda: kept.attend(next(rotation))
+
+    def _built(self, way: Way) -> Built:
+        self.bench.say(f"compare on {self.data.name}, {len(self.data)} keys: {way.name}")
+        return self.asked.build(way)
+
+    def _rows(self, candidates: list[Candidate], found: dict[str, dict[str, Any]]) -> list[Row]:
         data = self.data
-        candidates = [Candidate(name, self._rotating(way, budgets[name]), peer=False) for name, way in built.items()]
-        q = np.ascontiguousarray(self.queries[0][:, None])
-        keys, values = self.store.keys, self.store.values
+        q = np.ascontiguousarray(self.asked.queries[0][:, None])
+        keys, values = self.asked.store.keys, self.asked.store.values
         candidates.append(Candidate(EXACT, lambda: la.attention(q, keys, values, causal=True), peer=False))
         if self.bench.peers:
             candidates += [way for way in peers.decode(q[None], keys[None], values[None]) if "repeat" not in way.name]
@@ -207,56 +180,16 @@ class _Case:
                     row["us"] = 1e3 * row["ms"] / data.query_heads
                     row["faster_than_exact"] = exact_ms / row["ms"]
                     row["faster_than_torch"] = min(torch_ms) / row["ms"] if torch_ms else None
-                if name in built:
-                    index = built[name].index
-                    row |= found[name] | {
-                        "top_k": budgets[name],
-                        "build_s": built[name].seconds,
-                        "index_bytes": index.nbytes,
-                        "index_bytes_per_key": index.nbytes / (data.kv_heads * len(data)),
-                    }
+                row |= found.get(name, {})
                 rows.append(row)
         return rows
 
-    def _rotating(self, built: _Built, top_k: int) -> Callable[[], la.RetrievalResult]:
-        """A call that asks the next query each time, so that no selection stays in the caches."""
-        rotation = itertools.cycle(np.ascontiguousarray(self.queries[:, :, None]))
-        return lambda: self._retrieve(built, next(rotation), top_k)
-
-
-@dataclass(frozen=True)
-class _Built:
-    way: Way
-    index: la.index.Index
-    seconds: float
-
-
-def _retrieved(result: la.RetrievalResult) -> quality.Retrieved:
-    stats = result.stats
-    assert stats is not None  # asked for
-    return quality.Retrieved(
-        out=result.out[:, 0],
-        out_rows_only=result.out[:, 0],
-        selected=[rows for (rows,) in stats.selected],
-        missed=stats.missed_mass[:, 0],
-        missed_bound=stats.missed_mass_bound[:, 0],
-    )
-
 
 def panels(result: Result) -> list[Panel | Bars | Scatter]:
-    """Error over time, a panel per data set and length; growth of the time where several lengths were measured."""
+    """Error over time, a panel per data set and length."""
     drawn: list[Panel | Bars | Scatter] = []
-    names = dict.fromkeys(row["vectors"] for row in result["rows"])
-    for name in names:
-        rows = [row for row in result["rows"] if row["vectors"] == name and row.get("ms")]
-        lengths = sorted({row["keys"] for row in rows})
-        if len(lengths) > 1:
-            series: dict[str, list[tuple[float, float]]] = {}
-            for row in rows:
-                series.setdefault(row["method"], []).append((row["keys"], row["ms"]))
-            drawn.append(Panel(f"decode step at equal error, {name}", "keys", "ms", series))
-            continue
+    for name, keys in dict.fromkeys((row["vectors"], row["keys"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["vectors"], row["keys"]) == (name, keys) and row.get("ms")]
         points = {row["method"]: (row["us"], row["error_v"]) for row in rows if row.get("error_v") is not None}
-        title = f"{name}, {lengths[0]} keys"
-        drawn.append(Scatter(title, "µs per query head", "mean error / rms ‖v‖", points))
+        drawn.append(Scatter(f"{name}, {keys} keys", "µs per query head", "mean error / rms ‖v‖", points))
     return drawn

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from longattn.bench import decode, results, tables
 from longattn.bench.harness import Bench, slopes
@@ -44,9 +45,9 @@ def main(peer: str, grid: Grid, load: Callable[[], tuple[str, Ways]], argv: Sequ
         Exit status: 0, or 2 for bad options or a peer that is not there, 130 after Ctrl-C.
     """
     args = parser_of(peer, grid).parse_args(argv)
-    try:
+
+    def measure(bench: Bench) -> dict[str, Any]:
         version, ways = load()
-        bench = Bench(threads=args.threads, rounds=args.rounds, budget_s=args.budget, quick=args.quick, peers=False)
         chosen = chosen_grid(args, grid, QUICK_GRID)
         rows: list[Row] = []
         for case, ours in decode.sweep(bench, chosen):
@@ -54,22 +55,42 @@ def main(peer: str, grid: Grid, load: Callable[[], tuple[str, Ways]], argv: Sequ
                 found = decode.measure_case(bench, case, ours, ways(case, threads, chosen.dtypes))
                 rows += [row if row["ours"] else {**row, "peer": peer} for row in found]
             del case, ours
+        bench.notes.append(f"{peer} {version}")
+        return {"peer": peer, "version": version, "rows": rows, "slopes": slopes(rows, decode.LINE)}
+
+    return run_script(peer, args, argv, ROUTINE, decode.COLUMNS, measure)
+
+
+def run_script(
+    name: str,
+    args: argparse.Namespace,
+    argv: Sequence[str] | None,
+    routine: str,
+    columns: Sequence[tables.Column],
+    measure: Callable[[Bench], dict[str, Any]],
+) -> int:
+    """Measures, prints the table and writes the JSON; status 0, 2 for what is missing or bad, 130 after Ctrl-C.
+
+    Args:
+        name: what messages begin with.
+        args: parsed options, those of `add_common` among them.
+        argv: what they were parsed from; `None` is the command line.
+        routine: what the result calls itself.
+        columns: of the table.
+        measure: gives `rows`, `slopes` and whatever else belongs into the result.
+    """
+    try:
+        bench = Bench(threads=args.threads, rounds=args.rounds, budget_s=args.budget, quick=args.quick, peers=False)
+        found = measure(bench)
     except (ValueError, ModuleNotFoundError, OSError) as error:
-        print(f"{peer}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{peer}: stopped", file=sys.stderr)
+        print(f"\n{name}: stopped", file=sys.stderr)
         return 130
     command = " ".join(["python", Path(sys.argv[0]).as_posix(), *(sys.argv[1:] if argv is None else argv)])
-    result = bench.describe(ROUTINE, command, vars(args)) | {
-        "peer": peer,
-        "version": version,
-        "rows": rows,
-        "slopes": slopes(rows, decode.LINE),
-        "limits": bench.limits(),
-        "notes": [*bench.notes, f"{peer} {version}"],
-    }
-    print(tables.as_text(result, decode.COLUMNS))
+    result = bench.describe(routine, command, vars(args)) | found | {"limits": bench.limits(), "notes": bench.notes}
+    print(tables.as_text(result, columns))
     if args.json:
         results.write(result, args.json)
     return 0

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longattn.bench import compare, decode, error, external, prefill, targets, verified
+from longattn.bench import compare, decode, drift, error, external, growth, nearest, prefill, targets, verified
 from longattn.bench.plots import Bars, Panel, Scatter, series
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import count, grid, table
+from longattn.bench.tables import Column, count, grid, table
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def figures(found: Sequence[Result]) -> dict[str, list[Panel | Bars | Scatter]]:
     rows = _rows(found, "error")
     if rows:
         drawn["error"] = list(error.panels({"rows": rows}))
-    for name, routine in (("compare", compare), ("verified", verified)):
+    for name, routine in (("compare", compare), ("verified", verified), ("drift", drift), ("growth", growth)):
         rows = _rows(found, name)
         if rows:
             drawn[name] = list(routine.panels({"rows": rows}))
@@ -163,6 +163,64 @@ def _compare_tables(found: Sequence[Result]) -> list[str]:
 def _verified_tables(found: Sequence[Result]) -> list[str]:
     rows = _rows(found, "verified")
     return ["", *table(rows, verified.COLUMNS)] if rows else []
+
+
+def _drift_tables(found: Sequence[Result]) -> list[str]:
+    lines: list[str] = []
+    rows = _rows(found, "drift")
+    for vectors, first, keys in dict.fromkeys((row["vectors"], row["prefill"], row["keys"]) for row in rows):
+        mine = [row for row in rows if (row["vectors"], row["prefill"], row["keys"]) == (vectors, first, keys)]
+        mine.sort(key=lambda row: -row["recall_end"])
+        lines += ["", f"{vectors}, a prefill of {first} keys and {keys - first} behind it:", ""]
+        lines += table(mine, drift.COLUMNS[3:])
+    return lines
+
+
+def _growth_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, "growth")
+    grown = _rows(found, "growth", "slopes")
+    lines: list[str] = []
+    for vectors, threads in dict.fromkeys((row["vectors"], row["threads"]) for row in rows):
+        mine = [row for row in rows if (row["vectors"], row["threads"]) == (vectors, threads)]
+        lengths = _values(mine, "keys")
+        heads = ["way", *(f"{_short(n)}: ms (rows)" for n in lengths), "slope"]
+        heads += [f"× la.attention at {_short(lengths[-1])}", "build s", "not run"]
+        cells = []
+        for by_length in _lengths(mine, growth.LINE).values():
+            some, last = next(iter(by_length.values())), by_length.get(lengths[-1], {})
+            times = [_way_at(by_length.get(n, {})) for n in lengths]
+            why = "; ".join(f"{_short(n)}: {row['reason']}" for n, row in by_length.items() if row.get("reason"))
+            faster, seconds = _number(last.get("faster_than_exact"), ".1f"), _number(last.get("build_s"), ".1f")
+            cells.append([some["method"], *times, _grown(grown, growth.LINE, some), faster, seconds, why])
+        lines += ["", f"{vectors}, {count(threads)}:", "", *grid(heads, cells)]
+    return lines
+
+
+def _way_at(row: Row) -> str:
+    return f"{row['ms']:.3g} ({row['rows_read']:.2%})" if row.get("ms") is not None else ""
+
+
+def _nearest_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, nearest.ROUTINE, "levels")
+    return ["", *table(rows, nearest.LEVEL_COLUMNS)] if rows else []
+
+
+DEMO_COLUMNS: tuple[Column, ...] = (
+    Column("threads", "threads"),
+    Column("context", "keys"),
+    Column("way", "method"),
+    Column("accuracy", "accuracy", ".2f"),
+    Column("of exact", "accuracy_of_exact", ".2f"),
+    Column("keys read", "keys_read_fraction", ".2%"),
+    Column("attention, ms per token", "attention_ms_per_token", ".2f"),
+    Column("× faster than SDPA", "faster_than_sdpa", ".1f"),
+    Column("ms per token", "ms_per_token", ".2f"),
+)
+
+
+def _demo_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, "demo")
+    return ["", *table(rows, DEMO_COLUMNS)] if rows else []
 
 
 def _titled(threads: int, lines: list[str]) -> list[str]:
@@ -284,11 +342,48 @@ SECTIONS: tuple[Section, ...] = (
         _compare_tables,
     ),
     Section(
+        "nearest",
+        "Beside nearest-neighbour libraries",
+        "Made by `benches/peers/ann.py`: one KV head, searches of one thread, a query a call. A peer is asked by each "
+        "query head for its 100 or 400 nearest keys; ours are asked once for the query group, and their time, divided "
+        "by the heads of the group, holds the attention over the rows found, the peers' does not. `of own best 100`: "
+        "mass found over that of each query head's own 100 best keys; of each index the fastest setting that reaches "
+        "it in the mean.",
+        _nearest_tables,
+    ),
+    Section(
+        "growth",
+        "Growth with the length",
+        "A decode step of one KV head, each way with the smallest number of rows that keeps the mean error below the "
+        "same share of the values' rms norm. `slope`: of log time over log length. Empty cells were not run, for the "
+        "reason in the last column.",
+        _growth_tables,
+    ),
+    Section(
         "verified",
         "Stated errors",
         "`retrieval_attention` with `epsilon` and `delta` over many queries: how often the error was larger than "
         "stated, what was read for it, and how often everything was.",
         _verified_tables,
+    ),
+    Section(
+        "drift",
+        "Drift: an index that grows",
+        "An index over a prefill, and what it finds when as many rows came behind it as stated, a few at a time; "
+        "beside it one that was built anew over all rows. Synthetic text changes its subject where the prefill ends, "
+        "and the last queries ask about the new one; recorded text goes on as it is. `recall`: share of the query "
+        "group's best rows among those selected; `kept`: their mass over that of the best set of as many; `growing`: "
+        "time to follow the store, per row, all heads together.",
+        _drift_tables,
+    ),
+    Section(
+        "demo",
+        "Demo: a model answers questions about a long text",
+        "The byte-level model of `tools/needle_lm` over text that it was not trained on, asked for hidden facts. Ways "
+        "read sinks, window and `--top-k` rows per KV head; policies keep as many rows of the text, judged by a sample "
+        "of its queries before any question is known. Attention times are those of the full layers, cache update "
+        "included; SDPA is transformers with its own cache on the same prompt.",
+        _demo_tables,
     ),
     Section(
         "error",

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from longattn.bench import external, peers, prefill
+from longattn.bench import external, nearest, peers, prefill
 from longattn.bench.results import Result, Row
 from longattn.bench.tables import count
+from longattn.retrieval.ways import WAYS
 
 PASS, MISS, ABSENT = "PASS", "MISS", "not measured"
 LONG = 32768
@@ -113,6 +114,8 @@ def _able(target: Target, result: Result) -> bool:
 def _place(row: Row) -> str:
     """The shape of a row, in a few words."""
     parts = [
+        row.get("vectors"),
+        f"{row['level']:.0%} of the mass" if "level" in row else None,
         row.get("heads"),
         f"D {row['head_dim']}" if "head_dim" in row else None,
         f"N {row['keys']}" if "keys" in row else None,
@@ -239,4 +242,92 @@ def _peers() -> list[Target]:
     ]
 
 
-TARGETS: tuple[Target, ...] = (*_decode(), *_prefill(), *_peers())
+def _nearest() -> list[Target]:
+    return [
+        Target(
+            f"time of {peer} per query head over that of the default way, at equal mass",
+            nearest.ROUTINE,
+            "times_ours",
+            3.0,
+            "python benches/peers/ann.py",
+            {"peer": (peer,)},
+            table="levels",
+        )
+        for peer in ("faiss IVF", "faiss HNSW", "faiss binary flat", "hnswlib", "usearch")
+    ]
+
+
+def _growth() -> list[Target]:
+    return [
+        Target(
+            "time at equal error grows as length to the power, the best way over clusters, pages or a graph",
+            "growth",
+            "slope",
+            0.5,
+            "longattn bench growth --threads 1",
+            table="best_slopes",
+            at_most=True,
+        )
+    ]
+
+
+def _verified() -> list[Target]:
+    return [
+        Target(
+            "stated errors: share of violations over delta",
+            "verified",
+            "violations_over_delta",
+            1.0,
+            "longattn bench verified",
+            at_most=True,
+        ),
+        Target(
+            "stated errors: outputs per setting",
+            "verified",
+            "queries",
+            10_000,
+            "longattn bench verified",
+            form=",.0f",
+        ),
+    ]
+
+
+def _demo() -> list[Target]:
+    return [
+        Target(
+            "demo, 131,072 tokens: ways of 0.97 of exact attention's accuracy and 10 times the speed of SDPA",
+            "demo",
+            "accurate_and_fast",
+            6,
+            "longattn demo --context 131072 --ways all --peer transformers",
+            keys=(131_072, float("inf")),
+            table="summary",
+            form=".0f",
+        )
+    ]
+
+
+def _drift() -> list[Target]:
+    return [
+        Target(
+            "drift: recall of the default index after 32K generated rows, less that behind the prefill",
+            "drift",
+            "recall_change",
+            -0.02,
+            "longattn bench drift",
+            {"method": (WAYS[0].name,)},
+            form="+.3f",
+        )
+    ]
+
+
+TARGETS: tuple[Target, ...] = (
+    *_decode(),
+    *_prefill(),
+    *_peers(),
+    *_nearest(),
+    *_demo(),
+    *_drift(),
+    *_growth(),
+    *_verified(),
+)

@@ -105,7 +105,7 @@ def _load(name: str, length: int, outputs: int, heads: list[str] | None) -> vect
     one = vectors.load(name, length=length, groups=1, heads=heads)
     groups = -(-outputs // one.query_heads)
     if name in vectors.RECORDED:
-        groups = min(groups, vectors.RECORDED[name].open().queries.shape[1])
+        groups = min(groups, vectors.RECORDED[name].open().groups)
     return vectors.load(name, length=length, groups=groups, heads=heads)
 
 
@@ -164,6 +164,7 @@ class _Case:
             "outputs": relative.size,
             "queries": self.exact[..., 0].size,
             "violations": float((relative > 1).mean()),
+            "violations_over_delta": float((relative > 1).mean()) / budget.delta,
             "error_quantile": float(np.quantile(relative, 1 - budget.delta)),
             "error_largest": float(relative.max()),
             "rows": float(share.mean()),

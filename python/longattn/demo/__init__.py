@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         return 130
     print(f"\n{report.table(result)}")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        args.json.write_text(json.dumps(result | report.as_result(result, sys.argv[1:]), indent=2) + "\n")
     if args.plot:
         report.plot(result, args.plot)
     return 0

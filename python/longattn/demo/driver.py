@@ -16,8 +16,17 @@ from numpy.typing import NDArray
 import longattn as la
 from longattn.demo import text
 from longattn.demo.report import Progress
-from longattn.demo.runner import Model, PrefillReader, Reader, RetrievalReader, Session, WindowReader, read_all
-from longattn.retrieval.ways import WAYS, Way, chosen
+from longattn.demo.runner import (
+    KeptReader,
+    Model,
+    PrefillReader,
+    Reader,
+    RetrievalReader,
+    Session,
+    WindowReader,
+    read_all,
+)
+from longattn.retrieval.ways import WAYS, Kept, Way, chosen_of_all
 
 CHUNK = 1024  # tokens per prefill step
 ROOM = 64  # tokens that a question and its answer take at most
@@ -27,7 +36,7 @@ ROOM = 64  # tokens that a question and its answer take at most
 class Settings:
     """Sizes of one run. The window-only contestant gets `window + top_k` keys, as many as retrieval reads.
 
-    `ways` adds contestants: parts of names of `longattn.retrieval.ways.WAYS`, or "all".
+    `ways` adds contestants: parts of names of `longattn.retrieval.ways` (`WAYS` and `POLICIES`), or "all".
     """
 
     context: int = 65536
@@ -54,9 +63,12 @@ class Settings:
             raise ValueError(f"dtype: {self.dtype!r}, expected 'float32' or 'bfloat16'")
         self.other_ways()
 
-    def other_ways(self) -> list[Way]:
-        """The ways beside the default one that are asked."""
-        return [way for way in chosen(self.ways) if way is not WAYS[0]] if self.ways else []
+    def other_ways(self) -> list[Way | Kept]:
+        """The ways beside the default one, and the policies, that are asked."""
+        if not self.ways:
+            return []
+        ways, policies = chosen_of_all(self.ways)
+        return [*(way for way in ways if way is not WAYS[0]), *policies]
 
     def haystack(self) -> text.Haystack:
         clear_tail = self.sinks + self.window + self.top_k + ROOM
@@ -142,6 +154,11 @@ class Tally:
         return 1000 * statistics.median(step.attention for step in self.steps)
 
 
+def _faster(peer: Tally | None, ours: Tally) -> float | None:
+    """How many times as long the peer's attention in the full layers takes."""
+    return peer.attention_ms_per_token / ours.attention_ms_per_token if peer else None
+
+
 def chunks(tokens: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
     for start in range(0, len(tokens), size):
         yield tokens[start : start + size]
@@ -180,10 +197,12 @@ def measure(
     budget = {"top_k": settings.top_k, "sinks": settings.sinks, "window": settings.window}
     retrieval = RetrievalReader(session.stores, prefill, WAYS[0], **budget)
     index_s = time.perf_counter() - start
-    others = {
-        way.name: RetrievalReader(session.stores, prefill, way, **budget)
-        for way in progress.over("indexes", settings.other_ways(), len(settings.other_ways()))
-    }
+    others: dict[str, RetrievalReader | KeptReader] = {}
+    for way in progress.over("indexes", settings.other_ways(), len(settings.other_ways())):
+        if isinstance(way, Kept):
+            others[way.name] = KeptReader(session.stores, prefill, way, **budget)
+        else:
+            others[way.name] = RetrievalReader(session.stores, prefill, way, **budget)
     tallies = {
         "exact": Tally(LongattnDecoder(session, read_all)),
         "retrieval": Tally(LongattnDecoder(session, retrieval)),
@@ -244,6 +263,8 @@ def measure(
                 "keys_read_fraction": read[name],
                 "ms_per_token": tally.ms_per_token,
                 "attention_ms_per_token": tally.attention_ms_per_token,
+                "accuracy_of_exact": tally.accuracy / tallies["exact"].accuracy if tallies["exact"].accuracy else None,
+                "faster_than_sdpa": _faster(tallies.get("sdpa"), tally),
                 "wrong": tally.wrong,
             }
             for name, tally in tallies.items()

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import longattn as la
-from longattn.retrieval.ways import Way
+from longattn.retrieval.ways import Kept, Way
 
 Array = NDArray[np.float32]
 
@@ -256,6 +256,48 @@ class PrefillReader:
     def queries(self, layer: int) -> NDArray[np.float32]:
         """Kept queries of a layer, `[Hq, n, D]`."""
         return np.concatenate(self._kept[layer], axis=1).astype(np.float32)
+
+
+class KeptReader:
+    """The rows that a policy keeps of the prompt, and all that come after it."""
+
+    MOST = 256  # queries of the prompt that the policy judges by
+
+    def __init__(
+        self,
+        stores: dict[int, la.KVStore],
+        prefill: PrefillReader,
+        kept: Kept,
+        *,
+        top_k: int,
+        sinks: int,
+        window: int,
+    ) -> None:
+        self.prompts = {}
+        for i, store in stores.items():
+            queries = prefill.queries(i)
+            queries = np.ascontiguousarray(queries[:, :: -(-queries.shape[1] // self.MOST)])
+            rows = top_k + sinks + window
+            self.prompts[i] = kept.compressed(store.keys, store.values, queries, rows=rows, sinks=sinks, window=window)
+        self._length = len(next(iter(stores.values())))
+        self.keys_attended = 0  # of single-token steps, over all KV heads and layers
+        self.keys_total = 0
+
+    @property
+    def fraction_read(self) -> float:
+        """Keys read over keys seen."""
+        return self.keys_attended / self.keys_total
+
+    def __call__(self, layer: int, q: Array, store: la.KVStore) -> Array:
+        prompt, new = self.prompts[layer], q.shape[1]
+        if len(store) - new == self._length:  # the first rows behind the prompt
+            prompt.rewind()
+        prompt.append(store.keys[:, -new:], store.values[:, -new:])
+        if new == 1:
+            self.keys_attended += sum(prompt.store.live)
+            self.keys_total += store.kv_heads * len(store)
+        out: Array = prompt.attend(q)
+        return out
 
 
 class RetrievalReader:

@@ -9,6 +9,7 @@ from longattn._arrays import Array
 from longattn.index._index import Index
 from longattn.index.clusters import Clusters
 from longattn.index.collisions import Collisions
+from longattn.index.features import Features
 from longattn.index.flat import Flat
 from longattn.index.graph import Graph
 from longattn.index.hashes import Hashes
@@ -19,7 +20,7 @@ from longattn.index.product_quantisation import ProductQuantisation
 from longattn.index.signatures import Signatures
 from longattn.kv import KVStore
 
-#: Every kind of index by its name.
+#: Every kind of index by its name. `features` needs the weights of an encoder among its parameters.
 KINDS: dict[str, type[Index]] = {
     kind.KIND: kind
     for kind in (
@@ -33,6 +34,7 @@ KINDS: dict[str, type[Index]] = {
         Hashes,
         LshTables,
         Collisions,
+        Features,
     )
 }
 
@@ -47,7 +49,7 @@ def make(kind: str, store: KVStore, *, queries: Array | None = None, **parameter
         parameters: the kind's own arguments.
 
     Raises:
-        TypeError: a parameter that the kind does not have.
+        TypeError: a parameter that the kind does not have, or one that it needs and that is not given.
         ValueError: an unknown kind, or what the kind refuses.
 
     Example:
@@ -69,6 +71,15 @@ def check(kind: str, parameters: dict[str, Any]) -> None:
     for name in parameters:
         if name not in known:
             raise TypeError(f"{name}: no parameter of an index of {kind}, which has {', '.join(known)}")
+    for name in needed(kind):
+        if name not in parameters:
+            raise TypeError(f"{name}: got none, expected the parameter that an index of {kind} needs")
+
+
+def needed(kind: str) -> list[str]:
+    """Parameters without which no index of this kind can be made."""
+    found = list(inspect.signature(KINDS[kind]).parameters.values())[1:]
+    return [parameter.name for parameter in found if parameter.default is parameter.empty]
 
 
 def learns_from_queries(kind: str) -> bool:

@@ -21,11 +21,12 @@ from longattn._checks import (
     softcap_value,
     storage,
 )
+from longattn.kv._sizes import Sizes
 from longattn.methods import Method
 from longattn.reference.kv import chunk_attention as reference
 
 
-class PrefixTree:
+class PrefixTree(Sizes):
     """Keys and values of many sequences in one layer of a model, common beginnings stored once.
 
     Tokens lie in chunks of `chunk_size`. A full chunk belongs to every sequence that begins with the same tokens
@@ -235,21 +236,6 @@ class PrefixTree:
     def tokens_stored(self) -> int:
         """Tokens stored, those that several sequences share counted once."""
         return self._handle.usage()[1]
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return self._handle.kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a key."""
-        return self._handle.head_dim
-
-    @property
-    def value_dim(self) -> int:
-        """Width of a value."""
-        return self._handle.value_dim
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -22,6 +22,7 @@ from longattn._checks import (
     softcap_value,
     storage,
 )
+from longattn.kv._sizes import Sizes
 
 #: How the weights of a group's query heads become one.
 REDUCTIONS = ("max", "mean", "sum")
@@ -45,7 +46,7 @@ class Attended:
     logits: NDArray[np.float32] | None = None
 
 
-class SlotStore:
+class SlotStore(Sizes):
     """Keys and values of the kept rows of one sequence, a fixed number of slots per KV head.
 
     Rows have positions, counted from 0 in the order they were appended, whether they were kept or not. Each KV head
@@ -281,21 +282,6 @@ class SlotStore:
     def folded(self) -> list[int]:
         """Rows that each KV head folded into its mean row."""
         return self._handle.folded
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return self._handle.kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a key."""
-        return self._handle.head_dim
-
-    @property
-    def value_dim(self) -> int:
-        """Width of a value."""
-        return self._handle.value_dim
 
     @property
     def slots(self) -> int:

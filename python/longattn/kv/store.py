@@ -11,9 +11,10 @@ from numpy.typing import DTypeLike, NDArray
 from longattn import _core
 from longattn._arrays import BFLOAT16, CODES, FLOATS, Array, CodedRows, as_numpy
 from longattn._checks import check_floating, size
+from longattn.kv._sizes import Sizes
 
 
-class KVStore:
+class KVStore(Sizes):
     """Keys and values of one sequence, `[kv_heads, len, dim]` each, in host memory.
 
     Address space is reserved once for the whole capacity, and memory is committed as the sequence grows: no
@@ -189,21 +190,6 @@ class KVStore:
         array: NDArray[Any] = np.asarray(rows)
         # The bits of bfloat16 come as uint16, as numpy's array interface has no name for it.
         return array.view(BFLOAT16) if array.dtype == np.uint16 else array
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return self._handle.kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a key."""
-        return self._handle.head_dim
-
-    @property
-    def value_dim(self) -> int:
-        """Width of a value."""
-        return self._handle.value_dim
 
     @property
     def dtype(self) -> np.dtype[Any] | str:

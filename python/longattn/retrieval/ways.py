@@ -1,4 +1,6 @@
-"""Named ways to read few rows of a store: indexes with the parameters that published methods give them.
+"""Named ways to read few rows of a store: indexes and eviction policies, with the parameters of published methods.
+
+Policies keep the same few rows for all queries.
 
 `longattn compare` measures them beside each other, `longattn demo --ways` asks a model through them.
 """
@@ -7,11 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from longattn._arrays import Array
 from longattn.index import Index, by_name
-from longattn.kv import KVStore
+from longattn.kv import KVStore, evict
+from longattn.kv.evict.compressed import CompressedPrompt
+from longattn.kv.evict.heavy_hitter import prompt_scores
+from longattn.kv.evict.policy import best
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,98 @@ WAYS: tuple[Way, ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Kept:
+    """One way to keep rows, the same for all queries.
+
+    Attributes:
+        name: what tables call it.
+        policy: kind of eviction policy.
+        parameters: of the policy.
+    """
+
+    name: str
+    policy: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def compressed(
+        self, k: Array, v: Array, queries: Array, *, rows: int, sinks: int, window: int, room: int = 1024
+    ) -> CompressedPrompt:
+        """What it keeps of a prompt: `rows` rows of each KV head, the first `sinks` and last `window` among them.
+
+        Policies that are told what to keep are told so by weight: the rows that the sample of queries gives the most.
+        """
+        kind = evict.KINDS[self.policy]
+        given = 0 if kind.keeps_sinks else sinks
+        given += 0 if kind.keeps_window else window
+        own = max(rows - given, 1)
+        policy = evict.make(self.policy, own, kv_heads=k.shape[0], sinks=sinks, window=window, **self.parameters)
+        info: dict[str, Any] = {}
+        if kind.needs is not None:
+            beside = max(rows - sinks - window, 0)
+            wanted = heaviest(k, queries, beside, sinks, window, shared=kind.needs == "flags")
+            info[kind.needs] = wanted if kind.needs == "flags" else np.where(wanted, 0, 2)  # global, window
+        return CompressedPrompt(policy, k, v, queries, sinks=sinks, window=window, room=room, **info)
+
+
+def heaviest(k: Array, queries: Array, rows: int, sinks: int, window: int, *, shared: bool) -> NDArray[np.bool_]:
+    """The rows between sinks and window that a sample of queries gives the most weight, `[Hkv, L]`.
+
+    Args:
+        k: keys `[Hkv, L, D]`.
+        queries: `[Hq, m, D]`, taken for those of the last rows.
+        rows: how many of each head.
+        sinks: first rows, which are left out.
+        window: last rows, likewise.
+        shared: whether the rows of all heads compete: some keep more than others.
+    """
+    scores = prompt_scores(queries, k, {})
+    scores[:, :sinks] = scores[:, scores.shape[1] - window :] = -1
+    if shared:
+        return best(scores.reshape(1, -1), rows * len(scores)).reshape(scores.shape)
+    return best(scores, rows)
+
+
+POLICIES: tuple[Kept, ...] = (
+    Kept("StreamingLLM", "streaming_llm"),
+    Kept("H2O", "heavy_hitter"),
+    Kept("SnapKV", "snap_kv"),
+    Kept("RazorAttention without retrieval heads", "razor_attention"),
+    Kept("LazyEviction", "lazy_eviction"),
+    Kept("selective attention's budget", "selective_attention_budget"),
+    Kept("A-VL, text", "a_vl_cache"),
+    Kept("Attention-Gate, flags by weight", "attention_gate_evict"),
+    Kept("NAtS, types by weight", "nats_attention"),
+)
+
+Named = TypeVar("Named", Way, Kept)
+
+
 def chosen(parts: str) -> Sequence[Way]:
-    """The ways whose names contain one of the comma-separated `parts`; all of them for `"all"`.
+    """The ways over an index whose names contain one of the comma-separated `parts`; all of them for `"all"`.
 
     Raises:
         ValueError: there is none.
     """
-    found = WAYS if parts == "all" else [way for way in WAYS if any(part in way.name for part in parts.split(","))]
+    found = named(parts, WAYS)
     if not found:
         raise ValueError(f"ways: got {parts!r}, expected part of one of {'; '.join(way.name for way in WAYS)}")
     return found
+
+
+def chosen_of_all(parts: str) -> tuple[Sequence[Way], Sequence[Kept]]:
+    """As `chosen`, with the policies.
+
+    Raises:
+        ValueError: there is neither a way nor a policy of such a name.
+    """
+    found = named(parts, WAYS), named(parts, POLICIES)
+    if not any(found):
+        known = "; ".join([*(way.name for way in WAYS), *(way.name for way in POLICIES)])
+        raise ValueError(f"ways: got {parts!r}, expected part of one of {known}")
+    return found
+
+
+def named(parts: str, among: Sequence[Named]) -> Sequence[Named]:
+    """Those whose names contain one of the comma-separated `parts`."""
+    return among if parts == "all" else [way for way in among if any(part in way.name for part in parts.split(","))]

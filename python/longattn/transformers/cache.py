@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
+from longattn.transformers.eviction import EvictionConfig
 from longattn.transformers.layer import HostLayer
 from longattn.transformers.retrieval import RetrievalConfig
+
+Config = TypeVar("Config", RetrievalConfig, EvictionConfig)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -30,7 +33,7 @@ class LayerStats:
         keys_read: keys that were read exactly.
         missed_mass: mean estimated share of the softmax mass outside the keys read.
         store_nbytes: host memory of the keys and values.
-        index_nbytes: host memory of the key signatures.
+        index_nbytes: host memory of the index, or of what an eviction policy keeps beside the rows.
     """
 
     layer_idx: int
@@ -99,7 +102,7 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
 
     Forward passes of more than `decode_length` new tokens are prefill and exact. Shorter ones onto a cache
     that is not empty are decoding steps: full-attention layers with a `RetrievalConfig` then read a part of
-    their keys.
+    their keys. With an `EvictionConfig` they keep a part instead, from the prompt on.
 
     Args:
         config: the model's config (`model.config`).
@@ -108,6 +111,8 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
         capacity: tokens per sequence. Address space is reserved for them, memory is used as they come.
         retrieval: one `RetrievalConfig` for all full-attention layers, or a mapping from layer number to
             `RetrievalConfig` or `None`; layers left out, and all by default, decode exactly.
+        eviction: one `EvictionConfig` for all full-attention layers, or a mapping as for `retrieval`; a layer has
+            one of the two at most.
         decode_length: new tokens per forward pass up to which it counts as a decoding step (candidate tokens
             of assisted decoding are several).
 
@@ -124,6 +129,7 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
         dtype: str | torch.dtype | None = None,
         capacity: int = 131072,
         retrieval: RetrievalConfig | Mapping[int, RetrievalConfig | None] | None = None,
+        eviction: EvictionConfig | Mapping[int, EvictionConfig | None] | None = None,
         decode_length: int = 16,
     ) -> None:
         for name, count in (("capacity", capacity), ("decode_length", decode_length)):
@@ -135,7 +141,11 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
         text_config = config.get_text_config(decoder=True)
         kinds, arguments = get_layer_types_and_kwargs(text_config)
         _refuse_unsupported(text_config, kinds)
-        chosen = _retrieval_by_layer(retrieval, kinds)
+        chosen = _by_layer(retrieval, kinds, RetrievalConfig, "retrieval")
+        evicting = _by_layer(eviction, kinds, EvictionConfig, "eviction")
+        both = [i for i, how in chosen.items() if how is not None and evicting.get(i) is not None]
+        if both:
+            raise ValueError(f"eviction: got layers {both} with retrieval as well, expected one of the two")
         layers = []
         for layer_idx, (kind, kwargs) in enumerate(zip(kinds, arguments, strict=True)):
             if kind in ("full_attention", "sliding_attention"):
@@ -144,6 +154,7 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
                     dtype=store_dtype,
                     capacity=capacity,
                     retrieval=chosen.get(layer_idx),
+                    eviction=evicting.get(layer_idx),
                     decode_length=decode_length,
                 )
                 layers.append(layer)
@@ -175,8 +186,8 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
                     keys_visible=layer.counts.keys_visible,
                     keys_read=layer.counts.keys_read,
                     missed_mass=layer.counts.missed_mass / max(layer.counts.query_rows, 1),
-                    store_nbytes=sum(s.store.nbytes for s in layer.sequences),
-                    index_nbytes=sum(s.index.nbytes for s in layer.sequences if s.index is not None),
+                    store_nbytes=sum(s.nbytes for s in layer.sequences),
+                    index_nbytes=sum(s.index_nbytes for s in layer.sequences),
                 )
                 for layer_idx, layer in enumerate(self.layers)
                 if isinstance(layer, HostLayer)
@@ -205,21 +216,19 @@ def _refuse_unsupported(config: Any, kinds: list[str]) -> None:
         )
 
 
-def _retrieval_by_layer(
-    retrieval: RetrievalConfig | Mapping[int, RetrievalConfig | None] | None, kinds: list[str]
-) -> Mapping[int, RetrievalConfig | None]:
+def _by_layer(
+    given: Config | Mapping[int, Config | None] | None, kinds: list[str], config: type[Config], name: str
+) -> Mapping[int, Config | None]:
     full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-    if retrieval is None:
+    if given is None:
         return {}
-    if isinstance(retrieval, RetrievalConfig):
-        return dict.fromkeys(full, retrieval)
-    if not isinstance(retrieval, Mapping):
-        raise TypeError(
-            f"retrieval: got {type(retrieval).__name__}, expected a RetrievalConfig or a mapping from layers"
-        )
-    for layer_idx, how in retrieval.items():
-        if how is not None and not isinstance(how, RetrievalConfig):
-            raise TypeError(f"retrieval[{layer_idx}]: got {type(how).__name__}, expected a RetrievalConfig or None")
+    if isinstance(given, config):
+        return dict.fromkeys(full, given)
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name}: got {type(given).__name__}, expected a {config.__name__} or a mapping from layers")
+    for layer_idx, how in given.items():
+        if how is not None and not isinstance(how, config):
+            raise TypeError(f"{name}[{layer_idx}]: got {type(how).__name__}, expected a {config.__name__} or None")
         if how is not None and layer_idx not in full:
-            raise ValueError(f"retrieval: got layer {layer_idx!r}, expected full-attention layers, which are {full}")
-    return retrieval
+            raise ValueError(f"{name}: got layer {layer_idx!r}, expected full-attention layers, which are {full}")
+    return given

@@ -25,6 +25,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 import longattn as la
+from longattn.transformers.eviction import EvictedSequence, EvictionConfig
 from longattn.transformers.masks import MaskSpec
 from longattn.transformers.retrieval import RetrievalConfig
 from longattn.transformers.sequence import ReadCounts, ScoreOptions, Sequence
@@ -82,6 +83,7 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         dtype: storage dtype; `None` for the dtype of the first keys.
         capacity: rows per sequence that address space is reserved for.
         retrieval: how decoding reads a part of the keys; `None` to read all.
+        eviction: how a part of the keys is kept; `None` to keep all.
         decode_length: new tokens per forward pass up to which it counts as a decoding step.
     """
 
@@ -96,6 +98,7 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         dtype: torch.dtype | None,
         capacity: int,
         retrieval: RetrievalConfig | None,
+        eviction: EvictionConfig | None = None,
         decode_length: int,
     ) -> None:
         super().__init__()
@@ -104,12 +107,13 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         self.store_dtype = dtype
         self.capacity = capacity
         self.retrieval = retrieval
+        self.eviction = eviction
         self.decode_length = decode_length
         self.reset()
 
     def reset(self) -> None:
         """Forgets all sequences and returns their memory."""
-        self.sequences: list[Sequence] = []
+        self.sequences: list[Sequence | EvictedSequence] = []
         self.counts = ReadCounts()
         self._arrived = 0
         # bool [B, arrived], False for padding; None when nothing is padded
@@ -123,6 +127,12 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         """Makes an empty store for every sequence of the batch."""
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, kv_heads, _, head_dim = key_states.shape
+        if self.eviction is not None:
+            heads = {"kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_states.shape[-1]}
+            dtype = _STORE_DTYPES[self.store_dtype or self.dtype]
+            self.sequences = [EvictedSequence(self.eviction, dtype=dtype, **heads) for _ in range(batch)]
+            self.is_initialized = True
+            return
         self.sequences = [
             Sequence(
                 la.KVStore(
@@ -194,10 +204,12 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
                 f"tokens_to_remove: got {tokens_to_remove}, expected at most {self._arrived} as in the cache"
             )
         if not all(s.can_crop(n) for s, n in zip(self.sequences, self._rows_of_last(-tokens_to_remove), strict=True)):
-            raise ValueError(
-                f"tokens_to_remove: got {tokens_to_remove}, expected fewer: a layer with a sliding window of "
-                f"{self.sliding_window} has let go of the rows before"
+            why = (
+                f"a layer with a sliding window of {self.sliding_window} has let go of the rows before"
+                if self.eviction is None
+                else "a layer with an eviction policy cannot go back"
             )
+            raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, expected fewer: {why}")
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` arrivals of every sequence (a count <= 0).
@@ -294,6 +306,8 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
                     f"attention_mask: got shape {tuple(mask.shape)}, expected {total} keys: {self._arrived} "
                     f"in the cache and {new} new ones"
                 )
+            if mask is not None and self.eviction is not None:
+                raise ValueError("attention_mask: got a 4-D mask, expected a 2-D one: eviction selects its own keys")
             if mask is not None and self.retrieval is not None and self._arrived and new <= self.decode_length:
                 raise ValueError("attention_mask: got a 4-D mask, expected a 2-D one: retrieval selects its own keys")
             return None
@@ -320,7 +334,7 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         return padding
 
     def _store(self, key: torch.Tensor, value: torch.Tensor, tokens: list[torch.Tensor | None]) -> None:
-        appended: list[tuple[Sequence, int]] = []
+        appended: list[tuple[Sequence | EvictedSequence, int]] = []
         try:
             if not self.is_initialized:
                 self.lazy_initialization(key, value)
@@ -329,7 +343,7 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
                 if rows is not None:
                     k, v = k[:, rows], v[:, rows]  # noqa: PLW2901  # the tokens among them
                 if k.shape[1]:
-                    sequence.store.append(k, v)
+                    sequence.append(k, v)
                     appended.append((sequence, k.shape[1]))
         except BaseException:  # all sequences of the batch or none
             for sequence, count in appended:
@@ -349,7 +363,7 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
     def _select(self, sources: list[int]) -> None:
         """Sequence `i` becomes the present `sources[i]`: moved at its first use, copied at later ones."""
         used: set[int] = set()
-        chosen: list[Sequence] = []
+        chosen: list[Sequence | EvictedSequence] = []
         for source in sources:
             chosen.append(self.sequences[source].fork() if source in used else self.sequences[source])
             used.add(source)

@@ -65,6 +65,20 @@ class Sequence:
     index: la.index.Index | None = field(default=None, repr=False)
     sample: NDArray[np.float32] | None = field(default=None, repr=False)
 
+    @property
+    def nbytes(self) -> int:
+        """Host memory of the rows."""
+        return self.store.nbytes
+
+    @property
+    def index_nbytes(self) -> int:
+        """Host memory of the index."""
+        return 0 if self.index is None else self.index.nbytes
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Appends rows `[Hkv, L, D]` and `[Hkv, L, Dv]`."""
+        self.store.append(k, v)
+
     def __len__(self) -> int:
         """Tokens of this sequence, rows that were dropped included."""
         return self.dropped + len(self.store)

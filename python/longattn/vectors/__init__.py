@@ -80,6 +80,21 @@ class Vectors:
         return int(self.keys.shape[1])
 
 
+@dataclass(frozen=True)
+class Generation:
+    """A prefill and what is generated behind it.
+
+    Attributes:
+        data: the whole sequence; its `queries` ask from the end, its `prefill_queries` from the prefill.
+        prefill: rows of the prefill, the first ones.
+        first_queries: float32 `[groups, kv_heads * group, head_dim]`, asking from the end of the prefill.
+    """
+
+    data: Vectors
+    prefill: int
+    first_queries: NDArray[np.float32]
+
+
 def names() -> tuple[str, ...]:
     """Every set that `load` knows."""
     return (*synthetic.NAMES, *RECORDED)
@@ -115,6 +130,52 @@ def load(
         recording = RECORDED[name].open()
         chosen = _choose(name, heads, recording.heads, recording.default_heads)
         made = [recording.head(head, length, groups, seed) for head in chosen]
+    return _together(name, chosen, made)
+
+
+def generation(
+    name: str,
+    *,
+    prefill: int,
+    length: int = LENGTH,
+    groups: int = 50,
+    heads: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Generation:
+    """A sequence that goes on behind its prefill: what an index must keep up with.
+
+    Synthetic text changes its subject where the prefill ends, and the last queries ask about the new one
+    (`synthetic.drifting_head`). Recorded text goes on as it is, and the same queries ask at both times: those models'
+    logits do not depend on positions.
+
+    Args:
+        name: one of `names()`, but not synthetic-sharp.
+        prefill: rows of the prefill.
+        length: rows in all, more than `prefill`.
+        groups: query groups at either time.
+        heads: as in `load`.
+        seed: as in `load`.
+
+    Raises:
+        ValueError: as `load`; a set whose content cannot change; a prefill that leaves nothing to generate.
+        FileNotFoundError: as `load`.
+    """
+    _check(name)
+    if name in synthetic.NAMES and name not in synthetic.DRIFTING:
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join((*synthetic.DRIFTING, *RECORDED))}")
+    if not 0 < prefill < length or groups < 1:
+        raise ValueError(f"prefill: got {prefill} of {length} rows and {groups} groups, expected fewer, at least 1")
+    if name in RECORDED:
+        data = load(name, length=length, groups=groups, heads=heads, seed=seed)
+        return Generation(data, prefill, data.queries)
+    chosen = _choose(name, heads, synthetic.HEADS, synthetic.HEADS)
+    made = [synthetic.drifting_head(name, int(head), prefill, length, groups, seed) for head in chosen]
+    data = _together(name, chosen, [head for head, _ in made])
+    return Generation(data, prefill, np.concatenate([first for _, first in made], 1))
+
+
+def _together(name: str, chosen: tuple[str, ...], made: Sequence[synthetic.Head]) -> Vectors:
+    """The heads of a set side by side."""
     parts = list(zip(*made, strict=True))
     return Vectors(
         name,

@@ -31,6 +31,11 @@ def has(key: str) -> bool:
     return (folder(key) / META).is_file()
 
 
+def has_array(key: str, array: str) -> bool:
+    """Whether the set was recorded with it."""
+    return (folder(key) / f"{array}.npy").is_file()
+
+
 def read(key: str, array: str) -> NDArray[np.float16]:
     """An array of a cached set, memory-mapped: only what is used is read."""
     loaded: NDArray[np.float16] = np.load(folder(key) / f"{array}.npy", mmap_mode="r")

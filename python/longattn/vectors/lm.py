@@ -2,8 +2,9 @@
 
 The context is 131,072 tokens of held-out source text with needles in it. Half of the query groups are decode
 steps that answer a question (its last token and the answer's digits), half read ordinary text that follows.
-The few tokens of the question itself are not among the keys: every group asks the same context. The layers
-have no position encoding. Cached (0.15 GB).
+The few tokens of the question itself are not among the keys: every group asks the same context. Further
+queries are those of the question's other tokens and of the text before those. The layers have no position
+encoding. Cached (0.15 GB).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def key() -> str:
     weights = runner.MODEL / "model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(f"vectors 'lm': the demo model's weights are not at {weights}")
-    return f"lm-v1-{hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}"
+    return f"lm-v2-{hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}"
 
 
 def record(progress: Progress) -> tuple[Arrays, Mapping[str, Any]]:
@@ -53,17 +54,20 @@ def record(progress: Progress) -> tuple[Arrays, Mapping[str, Any]]:
     mark = session.mark()
     for needle in context.needles:
         session.forward(np.concatenate([needle.question, text.tokens(needle.code[:-1])]), asked)
-        asked.keep_last(len(needle.code))
+        asked.keep_last(2 * len(needle.code))
         session.rewind(mark)
-    answers = asked.take()
+    questions = asked.take()
+    questions = questions.reshape(len(questions), len(context.needles), 2, -1, *questions.shape[2:])
+    before, answers = (questions[:, :, i].reshape(len(questions), -1, *questions.shape[4:]) for i in range(2))
     session.forward(context.tokens[KEYS:], asked)
-    ordinary = asked.take()[:, -TEXT_QUERIES:]
+    text_before, ordinary = np.split(asked.take(), [-TEXT_QUERIES], axis=1)
 
     arrays = {
         "keys": keys,
         "values": values,
         "queries": np.concatenate([answers, ordinary], 1),
         "prefill_queries": prefill,
+        "further_queries": np.concatenate([before, text_before], 1),
     }
     kept = {name: array.astype(np.float16) for name, array in arrays.items()}
     if not all(np.isfinite(array).all() for array in kept.values()):

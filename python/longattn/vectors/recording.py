@@ -17,8 +17,10 @@ Progress = Callable[[int, int], None]
 """Called with (done, total) while vectors are made."""
 
 ARRAYS = ("keys", "values", "queries", "prefill_queries")
+FURTHER = "further_queries"
 Arrays = Mapping[str, NDArray[np.float16]]
-"""Keys, values `[heads, length, head_dim]`; queries, prefill queries `[heads, groups, group, head_dim]`."""
+"""Keys, values `[heads, length, head_dim]`; queries, prefill queries `[heads, groups, group, head_dim]`, and maybe
+further queries, of which some are taken where more are asked for than there are queries."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Source:
         key = self.key()
         if refresh or not cache.has(key):
             arrays, about = self.record(progress)
-            cache.write(key, {name: arrays[name] for name in ARRAYS}, about)
+            cache.write(key, {name: arrays[name] for name in (*ARRAYS, FURTHER) if name in arrays}, about)
         return cache.folder(key)
 
     def open(self) -> Recording:
@@ -58,8 +60,9 @@ class Source:
                 f"make them with `longattn vectors --name {self.name}`"
             )
         heads = tuple(cache.meta(key)["heads"])
-        keys, values, queries, prefill_queries = (cache.read(key, array) for array in ARRAYS)
-        return Recording(self.name, heads, self.default_heads or heads, keys, values, queries, prefill_queries)
+        arrays = {array: cache.read(key, array) for array in ARRAYS}
+        further = cache.read(key, FURTHER) if cache.has_array(key, FURTHER) else arrays["queries"][:, :0]
+        return Recording(self.name, heads, self.default_heads or heads, **arrays, further_queries=further)
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,17 @@ class Recording:
     values: NDArray[np.float16]
     queries: NDArray[np.float16]
     prefill_queries: NDArray[np.float16]
+    further_queries: NDArray[np.float16]
+
+    @property
+    def groups(self) -> int:
+        """Most query groups that can be asked for."""
+        return int(self.queries.shape[1] + self.further_queries.shape[1])
 
     def head(self, name: str, length: int, groups: int, seed: int) -> Head:
         """Head `name` with its first `length` keys and `groups` query groups, drawn alike for every head.
+
+        More groups than there are queries are all of these and the first of the further ones.
 
         Raises:
             ValueError: more keys or groups than were recorded.
@@ -83,14 +94,15 @@ class Recording:
         recorded, available = self.keys.shape[1], self.queries.shape[1]
         if length > recorded:
             raise ValueError(f"length: {self.name} was recorded with {recorded} keys, got {length}")
-        if groups > available:
-            raise ValueError(f"groups: {self.name} has {available}, got {groups}")
+        if groups > self.groups:
+            raise ValueError(f"groups: {self.name} has {self.groups}, got {groups}")
         i = self.heads.index(name)
-        drawn = np.sort(np.random.default_rng(seed).choice(available, groups, replace=False))
+        drawn = np.sort(np.random.default_rng(seed).choice(available, min(groups, available), replace=False))
+        further = self.further_queries[i, : max(groups - available, 0)]
         return (
             _floats(self.keys[i, :length]),
             _floats(self.values[i, :length]),
-            _floats(self.queries[i][drawn]),
+            _floats(np.concatenate([self.queries[i][drawn], further])),
             _floats(self.prefill_queries[i]),
         )
 

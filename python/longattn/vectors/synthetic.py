@@ -5,6 +5,9 @@ decaying spectrum, in runs of 32 tokens; keys are W_k z plus an offset with two 
 position (RoPE). The group's queries read fresh content through other projections, partly shared, with another
 offset, at the last position. Values are a low-rank map of the content plus noise.
 
+Generated text drifts (`drifting_head`): a prefill speaks of three quarters of the clusters, what follows of others,
+a third of them new, and of all of it moved by a common offset. The queries at the end ask about what was generated.
+
 Induction head (`synthetic-sharp`): the key of a token holds the embedding of the token before it, the query
 asks for one token, the value holds the token itself: a few exact matches among Zipf-distributed distractors.
 Partial RoPE (32 of 128 dimensions).
@@ -23,6 +26,8 @@ NAMES = ("synthetic", "synthetic-flat", "synthetic-sharp")
 HEADS = tuple(str(i) for i in range(8))
 HEAD_DIM, GROUP, PREFILL = 128, 4, 512
 CONTENT_DIM, CLUSTERS, RUN = 64, 256, 32
+DRIFTING = ("synthetic", "synthetic-flat")
+OF_PREFILL, OF_GENERATED = (0, 192), (64, 256)  # clusters
 ROPE_THETA = 5e5
 VOCABULARY, EMBEDDING, PARTIAL_ROPE = 8192, 96, 32
 INDUCTION_GAINS = (18.0, 15.0, 15.0, 12.0)  # from sharp to flat
@@ -33,10 +38,23 @@ def head(name: str, number: int, length: int, groups: int, seed: int) -> Head:
     rng = np.random.default_rng([seed, number])
     if name == "synthetic-sharp":
         return _induction_head(rng, length, groups)
-    return _clustered_head(rng, length, groups, 0.5 if name == "synthetic-flat" else 1.0)
+    return _clustered_head(rng, length, groups, _gain(name), None)[0]
 
 
-def _clustered_head(rng: np.random.Generator, length: int, groups: int, query_gain: float) -> Head:
+def drifting_head(name: str, number: int, prefill: int, length: int, groups: int, seed: int) -> tuple[Head, Floats]:
+    """One KV head whose content changes behind `prefill` rows, and the queries that ask from the prefill's end."""
+    made, first = _clustered_head(np.random.default_rng([seed, number]), length, groups, _gain(name), prefill)
+    assert first is not None
+    return made, first
+
+
+def _gain(name: str) -> float:
+    return 0.5 if name == "synthetic-flat" else 1.0
+
+
+def _clustered_head(
+    rng: np.random.Generator, length: int, groups: int, query_gain: float, prefill: int | None
+) -> tuple[Head, Floats | None]:
     centres = 1.5 * _normal(rng, CLUSTERS, CONTENT_DIM)
     spectrum = np.linspace(1.5, 0.2, CONTENT_DIM, dtype=np.float32)
     of_keys, shared = _normal(rng, 2, CONTENT_DIM, HEAD_DIM) / np.sqrt(CONTENT_DIM, dtype=np.float32)
@@ -46,27 +64,31 @@ def _clustered_head(rng: np.random.Generator, length: int, groups: int, query_ga
     key_offset, query_offset = _offsets(rng, (61, 126))
     query_offsets = query_offset + 0.2 * _normal(rng, GROUP, HEAD_DIM)
 
-    def content(n: int, run: int) -> Floats:
-        cluster = np.repeat(rng.integers(0, CLUSTERS, -(-n // run)), run)[:n]
+    def content(n: int, run: int, clusters: tuple[int, int] = (0, CLUSTERS)) -> Floats:
+        cluster = np.repeat(rng.integers(*clusters, -(-n // run)), run)[:n]
         return (centres[cluster] + _normal(rng, n, CONTENT_DIM)) * spectrum
 
-    def queries(positions: NDArray[np.int64]) -> Floats:
+    def queries(positions: NDArray[np.int64], seen: Floats) -> Floats:
         n = len(positions)
-        seen = content(n, 1)
         raw = np.einsum("nz,gzd->ngd", seen, of_queries) + query_offsets + 0.15 * _normal(rng, n, GROUP, HEAD_DIM)
         return query_gain * _rope(raw, positions, HEAD_DIM)
 
-    text = content(length, RUN)
+    if prefill is None:
+        text = content(length, RUN)
+    else:
+        moved = _normal(rng, CONTENT_DIM) * spectrum
+        text = np.concatenate([content(prefill, RUN, OF_PREFILL), content(length - prefill, RUN, OF_GENERATED) + moved])
     keys = _rope(text @ of_keys + key_offset + 0.15 * _normal(rng, length, HEAD_DIM), np.arange(length), HEAD_DIM)
     values = text @ (_normal(rng, CONTENT_DIM, 16) @ _normal(rng, 16, HEAD_DIM))
     values /= values.std()
     values += 0.7 * _normal(rng, length, HEAD_DIM) + 0.3 * _normal(rng, HEAD_DIM)
-    return (
-        keys,
-        values,
-        queries(np.full(groups, length - 1)),
-        queries(rng.integers(length // 8, length, PREFILL)),
-    )
+    if prefill is None:
+        asked = queries(np.full(groups, length - 1), content(groups, 1))
+        return (keys, values, asked, queries(rng.integers(length // 8, length, PREFILL), content(PREFILL, 1))), None
+    asked = queries(np.full(groups, length - 1), content(groups, 1, OF_GENERATED) + moved)
+    first = queries(np.full(groups, prefill - 1), content(groups, 1, OF_PREFILL))
+    places = rng.integers(prefill // 8, prefill, PREFILL)
+    return (keys, values, asked, queries(places, content(PREFILL, 1, OF_PREFILL))), first
 
 
 def _induction_head(rng: np.random.Generator, length: int, groups: int) -> Head:

@@ -2,7 +2,9 @@
 
 from longattn.kv.evict.a_vl_cache import AVLCache, fastv_keep
 from longattn.kv.evict.attention_gate import AttentionGate, attention_gate, gated_attention
+from longattn.kv.evict.by_name import KINDS, make
 from longattn.kv.evict.cache import EvictingCache, EvictionStats
+from longattn.kv.evict.compressed import CompressedPrompt
 from longattn.kv.evict.heavy_hitter import HeavyHitter
 from longattn.kv.evict.lazy_eviction import LazyEviction
 from longattn.kv.evict.nats_attention import Nats, nats_attention, nats_types, nats_visibility
@@ -13,8 +15,10 @@ from longattn.kv.evict.snap_kv import SnapKV
 from longattn.kv.evict.streaming_llm import StreamingLLM, sink_window_attention
 
 __all__ = [
+    "KINDS",
     "AVLCache",
     "AttentionGate",
+    "CompressedPrompt",
     "EvictingCache",
     "EvictionStats",
     "HeavyHitter",
@@ -28,6 +32,7 @@ __all__ = [
     "attention_gate",
     "fastv_keep",
     "gated_attention",
+    "make",
     "nats_attention",
     "nats_types",
     "nats_visibility",

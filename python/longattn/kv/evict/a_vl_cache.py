@@ -96,7 +96,7 @@ class AVLCache(Policy):
         visual = np.zeros(length, bool) if visual is None else visual
         places = np.flatnonzero(visual)
         self._core_count = _share(self.core, len(places))
-        last = as_numpy(attention_weights(q, k, rows=[length - 1], causal=True, **options), "weights")
+        last = as_numpy(attention_weights(q, k, rows=[q.shape[1] - 1], causal=True, **options), "weights")
         importance = last[:, 0].mean(axis=0, dtype=np.float64)[places]
         kept_visual = best(importance, _share(self.secondary, len(places)))
         self._visual = np.full(length, -1)

@@ -150,6 +150,13 @@ class AttentionGate(Policy):
         flags = info["flags"]
         return expiring_attention(q, k, v, _last_visible(flags, True), options, "flags"), flags
 
+    def judge(
+        self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: dict[str, Any], **info: Any
+    ) -> Mask | None:
+        """Rows with flags."""
+        flags: Mask = info["flags"]
+        return flags
+
     def start(self, kv_heads: int, slots: int) -> None:
         """No flags."""
         super().start(kv_heads, slots)

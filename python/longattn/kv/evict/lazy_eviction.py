@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._checks import flag, integer, real
-from longattn.kv.evict.policy import Mask, Policy, weakest
+from longattn.dense.attention_weights import attention_weights
+from longattn.kv.evict.policy import Mask, Policy, over_group, weakest
 from longattn.kv.slot_store import REDUCTIONS
 from longattn.methods import Method
 from longattn.reference import kv as reference
@@ -77,6 +78,20 @@ class LazyEviction(Policy):
         if self.budget < 1:
             return None
         return max(int(self.budget), prompt) + self.window
+
+    def judge(
+        self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: dict[str, Any], **info: Any
+    ) -> Mask | None:
+        """What is left of the prompt when the rows of the queries that are known were its last steps."""
+        heads, length = k.shape[:2]
+        self.start(heads, length)
+        self.admit(np.broadcast_to(np.arange(length), (heads, length)), 0)
+        first = length - q.shape[1]
+        for row in range(q.shape[1]):
+            weights = np.asarray(attention_weights(q, k, rows=[row], causal=True, **options))[:, 0]
+            self.observe(over_group(weights, heads, str(self.observes)), first + row)
+        gone = self.choose(-(-(length - 1) // self.window) * self.window)
+        return None if gone is None else ~gone
 
     def start(self, kv_heads: int, slots: int) -> None:
         """No activity."""

@@ -151,6 +151,13 @@ class Nats(Policy):
         last = nats_visibility(info["types"], self.window, window_for_all=self.window_for_all)
         return expiring_attention(q, k, v, last, options, "types"), last >= k.shape[1]
 
+    def judge(
+        self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: dict[str, Any], **info: Any
+    ) -> Mask | None:
+        """Rows that the next query may see."""
+        last = nats_visibility(info["types"], self.window, window_for_all=self.window_for_all)
+        return np.asarray(last >= k.shape[1])
+
     def start(self, kv_heads: int, slots: int) -> None:
         """Nothing is seen."""
         super().start(kv_heads, slots)

@@ -76,6 +76,20 @@ class Policy(ABC):
         """Which rows of a prompt each head keeps, `[Hkv, L]`; `None` is all."""
         return None
 
+    def judge(
+        self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: dict[str, Any], **info: Any
+    ) -> Mask | None:
+        """Which rows of a prompt each head keeps, `[Hkv, L]`, where only some of its queries are known.
+
+        Args:
+            q: `[Hq, m, D]`, taken for the queries of the last `m` rows.
+            k: keys `[Hkv, L, D]` of the whole prompt.
+            v: values `[Hkv, L, Dv]`.
+            options: as of `prefill`.
+            info: likewise.
+        """
+        return self.keep(q, k, options, **info)
+
     def start(self, kv_heads: int, slots: int) -> None:
         """Makes room for what is known of `slots` rows of each head."""
         self.positions = np.full((kv_heads, slots), -1, np.int64)

@@ -53,6 +53,16 @@ class SelectiveBudget(Policy):
 
     def prefill(self, q: Array, k: Array, v: Array, options: dict[str, Any], **info: Any) -> tuple[Array, Mask | None]:
         """Selective attention over the prompt, and the rows of smallest `F`."""
+        return self._attended(q, k, v, options)
+
+    def judge(
+        self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: dict[str, Any], **info: Any
+    ) -> Mask | None:
+        """The rows of smallest `F`, by the queries that are known."""
+        before = np.zeros(k.shape[1] - q.shape[1], np.float32)
+        return self._attended(q, k, v, options | {"state": before})[1]
+
+    def _attended(self, q: Array, k: Array, v: Array, options: dict[str, Any]) -> tuple[Array, Mask]:
         if "sinks" in options:
             raise ValueError("sinks: got sink logits, expected none with selective attention")
         out, f = selective_attention(
