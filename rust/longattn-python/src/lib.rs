@@ -7,6 +7,7 @@ mod diagnostics;
 mod double;
 mod errors;
 mod index;
+mod linear;
 mod options;
 mod prefix_tree;
 mod retrieval;
@@ -54,6 +55,12 @@ mod _core {
     use super::index::product::product_quantisation;
     #[pymodule_export]
     use super::index::signatures::{signatures, signatures_sigma};
+    #[pymodule_export]
+    use super::linear::convolution::{
+        depthwise, dynamic_convolution, neighbour_means, pointwise_function, toeplitz, toeplitz_attention,
+    };
+    #[pymodule_export]
+    use super::linear::scan::{diagonal_scan, selective_scan};
     #[pymodule_export]
     use super::prefix_tree::{PrefixTree, chunk_attention};
     #[pymodule_export]
