@@ -13,7 +13,20 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import longattn as la
-from longattn.bench import compare, decode, error, gpu, options, prefill, report, results, retrieval, suite, verified
+from longattn.bench import (
+    compare,
+    decode,
+    error,
+    gpu,
+    neighbourhood,
+    options,
+    prefill,
+    report,
+    results,
+    retrieval,
+    suite,
+    verified,
+)
 from longattn.bench.harness import Bench
 from longattn.bench.plots import Bars, Panel, Scatter, draw, need_matplotlib
 from longattn.bench.tables import Column, as_text
@@ -43,6 +56,7 @@ class Routine(Protocol):
 ROUTINES: dict[str, Routine] = {
     "decode": decode,
     "prefill": prefill,
+    "neighbourhood": neighbourhood,
     "retrieval": retrieval,
     "compare": compare,
     "verified": verified,
