@@ -123,8 +123,8 @@ def test_nan_reaches_only_those_that_see_it(rng, isa):
     [
         ({"window": 7}, "window: got 7"),
         ({"weights": np.zeros((1, 2, 6, 6, 8), np.float32)}, "weights: got 8 places"),
-        ({"weights": np.zeros((1, 2, 6, 5, 9), np.float32)}, "k: got a grid"),
-        ({"v": np.zeros((1, 3, 6, 6, 4), np.float32)}, "q: got 2 heads"),
+        ({"weights": np.zeros((1, 2, 6, 5, 9), np.float32)}, "v: got a grid"),
+        ({"v": np.zeros((1, 3, 6, 6, 4), np.float32)}, "weights: got 2 heads"),
     ],
 )
 def test_bad_input(change, words):

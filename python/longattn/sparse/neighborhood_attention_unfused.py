@@ -9,7 +9,7 @@ import numpy as np
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_float_storage, check_heads, flag, returned
+from longattn._checks import check_float_storage, flag, returned
 from longattn.methods import Method
 from longattn.reference import sparse as reference
 from longattn.sparse._grid import (
@@ -109,8 +109,12 @@ def na_av(
         raise ValueError(f"v: got shape {vn.shape}, expected rank {wn.ndim} and batch {wn.shape[0]} as weights")
     if vn.shape[-1] == 0:
         raise ValueError(f"v: got head_dim 0 in shape {vn.shape}, expected at least 1")
-    check_heads(wn.shape[1], vn.shape[1], vn.shape[1])
-    axes = window_axes(own_grid(wn, vn), window, 1, dilation, causal)
+    heads, kv_heads = wn.shape[1], vn.shape[1]
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(f"weights: got {heads} heads, expected a positive multiple of the {kv_heads} heads of v")
+    if vn.shape[2:-1] != wn.shape[2:-1]:
+        raise ValueError(f"v: got a grid {vn.shape[2:-1]}, expected {wn.shape[2:-1]} as in weights")
+    axes = window_axes(wn.shape[2:-1], window, 1, dilation, causal)
     sizes = per_axis(window, "window", len(axes), 1)
     if wn.shape[-1] != math.prod(sizes):
         raise ValueError(f"weights: got {wn.shape[-1]} places, expected {math.prod(sizes)} of the window {sizes}")
