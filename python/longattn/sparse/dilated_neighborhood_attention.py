@@ -137,5 +137,5 @@ METHOD = Method(
         "Permuting whole residue classes permutes the result.",
     ),
     tests="tests/sparse/test_dilated_neighborhood_attention.py",
-    cost="about 2 prod(X) prod(window) (D + Dv) multiply-adds per query head, whatever the dilation",
+    cost="About `2 * prod(X) * prod(window) * (D + Dv)` multiply-adds per query head, whatever the dilation.",
 )

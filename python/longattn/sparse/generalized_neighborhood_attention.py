@@ -245,5 +245,5 @@ METHOD = Method(
         "Windows are the rule's for all windows, strides, dilations and causal axes of small grids.",
     ),
     tests="tests/sparse/test_generalized_neighborhood_attention.py",
-    cost="about 2 prod(X) prod(window) (D + Dv) multiply-adds per query head",
+    cost="About `2 * prod(X) * prod(window) * (D + Dv)` multiply-adds per query head.",
 )

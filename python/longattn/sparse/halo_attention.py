@@ -150,5 +150,5 @@ METHOD = Method(
         "A stride leaves out rows of the result without it.",
     ),
     tests="tests/sparse/test_halo_attention.py",
-    cost="prod(X) (block + 2 halo)^2 (D + Dv) multiply-adds per query head",
+    cost="`prod(X) * (block + 2 * halo) ** 2 * (D + Dv)` multiply-adds per query head.",
 )

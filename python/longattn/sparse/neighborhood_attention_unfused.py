@@ -203,5 +203,5 @@ METHOD = Method(
         "Equal values come out as they are.",
     ),
     tests="tests/sparse/test_neighborhood_attention_unfused.py",
-    cost="2 prod(X) prod(window) (D + Dv) multiply-adds and 8 prod(X) prod(window) bytes per query head",
+    cost="`2 * prod(X) * prod(window) * (D + Dv)` multiply-adds and `8 * prod(X) * prod(window)` bytes per query head.",
 )

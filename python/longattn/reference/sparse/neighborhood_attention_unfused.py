@@ -48,7 +48,8 @@ def na_qk(
         logit = factor * (q[every + token] * k[every + key]).sum(axis=-1)
         if add is not None:
             logit = logit + add[:, np.ravel_multi_index(token, shape), np.ravel_multi_index(key, shape)]
-        scores[:, :, *token, place] = logit
+        at: Any = (*every, *token, place)
+        scores[at] = logit
     return scores
 
 
@@ -61,7 +62,8 @@ def na_av(
     out = np.zeros((*weights.shape[:-1], v.shape[-1]))
     every = (slice(None), slice(None))
     for token, place, key in window_places(weights.shape[2:-1], window, dilation, causal):
-        out[every + token] += weights[(*every, *token, place, None)] * v[every + key]
+        at: Any = (*every, *token, place, None)
+        out[every + token] += weights[at] * v[every + key]
     return out
 
 
