@@ -465,6 +465,78 @@ def block_sparse(
     key_bounds: NDArray[np.int64],
     options: Options,
 ) -> None: ...
+def block_sparse_backward(
+    d_out: NDArray[Any],
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+    d_lse: NDArray[np.float32] | None,
+    dq: NDArray[Any],
+    dk: NDArray[Any],
+    dv: NDArray[Any],
+    indptr: NDArray[np.int64],
+    indices: NDArray[np.uint32],
+    shape: tuple[int, int],
+    query_bounds: NDArray[np.int64],
+    key_bounds: NDArray[np.int64],
+    options: Options,
+) -> None: ...
+
+# keys, dilation, step and uint32 [n, 4] of three axes; sizes, zeros, table and numbers by axis of a bias
+
+_GridAxes = list[tuple[int, int, int, NDArray[np.uint32]]]
+_GridBias = tuple[Any, ...] | None
+
+def neighbourhood(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+    axes: _GridAxes,
+    bias: _GridBias,
+    options: Options,
+) -> None: ...
+def windowed(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+    ranges: list[NDArray[np.uint32]],
+    of_heads: NDArray[np.uint32],
+    options: Options,
+) -> None: ...
+def neighbourhood_scores(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    scores: NDArray[np.float32],
+    axes: _GridAxes,
+    bias: _GridBias,
+    sizes: list[int],
+    options: Options,
+) -> None: ...
+def neighbourhood_values(
+    weights: NDArray[Any], v: NDArray[Any], out: NDArray[Any], axes: _GridAxes, sizes: list[int]
+) -> None: ...
+def neighbourhood_backward(
+    d_out: NDArray[Any],
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    lse: NDArray[np.float32],
+    d_lse: NDArray[np.float32] | None,
+    dq: NDArray[Any],
+    dk: NDArray[Any],
+    dv: NDArray[Any],
+    d_bias: NDArray[np.float32] | None,
+    axes: _GridAxes,
+    bias: _GridBias,
+    options: Options,
+) -> None: ...
 def index_sparse(
     q: NDArray[Any],
     k: NDArray[Any],

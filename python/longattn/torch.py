@@ -7,8 +7,9 @@
 enable_gqa=True)` for CPU tensors. What differs: masks of booleans go to `mask`, masks to add to `bias`; grouped
 heads need no flag; with fewer queries than keys `causal` aligns at the end; there is no dropout.
 
-The operators behind the functions are `torch.ops.longattn.attention`, `.attention_varlen` and `.merge`, each with
-its gradient and the shapes of its results, so that `torch.compile(fullgraph=True)` keeps them whole.
+The operators behind the functions are `torch.ops.longattn.attention`, `.attention_varlen`, `.merge`,
+`.neighborhood_attention` and `.block_sparse_attention`, each with its gradient and the shapes of its results, so
+that `torch.compile(fullgraph=True)` keeps them whole.
 """
 
 from __future__ import annotations
@@ -19,8 +20,16 @@ from typing import Any, cast
 import torch
 
 import longattn as la
+from longattn._torch_sparse import (
+    block_sparse_attention,
+    check_tensors,
+    neighborhood_attention,
+    no_second_derivative,
+    save,
+    saved,
+)
 
-__all__ = ["attention", "attention_varlen", "merge"]
+__all__ = ["attention", "attention_varlen", "block_sparse_attention", "merge", "neighborhood_attention"]
 
 
 def attention(
@@ -230,16 +239,7 @@ def merge(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
 
 def _check(tensors: Mapping[str, torch.Tensor | None], constants: Mapping[str, torch.Tensor | None]) -> None:
     """What the operators cannot say clearly: kinds, devices, and gradients that do not exist."""
-    for name, x in (*tensors.items(), *constants.items()):
-        if x is None and name not in ("q", "k", "v"):
-            continue
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: got {type(x).__name__}, expected a torch tensor")
-        if x.device.type != "cpu":
-            raise ValueError(
-                f"{name}: got a tensor on device {x.device}, expected a CPU tensor: pass tensor.cpu(), or use "
-                "torch.nn.functional.scaled_dot_product_attention there"
-            )
+    check_tensors({**tensors, **constants})
     for name, x in constants.items():
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -488,28 +488,16 @@ def _(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch
 # Gradients.
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Saves tensors as tensors and the rest as it is, to be put together again in the order of the arguments."""
-    given = (*inputs[:3], *output, *inputs[3:])
-    ctx.save_for_backward(*(x for x in given if isinstance(x, torch.Tensor)))
-    ctx.others = tuple(None if isinstance(x, torch.Tensor) else (x,) for x in given)
-
-
-def _saved(ctx: Any) -> list[Any]:
-    tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if other is None else other[0] for other in ctx.others]
-
-
 def _backward(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    saved = _saved(ctx)
-    dq, dk, dv, d_sinks = _attention_backward(d_out, d_lse, *saved)
-    return dq, dk, dv, *(None,) * (len(saved) - 6), None if saved[-1] is None else d_sinks
+    given = saved(ctx)
+    dq, dk, dv, d_sinks = _attention_backward(d_out, d_lse, *given)
+    return dq, dk, dv, *(None,) * (len(given) - 6), None if given[-1] is None else d_sinks
 
 
 def _backward_of_varlen(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    saved = _saved(ctx)
-    dq, dk, dv, d_sinks = _varlen_backward(d_out, d_lse, *saved)
-    return dq, dk, dv, *(None,) * (len(saved) - 6), None if saved[-1] is None else d_sinks
+    given = saved(ctx)
+    dq, dk, dv, d_sinks = _varlen_backward(d_out, d_lse, *given)
+    return dq, dk, dv, *(None,) * (len(given) - 6), None if given[-1] is None else d_sinks
 
 
 def _save_parts(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -534,15 +522,8 @@ def _backward_of_merge(
     return d_outs, d_lses
 
 
-def _no_second_derivative(ctx: Any, *_: torch.Tensor) -> None:
-    raise RuntimeError(
-        "longattn.torch: got a second backward pass (create_graph=True), expected one: gradients of gradients are not "
-        "computed; use torch.nn.functional.scaled_dot_product_attention for them"
-    )
-
-
-torch.library.register_autograd("longattn::attention", _backward, setup_context=_save)
-torch.library.register_autograd("longattn::attention_varlen", _backward_of_varlen, setup_context=_save)
+torch.library.register_autograd("longattn::attention", _backward, setup_context=save)
+torch.library.register_autograd("longattn::attention_varlen", _backward_of_varlen, setup_context=save)
 torch.library.register_autograd("longattn::merge", _backward_of_merge, setup_context=_save_parts)
-torch.library.register_autograd("longattn::attention_backward", _no_second_derivative)
-torch.library.register_autograd("longattn::attention_varlen_backward", _no_second_derivative)
+torch.library.register_autograd("longattn::attention_backward", no_second_derivative)
+torch.library.register_autograd("longattn::attention_varlen_backward", no_second_derivative)

@@ -9,7 +9,7 @@ import pytest
 
 import longattn as la
 from longattn import cli
-from longattn.bench import arrays, decode, error, harness, memory, options, peers, prefill, quality
+from longattn.bench import arrays, decode, error, harness, memory, neighbourhood, options, peers, prefill, quality
 from longattn.bench.harness import Bench, Candidate, Outcome
 
 
@@ -99,6 +99,25 @@ def test_prefill(tmp_path):
     assert result["limits"]["1"]["fma_gflop_s"]["median"] > 0
     assert bool(result["memory_slopes"]) == memory.supported()
     assert plot.stat().st_size > 1000
+
+
+def test_neighbourhood(tmp_path):
+    result = run("neighbourhood", tmp_path, "--threads", "1", "--no-peers")
+    ours = [row for row in result["rows"] if row["ours"]]
+    assert [(row["grid"], row["window"], row["keys"]) for row in ours] == [("8x8", "3x3", 64), ("12x12", "3x3", 144)]
+    assert len(result["slopes"]) == 1
+    assert all(row["gflop_s"] == pytest.approx(4 * 12 * 32 * row["keys"] * 9 / row["ms"] / 1e6) for row in ours)
+
+
+def test_windows_of_peers_are_the_same(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(neighbourhood, "_flex", lambda *_: harness.Candidate("none", lambda: None))
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, neighbourhood.HEADS, 5, 6, neighbourhood.DIM), np.float32) for _ in "qkv")
+    expected = la.sparse.generalized_neighborhood_attention(q, k, v, window=(3, 5))
+    for peer in neighbourhood._peers(q, k, v, (3, 5))[:2]:
+        found = peers.to_numpy(peer.call()).reshape(expected.shape)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_int8_scores_are_a_candidate_where_attention_has_them(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from longattn.bench import (
     error,
     gpu,
     growth,
+    neighbourhood,
     options,
     prefill,
     report,
@@ -57,6 +58,7 @@ class Routine(Protocol):
 ROUTINES: dict[str, Routine] = {
     "decode": decode,
     "prefill": prefill,
+    "neighbourhood": neighbourhood,
     "retrieval": retrieval,
     "compare": compare,
     "verified": verified,

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longattn.bench import compare, decode, drift, error, external, growth, nearest, prefill, targets, verified
+from longattn.bench import (compare, decode, drift, error, external, growth, nearest, neighbourhood, prefill, targets, verified)
 from longattn.bench.plots import Bars, Panel, Scatter, series
 from longattn.bench.results import Result, Row
 from longattn.bench.tables import Column, count, grid, table
@@ -48,6 +48,9 @@ def figures(found: Sequence[Result]) -> dict[str, list[Panel | Bars | Scatter]]:
     rows = _rows(found, "error")
     if rows:
         drawn["error"] = list(error.panels({"rows": rows}))
+    rows = _rows(found, "neighbourhood")
+    if any(not row["ours"] and row["times_ours"] for row in rows):
+        drawn["neighbourhood"] = list(neighbourhood.panels({"rows": rows}))
     for name, routine in (("compare", compare), ("verified", verified), ("drift", drift), ("growth", growth)):
         rows = _rows(found, name)
         if rows:
@@ -158,6 +161,33 @@ def _compare_tables(found: Sequence[Result]) -> list[str]:
         mine.sort(key=lambda row: row.get("error_v") or 0)
         lines += ["", f"{vectors}, {keys} keys, {count(threads)}:", "", *table(mine, compare.COLUMNS[2:])]
     return lines
+
+
+def _neighbourhood_tables(found: Sequence[Result]) -> list[str]:
+    rows, grown = _rows(found, "neighbourhood"), _rows(found, "neighbourhood", "slopes")
+    lines = [row for row in rows if row["ours"]]
+    if not lines:
+        return []
+    cells = []
+    for row in lines:
+        case = ("threads", "grid", "window", "dtype")
+        times = {other["method"]: other["times_ours"] for other in rows if all(other[key] == row[key] for key in case)}
+        cells.append(
+            [row["grid"], row["window"], row["dtype"], str(row["threads"]), f"{row['ms']:.3g}", f"{row['of_fma']:.0%}"]
+            + [_number(times.get(peer), ".1f") for peer in neighbourhood.PEERS]
+            + [_grown(grown, ("method", "window", "dtype", "threads"), row)]
+        )
+    heads = [
+        "grid",
+        "window",
+        "dtype",
+        "threads",
+        "ms",
+        "of FMA",
+        *(f"× {peer}" for peer in neighbourhood.PEERS),
+        "slope",
+    ]
+    return ["", *grid(heads, cells)]
 
 
 def _verified_tables(found: Sequence[Result]) -> list[str]:
@@ -325,6 +355,14 @@ SECTIONS: tuple[Section, ...] = (
         "8 heads. `of FMA`: causal half of the arithmetic as a share of the multiply-add peak. `× torch`: speed "
         "against torch's fused kernel. `extra MB`: peak memory beyond inputs and outputs, and the slope of its growth.",
         _prefill_tables,
+    ),
+    Section(
+        "neighbourhood",
+        "Neighbourhoods: windows of images and videos",
+        f"{neighbourhood.HEADS} heads, D {neighbourhood.DIM}. `of FMA`: arithmetic inside the windows as a share of "
+        "the multiply-add peak. `×`: the peer's time over ours; its block mask and compilation are not in it. `slope`: "
+        "of log time over log tokens, at one window.",
+        _neighbourhood_tables,
     ),
     Section(
         "peers",

@@ -118,10 +118,10 @@ def attention_backward(
         visible_until=visible_until,
     )
     output = (*qn.shape[:-1], vn.shape[-1])
-    out_n, d_out_n = _output(out, "out", output, qn.dtype), _output(d_out, "d_out", output, qn.dtype)
-    lse_n, d_lse_n = _sums(lse, "lse", qn.shape[:-1], dtype), None
+    out_n, d_out_n = saved_output(out, "out", output, qn.dtype), saved_output(d_out, "d_out", output, qn.dtype)
+    lse_n, d_lse_n = saved_sums(lse, "lse", qn.shape[:-1], dtype), None
     if d_lse is not None:
-        d_lse_n = _sums(d_lse, "d_lse", qn.shape[:-1], dtype)
+        d_lse_n = saved_sums(d_lse, "d_lse", qn.shape[:-1], dtype)
     wants_sinks = _wants_sinks(return_d_sinks, sinks)
 
     d4, q4, k4, v4, o4 = (batched(x, 4) for x in (d_out_n, qn, kn, vn, out_n))
@@ -208,9 +208,9 @@ def attention_varlen_backward(
     )
     total_q, heads, _ = qn.shape
     output, sums = (total_q, heads, vn.shape[-1]), (heads, total_q)
-    out_n, d_out_n = _output(out, "out", output, qn.dtype), _output(d_out, "d_out", output, qn.dtype)
-    lse_n = _sums(lse, "lse", sums, np.dtype(np.float32))
-    d_lse_n = None if d_lse is None else batched(_sums(d_lse, "d_lse", sums, np.dtype(np.float32)), 3)
+    out_n, d_out_n = saved_output(out, "out", output, qn.dtype), saved_output(d_out, "d_out", output, qn.dtype)
+    lse_n = saved_sums(lse, "lse", sums, np.dtype(np.float32))
+    d_lse_n = None if d_lse is None else batched(saved_sums(d_lse, "d_lse", sums, np.dtype(np.float32)), 3)
     wants_sinks = _wants_sinks(return_d_sinks, sinks)
 
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (qn, kn, vn))
@@ -239,7 +239,7 @@ def _returned(q: Array, gradients: tuple[NDArray[Any], ...], d_sinks: NDArray[An
     return tuple(like(q, x) for x in results)
 
 
-def _output(x: Array, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def saved_output(x: Array, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     a = as_numpy(x, name)
     if a.shape != shape:
         raise ValueError(f"{name}: got shape {a.shape}, expected {shape}")
@@ -248,7 +248,7 @@ def _output(x: Array, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -
     return a
 
 
-def _sums(x: Array, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def saved_sums(x: Array, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     a = as_numpy(x, name)
     check_floating(a, name)
     if a.shape != shape:

@@ -3,7 +3,20 @@
 from longattn.sparse.anchor_attention import Anchor, anchor_attention
 from longattn.sparse.block_mask import BlockMask
 from longattn.sparse.block_sparse_attention import block_sparse_attention
+from longattn.sparse.block_sparse_attention_backward import block_sparse_attention_backward
 from longattn.sparse.dhsa_select import Dhsa, boundary_logits, boundary_ratios, dhsa_select, pick_boundaries
+from longattn.sparse.dilated_neighborhood_attention import (
+    dilated_neighborhood_attention,
+    dinat_dilations,
+    receptive_field,
+)
+from longattn.sparse.generalized_neighborhood_attention import (
+    TileStats,
+    generalized_neighborhood_attention,
+    gna_tile_stats,
+    visible_tokens,
+)
+from longattn.sparse.halo_attention import halo_attention
 from longattn.sparse.hyper_attention import hyper_attention
 from longattn.sparse.index_sparse_attention import index_sparse_attention
 from longattn.sparse.lightweight_topk_attention import (
@@ -12,6 +25,11 @@ from longattn.sparse.lightweight_topk_attention import (
     next_rho,
     shared_layer,
 )
+from longattn.sparse.neighborhood_attention_backward import (
+    NeighborhoodGradients,
+    neighborhood_attention_backward,
+)
+from longattn.sparse.neighborhood_attention_unfused import na_av, na_qk, neighborhood_attention_unfused
 from longattn.sparse.overlapped_chunk_attention import kernel_pool, overlapped_chunk_attention
 from longattn.sparse.power_of_two_attention import PowerOfTwo, power_of_two_attention
 from longattn.sparse.row_lists import RowLists
@@ -23,36 +41,52 @@ from longattn.sparse.transient_global_attention import (
     t5_relative_table,
     transient_global_attention,
 )
+from longattn.sparse.windowed_attention import windowed_attention
 
 __all__ = [
     "Anchor",
     "BlockMask",
     "Dhsa",
+    "NeighborhoodGradients",
     "PowerOfTwo",
     "RowLists",
     "Sale",
     "Selector",
     "Sparge",
     "SparseStats",
+    "TileStats",
     "anchor_attention",
     "block_sparse_attention",
+    "block_sparse_attention_backward",
     "boundary_logits",
     "boundary_ratios",
     "dhsa_select",
+    "dilated_neighborhood_attention",
+    "dinat_dilations",
+    "generalized_neighborhood_attention",
+    "gna_tile_stats",
+    "halo_attention",
     "hyper_attention",
     "index_sparse_attention",
     "kernel_pool",
     "lightweight_topk_attention",
     "lightweight_topk_select",
     "local_global_attention",
+    "na_av",
+    "na_qk",
+    "neighborhood_attention_backward",
+    "neighborhood_attention_unfused",
     "next_rho",
     "overlapped_chunk_attention",
     "pick_boundaries",
     "power_of_two_attention",
+    "receptive_field",
     "sale_select",
     "shared_layer",
     "sparge_attention",
     "sparse_attention",
     "t5_relative_table",
     "transient_global_attention",
+    "visible_tokens",
+    "windowed_attention",
 ]

@@ -11,9 +11,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 /// Five matrix products where attention has two.
-const BACKWARD: f64 = 2.5;
+pub(crate) const BACKWARD: f64 = 2.5;
 
-fn sums<'a>(name: &'static str, array: &'a Bound<'_, PyUntypedArray>) -> PyResult<TensorView<'a>> {
+pub(crate) fn sums<'a>(name: &'static str, array: &'a Bound<'_, PyUntypedArray>) -> PyResult<TensorView<'a>> {
     Ok(view(name, array)?.with_unit_axis())
 }
 

@@ -8,6 +8,7 @@ mod double;
 mod errors;
 mod index;
 mod linear;
+mod neighbourhood;
 mod options;
 mod prefix_tree;
 mod retrieval;
@@ -62,6 +63,10 @@ mod _core {
     #[pymodule_export]
     use super::linear::scan::{diagonal_scan, selective_scan};
     #[pymodule_export]
+    use super::neighbourhood::{
+        neighbourhood, neighbourhood_backward, neighbourhood_scores, neighbourhood_values, windowed,
+    };
+    #[pymodule_export]
     use super::prefix_tree::{PrefixTree, chunk_attention};
     #[pymodule_export]
     use super::retrieval::retrieval_attention;
@@ -72,7 +77,7 @@ mod _core {
     #[pymodule_export]
     use super::slot_store::{SlotStore, listed_attention, rank_union};
     #[pymodule_export]
-    use super::sparse::{block_sparse, index_sparse};
+    use super::sparse::{block_sparse, block_sparse_backward, index_sparse};
     #[pymodule_export]
     use super::store::{CodedRows, KVStore, Rows};
     #[pymodule_export]

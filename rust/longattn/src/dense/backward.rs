@@ -12,6 +12,9 @@
 //! running, and results do not depend on the number of threads. Memory beyond the gradients is dQ in f32.
 
 mod block;
+mod listed;
+
+pub(crate) use listed::{ListedTile, listed_backward};
 
 use super::rows::widen_row;
 use super::scratch::{Buffer, Scratch, with_scratch};
@@ -25,7 +28,7 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// Query rows per tile, a multiple of every instruction set's `ROWS` and `LANES`.
-const ROWS: usize = 96;
+pub(crate) const ROWS: usize = 96;
 
 /// What a forward call got and gave, and the gradients of what it gave.
 #[derive(Clone, Copy)]
@@ -182,19 +185,9 @@ impl Kernel for Prepare<'_, '_> {
         let sink = problem.options.sinks.map(|sinks| sinks[head]);
         let (mut delta, mut d_sink) = (Vec::with_capacity(rows.len()), 0f64);
         for row in rows.clone() {
-            load_row(s, &forward.out, [batch, head, row], &mut out[..width]);
-            load_row(s, &forward.d_out, [batch, head, row], &mut d_out[..width]);
-            let mut sum = s.zero();
-            for d in (0..width).step_by(S::LANES) {
-                // SAFETY: both buffers have `width` floats, a multiple of LANES.
-                sum = unsafe { s.fma(s.load(out.as_ptr().add(d)), s.load(d_out.as_ptr().add(d)), sum) };
-            }
+            delta.push(delta_of(s, forward, [batch, head, row], &mut out[..width], &mut d_out[..width]));
             let lse = forward.lse.row::<f32>(batch, head, row)[0];
-            let d_lse = forward.d_lse.map_or(0.0, |x| x.row::<f32>(batch, head, row)[0]);
-            // A row without keys or sink gives constants: no gradient, whatever comes for it.
-            let seen = lse != f32::NEG_INFINITY;
-            delta.push(if seen { s.sum(sum) - d_lse } else { 0.0 });
-            if let Some(sink) = sink.filter(|_| seen) {
+            if let Some(sink) = sink.filter(|_| lse != f32::NEG_INFINITY) {
                 d_sink -= f64::from((sink - lse).exp()) * f64::from(delta[delta.len() - 1]);
             }
         }
@@ -208,6 +201,25 @@ impl Kernel for Prepare<'_, '_> {
         let sum = Mutex::new(Sum { next: blocks.start, dq: Buffer::default() });
         Tile { batch, head, rows, blocks, delta, d_sink, sum, turn: Condvar::new() }
     }
+}
+
+/// `sum_d out d_out - d_lse` of a row; the buffers are as wide as a padded row of values.
+#[inline(always)]
+fn delta_of<S: Simd>(s: S, forward: &Forward, row: [usize; 3], out: &mut [f32], d_out: &mut [f32]) -> f32 {
+    assert!(out.len() == d_out.len() && out.len().is_multiple_of(S::LANES));
+    load_row(s, &forward.out, row, out);
+    load_row(s, &forward.d_out, row, d_out);
+    let mut sum = s.zero();
+    for d in (0..out.len()).step_by(S::LANES) {
+        // SAFETY: both buffers have one length, a multiple of LANES.
+        sum = unsafe { s.fma(s.load(out.as_ptr().add(d)), s.load(d_out.as_ptr().add(d)), sum) };
+    }
+    let [batch, head, row] = row;
+    // A row without keys or sink gives constants: no gradient, whatever comes for it.
+    if forward.lse.row::<f32>(batch, head, row)[0] == f32::NEG_INFINITY {
+        return 0.0;
+    }
+    s.sum(sum) - forward.d_lse.map_or(0.0, |x| x.row::<f32>(batch, head, row)[0])
 }
 
 /// Widens row `[batch, head, row]`; `to` is padded with zeros up to its length, a multiple of `LANES`.

@@ -259,7 +259,7 @@ fn attend(
             *id = call.id(segment.sequences.start + r / group, kv_head, r % group);
         }
         let visible = vec![0..segment.index.len(); rows.len()];
-        let list = Some(List { index: &segment.index, bias: None, visible: &visible });
+        let list = Some(List { index: &segment.index, bias: None, visible: &visible, patch: None });
         let (problem, ids) = (&call.job.problem, &ids[..rows.len()]);
         with_scratch(|scratch| dispatch(isa, Item { problem, ids, keys, list, scratch, finish: None }))
     })?;

@@ -1,6 +1,7 @@
 //! The keys that a block of query rows attends to: a range of them, blocks of them, or rows picked one by one.
 
 use super::Problem;
+use super::grid::Patch;
 use std::ops::Range;
 
 /// Keys picked by a list: key `j` of it is row `index[j]` of the problem.
@@ -11,6 +12,15 @@ pub(crate) struct List<'a> {
     pub(crate) bias: Option<&'a [f32]>,
     /// What each of the query rows sees, counted along the list.
     pub(crate) visible: &'a [Range<usize>],
+    /// The box that the keys fill, of whose keys each row sees a smaller box.
+    pub(crate) patch: Option<&'a Patch<'a>>,
+}
+
+impl List<'_> {
+    /// Whether it changes logits, options aside.
+    pub(crate) fn changes_scores(&self) -> bool {
+        self.bias.is_some() || self.patch.is_some()
+    }
 }
 
 /// Keys of a block of query rows.
@@ -22,6 +32,8 @@ pub(crate) enum Keys<'a> {
     Blocks { blocks: &'a [u32], bounds: &'a [usize] },
     /// Rows, ascending, and what is added to their logits.
     Rows { index: &'a [u32], bias: Option<&'a [f32]> },
+    /// A box of a grid.
+    Patch(&'a Patch<'a>),
 }
 
 impl<'a> Keys<'a> {
@@ -33,6 +45,7 @@ impl<'a> Keys<'a> {
                 blocks.iter().map(|&b| bounds[b as usize + 1] - bounds[b as usize]).sum()
             }
             Self::Rows { index, .. } => index.len(),
+            Self::Patch(patch) => patch.index().len(),
         }
     }
 
@@ -52,6 +65,7 @@ impl<'a> Keys<'a> {
                 let part = along(index, &span);
                 Self::Rows { index: &index[part.clone()], bias: bias.map(|bias| &bias[part]) }
             }
+            Self::Patch(patch) => Self::Patch(patch),
         }
     }
 
@@ -70,6 +84,23 @@ impl<'a> Keys<'a> {
                 Some(buffer)
             }
             Self::Rows { index, .. } => Some(index),
+            Self::Patch(patch) => Some(patch.index()),
+        }
+    }
+
+    /// The box that the keys are.
+    pub(crate) fn patch(&self) -> Option<&'a Patch<'a>> {
+        match self {
+            Self::Patch(patch) => Some(patch),
+            _ => None,
+        }
+    }
+
+    /// What query row `row` sees of the keys, counted along their list `index`.
+    pub(crate) fn visible(&self, problem: &Problem, index: &[u32], row: usize) -> Range<usize> {
+        match self {
+            Self::Patch(patch) => patch.visible(row),
+            _ => visible_along(problem, index, row),
         }
     }
 
@@ -83,7 +114,7 @@ impl<'a> Keys<'a> {
 }
 
 /// What causality and window leave query row `row` of the keys `index`, counted along them.
-pub(crate) fn visible_along(problem: &Problem, index: &[u32], row: usize) -> Range<usize> {
+fn visible_along(problem: &Problem, index: &[u32], row: usize) -> Range<usize> {
     let visible = problem.visible(row);
     if visible == (0..problem.keys) { 0..index.len() } else { along(index, &visible) }
 }

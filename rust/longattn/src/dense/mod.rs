@@ -8,12 +8,13 @@
 //! ```
 //! How the work is cut depends on shapes only, so results do not depend on the number of threads.
 
-mod backward;
+pub(crate) mod backward;
 pub(crate) mod bytes;
 mod chunk;
 mod code_values;
 mod codes;
 pub mod double;
+pub(crate) mod grid;
 pub(crate) mod keys;
 pub(crate) mod listed;
 pub(crate) mod logits;
@@ -35,6 +36,7 @@ mod weights;
 
 pub use backward::{Forward, Gradients, attention_backward, attention_varlen_backward};
 pub use chunk::{ChunkOptions, chunk_attention};
+pub use grid::{Axis, Grid, GridBias, Interval};
 pub use listed::{Reduce, listed_attention};
 pub use merge::merge;
 pub use options::{Broadcast, Options, RelativeBias, Segments, State};
@@ -47,7 +49,7 @@ use crate::parallel::Execution;
 use crate::simd::{self, Kernel, Simd, dispatch};
 use crate::tensor::{DType, Element, Error, KvView, Result, TensorView, TensorViewMut, with_element};
 use bytes::{ByteKeys, ByteRows};
-use keys::{Keys, List, visible_along};
+use keys::{Keys, List};
 use rows::{Indexed, widen_row, with_rows};
 use run::{Job, Partial, run};
 use scores::{RowId, Running, exp_difference};
@@ -202,16 +204,16 @@ fn visible_keys(
 }
 
 /// Some rows of one KV head and the keys that they attend to.
-struct Item<'a, 's> {
-    problem: &'a Problem<'a>,
+pub(crate) struct Item<'a, 's> {
+    pub(crate) problem: &'a Problem<'a>,
     /// At most [`QUERY_ROWS`].
-    ids: &'a [RowId],
+    pub(crate) ids: &'a [RowId],
     /// Keys of the problem, or of the list.
-    keys: Range<usize>,
-    list: Option<List<'a>>,
-    scratch: &'s mut Scratch,
+    pub(crate) keys: Range<usize>,
+    pub(crate) list: Option<List<'a>>,
+    pub(crate) scratch: &'s mut Scratch,
     /// Where the results go, and the keys once more, if this is all there is of the rows.
-    finish: Option<(&'a Job<'a, 'a>, &'a Keys<'a>)>,
+    pub(crate) finish: Option<(&'a Job<'a, 'a>, &'a Keys<'a>)>,
 }
 
 impl Kernel for Item<'_, '_> {
@@ -291,7 +293,7 @@ impl Kernel for Item<'_, '_> {
 
 /// Widens and scales one query row; `to` is padded with zeros.
 #[inline(always)]
-fn load_query<S: Simd>(s: S, problem: &Problem, id: RowId, to: &mut [f32]) {
+pub(crate) fn load_query<S: Simd>(s: S, problem: &Problem, id: RowId, to: &mut [f32]) {
     with_element!(problem.q.dtype(), Q => {
         let row = problem.q.row::<Q>(id.batch, id.head, id.row);
         // SAFETY: the row has `dim` elements, `to` its padded length.
@@ -418,8 +420,8 @@ fn careful_row(job: &Job, id: RowId, keys: &Keys) {
                             stream::attend(s, problem, &[id], k, v, keys, None, &mut state, &mut scores, true)
                         }
                         Some(index) => {
-                            let visible = [visible_along(problem, index, id.row)];
-                            let list = List { index, bias: keys.bias(), visible: &visible };
+                            let visible = [keys.visible(problem, index, id.row)];
+                            let list = List { index, bias: keys.bias(), visible: &visible, patch: keys.patch() };
                             let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
                             let (all, seen) = (visible[0].clone(), Seen::Listed(&list));
                             stream::attend_seen(s, problem, &[id], k, v, all, seen, &mut state, &mut scores, true)

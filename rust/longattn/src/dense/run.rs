@@ -5,7 +5,7 @@
 //! partials of one row block merged in order            -> output and lse
 //! ```
 
-use super::keys::{Keys, List, visible_along};
+use super::keys::{Keys, List};
 use super::scores::{RowId, Running};
 use super::scratch::with_scratch;
 use super::stream::MAX_QUERY_ROWS;
@@ -174,8 +174,8 @@ pub(crate) fn run_blocks(isa: Isa, jobs: &[Job], blocks: &[RowBlock], execution:
         let ids = &ids[..block.rows.len()];
         let (mut buffer, mut visible) = (Vec::new(), Vec::new());
         let list = block.keys.index(&mut buffer).map(|index| {
-            visible.extend(ids.iter().map(|id| visible_along(problem, index, id.row)));
-            List { index, bias: block.keys.bias(), visible: &visible }
+            visible.extend(ids.iter().map(|id| block.keys.visible(problem, index, id.row)));
+            List { index, bias: block.keys.bias(), visible: &visible, patch: block.keys.patch() }
         });
         let partial = with_scratch(|scratch| dispatch(isa, Item { problem, ids, keys, list, scratch, finish }));
         if partial.is_some() {

@@ -111,7 +111,10 @@ pub(crate) fn modify_listed<S: Simd>(
         }
     }
     if let Some(bias) = list.bias {
-        add(scores, &bias[keys]);
+        add(scores, &bias[keys.clone()]);
+    }
+    if let Some(patch) = list.patch {
+        patch.modify(problem.query_heads, problem.queries, id, scores, keys);
     }
 }
 

@@ -568,7 +568,7 @@ impl Kernel for BlockWeights<'_, '_> {
             };
             visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start
         };
-        let biased = matches!(seen, Seen::Listed(List { bias: Some(_), .. }));
+        let biased = matches!(seen, Seen::Listed(list) if list.changes_scores());
         if biased || !problem.options.is_plain() {
             for (r, &id) in ids.iter().enumerate() {
                 let row = &mut scores[r * KEYS..r * KEYS + padded];

@@ -297,13 +297,13 @@ pub(crate) unsafe fn pack_values<S: Simd, V: Rows>(
 }
 
 /// [`pack_transposed`] as a part of a kernel.
-pub(super) struct PackKeys<K> {
-    pub(super) k: K,
-    pub(super) keys: Range<usize>,
-    pub(super) dim: usize,
-    pub(super) padded_dim: usize,
-    pub(super) wide: *mut f32,
-    pub(super) to: *mut f32,
+pub(crate) struct PackKeys<K> {
+    pub(crate) k: K,
+    pub(crate) keys: Range<usize>,
+    pub(crate) dim: usize,
+    pub(crate) padded_dim: usize,
+    pub(crate) wide: *mut f32,
+    pub(crate) to: *mut f32,
 }
 
 impl<K: Rows> Kernel for PackKeys<K> {
@@ -316,13 +316,13 @@ impl<K: Rows> Kernel for PackKeys<K> {
 }
 
 /// [`pack_values`] as a part of a kernel.
-struct PackValues<V> {
-    v: V,
-    keys: Range<usize>,
-    dim: usize,
-    padded_dim: usize,
-    wide: *mut f32,
-    to: *mut f32,
+pub(crate) struct PackValues<V> {
+    pub(crate) v: V,
+    pub(crate) keys: Range<usize>,
+    pub(crate) dim: usize,
+    pub(crate) padded_dim: usize,
+    pub(crate) wide: *mut f32,
+    pub(crate) to: *mut f32,
 }
 
 impl<V: Rows> Kernel for PackValues<V> {
@@ -417,7 +417,7 @@ pub(crate) fn attend<S: Simd>(
     let (dp, vp) = (state.padded_dim, state.padded_value_dim);
     assert!(KEYS.is_multiple_of(panel) && vp % panel == 0 && ids.len() == state.running.len());
     assert!(state.queries.len() >= tiles * S::ROWS * dp && state.outputs.len() >= tiles * S::ROWS * vp);
-    let plain = problem.options.is_plain() && list.is_none_or(|list| list.bias.is_none());
+    let plain = problem.options.is_plain() && list.is_none_or(|list| !list.changes_scores());
     let skips = problem.options.skip_threshold > 0.0;
     let packed_keys = key_buffer.take(KEYS * dp);
     let packed_values = value_buffer.take(KEYS * vp);
@@ -504,29 +504,30 @@ pub(crate) fn attend<S: Simd>(
                 continue;
             }
             let rows = t * S::ROWS..((t + 1) * S::ROWS).min(ids.len());
+            // Whole vectors around what is seen; beyond them nothing is read below.
+            let (low, high) = (range.0 / S::LANES * S::LANES, range.1.next_multiple_of(S::LANES));
+            let visible_of = |r: usize| visible_of(r, start + low, end.min(start + high));
             if matches!(state.form, Form::Pairs) && problem.options.row_scales.is_some() {
                 for r in rows.clone() {
-                    scale_row(s, &mut scores[r * KEYS..r * KEYS + columns], problem.row_scale(ids[r]));
+                    scale_row(s, &mut scores[r * KEYS + low..r * KEYS + high], problem.row_scale(ids[r]));
                 }
             }
             if !plain {
                 for r in rows.clone() {
-                    let row = &mut scores[r * KEYS..r * KEYS + columns];
+                    let row = &mut scores[r * KEYS + low..r * KEYS + high];
                     match list {
-                        None => modify(s, problem, ids[r], row, start),
-                        Some(list) => modify_listed(s, problem, ids[r], row, list, start..end),
+                        None => modify(s, problem, ids[r], row, start + low),
+                        Some(list) => {
+                            modify_listed(s, problem, ids[r], row, list, start + low..end.min(start + high));
+                        }
                     }
                 }
             }
             if skips {
                 let mut all = true;
                 for r in rows.clone() {
-                    all &= is_negligible(
-                        problem,
-                        &scores[r * KEYS..][..columns],
-                        visible_of(r, start, end),
-                        state.running[r],
-                    );
+                    let row = &scores[r * KEYS + low..r * KEYS + high];
+                    all &= is_negligible(problem, row, visible_of(r), state.running[r]);
                 }
                 if all {
                     // Nothing of the block is added below.
@@ -535,8 +536,8 @@ pub(crate) fn attend<S: Simd>(
                 }
             }
             for r in rows {
-                let row = &mut scores[r * KEYS..r * KEYS + columns];
-                let (running, factor) = online_softmax(s, row, visible_of(r, start, end), state.running[r]);
+                let row = &mut scores[r * KEYS + low..r * KEYS + high];
+                let (running, factor) = online_softmax(s, row, visible_of(r), state.running[r]);
                 state.running[r] = running;
                 if factor != 1.0 {
                     scale_row(s, &mut state.outputs[r * vp..(r + 1) * vp], factor);

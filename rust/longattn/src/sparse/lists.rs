@@ -1,8 +1,10 @@
 //! Attention over lists of key blocks or of keys.
 
+use crate::dense::backward::{ListedTile, ROWS, listed_backward};
 use crate::dense::keys::Keys;
 use crate::dense::run::{Job, RowBlock, push_row_blocks, run_blocks};
-use crate::dense::{Options, Problem, check_outputs};
+use crate::dense::scores::RowId;
+use crate::dense::{Forward, Gradients, Options, Problem, check_outputs};
 use crate::parallel::Execution;
 use crate::simd;
 use crate::tensor::{Error, KvView, Result, TensorView, TensorViewMut};
@@ -140,6 +142,38 @@ pub fn block_sparse<'a>(
     lists.check(&problem, bounds.len() - 1)?;
     let row_blocks = lists.row_blocks(&problem, |list| Keys::Blocks { blocks: lists.list(list), bounds });
     run_blocks(simd::current(), &[Job::new(problem, out, lse)], &row_blocks, execution)
+}
+
+/// Gradients of [`block_sparse`]; those of [`attention_backward`](crate::dense::attention_backward) over the listed blocks.
+pub fn block_sparse_backward(
+    forward: Forward,
+    blocks: BlockLists,
+    gradients: &mut Gradients,
+    execution: &Execution,
+) -> Result<()> {
+    let problem = Problem::new(forward.q, forward.k.into(), forward.v.into(), forward.options)?;
+    let BlockLists { lists, key_bounds: bounds } = blocks;
+    check_bounds("key blocks", bounds, problem.keys)?;
+    lists.check(&problem, bounds.len() - 1)?;
+    let sharing = problem.query_heads / lists.heads;
+    let together = sharing.min(problem.group).max(1);
+    // Part of a group's heads, block of queries, and rows of these (queries times heads) of each tile.
+    let mut tiles: Vec<(usize, usize, Range<usize>)> = Vec::new();
+    for part in 0..problem.group / together {
+        for (block, queries) in lists.query_bounds.windows(2).enumerate() {
+            let (first, end) = (queries[0] * together, queries[1] * together);
+            tiles.extend((first..end).step_by(ROWS).map(|row| (part, block, row..end.min(row + ROWS))));
+        }
+    }
+    let visit = |[batch, kv_head]: [usize; 2], tile: usize, with: &mut dyn FnMut(ListedTile)| {
+        let (part, block, rows) = &tiles[tile];
+        let first = kv_head * problem.group + part * together;
+        let list = (batch.min(lists.batch - 1) * lists.heads + first / sharing) * lists.query_blocks() + block;
+        let id = |r: usize| RowId { batch, head: first + r % together, row: r / together };
+        let ids: Vec<RowId> = rows.clone().map(id).collect();
+        with(ListedTile { ids: &ids, keys: &Keys::Blocks { blocks: lists.list(list), bounds } });
+    };
+    listed_backward(forward, gradients, None, tiles.len(), &visit, execution)
 }
 
 /// Softmax attention of each block of queries over listed keys; otherwise as [`crate::dense::attention`]. `max`, shaped as `lse`,

@@ -4,17 +4,20 @@
 //! what stands for blocks (pool.rs), hashes (hash.rs)
 //! logits of many rows (scan.rs), what is best of them (select.rs)   -> lists: of key blocks, or of keys, per head and query block
 //! lists x dense kernels (tile.rs, stream.rs)                        -> output and lse
+//! windows of a grid, tile by tile (neighbourhood)                   -> output and lse
 //! ```
 //! Time goes with the number of keys in the lists.
 
 mod hash;
 mod lists;
+mod neighbourhood;
 mod pool;
 mod scan;
 mod select;
 
 pub use hash::{HashLists, HashOrder, MAX_BITS, hash_lists, hash_order};
-pub use lists::{BlockLists, Lists, RowLists, block_sparse, index_sparse};
+pub use lists::{BlockLists, Lists, RowLists, block_sparse, block_sparse_backward, index_sparse};
+pub use neighbourhood::{neighbourhood, neighbourhood_backward, neighbourhood_scores, neighbourhood_values};
 pub use pool::block_means;
 pub use scan::Selection;
 pub use select::{

@@ -250,6 +250,11 @@ impl<'a> TensorViewMut<'a> {
         TensorViewMut { ptr, shape: [1, h, l, d], dtype: self.dtype, strides: self.strides, memory: PhantomData }
     }
 
+    /// The same memory for reading, for the time of this borrow. What is read while rows are written is not determined.
+    pub(crate) fn as_view(&self) -> TensorView<'_> {
+        TensorView { ptr: self.ptr, dtype: self.dtype, shape: self.shape, strides: self.strides, memory: PhantomData }
+    }
+
     /// Pointer to one row of `shape[3]` elements. Two workers may hold pointers to different rows at once.
     #[inline]
     pub(crate) fn row_ptr<T: Element>(&self, batch: usize, head: usize, row: usize) -> *mut T {

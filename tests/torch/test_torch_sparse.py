@@ -1,0 +1,243 @@
+"""`longattn.torch` over windows of grids and over blocks: gradients and whole graphs."""
+
+import numpy as np
+import pytest
+
+import longattn as la
+import tolerances
+from longattn.reference import sparse as reference
+from random_arrays import normal, qkv
+from random_lists import random_mask
+
+torch = pytest.importorskip("torch")
+
+import longattn.torch  # noqa: E402
+
+neighborhood = longattn.torch.neighborhood_attention
+block_sparse = longattn.torch.block_sparse_attention
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def dense(q, k, v, mask, *, bias=None, scale=None, softcap=0.0):
+    """Output and lse by torch's own operations in float64; q, k and v `[B, H, L, D]`."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias
+    logits = logits.masked_fill(~mask, -torch.inf)
+    lse = logits.logsumexp(-1)
+    return (logits - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp() @ v, lse
+
+
+def compare(function, oracle, arrays, out_tolerance):
+    """Results and gradients of a fixed linear form, beside those of the oracle in float64."""
+    generator = torch.Generator().manual_seed(0)
+    found, expected = [], []
+    for call, dtype, into in ((function, None, found), (oracle, torch.float64, expected)):
+        inputs = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in arrays]
+        results = call(*inputs)
+        if not expected and into is found:
+            weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in results]
+        present = [x for x in inputs if x is not None]
+        grads = torch.autograd.grad(results, present, [w.to(x.dtype) for w, x in zip(weights, results, strict=True)])
+        into += [*results, *grads]
+    for ours, theirs in zip(found, expected, strict=True):
+        largest = float(theirs.abs().max())
+        np.testing.assert_allclose(
+            ours.detach().double().numpy(), theirs.detach().numpy(), rtol=out_tolerance, atol=out_tolerance * largest
+        )
+
+
+CASES = [
+    ((23,), {"window": 6}),
+    ((40,), {"window": 9, "stride": 3, "causal": True}),
+    ((9, 10), {"window": 5}),
+    ((11, 12), {"window": (3, 4), "dilation": (3, 2), "causal": (True, False)}),
+    ((17, 18), {"window": (5, 8), "stride": (2, 3)}),
+    ((3, 5, 6), {"window": (2, 3, 5), "causal": (False, True, False)}),
+]
+
+
+def grid_tensors(rng, shape, *, heads=4, kv_heads=2, dim=8, value_dim=6, extra=0, window=None, dtype=torch.float32):
+    arrays = [normal(rng, (2, heads, *shape, dim)), *(normal(rng, (2, kv_heads, *shape, d)) for d in (dim, value_dim))]
+    arrays += [normal(rng, (2, kv_heads, extra, d)) if extra else None for d in (dim, value_dim)]
+    sizes = reference.spread(window, len(shape)) if window else None
+    arrays.append(normal(rng, (heads, *(2 * w - 1 for w in sizes))) if sizes else None)
+    return [None if x is None else torch.from_numpy(x).to(dtype) for x in arrays]
+
+
+def oracle_of(shape, rule, **options):
+    mask = torch.from_numpy(reference.neighborhood_mask(shape, **rule))
+    sizes, gaps = (reference.spread(rule.get(name, 1), len(shape)) for name in ("window", "dilation"))
+
+    def call(q, k, v, extra_k=None, extra_v=None, table=None):
+        grid = q.shape[:-1]
+        q, k, v = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (q, k, v))
+        bias, seen = None, mask
+        if table is not None:
+            tokens = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, len(shape))
+            places = tokens // np.array(gaps)
+            entry = np.clip(places[None] - places[:, None] + np.array(sizes) - 1, 0, 2 * np.array(sizes) - 2)
+            bias = table[(slice(None), *map(torch.from_numpy, np.moveaxis(entry, -1, 0)))]
+        if extra_k is not None:
+            more = extra_k.shape[2]
+            k, v = torch.cat([extra_k, k], 2), torch.cat([extra_v, v], 2)
+            seen = torch.cat([torch.ones(len(mask), more, dtype=torch.bool), mask], 1)
+            if bias is not None:
+                bias = torch.cat([bias.new_zeros(*bias.shape[:2], more), bias], 2)
+        out, lse = dense(q, k, v, seen, bias=bias, **options)
+        return out.reshape(*grid, -1), lse.reshape(grid)
+
+    return call
+
+
+@pytest.mark.parametrize(("shape", "rule"), CASES)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients_of_neighborhoods(rng, isa, shape, rule, with_bias):
+    arrays = grid_tensors(rng, shape, window=rule["window"] if with_bias else None)
+    given = [x for x in arrays if x is not None]
+
+    def ours(q, k, v, bias=None):
+        return neighborhood(q, k, v, bias=bias, return_lse=True, **rule)
+
+    oracle = oracle_of(shape, rule)
+    compare(ours, lambda q, k, v, bias=None: oracle(q, k, v, None, None, bias), given, 2e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_gradients_with_extra_keys_and_options(rng, isa, softcap):
+    shape, rule = (9, 10), {"window": 3}
+    arrays = grid_tensors(rng, shape, extra=5, window=3)
+
+    def ours(q, k, v, extra_k, extra_v, bias):
+        given = {"extra_k": extra_k, "extra_v": extra_v, "bias": bias}
+        return neighborhood(q, k, v, scale=0.4, softcap=softcap, return_lse=True, **given, **rule)
+
+    compare(ours, oracle_of(shape, rule, scale=0.4, softcap=softcap), arrays, 2e-5)
+
+
+def test_gradients_of_large_groups_and_grids(rng, isa):
+    shape, rule = (21, 22), {"window": 7}
+    compare(
+        lambda q, k, v: neighborhood(q, k, v, return_lse=True, **rule),
+        oracle_of(shape, rule),
+        grid_tensors(rng, shape, heads=8, kv_heads=1, dim=20)[:3],
+        2e-5,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_storage_dtypes(rng, dtype):
+    shape, rule = (9, 10), {"window": 5}
+    tensors = grid_tensors(rng, shape, dtype=dtype)[:3]
+    tolerance = {torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
+    compare(lambda *x: neighborhood(*x, return_lse=True, **rule), oracle_of(shape, rule), tensors, tolerance)
+
+
+def test_threads_do_not_matter(rng):
+    q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (20, 21))[:3])
+    before, found = la.get_num_threads(), []
+    for threads in (1, 2):
+        la.set_num_threads(threads)
+        found.append(torch.autograd.grad(neighborhood(q, k, v, window=5).square().sum(), (q, k, v)))
+    la.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("block", [(16, 16), (50, 7), (200, 64)])
+def test_gradients_of_blocks(rng, isa, heads, block, causal):
+    q, k, v = (torch.from_numpy(x) for x in qkv(rng, batch=2, rows=130, keys=170, dim=12, value_dim=9))
+    mask = random_mask(rng, batch=2, heads=heads, lengths=(130, 170), block_q=block[0], block_k=block[1])
+    seen = torch.from_numpy(np.repeat(mask.to_dense_mask(), 4 // heads, axis=1))
+    if causal:
+        seen = seen & (torch.arange(170) <= torch.arange(40, 170)[:, None])
+    # Rows without keys have an lse of -inf, whose gradient is none.
+    compare(
+        lambda q, k, v: (block_sparse(q, k, v, mask, causal=causal),),
+        lambda q, k, v: dense(q, k, v, seen)[:1],
+        (q, k, v),
+        2e-5,
+    )
+
+
+def test_gradients_of_blocks_with_options(rng):
+    q, k, v = (torch.from_numpy(x) for x in qkv(rng, rows=100, keys=100))
+    mask = random_mask(rng, lengths=(100, 100), block_q=32, block_k=16) | la.BlockMask.from_blocks(
+        np.ones((4, 7), bool), lengths=(100, 100), block_q=32, block_k=16
+    )
+    place = torch.arange(100)
+    seen = (place <= place[:, None]) & (place >= place[:, None] - 20)
+    options = {"scale": 0.3, "softcap": 2.0}
+    compare(
+        lambda *x: block_sparse(*x, mask, causal=True, window=(20, 0), return_lse=True, **options),
+        lambda *x: dense(*x, seen, **options),
+        (q, k, v),
+        2e-5,
+    )
+
+
+def test_same_numbers_as_without_autograd(rng):
+    q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (9, 10))[:3])
+    out = neighborhood(q, k, v, window=3)
+    with torch.no_grad():
+        assert torch.equal(out, la.sparse.generalized_neighborhood_attention(q, k, v, window=3))
+
+
+def test_opcheck(rng):
+    q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (4, 5), dim=3, value_dim=2)[:3])
+    rule = [3, 3], [1, 1], [1, 1], [False, False]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    operator = torch.ops.longattn.neighborhood_attention.default
+    torch.library.opcheck(operator, (q, k, v, *rule, None, None, None, None, 0.0), test_utils=checks)
+
+
+def test_second_derivatives_are_refused(rng):
+    q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (6,))[:3])
+    (dq,) = torch.autograd.grad(neighborhood(q, k, v, window=3).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"longattn\.torch: got a second backward pass"):
+        dq.sum().backward()
+
+
+def test_nan_reaches_only_what_sees_it(rng):
+    q, k, v = grid_tensors(rng, (20,), heads=1, kv_heads=1)[:3]
+    k[0, 0, 10, 0] = torch.nan
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    gradients = torch.autograd.grad(neighborhood(*inputs, window=3).sum(), inputs)
+    near = np.abs(np.arange(20) - 10)
+    for gradient, reach in zip(gradients, (1, 2, 2), strict=True):
+        bad = gradient[0, 0].isnan().any(-1).numpy()
+        assert (bad == (near <= reach)).all()
+        assert not gradient[1].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda x: neighborhood(x, x, x, window=9), ValueError, "window: got 9"),
+        (lambda x: neighborhood(x, x.numpy(), x, window=3), TypeError, "k: got ndarray"),
+        (lambda x: neighborhood(x, x.to("meta"), x, window=3), ValueError, "k: got a tensor on device meta"),
+        (lambda x: block_sparse(x, x, x, None), TypeError, "block_mask: got NoneType"),
+    ],
+)
+def test_bad_input(call, error, words):
+    with pytest.raises(error, match=words):
+        call(torch.zeros(1, 2, 8, 4))
+
+
+def test_reference_and_gradients_agree_with_tolerances(rng):
+    q, k, v = (x.numpy() for x in grid_tensors(rng, (9, 10), dim=8, value_dim=8)[:3])
+    out, lse = la.sparse.generalized_neighborhood_attention(q, k, v, window=3, return_lse=True)
+    found = la.sparse.neighborhood_attention_backward(np.ones_like(out), q, k, v, out, lse, window=3)
+    # Rows of weights sum to 1: so do the gradients of values, over all queries of a group.
+    tolerances.check_linear(found.dv.sum(axis=(2, 3)), np.full((2, 2, 8), 180.0), 180.0, 180)
