@@ -6,7 +6,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longattn.bench import (compare, decode, drift, error, external, growth, nearest, neighbourhood, prefill, targets, verified)
+from longattn.bench import (
+    compare,
+    decode,
+    drift,
+    error,
+    external,
+    growth,
+    nearest,
+    neighbourhood,
+    prefill,
+    targets,
+    verified,
+)
 from longattn.bench.plots import Bars, Panel, Scatter, series
 from longattn.bench.results import Result, Row
 from longattn.bench.tables import Column, count, grid, table
