@@ -6,7 +6,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longattn.bench import compare, decode, drift, error, external, growth, nearest, prefill, targets, verified
+from longattn.bench import (
+    compare,
+    decode,
+    drift,
+    error,
+    external,
+    growth,
+    nearest,
+    prefill,
+    retrieval,
+    targets,
+    verified,
+)
 from longattn.bench.plots import Bars, Panel, Scatter, series
 from longattn.bench.results import Result, Row
 from longattn.bench.tables import Column, count, grid, table
@@ -158,6 +170,14 @@ def _compare_tables(found: Sequence[Result]) -> list[str]:
         mine.sort(key=lambda row: row.get("error_v") or 0)
         lines += ["", f"{vectors}, {keys} keys, {count(threads)}:", "", *table(mine, compare.COLUMNS[2:])]
     return lines
+
+
+def _retrieval_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, "retrieval")
+    if not rows:
+        return []
+    scans = [row for row in rows if row.get("scan_gb_s")]
+    return ["", *table(rows, retrieval.COLUMNS), "", *table(scans, retrieval.SCAN_COLUMNS)]
 
 
 def _verified_tables(found: Sequence[Result]) -> list[str]:
@@ -358,6 +378,16 @@ SECTIONS: tuple[Section, ...] = (
         "same share of the values' rms norm. `slope`: of log time over log length. Empty cells were not run, for the "
         "reason in the last column.",
         _growth_tables,
+    ),
+    Section(
+        "retrieval",
+        "Retrieval attention: a decode step over codes of all keys",
+        "`retrieval_attention` over 4-bit signatures beside exact attention and torch, by data set: time, and error "
+        "relative to the norm of the output and to the rms row norm of V. `rows only`: without the estimate of the "
+        "rest. Second table: `scan` reads the codes of every key, scores them and sums the scores; `of read`: bytes of "
+        "codes a second over the read bandwidth measured just before; `weigh` turns scores into shares of the mass; "
+        "`select` picks the rows. Times are of the threads' work, spread over the threads.",
+        _retrieval_tables,
     ),
     Section(
         "verified",
