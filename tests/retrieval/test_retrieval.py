@@ -394,7 +394,7 @@ def hash_problem(rng, kv_heads, count, dim, code_bits, *, group, rows_=1, dtype=
 def test_hash_codes_rank_by_hamming_distance(rng, isa, use_norm, shape):
     code_bits, group, top_k = shape
     s, weights, q = hash_problem(rng, 2, 1000, 24, code_bits, group=group, rows_=2, dtype=BF16)
-    index = la.index.Signatures(s, bits=1, hash_weights=weights, use_norm=use_norm)
+    index = la.index.Hashes(s, weights, use_norm=use_norm)
     call = {"top_k": top_k, "sinks": 3, "window": 40, "scale": 0.125}
     result = la.retrieval_attention(q, s, index, return_selected=True, **call)
     oracle = reference.hata_topk_attention(q, s.keys, s.values, weights, use_norm=use_norm, coded=len(index), **call)
@@ -413,7 +413,7 @@ def test_hash_codes_ignore_the_length_of_keys_unless_asked(rng):
     chosen = {}
     for use_norm in (False, True):
         for name, of in (("plain", s), ("stretched", stretched)):
-            index = la.index.Signatures(of, bits=1, hash_weights=weights, use_norm=use_norm)
+            index = la.index.Hashes(of, weights, use_norm=use_norm)
             result = la.retrieval_attention(q, of, index, top_k=20, window=16, return_selected=True)
             chosen[use_norm, name] = result.stats.selected[0][0].tolist()
     assert chosen[False, "plain"] == chosen[False, "stretched"]

@@ -171,7 +171,7 @@ def test_hash_codes_grow_and_shrink(rng):
     weights = rng.integers(-2, 3, (1, 16, 64)).astype(np.float32)
     q = rng.integers(-3, 4, (2, 1, 16)).astype(np.float32)
     s = store_of(keys[:, :600], values[:, :600])
-    index = la.index.Signatures(s, bits=1, hash_weights=weights, use_norm=True)
+    index = la.index.Hashes(s, weights, use_norm=True)
     for at, cut in ((600, 300), (1100, 1000), (1500, 0), (800, 800)):
         if at > len(s):
             s.append(keys[:, len(s) : at], values[:, len(s) : at])

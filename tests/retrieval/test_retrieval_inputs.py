@@ -12,7 +12,7 @@ from random_stores import queries, rows, store
 RNG = np.random.default_rng(0)
 STORE = store(RNG, 2, 600, 16, 8)
 INDEX = la.index.Signatures(STORE)
-HASHED = la.index.Signatures(STORE, bits=1, hash_weights=normal(RNG, (2, 16, 32)))
+HASHED = la.index.Hashes(STORE, normal(RNG, (2, 16, 32)))
 OTHER = la.index.Signatures(STORE.fork())
 EMPTY = la.KVStore(2, 16, 8, capacity=16)
 Q = queries(RNG, 4, 3, 16)
@@ -57,9 +57,9 @@ BAD = [
     (
         {"top_k": None, "top_p": 0.5, "index": HASHED},
         ValueError,
-        "top_p: got an index of signatures that estimates nothing",
+        "top_p: got an index of hashes that estimates nothing",
     ),
-    ({"rest": "values", "index": HASHED}, ValueError, "rest: got values with signatures that estimate nothing"),
+    ({"rest": "values", "index": HASHED}, ValueError, "rest: got values with hashes that estimate nothing"),
     ({"rest": "value"}, ValueError, "rest: got 'value', expected 'values', 'none', 'sampled' or None"),
     ({"rest": True}, ValueError, "rest: got True"),
     ({"sinks": -1}, ValueError, "sinks: got -1, expected at least 0"),

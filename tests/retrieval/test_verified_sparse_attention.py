@@ -368,7 +368,7 @@ def test_statistics(rng):
 RNG = np.random.default_rng(0)
 STORE = store(RNG, 2, 600, 16, 8)
 INDEX = la.index.Signatures(STORE)
-HASHED = la.index.Signatures(STORE, bits=1, hash_weights=normal(RNG, (2, 16, 32)))
+HASHED = la.index.Hashes(STORE, normal(RNG, (2, 16, 32)))
 Q = queries(RNG, 4, 3, 16)
 
 BAD = [
@@ -387,11 +387,11 @@ BAD = [
     ({"epsilon": 0.1, "top_k": 5}, ValueError, "epsilon: got 0.1 beside top_k=5, expected epsilon alone"),
     ({"epsilon": 0.1, "top_p": 0.5}, ValueError, "epsilon: got 0.1 beside top_p=0.5"),
     ({"epsilon": 0.1, "rest": "none"}, ValueError, "epsilon: got 0.1 beside rest='none'"),
-    ({"epsilon": 0.1, "index": HASHED}, ValueError, "epsilon: got 0.1 with Signatures that weigh no single rows"),
+    ({"epsilon": 0.1, "index": HASHED}, ValueError, "epsilon: got 0.1 with Hashes that weigh no single rows"),
     ({"delta": 0.1}, ValueError, "delta: got 0.1 without epsilon"),
     ({"relative_to": "values"}, ValueError, "relative_to: got 'values' without epsilon"),
     ({"rest": "sampled", "top_p": 0.5}, ValueError, "rest: got 'sampled' with top_p"),
-    ({"rest": "sampled", "index": HASHED}, ValueError, "rest: got 'sampled' with Signatures that weigh no single rows"),
+    ({"rest": "sampled", "index": HASHED}, ValueError, "rest: got 'sampled' with Hashes that weigh no single rows"),
     ({"epsilon": 0.1, "seed": -1}, ValueError, "seed: got -1"),
     ({"epsilon": 0.1, "seed": 1 << 64}, ValueError, "seed: got"),
     ({"epsilon": 0.1, "seed": 1.5}, TypeError, "seed: got 1.5"),

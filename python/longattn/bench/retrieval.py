@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import statistics
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -49,6 +50,22 @@ COLUMNS: tuple[Column, ...] = (
     Column("rows only /‖o‖", "error_o_rows_only", ".3f"),
     Column("missed", "missed", ".3f"),
     Column("est.", "missed_estimate", ".3f"),
+)
+#: What the scan of the codes reaches.
+SCAN_COLUMNS: tuple[Column, ...] = (
+    Column("threads", "threads"),
+    Column("vectors", "vectors"),
+    Column("Hq/Hkv×D", "shape"),
+    Column("keys", "keys"),
+    Column("method", "method"),
+    Column("codes MB", "scan_mb", ".1f"),
+    Column("read GB/s", "read_gb_s", ".1f"),
+    Column("scan GB/s", "scan_gb_s", ".1f"),
+    Column("of read", "scan_of_read", ".2f"),
+    Column("scan ms", "scan_ms", ".2f"),
+    Column("weigh ms", "weigh_ms", ".2f"),
+    Column("select ms", "select_ms", ".2f"),
+    Column("select/scan", "select_of_scan", ".2f"),
 )
 EXACT = "longattn.attention"
 QUICK_LENGTH, QUICK_WINDOW = 4096, 64
@@ -144,12 +161,41 @@ class _Case:
         rows: list[Row] = []
         for threads in self.bench.each_threads():
             rows += self._timed(candidates, threads)
+            scans = {name: self._scan(top_k) for top_k, name in names.items()}
+            rows = [row | (scans.get(row["method"], {}) if row["threads"] == threads else {}) for row in rows]
         if with_quality:
             for top_k, name in names.items():
                 self.bench.say(f"retrieval on {data.name}, {len(data)} keys: quality at top_k {top_k}")
                 found = {"top_k": top_k, **self._quality(top_k)}
                 rows = [row | found if row["method"] == name else row for row in rows]
         return rows
+
+    def _scan(self, top_k: int) -> Row:
+        """How fast the codes are scanned, with the read bandwidth measured before each call; medians."""
+        ask = self._rotating(top_k)
+        names = ("scan", "weigh", "select")
+        taken: dict[str, list[float]] = {name: [] for name in names}
+        read, share, moved = [], [], 0
+        for _ in range(self.bench.rounds):
+            read.append(self.bench.read_gb_s())
+            stats = ask().stats
+            assert stats is not None
+            # The clusters of the values, a byte a row, are read when rows are weighed.
+            moved = int(stats.index_bytes.sum() - stats.keys_scored.sum())
+            # Heads are shared out among the threads.
+            heads = min(self.bench.threads, stats.scan_seconds.size)
+            for name in names:
+                taken[name].append(float(getattr(stats, f"{name}_seconds").sum()) / heads)
+            share.append(moved / taken["scan"][-1] / 1e9 / read[-1])
+        median = {name: statistics.median(seconds) for name, seconds in taken.items()}
+        return {
+            "scan_mb": moved / 1e6,
+            "read_gb_s": statistics.median(read),
+            "scan_gb_s": moved / median["scan"] / 1e9,
+            "scan_of_read": statistics.median(share),
+            **{f"{name}_ms": 1e3 * seconds for name, seconds in median.items()},
+            "select_of_scan": median["select"] / median["scan"],
+        }
 
     def _timed(self, candidates: list[Candidate], threads: int) -> list[Row]:
         data = self.data

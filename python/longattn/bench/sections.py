@@ -16,6 +16,7 @@ from longattn.bench import (
     nearest,
     neighbourhood,
     prefill,
+    retrieval,
     targets,
     verified,
 )
@@ -200,6 +201,14 @@ def _neighbourhood_tables(found: Sequence[Result]) -> list[str]:
         "slope",
     ]
     return ["", *grid(heads, cells)]
+
+
+def _retrieval_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, "retrieval")
+    if not rows:
+        return []
+    scans = [row for row in rows if row.get("scan_gb_s")]
+    return ["", *table(rows, retrieval.COLUMNS), "", *table(scans, retrieval.SCAN_COLUMNS)]
 
 
 def _verified_tables(found: Sequence[Result]) -> list[str]:
@@ -408,6 +417,16 @@ SECTIONS: tuple[Section, ...] = (
         "same share of the values' rms norm. `slope`: of log time over log length. Empty cells were not run, for the "
         "reason in the last column.",
         _growth_tables,
+    ),
+    Section(
+        "retrieval",
+        "Retrieval attention: a decode step over codes of all keys",
+        "`retrieval_attention` over 4-bit signatures beside exact attention and torch, by data set: time, and error "
+        "relative to the norm of the output and to the rms row norm of V. `rows only`: without the estimate of the "
+        "rest. Second table: `scan` reads the codes of every key, scores them and sums the scores; `of read`: bytes of "
+        "codes a second over the read bandwidth measured just before; `weigh` turns scores into shares of the mass; "
+        "`select` picks the rows. Times are of the threads' work, spread over the threads.",
+        _retrieval_tables,
     ),
     Section(
         "verified",

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn import _core
-from longattn._arrays import Array, as_numpy
 from longattn._checks import integer
 from longattn.index._index import Index, check_seed, check_store
 from longattn.kv import KVStore
@@ -34,15 +33,10 @@ class Signatures(Index):
         store: the store to index; it is kept alive.
         bits: bits per dimension: 1, 2 or 4.
         seed: seed of the rotation and of the clusters: the same rows and seed give the same codes.
-        hash_weights: float32 `[kv_heads, head_dim, code_bits]`: plain sign codes of `k @ W` instead (SimHash with
-            random weights, HATA with learned ones), ranked by the number of agreeing bits summed over the query
-            group. They estimate nothing: only `top_k` selection with `rest="none"` works on them. `bits` must
-            be 1.
-        use_norm: with `hash_weights`, multiply the agreement by the key's norm.
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: an argument out of range, or weights of another shape.
+        ValueError: an argument out of range.
 
     Cost:
         Memory: `bits * head_dim / 8 + 3` bytes per key and KV head. Build: `head_dim * (head_dim + 256)`
@@ -52,40 +46,20 @@ class Signatures(Index):
         J. Gao, C. Long, "RaBitQ: Quantizing High-Dimensional Vectors with a Theoretical Error Bound for
         Approximate Nearest Neighbor Search", 2024; J. Gao et al., "Practical and Asymptotically Optimal
         Quantization of High-Dimensional Vectors in Euclidean Space for Approximate Nearest Neighbor Search",
-        2025; P. Gong et al., "HATA: Trainable and Hardware-Efficient Hash-Aware Top-k Attention for Scalable
-        Large Model Inference", 2025.
+        2025.
     """
 
     __slots__ = ()
 
     KIND: ClassVar[str] = "signatures"
 
-    def __init__(
-        self,
-        store: KVStore,
-        bits: int = 4,
-        *,
-        seed: int = 0,
-        hash_weights: Array | None = None,
-        use_norm: bool = False,
-    ) -> None:
+    def __init__(self, store: KVStore, bits: int = 4, *, seed: int = 0) -> None:
         check_store(store)
         bits = integer(bits, "bits")
         if bits not in (1, 2, 4):
             raise ValueError(f"bits: got {bits}, expected 1, 2 or 4")
         seed = check_seed(seed)
-        weights: NDArray[np.float32] | None = None
-        if hash_weights is not None:
-            weights = np.ascontiguousarray(as_numpy(hash_weights, "hash_weights"), np.float32)
-            if weights.ndim != 3 or weights.shape[:2] != (store.kv_heads, store.head_dim):
-                raise ValueError(
-                    f"hash_weights: got shape {weights.shape}, expected [{store.kv_heads}, {store.head_dim}, code_bits]"
-                )
-            if bits != 1:
-                raise ValueError(f"bits: got {bits}, expected 1 with hash_weights, whose codes are signs")
-        elif use_norm:
-            raise ValueError("use_norm: got True without hash_weights, expected weights: other codes use the norm")
-        self._set(_core.signatures(store._handle, bits, seed, weights, bool(use_norm)), store)
+        self._set(_core.signatures(store._handle, bits, seed), store)
 
     @property
     def bits(self) -> int:
@@ -96,6 +70,6 @@ class Signatures(Index):
         """Root mean square error of an estimated `q . k` per KV head, `[kv_heads]`, for a query of norm 1.
 
         Times the norm of a query and the softmax scale: the error of its logits in nats. Empty before the first
-        codes, and for plain sign codes.
+        codes.
         """
         return np.asarray(_core.signatures_sigma(self._handle), np.float32)

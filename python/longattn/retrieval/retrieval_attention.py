@@ -19,6 +19,7 @@ from longattn.retrieval import _budgets
 
 #: Statistics of `[Hkv, Lq]`.
 _PER_KV_HEAD = ("keys_total", "keys_scored", "keys_attended", "keys_sampled", "index_bytes")
+_SECONDS = ("scan_seconds", "weigh_seconds", "select_seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,10 @@ class RetrievalStats:
         keys_sampled: `[Hkv, Lq]`, rows of the sample, with those that were certain of a place in it; 0 where all
             rows were read instead, or nothing is sampled.
         index_bytes: `[Hkv, Lq]`, bytes of the index that were read.
+        scan_seconds: float32 `[Hkv, Lq]`, time of the thread that scanned all codes (or keys) and summed their
+            scores; 0 where nothing was scanned, and for samples.
+        weigh_seconds: float32 `[Hkv, Lq]`, likewise, of turning the scores into shares of the mass.
+        select_seconds: float32 `[Hkv, Lq]`, likewise, of selecting rows by these shares.
         missed_mass: float32 `[Hq, Lq]`, estimated share of the softmax mass outside the rows that were read. With
             `rest="values"` that mass is in the result, as an estimate; with `rest="none"` it is left out.
         missed_mass_bound: float32 `[Hq, Lq]`, upper bound of the true share. For `Signatures` it holds if no logit
@@ -51,6 +56,9 @@ class RetrievalStats:
     keys_attended: NDArray[np.int64]
     keys_sampled: NDArray[np.int64]
     index_bytes: NDArray[np.int64]
+    scan_seconds: NDArray[np.float32]
+    weigh_seconds: NDArray[np.float32]
+    select_seconds: NDArray[np.float32]
     missed_mass: NDArray[np.float32]
     missed_mass_bound: NDArray[np.float32]
     selected: list[list[NDArray[np.uint32]]]
@@ -296,7 +304,11 @@ class _Call:
 
     def _stats(self, found: dict[str, list[Any]], listed: bool) -> RetrievalStats:
         heads, kv_heads, rows = self.heads, self.kv_heads, self.rows
-        per_kv_head = {name: np.asarray(found[name], np.int64).reshape(kv_heads, rows) for name in _PER_KV_HEAD}
+        per_kv_head: dict[str, NDArray[Any]] = {
+            name: np.asarray(found[name], kind).reshape(kv_heads, rows)
+            for names, kind in ((_PER_KV_HEAD, np.int64), (_SECONDS, np.float32))
+            for name in names
+        }
 
         def per_query_head(name: str) -> NDArray[np.float32]:
             by_group = np.asarray(found[name], np.float32).reshape(kv_heads, rows, heads // kv_heads)

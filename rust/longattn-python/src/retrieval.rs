@@ -16,6 +16,9 @@ pub(crate) struct Stats {
     keys_attended: Vec<usize>,
     keys_sampled: Vec<usize>,
     index_bytes: Vec<usize>,
+    scan_seconds: Vec<f32>,
+    weigh_seconds: Vec<f32>,
+    select_seconds: Vec<f32>,
     verified: Vec<bool>,
     missed_mass: Vec<f32>,
     missed_mass_bound: Vec<f32>,
@@ -89,6 +92,9 @@ impl Stats {
             stats.keys_attended.push(row.keys_attended);
             stats.keys_sampled.push(row.keys_sampled);
             stats.index_bytes.push(row.index_bytes);
+            stats.scan_seconds.push(row.seconds.scan);
+            stats.weigh_seconds.push(row.seconds.weigh);
+            stats.select_seconds.push(row.seconds.select);
             stats.verified.push(row.verified);
             stats.missed_mass.extend(row.missed_mass);
             stats.missed_mass_bound.extend(row.missed_mass_bound);

@@ -42,7 +42,7 @@ fn main() -> Result<()> {
     store.append(&TensorView::new(&keys, shape)?, &TensorView::new(&values, shape)?)?;
 
     let execution = Execution::default();
-    let options = SignatureOptions { bits: 4, seed: 0, hash: None };
+    let options = SignatureOptions { bits: 4, seed: 0 };
     let index = Signatures::new(Arc::clone(&store), options)?;
     index.update(&execution)?;
     println!("store {} MiB, index {} MiB", store.nbytes() >> 20, index.nbytes() >> 20);

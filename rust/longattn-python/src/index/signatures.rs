@@ -3,25 +3,13 @@
 use super::Index;
 use crate::errors::to_py;
 use crate::store::KVStore;
-use longattn::index::{Hash, SignatureOptions, Signatures};
-use numpy::{PyReadonlyArray3, PyUntypedArrayMethods};
+use longattn::index::{SignatureOptions, Signatures};
 use pyo3::prelude::*;
 
-/// `hash_weights`, `[kv_heads, head_dim, code_bits]`, makes plain sign codes.
+/// An index of rotated codes.
 #[pyfunction]
-#[pyo3(signature = (store, bits, seed, hash_weights, use_norm))]
-pub(crate) fn signatures(
-    store: &KVStore,
-    bits: usize,
-    seed: u64,
-    hash_weights: Option<PyReadonlyArray3<'_, f32>>,
-    use_norm: bool,
-) -> PyResult<Index> {
-    let hash = match &hash_weights {
-        Some(weights) => Some(Hash { weights: weights.as_slice()?.to_vec(), code_bits: weights.shape()[2], use_norm }),
-        None => None,
-    };
-    let options = SignatureOptions { bits, seed, hash };
+pub(crate) fn signatures(store: &KVStore, bits: usize, seed: u64) -> PyResult<Index> {
+    let options = SignatureOptions { bits, seed };
     Ok(Index::new(Signatures::new(store.inner().clone(), options).map_err(to_py)?))
 }
 

@@ -2,7 +2,7 @@
 //!
 //! A key's code is a grid point `y` of `bits` bits per dimension, the nearest in angle to the rotated, centred key `x`, and one factor
 //! `f = |x|^2 / <y, x>`, which makes `f <q, y>` an unbiased estimate of `<q, x>` over random rotations (RaBitQ, Gao and Long, 2024;
-//! Gao et al., 2025). With plain signs and `f = 1` or `|k|` the same scan counts agreeing signs (SimHash, HATA).
+//! Gao et al., 2025).
 //!
 //! ```text
 //! block of 16 keys:  padded_dim / (4 F) groups of 64 bytes, F = 8 / bits,  then 16 factors in f16

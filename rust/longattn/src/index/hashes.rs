@@ -14,7 +14,6 @@ use crate::simd::{self, Kernel, Simd, dispatch};
 use crate::tensor::{Error, Result};
 use half::f16;
 use std::any::Any;
-use std::ops::Range;
 use std::sync::Arc;
 
 /// Most bits of a code: distances summed over a group fit 16 bits.
@@ -306,7 +305,10 @@ impl View for Snapshot<'_> {
             bytes += 2 * inside.len();
             let all = ask.queries.len() * self.index.options.code_bits;
             let norms = &head.norms[base..blocks.end * BLOCK];
-            dispatch(ask.isa, ByNorm { sums: &sums, norms, offset: 2.0 * least as f32 - all as f32, inside, k })
+            let scores = dispatch(ask.isa, ByNorm { sums: &sums, norms, offset: 2.0 * least as f32 - all as f32 });
+            let mut totals = Weights::new(1, false);
+            totals.count(&scores[inside.clone()]);
+            select(ask.isa, &scores, &totals, inside, &Budget::Rows(k))
         } else {
             lookup::largest(ask.isa, &sums, inside, k, tables.largest())
         };
@@ -315,21 +317,19 @@ impl View for Snapshot<'_> {
     }
 }
 
-/// The `k` keys of largest `(2 sum + offset) * norm`: agreeing less differing bits, times the norm.
+/// `(2 sum + offset) * norm` of each key: agreeing less differing bits, times the norm.
 struct ByNorm<'a> {
     sums: &'a [u16],
     norms: &'a [f16],
     offset: f32,
-    inside: Range<usize>,
-    k: usize,
 }
 
 impl Kernel for ByNorm<'_> {
-    type Output = Vec<u32>;
+    type Output = Vec<f32>;
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Vec<u32> {
-        let Self { sums, norms, offset, inside, k } = self;
+    fn run<S: Simd>(self, s: S) -> Vec<f32> {
+        let Self { sums, norms, offset } = self;
         assert!(sums.len() == norms.len() && sums.len().is_multiple_of(BLOCK));
         let mut scores = vec![0f32; sums.len()];
         for (score, &sum) in scores.iter_mut().zip(sums) {
@@ -342,8 +342,6 @@ impl Kernel for ByNorm<'_> {
                 s.store(to, s.mul(s.load(to), s.load_f16(norms.as_ptr().add(j))));
             }
         }
-        let mut totals = Weights::new(1, false);
-        totals.count(&scores[inside.clone()], &[], 0);
-        select(&scores, &totals, inside, &Budget::Rows(k))
+        scores
     }
 }

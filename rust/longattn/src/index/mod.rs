@@ -43,7 +43,7 @@ pub use pages::{PageOptions, Pages};
 pub use postings::Postings;
 pub use product::{Bases, ProductOptions, ProductQuantisation};
 pub(crate) use rotation::Random;
-pub use signatures::{Hash, HeadStats, SignatureOptions, Signatures};
+pub use signatures::{HeadStats, SignatureOptions, Signatures};
 pub use snapshot::{Parameters, Saved, SavedData, SavedElement, SavedTensor, load, save};
 use std::any::Any;
 use std::ops::Range;
@@ -203,6 +203,19 @@ pub struct Pick {
     pub scored: usize,
     /// Bytes of the index that were read.
     pub bytes: usize,
+    /// What a scan of codes or keys took.
+    pub seconds: Seconds,
+}
+
+/// Seconds that the steps of a scan took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Seconds {
+    /// Reading all codes: scores, and sums over them.
+    pub scan: f32,
+    /// Turning scores into shares, summed by value cluster.
+    pub weigh: f32,
+    /// Selecting rows.
+    pub select: f32,
 }
 
 /// Estimate of the rows that a query does not read.

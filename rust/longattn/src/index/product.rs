@@ -503,11 +503,7 @@ impl RowCodes for Snapshot<'_> {
         self.state.block_bytes
     }
 
-    fn estimates(&self) -> bool {
-        true
-    }
-
-    fn group(&self, head: usize, queries: &[&[f32]]) -> Tables {
+    fn group(&self, _isa: Isa, head: usize, queries: &[&[f32]]) -> Tables {
         let (of, width, m) = (&self.state.heads[head], self.index.width, self.index.options.subvectors);
         let (dim, centroids) = (of.centre.len(), 1usize << self.index.options.bits);
         let (mut bases, mut errors, mut tables) = (Vec::new(), Vec::new(), Vec::new());

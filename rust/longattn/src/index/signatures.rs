@@ -2,13 +2,14 @@
 
 use super::clusters::Clusters;
 use super::codes::{BLOCK, Encode, Format, Scan, ScanQuery};
+use super::project::Multiply;
 use super::rotation::orthogonal;
 use super::snapshot::{Parameters, Saved};
 use super::{Ask, Estimates, Followed, Grow, Grown, Index, Pick, View, check_store, not_finite, numbers};
 use crate::dense::matrix::{PackedMatrix, ROWS};
 use crate::dense::rows::Strided;
 use crate::dense::scratch::Buffer;
-use crate::kv::{KvStore, Reader};
+use crate::kv::{KvStore, Reader, prefer_huge_pages};
 use crate::parallel::{Execution, map};
 use crate::retrieval::scan::{self, CodeError, RowCodes};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
@@ -43,19 +44,6 @@ pub struct SignatureOptions {
     pub bits: usize,
     /// Seed of the rotation and of the value clusters.
     pub seed: u64,
-    /// Hash weights `[kv_heads, head_dim, bits]`: plain sign codes of `k W` instead of rotated codes with an unbiased estimate.
-    pub hash: Option<Hash>,
-}
-
-/// Weights of plain sign codes (SimHash with random weights, HATA with learned ones).
-#[derive(Clone, Debug)]
-pub struct Hash {
-    /// `[kv_heads, head_dim, code_bits]`.
-    pub weights: Vec<f32>,
-    /// Bits of a code.
-    pub code_bits: usize,
-    /// Multiply the agreement by the key's norm.
-    pub use_norm: bool,
 }
 
 /// Codes, statistics and value clusters of one KV head.
@@ -123,7 +111,7 @@ struct State {
 pub struct Signatures {
     options: SignatureOptions,
     format: Format,
-    /// `[kv_heads or 1, outputs, head_dim]`: what a key, less its centre, is multiplied by before it is coded.
+    /// `[head_dim, head_dim]`: what a key, less its centre, is multiplied by before it is coded.
     map: Vec<f32>,
     codes: Followed<State>,
 }
@@ -139,39 +127,13 @@ impl Signatures {
     pub fn new(store: Arc<KvStore>, options: SignatureOptions) -> Result<Self> {
         let dim = store.head_dim();
         check_store(&store)?;
-        let (format, map) = match &options.hash {
-            Some(hash) => {
-                if options.bits != 1 {
-                    return Err(Error::value("bits", options.bits, "1: hash codes are signs"));
-                }
-                let expected = store.kv_heads() * dim * hash.code_bits;
-                if hash.code_bits == 0 || hash.weights.len() != expected {
-                    let got = format!("{} numbers", hash.weights.len());
-                    return Err(Error::value("hash", got, format!("[{}, {dim}, code_bits]", store.kv_heads())));
-                }
-                if !hash.weights.iter().all(|x| x.is_finite()) {
-                    return Err(Error::value("hash", "NaN or infinity", "finite weights"));
-                }
-                // [dim, bits] of each head becomes [bits, dim].
-                let n = hash.code_bits;
-                let mut map = vec![0f32; hash.weights.len()];
-                for (to, from) in map.chunks_exact_mut(n * dim).zip(hash.weights.chunks_exact(n * dim)) {
-                    for (i, x) in from.iter().enumerate() {
-                        to[i % n * dim + i / n] = *x;
-                    }
-                }
-                (Format { bits: 1, dim: n }, map)
-            }
-            None => {
-                if ![1, 2, 4].contains(&options.bits) {
-                    return Err(Error::value("bits", options.bits, "1, 2 or 4"));
-                }
-                if dim > MAX_DIM {
-                    return Err(Error::value("store", format!("head_dim {dim}"), format!("at most {MAX_DIM}")));
-                }
-                (Format { bits: options.bits, dim }, orthogonal(dim, options.seed))
-            }
-        };
+        if ![1, 2, 4].contains(&options.bits) {
+            return Err(Error::value("bits", options.bits, "1, 2 or 4"));
+        }
+        if dim > MAX_DIM {
+            return Err(Error::value("store", format!("head_dim {dim}"), format!("at most {MAX_DIM}")));
+        }
+        let (format, map) = (Format { bits: options.bits, dim }, orthogonal(dim, options.seed));
         let state = State { format, coded: 0, fitted: 0, heads: Vec::new() };
         Ok(Self { options, format, map, codes: Followed::new(store, state) })
     }
@@ -181,12 +143,9 @@ impl Signatures {
         &self.options
     }
 
-    /// Error of each head's estimates; empty before the first codes, or for hash codes.
+    /// Error of each head's estimates; empty before the first codes.
     pub fn head_stats(&self) -> Vec<HeadStats> {
         let state = self.codes.look();
-        if !self.estimates() {
-            return Vec::new();
-        }
         (0..state.heads.len()).map(|h| state.stats(h)).collect()
     }
 
@@ -195,12 +154,8 @@ impl Signatures {
     }
 
     fn saved(&self) -> Saved {
-        let (grown, options) = (self.codes.look(), &self.options);
+        let grown = self.codes.look();
         let mut saved = Saved::new(grown.coded, self.parameters()).with("fitted", grown.fitted);
-        if let Some(hash) = &options.hash {
-            let shape = [self.store().kv_heads(), self.store().head_dim(), hash.code_bits];
-            saved = saved.tensor("hash_weights", &shape, hash.weights.clone());
-        }
         for (h, head) in grown.heads.iter().enumerate() {
             let Moments { count, squares, largest } = head.deviations;
             saved = saved
@@ -209,9 +164,7 @@ impl Signatures {
                 .tensor(format!("value_ids.{h}"), &[head.value_ids.len()], head.value_ids.clone())
                 .tensor(format!("unit.{h}"), &[1], vec![head.unit])
                 .tensor(format!("deviations.{h}"), &[3], vec![count as f64, squares, f64::from(largest)]);
-            if self.estimates() {
-                saved = head.values.save(saved, &h.to_string());
-            }
+            saved = head.values.save(saved, &h.to_string());
         }
         saved
     }
@@ -219,16 +172,9 @@ impl Signatures {
     /// The index that was saved, over a store that has its rows.
     pub(crate) fn load(store: Arc<KvStore>, mut saved: Saved) -> Result<Self> {
         let (heads, dim, value_dim) = (store.kv_heads(), store.head_dim(), store.value_dim());
-        let hash = match saved.integer("code_bits") {
-            Ok(bits) => {
-                let weights = saved.take("hash_weights", &[heads, dim, bits as usize])?;
-                Some(Hash { weights, code_bits: bits as usize, use_norm: saved.flag("use_norm")? })
-            }
-            Err(_) => None,
-        };
-        let options = SignatureOptions { bits: saved.integer("bits")? as usize, seed: saved.integer("seed")?, hash };
+        let options = SignatureOptions { bits: saved.integer("bits")? as usize, seed: saved.integer("seed")? };
         let mut index = Self::new(Arc::clone(&store), options)?;
-        let (format, coded, estimates) = (index.format, saved.rows, index.estimates());
+        let (format, coded) = (index.format, saved.rows);
         if coded == 0 {
             return Ok(index);
         }
@@ -248,12 +194,8 @@ impl Signatures {
                     squares: deviations[1],
                     largest: deviations[2] as f32,
                 },
-                value_ids: saved.take(&format!("value_ids.{h}"), &[if estimates { coded } else { 0 }])?,
-                values: if estimates {
-                    Clusters::load(&mut saved, &h.to_string(), value_dim)?
-                } else {
-                    Clusters::default()
-                },
+                value_ids: saved.take(&format!("value_ids.{h}"), &[coded])?,
+                values: Clusters::load(&mut saved, &h.to_string(), value_dim)?,
             };
             if head.value_ids.iter().any(|&id| usize::from(id) >= head.values.len()) {
                 return Err(Error::value("path", "a row of a value cluster that is not there", "clusters as saved"));
@@ -285,9 +227,6 @@ impl Signatures {
 
     /// Brings the value clusters' means up to the rows coded.
     fn average(&self, state: &mut State, reader: &Reader) {
-        if !self.estimates() {
-            return;
-        }
         let values = numbers(reader.values());
         for (h, head) in state.heads.iter_mut().enumerate() {
             with_element!(values.dtype(), T => {
@@ -305,10 +244,8 @@ impl Signatures {
         with_element!(keys.dtype(), T => {
             map(execution, keys.shape()[1], |h| {
                 let mut centre = vec![0f64; dim];
-                if self.estimates() {
-                    for j in 0..n {
-                        centre.iter_mut().zip(keys.row::<T>(0, h, j)).for_each(|(c, x)| *c += f64::from(x.to_f32()));
-                    }
+                for j in 0..n {
+                    centre.iter_mut().zip(keys.row::<T>(0, h, j)).for_each(|(c, x)| *c += f64::from(x.to_f32()));
                 }
                 let centre: Vec<f32> = centre.iter().map(|c| (c / n as f64) as f32).collect();
                 if !centre.iter().all(|x| x.is_finite()) {
@@ -324,12 +261,8 @@ impl Signatures {
                     .sqrt();
                 let unit = if longest.is_finite() { (longest / UNITS).log2().round().clamp(-100.0, 100.0).exp2() } else { 1.0 };
                 let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
-                let values = if self.estimates() {
-                    // SAFETY: the view has n or more rows of value_dim elements.
-                    unsafe { Clusters::fit(isa, rows, n, values.shape()[3], self.options.seed ^ h as u64) }
-                } else {
-                    Clusters::default()
-                };
+                // SAFETY: the view has n or more rows of value_dim elements.
+                let values = unsafe { Clusters::fit(isa, rows, n, values.shape()[3], self.options.seed ^ h as u64) };
                 Ok(HeadCodes {
                     codes: Vec::new(),
                     centre,
@@ -378,7 +311,7 @@ impl Signatures {
                 let Some(coded) = coded else { return Ok(None) };
                 let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
                 // SAFETY: the range lies inside the reader's rows.
-                let ids = if self.estimates() { unsafe { state.heads[h].values.assign(isa, rows, range) } } else { vec![] };
+                let ids = unsafe { state.heads[h].values.assign(isa, rows, range) };
                 Ok(Some((coded, ids)))
             })
         })?
@@ -394,18 +327,13 @@ impl Signatures {
         state.coded = target;
         Ok(true)
     }
-
-    fn map_of(&self, head: usize) -> &[f32] {
-        let size = self.format.dim * self.store().head_dim();
-        let start = if self.options.hash.is_some() { head * size } else { 0 };
-        &self.map[start..start + size]
-    }
 }
 
 /// Appends to a long vector that grows by an eighth, not by doubling: `coming` bytes are on their way, these among them.
 fn extend(to: &mut Vec<u8>, bytes: &[u8], coming: usize) {
     if to.capacity() - to.len() < bytes.len() {
         to.reserve_exact(coming.max(to.len() / 8));
+        prefer_huge_pages(to.spare_capacity_mut());
     }
     to.extend_from_slice(bytes);
 }
@@ -428,8 +356,7 @@ impl<T: Element> Kernel for CodeRows<'_, T> {
     fn run<S: Simd>(self, s: S) -> Result<Option<Coded>> {
         let Self { index, head, state, rows, range } = self;
         let (format, codes) = (index.format, &state.heads[head]);
-        let hash = index.options.hash.as_ref();
-        let mut matrix = PackedMatrix::new(s, index.map_of(head), format.dim, index.store().head_dim());
+        let mut matrix = PackedMatrix::new(s, &index.map, format.dim, format.dim);
         let (mut out, mut wide) = (vec![0f32; matrix.result_len::<S>()], Buffer::default());
         let mut packed = vec![0u8; range.len() / BLOCK * format.block_bytes()];
         let mut levels = vec![0u8; format.padded_dim()];
@@ -437,30 +364,13 @@ impl<T: Element> Kernel for CodeRows<'_, T> {
         let width = format.dim.next_multiple_of(S::LANES);
         for first in range.clone().step_by(ROWS) {
             let count = ROWS.min(range.end - first);
-            let centre = hash.is_none().then_some(&codes.centre[..]);
             // SAFETY: the range lies inside the rows that the caller's reader sees.
-            unsafe { matrix.apply(s, rows, first, count, centre, &mut wide, &mut out) };
+            unsafe { matrix.apply(s, rows, first, count, Some(&codes.centre), &mut wide, &mut out) };
             for r in 0..count {
                 let x = &out[r * matrix.stride::<S>()..][..width];
-                let factor = match hash {
-                    None => {
-                        let (f, kappa) = Encode { format, x, levels: &mut levels }.run(s);
-                        deviations.add(f * kappa);
-                        f / codes.unit
-                    }
-                    Some(hash) => {
-                        levels.fill(0);
-                        levels.iter_mut().zip(&x[..format.dim]).for_each(|(level, &x)| *level = u8::from(x > 0.0));
-                        if hash.use_norm {
-                            let row = crate::dense::rows::Rows::row(rows, first + r);
-                            // SAFETY: as above, a row has head_dim elements.
-                            let row = unsafe { std::slice::from_raw_parts(row, index.store().head_dim()) };
-                            row.iter().map(|x| x.to_f32() * x.to_f32()).sum::<f32>().sqrt() / codes.unit
-                        } else {
-                            1.0
-                        }
-                    }
-                };
+                let (f, kappa) = Encode { format, x, levels: &mut levels }.run(s);
+                deviations.add(f * kappa);
+                let factor = f / codes.unit;
                 if !factor.is_finite() || x[..format.dim].iter().any(|x| !x.is_finite()) {
                     return Err(not_finite(first + r, head));
                 }
@@ -523,12 +433,11 @@ impl Index for Signatures {
     }
 
     fn estimates(&self) -> bool {
-        // Plain hash codes only rank.
-        self.options.hash.is_none()
+        true
     }
 
     fn weighs_rows(&self) -> bool {
-        self.estimates()
+        true
     }
 
     fn len(&self) -> usize {
@@ -560,14 +469,10 @@ impl Index for Signatures {
     }
 
     fn parameters(&self) -> Parameters {
-        let SignatureOptions { bits, seed, hash } = &self.options;
+        let SignatureOptions { bits, seed } = &self.options;
         let mut parameters = Parameters::new();
         parameters.insert("bits".into(), (*bits).into());
         parameters.insert("seed".into(), (*seed).into());
-        if let Some(hash) = hash {
-            parameters.insert("code_bits".into(), hash.code_bits.into());
-            parameters.insert("use_norm".into(), hash.use_norm.into());
-        }
         parameters
     }
 
@@ -605,12 +510,8 @@ impl RowCodes for Snapshot<'_> {
         self.index.format.block_bytes()
     }
 
-    fn estimates(&self) -> bool {
-        self.index.estimates()
-    }
-
-    fn group(&self, head: usize, queries: &[&[f32]]) -> Vec<ScanQuery> {
-        queries.iter().map(|query| self.query(head, query)).collect()
+    fn group(&self, isa: Isa, head: usize, queries: &[&[f32]]) -> Vec<ScanQuery> {
+        queries.iter().map(|query| self.query(isa, head, query)).collect()
     }
 
     fn scan(
@@ -637,31 +538,19 @@ impl RowCodes for Snapshot<'_> {
 
     fn values(&self, head: usize) -> Option<(&Clusters, &[u8])> {
         let of_head = &self.state.heads[head];
-        self.estimates().then_some((&of_head.values, &of_head.value_ids))
+        Some((&of_head.values, &of_head.value_ids))
     }
 }
 
 impl Snapshot<'_> {
     /// A scaled query made ready for the scan of a head's codes.
-    fn query(&self, head: usize, query: &[f32]) -> ScanQuery {
-        let (codes, map) = (&self.state.heads[head], self.index.map_of(head));
-        let dim = query.len();
+    fn query(&self, isa: Isa, head: usize, query: &[f32]) -> ScanQuery {
+        let codes = &self.state.heads[head];
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
-        let mapped: Vec<f32> = map.chunks_exact(dim).map(|row| dot(row, query)).collect();
-        let Some(hash) = &self.index.options.hash else {
-            let mut scan = ScanQuery::new(self.index.format, &mapped, dot(query, &codes.centre));
-            scan.scale *= codes.unit;
-            scan.norm = dot(query, query).sqrt();
-            return scan;
-        };
-        // Signs: the score is the number of agreeing bits; with norms, agreeing less differing bits (times a half), which stand for
-        // the cosine, times the norm.
-        let signs: Vec<f32> = mapped.iter().map(|&x| if x > 0.0 { 1.0 } else { -1.0 }).collect();
-        let mut scan = ScanQuery::new(self.index.format, &signs, 0.0);
-        // dot - offset * sum runs from -n / 2 to n / 2 in units of the byte 127; + n / 2 counts agreements.
-        if !hash.use_norm {
-            scan.shift -= 127.0 * self.index.format.dim as f32 / 2.0;
-        }
+        let mapped = dispatch(isa, Multiply { matrix: &self.index.map, query });
+        let mut scan = ScanQuery::new(self.index.format, &mapped, dot(query, &codes.centre));
+        scan.scale *= codes.unit;
+        scan.norm = dot(query, query).sqrt();
         scan
     }
 }

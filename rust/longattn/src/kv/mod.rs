@@ -15,6 +15,7 @@ mod tests;
 mod virtual_store;
 
 pub use prefix_tree::{PrefixTree, TreeReader};
+pub(crate) use region::prefer_huge_pages;
 pub use slots::{Observe, SlotStore};
 pub use store::{ChannelScales, Format, KvStore, Origin, Reader};
 pub use virtual_store::{Planes, RequestRows, VirtualOptions, VirtualStore};

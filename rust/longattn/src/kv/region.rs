@@ -17,6 +17,22 @@ pub(super) fn page_size() -> usize {
     usize::try_from(bytes).unwrap_or(4096)
 }
 
+/// Asks for huge pages behind the whole ones inside some memory, which a scan then reads with fewer address translations.
+pub(crate) fn prefer_huge_pages<T>(memory: &mut [std::mem::MaybeUninit<T>]) {
+    let (start, bytes) = (memory.as_mut_ptr().cast::<u8>(), size_of_val(memory));
+    let shift = start.align_offset(STEP);
+    let whole = bytes.saturating_sub(shift) / STEP * STEP;
+    #[cfg(target_os = "linux")]
+    if whole > 0 {
+        // SAFETY: advice on pages that lie inside memory of the caller's; contents stay. A kernel without huge pages refuses it.
+        unsafe {
+            libc::madvise(start.add(shift).cast(), whole, libc::MADV_HUGEPAGE);
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = whole;
+}
+
 /// A reserved range of addresses. Bytes are readable and writable, and zero, once committed; never before.
 pub(super) struct Region {
     map: NonNull<u8>,

@@ -43,11 +43,7 @@ impl<T: Element> RowCodes for Exactly<'_, T> {
         BLOCK * self.ask.keys.shape()[3] * size_of::<T>()
     }
 
-    fn estimates(&self) -> bool {
-        true
-    }
-
-    fn group(&self, _head: usize, queries: &[&[f32]]) -> Vec<f32> {
+    fn group(&self, _isa: Isa, _head: usize, queries: &[&[f32]]) -> Vec<f32> {
         padded_queries(queries)
     }
 

@@ -25,7 +25,7 @@ use crate::dense::scratch::{Buffer, Scratch, with_scratch};
 use crate::dense::stream::{self, MAX_QUERY_ROWS, RowState, scale_row};
 use crate::dense::{Broadcast, Options, Problem};
 pub use crate::index::Select;
-use crate::index::{Ask, Index, Pick, View};
+use crate::index::{Ask, Index, Pick, Seconds, View};
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map, num_threads};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
@@ -72,6 +72,8 @@ pub struct RowStats {
     pub keys_scored: usize,
     /// Bytes of the index that were read for it.
     pub index_bytes: usize,
+    /// What a scan of codes or keys took; 0 where there was none.
+    pub seconds: Seconds,
     /// Rows read exactly.
     pub keys_attended: usize,
     /// Estimated share of the softmax mass outside the rows read exactly, for each query head of the group.
@@ -308,7 +310,7 @@ impl Call<'_> {
             return self.sample(sampling, &ids, candidates, &mut rows, stats, out, lse, parallel);
         }
         let pick = if candidates.is_empty() { Pick::default() } else { self.pick(head, &rows, &candidates, parallel) };
-        (stats.keys_scored, stats.index_bytes) = (pick.scored, pick.bytes);
+        (stats.keys_scored, stats.index_bytes, stats.seconds) = (pick.scored, pick.bytes, pick.seconds);
         stats.keys_attended += pick.rows.len();
         if !pick.rows.is_empty() {
             rows.attend(self, head, &ids, Keys::Picked(&pick));

@@ -357,8 +357,8 @@ impl<'a, 'b> Group<'a, 'b> {
         let shares = self.estimates.shares();
         let top = (rows / 2).min(shares.len());
         let mut weights = Weights::new(1, false);
-        weights.count(shares, &[], 0);
-        let picked = select::select(shares, &weights, 0..shares.len(), &Budget::Rows(top));
+        weights.count(shares);
+        let picked = select::select(self.call.isa, shares, &weights, 0..shares.len(), &Budget::Rows(top));
         let least = picked.iter().map(|&row| shares[row as usize]).fold(f32::INFINITY, f32::min);
         // The largest share that is not among them: of rows that tie for the last place all are left to chance.
         let tied = shares.iter().filter(|&&share| share >= least).count() > top;

@@ -7,10 +7,11 @@ use super::weigh::{Bulk, HeadWeight, NEGLIGIBLE, Summarise, Weigh, WeighTile};
 use crate::dense::scores::Running;
 use crate::dense::scratch::{Buffer, with_scratch};
 use crate::index::clusters::Clusters;
-use crate::index::{Ask, Estimates, Pick, RestMass, Select};
+use crate::index::{Ask, Estimates, Pick, RestMass, Seconds, Select};
 use crate::parallel::for_each;
-use crate::simd::{Isa, dispatch};
+use crate::simd::{Isa, Kernel, Simd, dispatch};
 use std::ops::Range;
+use std::time::Instant;
 
 /// Standard deviations of a code's error that the bound of the missed mass allows for.
 const BOUND_SIGMAS: f32 = 5.5;
@@ -32,13 +33,11 @@ pub(crate) trait RowCodes: Sync {
     fn block(&self) -> usize;
     /// Bytes of a block.
     fn block_bytes(&self) -> usize;
-    /// Whether scores stand for logits; others only rank.
-    fn estimates(&self) -> bool;
     /// Makes a group ready.
-    fn group(&self, head: usize, queries: &[&[f32]]) -> Self::Group;
+    fn group(&self, isa: Isa, head: usize, queries: &[&[f32]]) -> Self::Group;
     /// Scores of the places of some blocks, `[queries, stride]`. What is written for places beyond the candidates does not matter.
     fn scan(&self, isa: Isa, head: usize, blocks: Range<usize>, group: &Self::Group, scores: &mut [f32], stride: usize);
-    /// How the scores of one query of the group err, where they stand for logits.
+    /// How the scores of one query of the group, which stand for logits, err.
     fn error(&self, head: usize, group: &Self::Group, query: usize) -> CodeError;
     /// The largest standard deviation of a score of that query, where it is known.
     fn largest_error(&self, head: usize, group: &Self::Group, query: usize) -> Option<f32>;
@@ -69,8 +68,8 @@ struct Scanned<'a, C: RowCodes> {
     n: usize,
     /// What the scan left of the places, `[group, TILE]` one tile after another.
     scores: Buffer,
-    /// Origins of the tiles, `[tiles, group]`.
-    origins: Vec<f32>,
+    /// What turns weights that the scan left into shares, `[tiles, group]`.
+    scales: Vec<f32>,
     /// Mean over the group of each place's share of all mass, `[n]` and more.
     weights: Buffer,
     errors: Vec<CodeError>,
@@ -79,6 +78,7 @@ struct Scanned<'a, C: RowCodes> {
     /// `[clusters, group]`: the places' weights by value cluster.
     sums: Vec<f32>,
     clusters: usize,
+    seconds: Seconds,
 }
 
 impl<C: RowCodes> Drop for Scanned<'_, C> {
@@ -89,10 +89,10 @@ impl<C: RowCodes> Drop for Scanned<'_, C> {
 }
 
 impl<C: RowCodes> Scanned<'_, C> {
-    /// What the scan left of a place: its weight relative to the tile's origin, or its logit; and the origin.
+    /// What the scan left of a place: its weight relative to the tile's origin, or its logit; and the tile's scale.
     fn score(&self, g: usize, place: usize) -> (f32, f32) {
         let (tile, at) = ((place - self.base) / TILE, (place - self.base) % TILE);
-        (self.scores.filled()[tile * self.group * TILE + g * TILE + at], self.origins[tile * self.group + g])
+        (self.scores.filled()[tile * self.group * TILE + g * TILE + at], self.scales[tile * self.group + g])
     }
 
     /// Bytes of the index that were read.
@@ -107,7 +107,8 @@ impl<C: RowCodes> Scanned<'_, C> {
 
     /// Mean value of all places by their weights for query `g`, less what was taken from `sums`.
     fn mean_value(&self, sums: &[f32], g: usize) -> Vec<f32> {
-        self.value_clusters().map_or_else(Vec::new, |(values, _)| mean_value(values.means(), sums, g, self.group))
+        let Some((values, _)) = self.value_clusters() else { return Vec::new() };
+        dispatch(self.isa, MeanValue { means: values.means(), sums, g, group: self.group })
     }
 }
 
@@ -121,7 +122,7 @@ fn scan<'a, C: RowCodes>(
 ) -> Scanned<'a, C> {
     let Ask { head, isa, parallel, .. } = ask;
     let (head, isa, group) = (*head, *isa, ask.queries.len());
-    let (block, estimates, queries) = (codes.block(), codes.estimates(), codes.group(head, ask.queries));
+    let (block, queries) = (codes.block(), codes.group(isa, head, ask.queries));
     let blocks = candidates.start / block..candidates.end.div_ceil(block);
     let base = blocks.start * block;
     let n = blocks.len() * block;
@@ -129,10 +130,11 @@ fn scan<'a, C: RowCodes>(
     let (mut memory, mut memory2) =
         with_scratch(|scratch| (std::mem::take(&mut scratch.extra), std::mem::take(&mut scratch.values)));
     let tiles = n.div_ceil(TILE);
-    let mut origins = vec![0f32; tiles * group];
+    // The origins of the tiles' weights, which become their scales.
+    let mut scales = vec![0f32; tiles * group];
     let scores = Shared::new(memory.take(group * tiles * TILE));
     let weights = Shared::new(memory2.take(tiles * TILE));
-    let shared_origins = Shared::new(&mut origins);
+    let shared_scales = Shared::new(&mut scales);
     let run = |work: &(dyn Fn(usize) + Sync)| match parallel {
         // A cancelled call's results are never seen.
         Some(execution) => drop(for_each(execution, chunks, work)),
@@ -142,23 +144,23 @@ fn scan<'a, C: RowCodes>(
     let tile_places = |t: usize| base + t * TILE..(base + (t + 1) * TILE).min(base + n);
 
     // Scan: the scores of each tile, `[group, TILE]` one tile after another, which become weights relative to the tile's largest.
-    let error = |g| if estimates { codes.error(head, &queries, g) } else { CodeError::of_noise(0.0) };
-    let errors: Vec<CodeError> = (0..group).map(error).collect();
+    let errors: Vec<CodeError> = (0..group).map(|g| codes.error(head, &queries, g)).collect();
     let bulks = Slots::new(chunks);
+    let start = Instant::now();
     run(&|c| {
         let mut bulk = vec![Bulk::EMPTY; group];
         for t in tiles_of(c) {
             let range = tile_places(t);
             // SAFETY: the tiles of chunk c are this worker's own.
             let (scores, origins) =
-                unsafe { (scores.part(t * group * TILE, group * TILE), shared_origins.part(t * group, group)) };
+                unsafe { (scores.part(t * group * TILE, group * TILE), shared_scales.part(t * group, group)) };
             codes.scan(isa, head, range.start / block..range.end / block, &queries, scores, TILE);
             let inside = candidates.start.max(range.start) - range.start..candidates.end.min(range.end) - range.start;
-            let errors = estimates.then_some(&errors[..]);
-            dispatch(isa, Summarise { scores, origins, len: range.len(), inside, errors, bulk: &mut bulk });
+            dispatch(isa, Summarise { scores, origins, len: range.len(), inside, errors: &errors, bulk: &mut bulk });
         }
         bulks.set(c, bulk);
     });
+    let scanned = Instant::now();
     let mut bulk = vec![Bulk::EMPTY; group];
     for part in bulks.into_values() {
         for (all, part) in bulk.iter_mut().zip(part) {
@@ -170,23 +172,23 @@ fn scan<'a, C: RowCodes>(
     let heads: Vec<HeadWeight> =
         (0..group).map(|g| HeadWeight::new(&bulk[g], ask.steady[g], errors[g], candidates.len())).collect();
     let by_mass = purpose == Purpose::Mass;
-    let values = codes.values(head).filter(|_| with_values && estimates);
+    let values = codes.values(head).filter(|_| with_values);
     let (value_ids, clusters) = values.map_or((&[][..], 0), |(values, ids)| (ids, values.len()));
     let parts = Slots::new(chunks);
     // Sloped weights of rows with a small share need not be small.
     let scaled = purpose != Purpose::Sample && heads.iter().all(HeadWeight::is_scaled);
     let negligible = if scaled { NEGLIGIBLE / candidates.len() as f32 } else { 0.0 };
     run(&|c| {
-        let mut weigh = Weigh::new(&heads, estimates, clusters, by_mass);
+        let mut weigh = Weigh::new(&heads, clusters, by_mass);
         for t in tiles_of(c) {
             let range = tile_places(t);
             // SAFETY: the tiles of chunk c are this worker's own.
-            let (scores, weights, origins) = unsafe {
+            let (scores, weights, scales) = unsafe {
                 let scores = scores.part(t * group * TILE, group * TILE);
-                (scores, weights.part(t * TILE, TILE), shared_origins.part(t * group, group))
+                (scores, weights.part(t * TILE, TILE), shared_scales.part(t * group, group))
             };
             let ids: &[u8] = if clusters > 0 { &value_ids[range.clone()] } else { &[] };
-            dispatch(isa, WeighTile { scores, origins, weights, ids, len: range.len(), negligible, weigh: &mut weigh });
+            dispatch(isa, WeighTile { scores, scales, weights, ids, len: range.len(), negligible, weigh: &mut weigh });
         }
         parts.set(c, weigh.finish());
     });
@@ -206,13 +208,14 @@ fn scan<'a, C: RowCodes>(
         base,
         n,
         scores: memory,
-        origins,
+        scales,
         weights: memory2,
         errors,
         heads,
         totals,
         sums,
         clusters,
+        seconds: Seconds { scan: (scanned - start).as_secs_f32(), weigh: scanned.elapsed().as_secs_f32(), select: 0.0 },
     }
 }
 
@@ -223,7 +226,6 @@ pub(crate) fn pick<C: RowCodes>(codes: &C, ask: &Ask) -> Pick {
 
 /// [`pick`] among some places, which is what the rows of the result are.
 pub(crate) fn pick_places<C: RowCodes>(codes: &C, ask: &Ask, candidates: Range<usize>) -> Pick {
-    let estimates = codes.estimates();
     let purpose = if matches!(ask.select, Select::TopP(_)) { Purpose::Mass } else { Purpose::Rows };
     let mut scanned = scan(codes, ask, candidates, purpose, ask.rest);
     // Selecting may rewrite weights, and the sums lose what is selected.
@@ -245,8 +247,8 @@ pub(crate) fn pick_places<C: RowCodes>(codes: &C, ask: &Ask, candidates: Range<u
     };
     let inside = candidates.start - base..candidates.end - base;
     if let Budget::Rows(k) = budget
-        && estimates
         && totals.positive() < k.min(inside.len())
+        && weights[inside.clone()].iter().filter(|&&weight| weight > 0.0).count() < k.min(inside.len())
     {
         // Shares below the smallest float are all 0. There the logits keep the order; they stay below every share.
         let mut logits = vec![0.0; group * n];
@@ -257,44 +259,44 @@ pub(crate) fn pick_places<C: RowCodes>(codes: &C, ask: &Ask, candidates: Range<u
             *weight = below.fold(f32::NEG_INFINITY, f32::max);
         }
     }
-    let mut rows = select::select(weights, totals, inside, &budget);
+    let selecting = Instant::now();
+    let mut rows = select::select(isa, weights, totals, inside, &budget);
+    let seconds = Seconds { select: selecting.elapsed().as_secs_f32(), ..scanned.seconds };
     rows.iter_mut().for_each(|row| *row += base as u32);
 
     // What is left: all weights less those of the selected rows.
-    let mut pick = Pick { scored: candidates.len(), bytes: scanned.bytes(), ..Pick::default() };
-    if estimates {
-        let all = rows.len() == candidates.len();
-        let values = scanned.value_clusters();
-        let (mut rest, mut bound) = (Vec::with_capacity(group), Vec::with_capacity(group));
-        for (g, of_head) in heads.iter().enumerate() {
-            if all {
-                rest.push(RestMass { log_mass: f32::NEG_INFINITY, mean: Vec::new() });
-                bound.push(f32::NEG_INFINITY);
-                continue;
-            }
-            let (mut mass, mut left) = (totals.mass[g], totals.rest[g]);
-            let (shares, weights) = of_head.weights(isa, rows.iter().map(|&row| scanned.score(g, row as usize)));
-            for ((&row, share), weight) in rows.iter().zip(shares).zip(weights) {
-                mass -= f64::from(share);
-                left -= f64::from(weight);
-                if let Some((_, ids)) = values {
-                    let sum = &mut sums[usize::from(ids[row as usize]) * group + g];
-                    *sum = (*sum - weight).max(0.0);
-                }
-            }
-            let log_mass = Running { max: of_head.log_total, sum: left.max(0.0) as f32 }.lse();
-            rest.push(RestMass { log_mass, mean: scanned.mean_value(&sums, g) });
-            // Plain exp(s), up by what a code may be wrong; with what the difference of the sums may have rounded away, and what
-            // lies below the smallest float.
-            let unread = (candidates.len() - rows.len()) as f64;
-            let lost = SUM_ROUNDING * totals.mass[g] + unread * f64::from(f32::MIN_POSITIVE);
-            if let Some(largest) = codes.largest_error(head, queries, g) {
-                bound.push(of_head.log_total + (mass.max(0.0) + lost).ln() as f32 + BOUND_SIGMAS * largest);
+    let mut pick = Pick { scored: candidates.len(), bytes: scanned.bytes(), seconds, ..Pick::default() };
+    let all = rows.len() == candidates.len();
+    let values = scanned.value_clusters();
+    let (mut rest, mut bound) = (Vec::with_capacity(group), Vec::with_capacity(group));
+    for (g, of_head) in heads.iter().enumerate() {
+        if all {
+            rest.push(RestMass { log_mass: f32::NEG_INFINITY, mean: Vec::new() });
+            bound.push(f32::NEG_INFINITY);
+            continue;
+        }
+        let (mut mass, mut left) = (totals.mass[g], totals.rest[g]);
+        let (shares, weights) = of_head.weights(isa, rows.iter().map(|&row| scanned.score(g, row as usize)));
+        for ((&row, share), weight) in rows.iter().zip(shares).zip(weights) {
+            mass -= f64::from(share);
+            left -= f64::from(weight);
+            if let Some((_, ids)) = values {
+                let sum = &mut sums[usize::from(ids[row as usize]) * group + g];
+                *sum = (*sum - weight).max(0.0);
             }
         }
-        pick.rest = Some(rest);
-        pick.bound = (bound.len() == group).then_some(bound);
+        let log_mass = Running { max: of_head.log_total, sum: left.max(0.0) as f32 }.lse();
+        rest.push(RestMass { log_mass, mean: scanned.mean_value(&sums, g) });
+        // Plain exp(s), up by what a code may be wrong; with what the difference of the sums may have rounded away, and what
+        // lies below the smallest float.
+        let unread = (candidates.len() - rows.len()) as f64;
+        let lost = SUM_ROUNDING * totals.mass[g] + unread * f64::from(f32::MIN_POSITIVE);
+        if let Some(largest) = codes.largest_error(head, queries, g) {
+            bound.push(of_head.log_total + (mass.max(0.0) + lost).ln() as f32 + BOUND_SIGMAS * largest);
+        }
     }
+    pick.rest = Some(rest);
+    pick.bound = (bound.len() == group).then_some(bound);
     pick.rows = rows;
     scanned.weights = buffer;
     pick
@@ -302,7 +304,7 @@ pub(crate) fn pick_places<C: RowCodes>(codes: &C, ask: &Ask, candidates: Range<u
 
 /// Estimates of all candidates, for a sample: of codes whose scores stand for logits, and that know the values of unread rows.
 pub(crate) fn weigh<'a, C: RowCodes>(codes: &'a C, ask: &Ask) -> Option<Box<dyn Estimates + 'a>> {
-    codes.values(ask.head).filter(|_| codes.estimates())?;
+    codes.values(ask.head)?;
     let scanned = scan(codes, ask, ask.candidates.clone(), Purpose::Sample, true);
     let rest = scanned.heads.iter().enumerate().map(|(g, head)| RestMass {
         log_mass: Running { max: head.log_total, sum: scanned.totals.rest[g] as f32 }.lse(),
@@ -372,17 +374,40 @@ impl<C: RowCodes> Estimates for Weighed<'_, C> {
     }
 }
 
-/// Mean of the clusters' means, cluster c with weight `sums[c * group + g]`.
-fn mean_value(means: &[f32], sums: &[f32], g: usize, group: usize) -> Vec<f32> {
-    let weights = sums[g..].iter().step_by(group);
-    let total: f32 = weights.clone().sum();
-    let dim = means.len() * group / sums.len();
-    let mut mean = vec![0.0; dim];
-    if total > 0.0 {
-        for (cluster, weight) in means.chunks_exact(dim).zip(weights) {
-            let share = weight / total;
-            mean.iter_mut().zip(cluster).for_each(|(x, m)| *x += share * m);
+/// Mean of the clusters' means for query `g`, cluster c with weight `sums[c * group + g]`.
+struct MeanValue<'a> {
+    means: &'a [f32],
+    sums: &'a [f32],
+    g: usize,
+    group: usize,
+}
+
+impl Kernel for MeanValue<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Vec<f32> {
+        let Self { means, sums, g, group } = self;
+        let clusters = sums.len() / group;
+        let (dim, weights) = (means.len() / clusters, sums[g..].iter().step_by(group));
+        let total: f32 = weights.clone().sum();
+        let mut mean = vec![0.0; dim];
+        if total > 0.0 {
+            let whole = dim / S::LANES * S::LANES;
+            for (cluster, weight) in means.chunks_exact(dim).zip(weights) {
+                let share = weight / total;
+                for d in (0..whole).step_by(S::LANES) {
+                    // SAFETY: d + LANES <= whole, which the mean and each cluster's have.
+                    unsafe {
+                        let to = mean.as_mut_ptr().add(d);
+                        s.store(to, s.fma(s.load(cluster.as_ptr().add(d)), s.splat(share), s.load(to)));
+                    }
+                }
+                for (x, m) in mean[whole..].iter_mut().zip(&cluster[whole..]) {
+                    *x += share * m;
+                }
+            }
         }
+        mean
     }
-    mean
 }

@@ -1,7 +1,7 @@
 //! Retrieval attention against exact attention over the rows it read, in f64.
 
 use super::*;
-use crate::index::{Hash, Index, Random, SignatureOptions, Signatures};
+use crate::index::{HashOptions, Hashes, Index, Random, SignatureOptions, Signatures};
 use crate::kv::KvStore;
 use proptest::prelude::*;
 
@@ -50,10 +50,10 @@ impl Case {
     }
 
     fn index(&self, bits: usize) -> Signatures {
-        Signatures::new(Arc::clone(&self.store), SignatureOptions { bits, seed: 1, hash: None }).unwrap()
+        Signatures::new(Arc::clone(&self.store), SignatureOptions { bits, seed: 1 }).unwrap()
     }
 
-    fn call(&self, index: &Signatures, options: RetrievalOptions) -> Result<Found> {
+    fn call(&self, index: &dyn Index, options: RetrievalOptions) -> Result<Found> {
         let heads = self.kv_heads * self.group;
         let (mut out, mut lse) =
             (vec![f32::NAN; heads * self.queries * self.value_dim], vec![f32::NAN; heads * self.queries]);
@@ -228,11 +228,11 @@ fn hash_codes_select_by_agreeing_bits() {
     let case = Case::new([1, 2, 1, keys, dim, 4], DType::F32, 7);
     let identity: Vec<f32> = (0..dim * dim).map(|i| if i % (dim + 1) == 0 { 1.0 } else { 0.0 }).collect();
     for use_norm in [false, true] {
-        let hash = Some(Hash { weights: identity.clone(), code_bits: dim, use_norm });
-        let index = Signatures::new(Arc::clone(&case.store), SignatureOptions { bits: 1, seed: 0, hash }).unwrap();
+        let options_of = HashOptions { weights: identity.clone(), code_bits: dim, use_norm };
+        let index = Hashes::new(Arc::clone(&case.store), options_of).unwrap();
         let (_, _, stats) = case.call(&index, options(Select::TopK(25), 0, 0, Rest::Ignored)).unwrap();
         let reader = case.store.read();
-        let mut order: Vec<(f32, usize)> = (0..592)
+        let mut order: Vec<(f32, usize)> = (0..576)
             .map(|j| {
                 let key = reader.keys().numbers().unwrap().row::<f32>(0, 0, j);
                 let cosine: i32 = (case.q.iter().zip(key.iter().cycle()))
@@ -269,15 +269,14 @@ fn keys_that_are_not_finite_are_named() {
 fn wrong_arguments_are_named() {
     let case = Case::new([2, 2, 3, 520, 8, 8], DType::F32, 11);
     let index = case.index(4);
-    let message = |index: &Signatures, options| case.call(index, options).unwrap_err().to_string();
+    let message = |index: &dyn Index, options| case.call(index, options).unwrap_err().to_string();
     assert!(message(&index, options(Select::TopK(0), 0, 0, Rest::Ignored)).starts_with("top_k:"));
     assert!(message(&index, options(Select::TopP(1.0), 0, 0, Rest::Ignored)).starts_with("top_p:"));
     assert!(message(&index, options(Select::TopP(f32::NAN), 0, 0, Rest::Ignored)).starts_with("top_p:"));
     let nan = RetrievalOptions { scale: Some(f32::NAN), ..options(Select::TopK(1), 0, 0, Rest::Ignored) };
     assert!(message(&index, nan).starts_with("scale:"));
     let weights = numbers(2 * 8 * 32, 1);
-    let hash = Some(Hash { weights, code_bits: 32, use_norm: false });
-    let hashed = Signatures::new(Arc::clone(&case.store), SignatureOptions { bits: 1, seed: 0, hash }).unwrap();
+    let hashed = Hashes::new(Arc::clone(&case.store), HashOptions { weights, code_bits: 32, use_norm: false }).unwrap();
     assert!(message(&hashed, options(Select::TopP(0.5), 0, 0, Rest::Ignored)).starts_with("top_p:"));
     assert!(message(&hashed, options(Select::TopK(5), 0, 0, Rest::Estimated)).starts_with("rest:"));
     case.store.truncate(2);

@@ -252,7 +252,7 @@ pub(crate) fn pick<U: Units>(units: &U, of: &HeadUnits, score: UnitScore, ask: &
             bound = Some(log_masses);
         }
     }
-    Pick { rows, log_weights: None, rest, bound, scored, bytes }
+    Pick { rows, rest, bound, scored, bytes, ..Pick::default() }
 }
 
 /// ln n.

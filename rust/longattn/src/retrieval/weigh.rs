@@ -4,8 +4,8 @@ use super::scan::TILE;
 use super::select::Weights;
 use crate::dense::scores::{Running, exp_difference};
 use crate::index::clusters::MAX_CLUSTERS;
-use crate::index::codes::BLOCK;
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
+use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 /// Sums over candidates of one query head: what turns estimated logits into weights.
@@ -110,12 +110,11 @@ impl HeadWeight {
         matches!(self.unread, Unread::Scaled { .. })
     }
 
-    /// Shares of rows by what the scan left of them: plain, and corrected for the codes' error.
+    /// Shares of rows by what the scan left of them and their tile's scale: plain, and corrected for the codes' error.
     pub(super) fn weights(&self, isa: Isa, left: impl Iterator<Item = (f32, f32)> + Clone) -> (Vec<f32>, Vec<f32>) {
         match self.unread {
             Unread::Scaled { factor } => {
-                let shares: Vec<f32> =
-                    left.map(|(weight, origin)| weight * exp_difference(origin, self.log_total)).collect();
+                let shares: Vec<f32> = left.map(|(weight, scale)| weight * scale).collect();
                 let corrected = shares.iter().map(|share| share * factor).collect();
                 (shares, corrected)
             }
@@ -157,8 +156,8 @@ pub(super) struct Summarise<'a> {
     pub(super) origins: &'a mut [f32],
     pub(super) len: usize,
     pub(super) inside: Range<usize>,
-    /// Of each head; `None` for scores that are no logits.
-    pub(super) errors: Option<&'a [CodeError]>,
+    /// Of each head.
+    pub(super) errors: &'a [CodeError],
     /// Sums of each head, added to.
     pub(super) bulk: &'a mut [Bulk],
 }
@@ -171,13 +170,8 @@ impl Kernel for Summarise<'_> {
         let Self { scores, origins, len, inside, errors, bulk } = self;
         let hidden = f32::NEG_INFINITY;
         assert!(len.is_multiple_of(simd::MAX_LANES) && len <= TILE && inside.end <= len);
-        for (g, bulk) in bulk.iter_mut().enumerate() {
+        for (g, (bulk, error)) in bulk.iter_mut().zip(errors).enumerate() {
             let row = &mut scores[g * TILE..g * TILE + len];
-            let Some(error) = errors.map(|errors| errors[g]) else {
-                row[..inside.start].fill(hidden);
-                row[inside.end..].fill(hidden);
-                continue;
-            };
             let mut sums = Bulk::EMPTY;
             if !error.is_one_factor() {
                 // Moments of the differences from one score, so that nothing cancels.
@@ -207,10 +201,12 @@ impl Kernel for Summarise<'_> {
             origins[g] = max;
             let mut total = s.zero();
             let keep = error.is_one_factor();
+            // e^(x - max) as a power of 2.
+            let (log2_e, origin) = (s.splat(LOG2_E), s.splat(-max * LOG2_E));
             for chunk in row.chunks_exact_mut(S::LANES) {
                 // SAFETY: as above.
                 unsafe {
-                    let weight = s.exp(s.sub(s.load(chunk.as_ptr()), s.splat(max)));
+                    let weight = s.exp2(s.fma(s.load(chunk.as_ptr()), log2_e, origin));
                     total = s.add(total, weight);
                     if keep {
                         s.store(chunk.as_mut_ptr(), weight);
@@ -226,13 +222,12 @@ impl Kernel for Summarise<'_> {
 /// Turns scores into the group's weights, and sums the unread rows' weights by value cluster.
 pub(super) struct Weigh<'a> {
     heads: &'a [HeadWeight],
-    estimates: bool,
     /// Value clusters, 0 if the sums are not asked for.
     clusters: usize,
     weights: Weights,
-    /// `[TABLES, MAX_CLUSTERS, group]`.
-    sums: Vec<f32>,
-    /// Weights of unread rows, `[group, STEP]`.
+    /// Sums of each [`QUAD`] of heads, of plain shares where the heads of the quad are all scaled.
+    sums: Vec<Tables>,
+    /// Weights of unread rows, `[group, TILE]`, where a mass budget needs them.
     rest: Vec<f32>,
 }
 
@@ -243,44 +238,63 @@ pub(super) struct Weighed {
     pub(super) sums: Vec<f32>,
 }
 
-/// Rows that are weighed together.
-const STEP: usize = 256;
+/// Heads that are weighed together: their weights of a row are added to its cluster's as one vector of four.
+const QUAD: usize = 4;
+
+/// Sums by cluster, rows taking turns: neighbours often share a cluster, and would wait for each other's sum.
+type Tables = [[[f32; QUAD]; MAX_CLUSTERS]; 4];
+
+/// Vectors of rows whose largest weights are counted, lane by lane.
+const VECTORS: usize = 16;
 
 /// Rows whose share is below this, over the number of candidates, may be left out of the clusters' sums: a thousandth of the mass at
 /// most, which counts in full and is then spread as the others.
 pub(super) const NEGLIGIBLE: f32 = 1e-3;
 
 impl<'a> Weigh<'a> {
-    pub(super) fn new(heads: &'a [HeadWeight], estimates: bool, clusters: usize, by_mass: bool) -> Self {
+    pub(super) fn new(heads: &'a [HeadWeight], clusters: usize, by_mass: bool) -> Self {
         let group = heads.len();
+        let quads = if clusters > 0 { group.div_ceil(QUAD) } else { 0 };
         Self {
             heads,
-            estimates,
             clusters,
             weights: Weights::new(group, by_mass),
-            sums: vec![0.0; if clusters > 0 { TABLES * MAX_CLUSTERS * group } else { 0 }],
-            rest: vec![0.0; group * STEP],
+            sums: vec![[[[0.0; QUAD]; MAX_CLUSTERS]; 4]; quads],
+            rest: vec![0.0; if by_mass { group * TILE } else { 0 }],
         }
     }
 
-    pub(super) fn finish(mut self) -> Weighed {
+    pub(super) fn finish(self) -> Weighed {
         let group = self.heads.len();
-        if self.clusters > 0 {
-            let (first, others) = self.sums.split_at_mut(MAX_CLUSTERS * group);
-            for other in others.chunks_exact(MAX_CLUSTERS * group) {
-                first.iter_mut().zip(other).for_each(|(a, b)| *a += b);
+        let mut sums = vec![0.0; self.clusters * group];
+        for ((q, heads), tables) in self.heads.chunks(QUAD).enumerate().zip(&self.sums) {
+            let factors = factors(heads).unwrap_or([1.0; QUAD]);
+            for (c, sums) in sums.chunks_exact_mut(group).enumerate() {
+                for (h, sum) in sums[q * QUAD..].iter_mut().take(QUAD).enumerate() {
+                    *sum = tables.iter().map(|table| table[c][h]).sum::<f32>() * factors[h];
+                }
             }
-            self.sums.truncate(self.clusters * group);
         }
-        Weighed { weights: self.weights, sums: self.sums }
+        Weighed { weights: self.weights, sums }
     }
+}
+
+/// What the shares of a quad's heads are multiplied by for unread rows, if that is all.
+fn factors(heads: &[HeadWeight]) -> Option<[f32; QUAD]> {
+    let mut factors = [1.0; QUAD];
+    for (to, head) in factors.iter_mut().zip(heads) {
+        let Unread::Scaled { factor } = head.unread else { return None };
+        *to = factor;
+    }
+    Some(factors)
 }
 
 /// One tile's part of [`Weigh`].
 pub(super) struct WeighTile<'a, 'b> {
     /// `[group, TILE]`, as [`Summarise`] left them.
     pub(super) scores: &'a [f32],
-    pub(super) origins: &'a [f32],
+    /// Origins of the heads' scores; become what turns the weights that the scan left into shares.
+    pub(super) scales: &'a mut [f32],
     /// `[TILE]`, written.
     pub(super) weights: &'a mut [f32],
     /// Value cluster of each row, empty if not asked for.
@@ -295,126 +309,145 @@ impl Kernel for WeighTile<'_, '_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self { scores, origins, weights, ids, len, negligible, weigh } = self;
-        let Weigh { heads, estimates, clusters, weights: totals, sums, rest } = weigh;
+    fn run<S: Simd>(mut self, s: S) {
+        let (heads, len) = (self.weigh.heads, self.len);
         let group = heads.len();
-        assert!(
-            len.is_multiple_of(simd::MAX_LANES) && len <= TILE && weights.len() >= len && rest.len() >= group * STEP
-        );
-        assert!(scores.len() >= group * TILE && origins.len() >= group);
-        let mean = s.splat(1.0 / group as f32);
-        for start in (0..len).step_by(STEP) {
-            let n = STEP.min(len - start);
-            let weights = &mut weights[start..start + n];
-            weights.fill(0.0);
-            for (g, head) in heads.iter().enumerate() {
-                let row = &scores[g * TILE + start..][..n];
-                let rest = &mut rest[g * STEP..][..n];
-                let (mut mass, mut left) = (s.zero(), s.zero());
-                // SAFETY of the loads and stores below: j + LANES <= n, the length of row, rest and weights.
-                if !*estimates {
-                    // Agreeing bits.
-                    for j in (0..n).step_by(S::LANES) {
-                        // SAFETY: as above.
-                        unsafe {
-                            let weight = weights.as_mut_ptr().add(j);
-                            s.store(weight, s.add(s.load(weight), s.load(row.as_ptr().add(j))));
-                        }
-                    }
-                    continue;
-                }
-                match head.unread {
-                    Unread::Scaled { factor } => {
-                        let scale = s.splat(exp_difference(origins[g], head.log_total));
-                        for j in (0..n).step_by(S::LANES) {
-                            // SAFETY: as above.
-                            unsafe {
-                                let share = s.mul(s.load(row.as_ptr().add(j)), scale);
-                                let weight = weights.as_mut_ptr().add(j);
-                                mass = s.add(mass, share);
-                                s.store(rest.as_mut_ptr().add(j), s.mul(share, s.splat(factor)));
-                                s.store(weight, s.fma(share, mean, s.load(weight)));
-                            }
-                        }
-                        left = s.mul(mass, s.splat(factor));
-                    }
-                    Unread::Sloped { slope, shift } => {
-                        for j in (0..n).step_by(S::LANES) {
-                            // SAFETY: as above.
-                            unsafe {
-                                let x = s.load(row.as_ptr().add(j));
-                                let share = s.exp(s.sub(x, s.splat(head.log_total)));
-                                let other = s.exp(s.fma(x, s.splat(slope), s.splat(shift)));
-                                let weight = weights.as_mut_ptr().add(j);
-                                mass = s.add(mass, share);
-                                left = s.add(left, other);
-                                s.store(rest.as_mut_ptr().add(j), other);
-                                s.store(weight, s.fma(share, mean, s.load(weight)));
-                            }
-                        }
-                    }
-                }
-                totals.mass[g] += f64::from(s.sum(mass));
-                totals.rest[g] += f64::from(s.sum(left));
+        assert!(len.is_multiple_of(simd::MAX_LANES) && len <= TILE && self.weights.len() >= len);
+        assert!(self.scores.len() >= group * TILE && self.scales.len() == group);
+        assert!(self.weigh.clusters == 0 || self.ids.len() >= len);
+        for (scale, head) in self.scales.iter_mut().zip(heads) {
+            *scale = exp_difference(*scale, head.log_total);
+        }
+        for first in (0..group).step_by(QUAD) {
+            let quad = &heads[first..(first + QUAD).min(group)];
+            match (quad.len(), factors(quad)) {
+                (1, Some(factors)) => self.scaled::<S, 1>(s, first, factors),
+                (2, Some(factors)) => self.scaled::<S, 2>(s, first, factors),
+                (3, Some(factors)) => self.scaled::<S, 3>(s, first, factors),
+                (_, Some(factors)) => self.scaled::<S, 4>(s, first, factors),
+                (_, None) => self.mixed(s, first, quad),
             }
-            totals.count(weights, rest, STEP);
-            if *clusters == 0 {
-                continue;
+        }
+        let Weigh { weights: totals, rest, .. } = self.weigh;
+        let mut largest = [0f32; simd::MAX_LANES];
+        for set in self.weights[..len].chunks(VECTORS * S::LANES) {
+            let mut max = s.zero();
+            for vector in set.chunks_exact(S::LANES) {
+                // SAFETY: the chunk has LANES floats.
+                max = s.max(unsafe { s.load(vector.as_ptr()) }, max);
             }
-            let ids = &ids[start..start + n];
-            for (b, (ids, weights)) in ids.chunks_exact(BLOCK).zip(weights.chunks_exact(BLOCK)).enumerate() {
-                let mut largest = s.zero();
-                for j in (0..BLOCK).step_by(S::LANES) {
-                    // SAFETY: a block has BLOCK weights, a multiple of LANES.
-                    largest = s.max(largest, unsafe { s.load(weights.as_ptr().add(j)) });
-                }
-                if s.max_lane(largest) < negligible {
-                    continue;
-                }
-                let at = b * BLOCK;
-                match group {
-                    1 => add_by_cluster::<1>(ids, rest, at, sums),
-                    2 => add_by_cluster::<2>(ids, rest, at, sums),
-                    4 => add_by_cluster::<4>(ids, rest, at, sums),
-                    8 => add_by_cluster::<8>(ids, rest, at, sums),
-                    _ => {
-                        for (j, &id) in ids.iter().enumerate() {
-                            for (g, sum) in sums[usize::from(id) * group..][..group].iter_mut().enumerate() {
-                                *sum += rest[g * STEP + at + j];
-                            }
-                        }
-                    }
-                }
-            }
+            // SAFETY: the array has MAX_LANES floats.
+            unsafe { s.store(largest.as_mut_ptr(), max) };
+            totals.count(&largest[..S::LANES]);
+        }
+        if totals.has_mass() {
+            totals.count_mass(&self.weights[..len], rest, TILE);
         }
     }
 }
 
-/// Tables that [`add_by_cluster`] adds to in turn: neighbours often share a cluster, and would wait for each other's sum.
-const TABLES: usize = 4;
-
-/// `sums[j % TABLES][id][g] += rest[g][at + j]` for each row j of a block and its cluster, the group's size known to the compiler.
-#[inline(always)]
-fn add_by_cluster<const G: usize>(ids: &[u8], rest: &[f32], at: usize, sums: &mut [f32]) {
-    let (sums, _) = sums.as_chunks_mut::<G>();
-    let (tables, _) = sums.as_chunks_mut::<MAX_CLUSTERS>();
-    let tables: &mut [[[f32; G]; MAX_CLUSTERS]; TABLES] = tables.try_into().expect("TABLES tables of MAX_CLUSTERS");
-    let rows: [&[f32; BLOCK]; G] =
-        std::array::from_fn(|g| rest[g * STEP + at..][..BLOCK].try_into().expect("the weights of a block"));
-    let ids: &[u8; BLOCK] = ids.try_into().expect("the clusters of a block");
-    for i in (0..BLOCK).step_by(TABLES) {
-        // Weights of TABLES rows, head by head, and then row by row.
-        let mut turned = [[0f32; G]; TABLES];
-        for g in 0..G {
-            for t in 0..TABLES {
-                turned[t][g] = rows[g][i + t];
-            }
+impl WeighTile<'_, '_> {
+    /// A quad, `H` heads from `first` on, whose weights are shares times a factor.
+    #[inline(always)]
+    fn scaled<S: Simd, const H: usize>(&mut self, s: S, first: usize, factors: [f32; QUAD]) {
+        let part = s.splat(1.0 / self.weigh.heads.len() as f32);
+        let by_mass = self.weigh.weights.has_mass();
+        let mut mass = [s.zero(); H];
+        let mut scales = [s.zero(); H];
+        for (h, scale) in scales.iter_mut().enumerate() {
+            *scale = s.splat(self.scales[first + h]);
         }
-        for t in 0..TABLES {
-            let sum = &mut tables[t][usize::from(ids[i + t])];
-            for g in 0..G {
-                sum[g] += turned[t][g];
+        for j in (0..self.len).step_by(S::LANES) {
+            let mut shares = [s.zero(); QUAD];
+            let mut mean = s.zero();
+            for h in 0..H {
+                // SAFETY: j + LANES <= len <= TILE, the heads are of the group.
+                let x = unsafe { s.load(self.scores.as_ptr().add((first + h) * TILE + j)) };
+                shares[h] = s.mul(x, scales[h]);
+                mass[h] = s.add(mass[h], shares[h]);
+                mean = s.fma(shares[h], part, mean);
+            }
+            if by_mass {
+                for h in 0..H {
+                    let rest = &mut self.weigh.rest[(first + h) * TILE + j..][..S::LANES];
+                    // SAFETY: the slice has LANES floats.
+                    unsafe { s.store(rest.as_mut_ptr(), s.mul(shares[h], s.splat(factors[h]))) };
+                }
+            }
+            self.add(s, first, j, mean, shares);
+        }
+        for h in 0..H {
+            let mass = f64::from(s.sum(mass[h]));
+            self.weigh.weights.mass[first + h] += mass;
+            self.weigh.weights.rest[first + h] += mass * f64::from(factors[h]);
+        }
+    }
+
+    /// A quad with heads whose weights are no multiples of their shares.
+    #[inline(always)]
+    fn mixed<S: Simd>(&mut self, s: S, first: usize, heads: &[HeadWeight]) {
+        let part = s.splat(1.0 / self.weigh.heads.len() as f32);
+        let by_mass = self.weigh.weights.has_mass();
+        let (mut mass, mut left) = ([s.zero(); QUAD], [s.zero(); QUAD]);
+        for j in (0..self.len).step_by(S::LANES) {
+            let mut weights = [s.zero(); QUAD];
+            let mut mean = s.zero();
+            for (h, head) in heads.iter().enumerate() {
+                // SAFETY: j + LANES <= len <= TILE, the heads are of the group.
+                let x = unsafe { s.load(self.scores.as_ptr().add((first + h) * TILE + j)) };
+                let share;
+                match head.unread {
+                    Unread::Scaled { factor } => {
+                        share = s.mul(x, s.splat(self.scales[first + h]));
+                        weights[h] = s.mul(share, s.splat(factor));
+                    }
+                    Unread::Sloped { slope, shift } => {
+                        share = s.exp2(s.fma(x, s.splat(LOG2_E), s.splat(-head.log_total * LOG2_E)));
+                        weights[h] = s.exp2(s.fma(x, s.splat(slope * LOG2_E), s.splat(shift * LOG2_E)));
+                    }
+                }
+                mass[h] = s.add(mass[h], share);
+                left[h] = s.add(left[h], weights[h]);
+                mean = s.fma(share, part, mean);
+                if by_mass {
+                    let rest = &mut self.weigh.rest[(first + h) * TILE + j..][..S::LANES];
+                    // SAFETY: the slice has LANES floats.
+                    unsafe { s.store(rest.as_mut_ptr(), weights[h]) };
+                }
+            }
+            self.add(s, first, j, mean, weights);
+        }
+        for h in 0..heads.len() {
+            self.weigh.weights.mass[first + h] += f64::from(s.sum(mass[h]));
+            self.weigh.weights.rest[first + h] += f64::from(s.sum(left[h]));
+        }
+    }
+
+    /// Adds to the rows from `j` on what the quad from `first` on has of them: part of their weight, and to the sums of their clusters.
+    #[inline(always)]
+    fn add<S: Simd>(&mut self, s: S, first: usize, j: usize, part: S::F32, weights: [S::F32; QUAD]) {
+        // SAFETY: j + LANES <= len, and there are as many weights.
+        unsafe {
+            let to = self.weights.as_mut_ptr().add(j);
+            s.store(to, if first == 0 { part } else { s.add(s.load(to), part) });
+        }
+        if self.weigh.clusters == 0 || s.at_least(part, s.splat(self.negligible)) == 0 {
+            return;
+        }
+        let mut rows = [[0f32; QUAD]; simd::MAX_LANES];
+        for (t, turned) in s.turn4(weights).into_iter().enumerate() {
+            // SAFETY: four vectors of LANES floats are LANES rows of a quad.
+            unsafe { s.store(rows.as_mut_ptr().cast::<f32>().add(t * S::LANES), turned) };
+        }
+        let tables = &mut self.weigh.sums[first / QUAD];
+        for (q, ids) in self.ids[j..j + S::LANES].as_chunks::<4>().0.iter().enumerate() {
+            for t in 0..4 {
+                // Quarter q of vector t is row 4 q + t.
+                let row = rows[t * (S::LANES / 4) + q];
+                let sum = &mut tables[t][usize::from(ids[t])];
+                for h in 0..QUAD {
+                    sum[h] += row[h];
+                }
             }
         }
     }

@@ -94,6 +94,37 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     }
     /// Largest lane.
     fn max_lane(self, a: Self::F32) -> f32;
+    /// A bit per lane, the first lane's lowest: whether `a >= b`.
+    #[inline(always)]
+    fn at_least(self, a: Self::F32, b: Self::F32) -> u32 {
+        let (mut x, mut y) = ([0f32; MAX_LANES], [0f32; MAX_LANES]);
+        // SAFETY: the arrays hold MAX_LANES >= LANES floats.
+        unsafe {
+            self.store(x.as_mut_ptr(), a);
+            self.store(y.as_mut_ptr(), b);
+        }
+        (0..Self::LANES).fold(0, |bits, i| bits | u32::from(x[i] >= y[i]) << i)
+    }
+    /// Each four lanes of four vectors, transposed: lanes `4 q..4 q + 4` of vector t come from lane `4 q + t` of each.
+    #[inline(always)]
+    fn turn4(self, v: [Self::F32; 4]) -> [Self::F32; 4] {
+        let mut from = [[0f32; MAX_LANES]; 4];
+        let mut turned = v;
+        // SAFETY: the arrays hold MAX_LANES >= LANES floats.
+        unsafe {
+            for (from, v) in from.iter_mut().zip(v) {
+                self.store(from.as_mut_ptr(), v);
+            }
+            for (t, to) in turned.iter_mut().enumerate() {
+                let mut lanes = [0f32; MAX_LANES];
+                for i in 0..Self::LANES {
+                    lanes[i] = from[i % 4][i / 4 * 4 + t];
+                }
+                *to = self.load(lanes.as_ptr());
+            }
+        }
+        turned
+    }
 
     /// Transposes a block of `LANES x LANES` floats; rows are `stride` floats apart.
     ///
@@ -254,6 +285,20 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         let r = self.fma(n, self.splat(2.121_944_4e-4), r);
         let mut p = self.splat(1.987_569_1e-4);
         for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 0.5, 1.0, 1.0] {
+            p = self.fma(p, r, self.splat(c));
+        }
+        self.scale2(p, n)
+    }
+
+    /// `2^x`, relative error below 3e-7 for -126 <= x <= 127; 0 below -127, NaN for NaN. In fewer steps than [`Self::exp`]: for
+    /// exponents that were scaled already.
+    #[inline(always)]
+    fn exp2(self, x: Self::F32) -> Self::F32 {
+        let x = self.max(self.splat(-150.0), x);
+        let n = self.round(x);
+        let r = self.sub(x, n);
+        let mut p = self.splat(1.327_647_1e-3);
+        for c in [9.675_541e-3, 5.550_713e-2, 2.402_212e-1, 6.931_469_4e-1, 1.0] {
             p = self.fma(p, r, self.splat(c));
         }
         self.scale2(p, n)

@@ -3,11 +3,11 @@ use super::*;
 struct Elementwise<'a>(&'a [f32]);
 
 impl Kernel for Elementwise<'_> {
-    /// exp, tanh, and the sum and maximum of each vector.
-    type Output = (Vec<f32>, Vec<f32>, Vec<(f32, f32)>);
+    /// exp, exp2, tanh, and the sum and maximum of each vector.
+    type Output = ([Vec<f32>; 3], Vec<(f32, f32)>);
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Self::Output {
-        let (mut exp, mut tanh, mut folds) = (vec![], vec![], vec![]);
+        let (mut exp, mut exp2, mut tanh, mut folds) = (vec![], vec![], vec![], vec![]);
         for chunk in self.0.chunks(S::LANES) {
             let mut out = [0f32; MAX_LANES];
             // SAFETY: the chunk has chunk.len() elements and the buffer MAX_LANES.
@@ -15,12 +15,14 @@ impl Kernel for Elementwise<'_> {
                 let x = s.load_first(chunk.as_ptr(), chunk.len());
                 s.store(out.as_mut_ptr(), s.exp(x));
                 exp.extend_from_slice(&out[..chunk.len()]);
+                s.store(out.as_mut_ptr(), s.exp2(x));
+                exp2.extend_from_slice(&out[..chunk.len()]);
                 s.store(out.as_mut_ptr(), s.tanh(x));
                 tanh.extend_from_slice(&out[..chunk.len()]);
                 folds.push((s.sum(x), s.max_lane(x)));
             }
         }
-        (exp, tanh, folds)
+        ([exp, exp2, tanh], folds)
     }
 }
 
@@ -28,8 +30,10 @@ impl Kernel for Elementwise<'_> {
 fn exp_and_tanh_on_every_isa() {
     let xs: Vec<f32> = (-8800..=880).map(|i| i as f32 * 0.01).collect();
     for isa in Isa::available() {
-        let (exp, tanh, _) = dispatch(isa, Elementwise(&xs));
-        for ((&x, &e), &t) in xs.iter().zip(&exp).zip(&tanh) {
+        let ([exp, exp2, tanh], _) = dispatch(isa, Elementwise(&xs));
+        for (((&x, &e), &two), &t) in xs.iter().zip(&exp).zip(&exp2).zip(&tanh) {
+            let exact = f64::from(x).exp2();
+            assert!((f64::from(two) - exact).abs() <= 3e-7 * exact, "{}: 2^{x} = {two}", isa.name());
             let exact = f64::from(x).exp();
             if x > -87.0 {
                 assert!((f64::from(e) - exact).abs() <= 2.5e-7 * exact, "{}: exp({x}) = {e}", isa.name());
@@ -39,11 +43,13 @@ fn exp_and_tanh_on_every_isa() {
             let exact = f64::from(x).tanh();
             assert!((f64::from(t) - exact).abs() <= 3e-7 * exact.abs(), "{}: tanh({x}) = {t}", isa.name());
         }
-        let (special, _, _) = dispatch(isa, Elementwise(&[f32::NEG_INFINITY, f32::NAN, 0.0, -1e30]));
-        assert_eq!(special[0], 0.0, "{}", isa.name());
-        assert!(special[1].is_nan(), "{}", isa.name());
-        assert_eq!(special[2], 1.0, "{}", isa.name());
-        assert_eq!(special[3], 0.0, "{}", isa.name());
+        let ([exp, exp2, _], _) = dispatch(isa, Elementwise(&[f32::NEG_INFINITY, f32::NAN, 0.0, -1e30]));
+        for special in [exp, exp2] {
+            assert_eq!(special[0], 0.0, "{}", isa.name());
+            assert!(special[1].is_nan(), "{}", isa.name());
+            assert_eq!(special[2], 1.0, "{}", isa.name());
+            assert_eq!(special[3], 0.0, "{}", isa.name());
+        }
     }
 }
 
@@ -183,6 +189,46 @@ fn transpose_on_every_isa() {
             for j in 0..n {
                 assert_eq!(out[j * 18 + i], from[i * 20 + j], "{} {i} {j}", isa.name());
             }
+        }
+    }
+}
+
+struct Turn<'a>(&'a [f32; 4 * MAX_LANES]);
+
+impl Kernel for Turn<'_> {
+    /// Lanes; four vectors turned; which lanes of the first are at least those of the second.
+    type Output = (usize, Vec<f32>, u32);
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        let mut v = [s.zero(); 4];
+        let mut out = vec![0f32; 4 * S::LANES];
+        // SAFETY: four vectors of MAX_LANES floats, and room for four of LANES.
+        unsafe {
+            for (i, v) in v.iter_mut().enumerate() {
+                *v = s.load(self.0.as_ptr().add(i * MAX_LANES));
+            }
+            for (t, turned) in s.turn4(v).into_iter().enumerate() {
+                s.store(out.as_mut_ptr().add(t * S::LANES), turned);
+            }
+        }
+        (S::LANES, out, s.at_least(v[0], v[1]))
+    }
+}
+
+#[test]
+fn turns_and_comparisons_on_every_isa() {
+    let mut from: [f32; 4 * MAX_LANES] = std::array::from_fn(|i| (i * 29 % 31) as f32);
+    (from[3], from[MAX_LANES]) = (f32::NAN, from[0]);
+    for isa in Isa::available() {
+        let (n, out, bits) = dispatch(isa, Turn(&from));
+        for (i, x) in out.iter().enumerate() {
+            let (t, lane) = (i / n, i % n);
+            let expected = from[lane % 4 * MAX_LANES + lane / 4 * 4 + t];
+            assert_eq!(x.to_bits(), expected.to_bits(), "{} {i}", isa.name());
+        }
+        for lane in 0..32 {
+            let expected = lane < n && from[lane] >= from[MAX_LANES + lane];
+            assert_eq!(bits >> lane & 1 == 1, expected, "{} {lane}", isa.name());
         }
     }
 }
