@@ -7,6 +7,7 @@ mod diagnostics;
 mod double;
 mod errors;
 mod index;
+mod linear;
 mod options;
 mod prefix_tree;
 mod retrieval;

@@ -41,6 +41,7 @@ pub mod dense;
 pub mod index;
 pub mod kv;
 pub mod limits;
+pub mod linear;
 pub mod parallel;
 pub mod retrieval;
 pub mod simd;

@@ -1,0 +1,3 @@
+//! Linear attention.
+
+pub(crate) mod recurrence;
