@@ -534,3 +534,67 @@ def hash_order(x: NDArray[Any], directions: NDArray[np.float32], gray: bool) -> 
 def hash_lists(
     order: NDArray[np.uint32], heads: int, block: int, samples: NDArray[np.uint32], own: bool
 ) -> tuple[_Lists, NDArray[np.float32]]: ...
+
+# scans and convolutions
+
+def selective_scan(
+    x: NDArray[Any],
+    dt: NDArray[Any],
+    a: NDArray[np.float32],
+    b: NDArray[Any],
+    c: NDArray[Any],
+    state: NDArray[np.float32],
+    out: NDArray[Any],
+    *,
+    skip: NDArray[np.float32] | None = None,
+    dt_bias: NDArray[np.float32] | None = None,
+    softplus: bool = False,
+    z: NDArray[Any] | None = None,
+    cu_seqlens: NDArray[np.int64] | None = None,
+) -> None: ...
+def diagonal_scan(
+    x: NDArray[Any],
+    decay_less_1: list[NDArray[np.float32]],
+    b: list[NDArray[np.float32]],
+    c: list[NDArray[np.float32]],
+    state: NDArray[np.float32],
+    out: NDArray[Any],
+    *,
+    skip: NDArray[np.float32] | None = None,
+    silu: bool = False,
+    cu_seqlens: NDArray[np.int64] | None = None,
+) -> None: ...
+def depthwise(
+    x: NDArray[Any],
+    weights: NDArray[np.float32],
+    centre: tuple[int, int],
+    out: NDArray[Any],
+    *,
+    bias: NDArray[np.float32] | None = None,
+    before: NDArray[Any] | None = None,
+    silu: bool = False,
+    cu_seqlens: NDArray[np.int64] | None = None,
+) -> None: ...
+def dynamic_convolution(
+    v: NDArray[Any],
+    w: NDArray[Any],
+    centre: int,
+    softmax: bool,
+    out: NDArray[Any],
+    *,
+    before: NDArray[Any] | None = None,
+) -> None: ...
+def neighbour_means(x: NDArray[Any], size: int, out: NDArray[Any]) -> None: ...
+def toeplitz(
+    x: NDArray[Any], kernel: NDArray[np.float64], zero: int, per_channel: bool, double: bool, out: NDArray[Any]
+) -> None: ...
+def toeplitz_attention(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    kernel: NDArray[np.float64],
+    zero: int,
+    double: bool,
+    out: NDArray[np.float32],
+) -> None: ...
+def pointwise_function(name: str, x: NDArray[np.float32], factor: NDArray[np.float32] | None = None) -> None: ...

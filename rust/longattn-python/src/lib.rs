@@ -56,6 +56,12 @@ mod _core {
     #[pymodule_export]
     use super::index::signatures::{signatures, signatures_sigma};
     #[pymodule_export]
+    use super::linear::convolution::{
+        depthwise, dynamic_convolution, neighbour_means, pointwise_function, toeplitz, toeplitz_attention,
+    };
+    #[pymodule_export]
+    use super::linear::scan::{diagonal_scan, selective_scan};
+    #[pymodule_export]
     use super::prefix_tree::{PrefixTree, chunk_attention};
     #[pymodule_export]
     use super::retrieval::retrieval_attention;

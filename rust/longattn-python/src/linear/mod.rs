@@ -1,3 +1,5 @@
 //! Linear attention.
 
+pub(crate) mod convolution;
 pub(crate) mod recurrence;
+pub(crate) mod scan;

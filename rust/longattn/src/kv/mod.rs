@@ -3,7 +3,7 @@
 //! A [`KvStore`] holds the keys and values of one sequence. Its address space is reserved once for the whole capacity and memory
 //! is committed as the sequence grows, so a row never moves, no append copies the past, and views stay valid.
 
-mod convert;
+pub(crate) mod convert;
 pub(crate) mod prefix_tree;
 mod region;
 mod rows;

@@ -1,0 +1,7 @@
+//! Scans of states that hold a few numbers per channel, one row after another.
+
+mod diagonal;
+mod selective;
+
+pub use diagonal::{DiagonalScan, diagonal_scan};
+pub use selective::{SelectiveScan, selective_scan};
