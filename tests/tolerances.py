@@ -282,6 +282,25 @@ def check_linear(actual, expected, size, terms):
     assert (error <= allowed).all(), f"{(error / allowed).max():.2f} times the error that is allowed"
 
 
+def check_layer(actual, expected, depth=1):
+    """Assert that the output of a layer of a few float32 products, gates and scans is close.
+
+    Each of them errs by some `U` of the size of its terms, which for random weights is that of the outputs, and passes
+    on what came before; `SAFETY` times 64 of those to a layer leaves room for sums that cancel.
+
+    Args:
+        actual: outputs in any storage dtype.
+        expected: their references.
+        depth: layers, one after another.
+    """
+    actual = np.asarray(actual)
+    roundoff, smallest = ROUNDOFF[actual.dtype]
+    assert actual.shape == expected.shape
+    allowed = 64 * SAFETY * depth * U * (1 + _largest(expected)) + roundoff * np.abs(expected) + smallest
+    error = np.abs(actual.astype(np.float64) - expected)
+    assert (error <= allowed).all(), f"{(error / allowed).max():.2f} times the error that is allowed"
+
+
 def added_branches(x, wq, wk, wv, wo=None, *, heads, branches, scale=None):
     """Tolerance of the sum of a few attentions between float32 projections of the same rows.
 

@@ -6,7 +6,7 @@ use crate::errors::to_py;
 use crate::running;
 use longattn::linear::convolution::Depthwise;
 use longattn::linear::pointwise::Function;
-use longattn::linear::toeplitz::{self, Toeplitz, ToeplitzAttention};
+use longattn::linear::toeplitz::{Toeplitz, ToeplitzAttention};
 use longattn::linear::{convolution, dynamic, neighbours, pointwise};
 use longattn::tensor::TensorView;
 use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyReadwriteArray1, PyUntypedArray};
@@ -92,7 +92,7 @@ pub(crate) fn toeplitz(
     let (x, mut out) = (view("x", x)?, view_mut("out", out)?);
     let given = Toeplitz { x, kernel: kernel.as_slice()?, zero, per_channel, double };
     let work = size(&x) * transforms(x.shape()[2]);
-    running::run(py, work, |execution| toeplitz::toeplitz(given, &mut out, execution))
+    running::run(py, work, |execution| longattn::linear::toeplitz::toeplitz(given, &mut out, execution))
 }
 
 #[pyfunction]
@@ -109,7 +109,7 @@ pub(crate) fn toeplitz_attention(
     let (q, k, v, mut out) = (view("q", q)?, view("k", k)?, view("v", v)?, view_mut("out", out)?);
     let given = ToeplitzAttention { q, k, v, kernel: kernel.as_slice()?, zero, double };
     let work = size(&q) * (v.shape()[3] + 1) as f64 * transforms(q.shape()[2].max(k.shape()[2]));
-    running::run(py, work, |execution| toeplitz::toeplitz_attention(given, &mut out, execution))
+    running::run(py, work, |execution| longattn::linear::toeplitz::toeplitz_attention(given, &mut out, execution))
 }
 
 #[pyfunction]
