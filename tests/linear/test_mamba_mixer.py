@@ -76,9 +76,7 @@ def test_a_backward_block_of_zeros_leaves_causal_mamba(rng, isa):
     forward, x = mamba(rng), normal(rng, (2, 20, 6))
     other = mamba(rng)
     causal, _ = mamba_mixer(x, forward)
-    np.testing.assert_array_equal(
-        bidirectional_mamba(x, forward, replace(other, w_out=np.zeros((10, 6), F32))), causal
-    )
+    np.testing.assert_array_equal(bidirectional_mamba(x, forward, replace(other, w_out=np.zeros((10, 6), F32))), causal)
     nothing = replace(other, skip=np.zeros(10, F32), w_c=np.zeros((10, 4), F32))
     np.testing.assert_array_equal(bidirectional_mamba(x, forward, nothing, inner=True), causal)
 

@@ -61,7 +61,7 @@ def adaptive_frequency_filter(
     least = real(threshold, "threshold")
     if not 0 <= least < np.inf:
         raise ValueError(f"threshold: got {threshold}, expected a number of at least 0")
-    wide = np.asarray(xn, np.float32)
+    wide = np.ascontiguousarray(xn, np.float32)
     if not wide.size:
         return like(x, xn.copy())
     spectrum = np.fft.rfft2(wide, norm="ortho").astype(np.complex64)

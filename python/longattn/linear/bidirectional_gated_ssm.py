@@ -89,7 +89,7 @@ def bidirectional_gated_ssm(
     if activation not in get_args(Activation):
         raise ValueError(f"activation: got {activation!r}, expected 'silu', 'sigmoid' or 'none'")
     one, two = _discrete(forward, "forward", channels), _discrete(backward, "backward", channels)
-    wide = np.asarray(xn, np.float32)
+    wide = np.ascontiguousarray(xn, np.float32)
     both = np.empty((*xn.shape[:2], 2 * channels), np.float32)
     diagonal_scan(wide, *one[:3], skip=one[3], out=both[..., :channels])
     diagonal_scan(wide[:, ::-1], *two[:3], skip=two[3], out=both[:, ::-1, channels:])

@@ -75,7 +75,7 @@ def gated_associative_memory(
     gates = parameter(w_gate, "w_gate", (channels, 2 * channels), "[C, 2 C]")
     added = optional(gate_bias, "gate_bias", (2 * channels,), "[2 C]")
     kept = None if residual is None else storage_rows(residual, "residual", xn.shape, "[B, L, C]")
-    wide = np.asarray(xn, np.float32)
+    wide = np.ascontiguousarray(xn, np.float32)
     local, state = causal_conv1d(wide, conv, conv_bias, initial_state=initial_state)
 
     def split(rows: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -99,7 +99,7 @@ def kernelized_rpe_attention(
     kernel = _kernel(table, reach, width, hides)
     wide_q, wide_k = (_normed(x, normed) for x in (qn, kn))
     phi_q, phi_k = _checked(phi(wide_q * np.float32(factor)), "q"), _checked(phi(wide_k), "k")
-    values = np.asarray(vn, np.float32)
+    values = np.ascontiguousarray(vn, np.float32)
     sums = np.zeros((batch, heads, rows, vn.shape[3] + 1), np.float32)
     if rows and keys:
         if direct:
@@ -167,7 +167,7 @@ def _multiply(
 
 
 def _normed(x: NDArray[Any], normed: bool) -> Float32:
-    wide = np.asarray(x, np.float32)
+    wide = np.ascontiguousarray(x, np.float32)
     if not normed:
         return wide
     size = np.sqrt((wide * wide).sum(axis=-1, keepdims=True))

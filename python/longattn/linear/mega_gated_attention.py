@@ -123,7 +123,7 @@ def mega_gated_attention(
     w_m = parameter(weights.w_m, "weights.w_m", (channels, columns), "[C, C + Dz + Dv + C]")
     b_m = parameter(weights.b_m, "weights.b_m", (columns,), "[C + Dz + Dv + C]")
     w_h = parameter(weights.w_h, "weights.w_h", (value_dim, channels), "[Dv, C]")
-    wide = np.asarray(xn, np.float32)
+    wide = np.ascontiguousarray(xn, np.float32)
     averages, _ = multi_dim_damped_ema(
         wide, *weights.ema, omega=weights.omega, silu=True, backward=weights.ema_backward
     )
@@ -137,7 +137,7 @@ def mega_gated_attention(
         part = slice(first, last)
         attended[:, part] = _attend(q[:, part], k[:, part], v[:, part], function, table, back)
     h = pointwise("silu", hx + product(pointwise("silu", r, attended), w_h))
-    kept = np.asarray(before, np.float32)
+    kept = np.ascontiguousarray(before, np.float32)
     result = kept + pointwise("sigmoid", u, h - kept)
     return like(x, result.astype(xn.dtype, copy=False))
 

@@ -81,7 +81,7 @@ def multi_dim_damped_ema(
         raise TypeError(f"backward: got {type(backward).__name__}, expected (alpha, delta, beta, gamma)")
     names = ("backward[0]", "backward[1]", "backward[2]", "backward[3]")
     later = weights_of(tuple(backward), names, channels)
-    wide = np.asarray(xn, np.float32)
+    wide = np.ascontiguousarray(xn, np.float32)
     own, state = diagonal_scan(wide, decay, inputs, outputs, skip=skip, initial_state=initial_state)
     # Averages of the tokens after: those of a sequence that is one token ahead.
     shifted = np.zeros_like(wide)

@@ -65,9 +65,9 @@ def reverse_attention_gate(
         check_float_storage(kept, "residual")
         if kept.shape != (*fn.shape[:-1], width):
             raise ValueError(f"residual: got shape {kept.shape}, expected {(*fn.shape[:-1], width)}")
-    resized = _resized(np.asarray(coarse, np.float32), fn.shape[1:-1])
+    resized = _resized(np.ascontiguousarray(coarse, np.float32), fn.shape[1:-1])
     gate = pointwise("sigmoid", -resized)[..., None]
-    gated = np.asarray(fn, np.float32) * gate
+    gated = np.ascontiguousarray(fn, np.float32) * gate
     result = gated if mixing is None else gated @ mixing
     result = result if kept is None else result + kept
     return like(f, result.astype(fn.dtype, copy=False)), like(f, np.ascontiguousarray(resized[..., None]))

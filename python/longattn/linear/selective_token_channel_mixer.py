@@ -81,7 +81,7 @@ def selective_token_channel_mixer(
         raise ValueError(f"directions: got {directions!r}, expected 'forward', 'both' or 'cross'")
     shape = _map_size(size, length) if directions == "cross" else None
     shares = _shares(averaging, len(mixers))
-    wide = np.asarray(xn, np.float32)
+    wide = np.ascontiguousarray(xn, np.float32)
     tokens, mixed = [wide], [wide]
     for number, (token, channel) in enumerate(mixers):
         source = mixed[-1] if shares is None else _sum(shares[0][number], tokens) + _sum(shares[1][number], mixed)

@@ -80,7 +80,7 @@ def shared_time_frequency_attention(
         if both is not None and (not isinstance(both, tuple | list) or len(both) != 3):
             raise TypeError(f"{name}: got {type(both).__name__}, expected (forward, backward, w_merge)")
     later = flag(frequency_first, "frequency_first")
-    y = np.asarray(xn, np.float32)
+    y = np.ascontiguousarray(xn, np.float32)
     for along_time in (not later, later):
         lines = y.swapaxes(1, 2) if along_time else y  # [B, other axis, axis, C]
         lines = lines + _attend(layer_norm(lines, scales[0], scales[1]), query, key, value, out, number)

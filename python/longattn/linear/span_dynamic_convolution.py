@@ -97,7 +97,7 @@ def span_dynamic_convolution(
             for i, w in enumerate(attention_weights)
         ]
     seen = _mask(mask, (batch, length))
-    wide = np.asarray(xn, np.float32)
+    wide = np.ascontiguousarray(xn, np.float32)
     q, v = product(wide, query), product(wide, value)
     around = causal_conv1d(wide, span)[0] if back else depthwise_conv1d(wide, span)
     k = product(around, mixing)

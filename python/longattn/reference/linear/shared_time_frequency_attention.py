@@ -48,7 +48,7 @@ def attend(x: Float64, wq: Float64, wk: Float64, wv: Float64, wo: Float64, heads
     rows = []
     for a, b, c in zip(q, k, v, strict=True):
         s = a @ b.swapaxes(1, 2) * a.shape[-1] ** -0.5
-        e = np.exp(s - s.max(axis=-1, keepdims=True))
+        e = np.exp(s - s.max(axis=-1, keepdims=True, initial=-np.inf))
         rows.append(e / e.sum(axis=-1, keepdims=True) @ c)
     joined: Float64 = np.concatenate(rows, axis=-1) @ wo
     return joined

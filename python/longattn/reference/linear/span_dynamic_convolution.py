@@ -37,7 +37,7 @@ def span_dynamic_convolution(
         return y.reshape(*y.shape[:2], heads, y.shape[2] // heads).swapaxes(1, 2)
 
     def join(y: Float64) -> Float64:
-        return y.swapaxes(1, 2).reshape(*x.shape[:2], -1)
+        return y.swapaxes(1, 2).reshape(*x.shape[:2], y.shape[1] * y.shape[3])
 
     q, v = x @ wq, x @ wv
     k = convolve(x, depthwise, (taps - 1 if causal else (taps - 1) // 2,)) @ pointwise
