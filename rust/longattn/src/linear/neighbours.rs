@@ -11,7 +11,7 @@ use crate::tensor::{Error, Result, TensorView, TensorViewMut};
 pub fn neighbour_means(x: TensorView, size: usize, out: &mut TensorViewMut, execution: &Execution) -> Result<()> {
     let [batch, height, width, channels] = x.shape();
     check_shape("out", out.shape(), x.shape())?;
-    if size % 2 == 0 {
+    if size.is_multiple_of(2) {
         return Err(Error::value("size", size, "an odd number"));
     }
     let (isa, out, blocks) = (simd::current(), &*out, channels.div_ceil(WIDTH));

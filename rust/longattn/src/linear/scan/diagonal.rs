@@ -235,9 +235,9 @@ fn tile<S: Simd, const PARTS: usize>(s: S, tile: Tile) {
             }
             s.store(p, sum);
         }
-        for part in 0..PARTS {
-            for n in 0..TOGETHER {
-                s.store(h.as_mut_ptr().add(start(0, part, n)), state[part][n]);
+        for (part, states) in state.into_iter().enumerate() {
+            for (n, state) in states.into_iter().enumerate() {
+                s.store(h.as_mut_ptr().add(start(0, part, n)), state);
             }
         }
     }

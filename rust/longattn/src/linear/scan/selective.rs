@@ -325,7 +325,7 @@ fn exp2<S: Simd>(s: S, x: S::F32) -> S::F32 {
     let n = s.round(x);
     let r = s.sub(x, n);
     let mut p = s.splat(1.535_336_2e-4);
-    for c in [1.339_887_5e-3, 9.618_437e-3, 5.550_332_6e-2, 0.240_226_48, 0.693_147_2, 1.0] {
+    for c in [1.339_887_5e-3, 9.618_437e-3, 5.550_332_6e-2, 0.240_226_48, std::f32::consts::LN_2, 1.0] {
         p = s.fma(p, r, s.splat(c));
     }
     s.scale2(p, n)
