@@ -16,8 +16,6 @@ from longattn.linear.toeplitz import Precision, Way, is_direct, is_double, on_li
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
-#: Keys up to which the direct product is faster than transforms, measured; it grows with the number of features.
-DIRECT_KEYS = 2048
 
 
 def kernelized_rpe_attention(
@@ -81,7 +79,7 @@ def kernelized_rpe_attention(
         raise ValueError(f"q: got {rows} queries and {keys} keys, expected as many with causal or size")
     factor = real(scale, "scale")
     phi = _feature_map(features, dim)
-    direct = is_direct(method, max(rows, keys), DIRECT_KEYS)
+    is_direct(method, 0, 0)  # a bad one is found before any work
     double = is_double(precision)
     if size is None:
         table = parameter(rpe, "rpe", (heads, None), "[Hq, 2 M - 1]", np.float64)[:, None]
@@ -102,7 +100,8 @@ def kernelized_rpe_attention(
     values = np.ascontiguousarray(vn, np.float32)
     sums = np.zeros((batch, heads, rows, vn.shape[3] + 1), np.float32)
     if rows and keys:
-        if direct:
+        # Measured: pairs cost less up to as many keys as there are transforms.
+        if is_direct(method, max(rows, keys), phi_k.shape[3] * sums.shape[3]):
             _multiply(phi_q, phi_k, values, kernel, (height, width), sums)
         else:
             _transform(phi_q, phi_k, values, kernel, (height, width), double, sums)

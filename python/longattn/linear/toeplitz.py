@@ -16,7 +16,7 @@ Way = Literal["auto", "fft", "direct"]
 Precision = Literal["float64", "float32"]
 
 #: Taps up to which the direct product is faster than transforms, measured.
-DIRECT_TAPS, DIRECT_TAPS_2D = 64, 225
+DIRECT_TAPS, DIRECT_TAPS_2D = 256, 512
 
 
 def toeplitz(
