@@ -25,6 +25,7 @@ from longattn.bench import (
     report,
     results,
     retrieval,
+    scan,
     suite,
     verified,
 )
@@ -63,6 +64,7 @@ ROUTINES: dict[str, Routine] = {
     "drift": drift,
     "growth": growth,
     "error": error,
+    "scan": scan,
     "gpu": gpu,
 }
 TOOLS = {"suite": suite, "report": report}

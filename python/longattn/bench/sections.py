@@ -6,7 +6,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longattn.bench import compare, decode, drift, error, external, growth, nearest, prefill, targets, verified
+from longattn.bench import (
+    compare,
+    decode,
+    drift,
+    error,
+    external,
+    growth,
+    nearest,
+    prefill,
+    scan,
+    targets,
+    verified,
+)
 from longattn.bench.plots import Bars, Panel, Scatter, series
 from longattn.bench.results import Result, Row
 from longattn.bench.tables import Column, count, grid, table
@@ -48,7 +60,14 @@ def figures(found: Sequence[Result]) -> dict[str, list[Panel | Bars | Scatter]]:
     rows = _rows(found, "error")
     if rows:
         drawn["error"] = list(error.panels({"rows": rows}))
-    for name, routine in (("compare", compare), ("verified", verified), ("drift", drift), ("growth", growth)):
+    routines = (
+        ("compare", compare),
+        ("verified", verified),
+        ("drift", drift),
+        ("growth", growth),
+        ("scan", scan),
+    )
+    for name, routine in routines:
         rows = _rows(found, name)
         if rows:
             drawn[name] = list(routine.panels({"rows": rows}))
@@ -223,6 +242,14 @@ def _demo_tables(found: Sequence[Result]) -> list[str]:
     return ["", *table(rows, DEMO_COLUMNS)] if rows else []
 
 
+def _scan_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, "scan")
+    lines: list[str] = []
+    for threads in _values(rows, "threads"):
+        lines += _titled(threads, table([row for row in rows if row["threads"] == threads], scan.COLUMNS[1:]))
+    return lines
+
+
 def _titled(threads: int, lines: list[str]) -> list[str]:
     return ["", f"{count(threads)}:", "", *lines]
 
@@ -384,6 +411,14 @@ SECTIONS: tuple[Section, ...] = (
         "of its queries before any question is known. Attention times are those of the full layers, cache update "
         "included; SDPA is transformers with its own cache on the same prompt.",
         _demo_tables,
+    ),
+    Section(
+        "scan",
+        "Scans and convolutions",
+        "From arrays; torch has its tensors in the layout it likes best. `torch loop, decays at once` is the way of "
+        "transformers' fallback. `ns per state`: time over tokens, channels and states; `GB/s of state`: rates read, "
+        "states read and written; `difference`: largest of the peer's output from ours.",
+        _scan_tables,
     ),
     Section(
         "error",

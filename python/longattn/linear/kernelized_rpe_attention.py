@@ -17,7 +17,6 @@ from longattn.methods import Method
 from longattn.reference import linear as reference
 
 
-
 def kernelized_rpe_attention(
     q: Array,
     k: Array,
