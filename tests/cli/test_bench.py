@@ -120,6 +120,21 @@ def test_windows_of_peers_are_the_same(monkeypatch):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_scan(tmp_path):
+    pytest.importorskip("torch")
+    result = run("scan", tmp_path, "--threads", "1")
+    operations = {row["operation"] for row in result["rows"]}
+    assert len(operations) == 5 and {row["keys"] for row in result["rows"]} == {1, 32, 64}
+    for row in result["rows"]:
+        assert row["ms_min"] <= row["ms"] <= row["ms_max"]
+        if not row["ours"]:
+            assert row["difference"] < 1e-3, row["method"]
+    scans = [row for row in result["rows"] if row["operation"] == "selective scan" and row["ours"]]
+    for row in scans:
+        assert row["ns_per_state"] == pytest.approx(1e6 * row["ms"] / (row["keys"] * 64 * 16))
+    assert "selective scan, longattn, 1 thread" in [slope["of"] for slope in result["slopes"]]
+
+
 def test_int8_scores_are_a_candidate_where_attention_has_them(tmp_path, monkeypatch):
     plain, asked = la.attention, []
 

@@ -155,14 +155,14 @@ def statuses(monkeypatch):
 def test_suite_runs_every_routine_and_script(tmp_path, capsys, statuses):
     assert steps_run(capsys, "--out", str(tmp_path), "--scripts", str(SCRIPTS))[0] == 0
     assert statuses["asked"] == [
-        "decode-8-2-64", "decode-2-2-64", "prefill-64", "error", "ann", "ggml_flash", "onnxruntime_gqa",
+        "decode-8-2-64", "decode-2-2-64", "prefill-64", "error", "scan", "ann", "ggml_flash", "onnxruntime_gqa",
     ]  # fmt: skip
 
 
 def test_a_failing_step_does_not_stop_the_others(tmp_path, capsys, statuses):
     statuses["prefill-64"] = 2
     status, asked = steps_run(capsys, "--out", str(tmp_path))
-    assert status == 1 and asked[-2:] == ["prefill-64", "error"]
+    assert status == 1 and asked[-2:] == ["error", "scan"]
 
 
 def test_ctrl_c_stops_the_suite(tmp_path, capsys, statuses):

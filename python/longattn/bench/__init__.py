@@ -26,6 +26,7 @@ from longattn.bench import (
     report,
     results,
     retrieval,
+    scan,
     suite,
     verified,
 )
@@ -65,6 +66,7 @@ ROUTINES: dict[str, Routine] = {
     "drift": drift,
     "growth": growth,
     "error": error,
+    "scan": scan,
     "gpu": gpu,
 }
 TOOLS = {"suite": suite, "report": report}

@@ -17,6 +17,7 @@ from longattn.bench import (
     neighbourhood,
     prefill,
     retrieval,
+    scan,
     targets,
     verified,
 )
@@ -64,7 +65,14 @@ def figures(found: Sequence[Result]) -> dict[str, list[Panel | Bars | Scatter]]:
     rows = _rows(found, "neighbourhood")
     if any(not row["ours"] and row["times_ours"] for row in rows):
         drawn["neighbourhood"] = list(neighbourhood.panels({"rows": rows}))
-    for name, routine in (("compare", compare), ("verified", verified), ("drift", drift), ("growth", growth)):
+    routines = (
+        ("compare", compare),
+        ("verified", verified),
+        ("drift", drift),
+        ("growth", growth),
+        ("scan", scan),
+    )
+    for name, routine in routines:
         rows = _rows(found, name)
         if rows:
             drawn[name] = list(routine.panels({"rows": rows}))
@@ -274,6 +282,14 @@ def _demo_tables(found: Sequence[Result]) -> list[str]:
     return ["", *table(rows, DEMO_COLUMNS)] if rows else []
 
 
+def _scan_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, "scan")
+    lines: list[str] = []
+    for threads in _values(rows, "threads"):
+        lines += _titled(threads, table([row for row in rows if row["threads"] == threads], scan.COLUMNS[1:]))
+    return lines
+
+
 def _titled(threads: int, lines: list[str]) -> list[str]:
     return ["", f"{count(threads)}:", "", *lines]
 
@@ -453,6 +469,14 @@ SECTIONS: tuple[Section, ...] = (
         "of its queries before any question is known. Attention times are those of the full layers, cache update "
         "included; SDPA is transformers with its own cache on the same prompt.",
         _demo_tables,
+    ),
+    Section(
+        "scan",
+        "Scans and convolutions",
+        "From arrays; torch has its tensors in the layout it likes best. `torch loop, decays at once` is the way of "
+        "transformers' fallback. `ns per state`: time over tokens, channels and states; `GB/s of state`: rates read, "
+        "states read and written; `difference`: largest of the peer's output from ours.",
+        _scan_tables,
     ),
     Section(
         "error",

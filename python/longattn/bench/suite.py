@@ -17,7 +17,7 @@ from pathlib import Path
 from longattn.bench import decode, prefill, results
 from longattn.bench.options import integers
 
-SUMMARY = "run decode, prefill and error step by step, with a JSON file each; goes on where it was stopped"
+SUMMARY = "run decode, prefill, error and scan step by step, with a JSON file each; goes on where it was stopped"
 STOPPED = 130
 
 
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def steps_of(args: argparse.Namespace) -> list[Step]:
-    """The steps: decode by heads and width, prefill by width, the error table, then the scripts."""
+    """The steps: decode by heads and width, prefill by width, the error table, scans, then the scripts."""
     decode_grid = decode.QUICK_GRID if args.quick else decode.GRID
     prefill_grid = prefill.QUICK_GRID if args.quick else prefill.GRID
     own: list[tuple[str, list[str]]] = [
@@ -98,7 +98,7 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
         for dim in decode_grid.head_dims
     ]
     own += [(f"prefill-{dim}", ["prefill", "--head-dims", str(dim)]) for dim in prefill_grid.head_dims]
-    own.append(("error", ["error"]))
+    own += [("error", ["error"]), ("scan", ["scan"])]
     common = ["--threads", ",".join(map(str, args.threads)), "--rounds", str(args.rounds)]
     common += ["--quick"] if args.quick else []
     alone = ["--no-peers"] if args.no_peers else []
