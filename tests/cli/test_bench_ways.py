@@ -257,3 +257,14 @@ def test_verified_counts_what_was_read_whole(tmp_path):
     )
     assert all(0 < row["dense"] <= row["rows"] for row in tight)
     assert all(row["dense"] < 0.1 and row["rows"] < 0.5 for row in wide)
+
+
+def test_the_best_slope_is_over_all_lengths():
+    def row(method, keys, ms):
+        return {"threads": 1, "vectors": "v", "method": method, "keys": keys, "ms": ms}
+
+    rows = [row("Quest", n, ms) for n, ms in ((10, 1.0), (100, 1.0), (1000, None))]
+    rows += [row("clusters of 16", n, n**0.4) for n in (10, 100, 1000)]
+    rows += [row("signatures, 4 bits", n, n**0.1) for n in (10, 100, 1000)]
+    (best,) = growth._figures(rows)["best_slopes"]
+    assert best["method"] == "clusters of 16" and best["slope"] == pytest.approx(0.4)

@@ -128,3 +128,29 @@ def test_bad_prompts(prompt):
     evict.CompressedPrompt(policy, k, v, q)
     with pytest.raises(ValueError, match="policy: got one that serves a cache"):
         evict.CompressedPrompt(policy, k, v, q)
+
+
+@pytest.mark.parametrize("name", [name for name in evict.KINDS if name != "lazy_eviction"])
+def test_with_all_queries_a_policy_judges_as_it_does_in_a_cache(prompt, name, rng):
+    q, k, v = prompt
+    info = {
+        "nats_attention": {"types": rng.integers(0, 3, (HEADS, LENGTH))},
+        "attention_gate_evict": {"flags": rng.random((HEADS, LENGTH)) < 0.3},
+    }.get(name, {})
+    first, second = (evict.make(name, 40, kv_heads=HEADS, sinks=4, window=16) for _ in range(2))
+    options = {"scale": None, "softcap": 0.0}
+    np.testing.assert_array_equal(first.judge(q, k, v, options, **info), second.prefill(q, k, v, options, **info)[1])
+
+
+def test_lazy_eviction_judges_by_what_recurs(prompt):
+    """Two rows that every third query looks at stay, whatever else goes."""
+    q, k, v = prompt
+    q, k = q.copy(), k.copy()
+    for row in (50, 120):
+        k[:, row] = 0
+        k[:, row, row % DIM] = 30
+        q[:, row % 3 :: 3, row % DIM] = 10
+    policy = evict.make("lazy_eviction", 40, kv_heads=HEADS, window=16, alpha=0.9)
+    kept = policy.judge(np.ascontiguousarray(q[:, -60:]), k, v, {})
+    assert kept.sum(1).tolist() == [40, 40]
+    assert kept[:, [50, 120]].all() and kept[:, -16:].all()

@@ -157,13 +157,24 @@ def _slopes(rows: Sequence[Row]) -> list[Row]:
 
 
 def _figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """Rows, slopes, and of each set the least slope among ways that need not look at every row."""
+    """Rows, slopes, and of each set the least slope among ways that need not look at every row.
+
+    Such a way must have been timed at every length that the set has.
+    """
     found = _slopes(rows)
     kinds = {way.name: way.kind for way in WAYS}
+    lengths = {name: {row["keys"] for row in rows if row["vectors"] == name} for name in {r["vectors"] for r in rows}}
+    timed: dict[tuple[Any, ...], set[int]] = {}
+    for row in rows:
+        if row["ms"] is not None:
+            timed.setdefault(tuple(row[key] for key in LINE), set()).add(row["keys"])
     best: dict[tuple[Any, ...], Row] = {}
     for line in found:
         key = line["vectors"], line["threads"]
-        if kinds.get(line["method"]) in SUBLINEAR and (key not in best or line["slope"] < best[key]["slope"]):
+        whole = timed[tuple(line[key] for key in LINE)] == lengths[line["vectors"]]
+        if kinds.get(line["method"]) not in SUBLINEAR or not whole:
+            continue
+        if key not in best or line["slope"] < best[key]["slope"]:
             best[key] = line
     return {"rows": list(rows), "slopes": found, "best_slopes": list(best.values())}
 
