@@ -202,6 +202,23 @@ def test_opcheck(rng):
     torch.library.opcheck(operator, (q, k, v, *rule, None, None, None, None, 0.0), test_utils=checks)
 
 
+@pytest.mark.parametrize("kind", ["neighborhood", "blocks"])
+def test_whole_graphs(rng, kind):
+    mask = la.BlockMask.from_blocks(np.eye(4, dtype=bool), lengths=(20, 20), block_q=5, block_k=5)
+
+    def function(q, k, v):
+        if kind == "blocks":
+            return block_sparse(q, k, v, mask, causal=True).sin()
+        return neighborhood(q, k, v, window=3, dilation=2).sin()
+
+    q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (20,))[:3])
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found, expected = compiled(q, k, v), function(q, k, v)
+    assert torch.equal(found, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(x.sum(), (q, k, v)) for x in (found, expected)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_second_derivatives_are_refused(rng):
     q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (6,))[:3])
     (dq,) = torch.autograd.grad(neighborhood(q, k, v, window=3).square().sum(), q, create_graph=True)
