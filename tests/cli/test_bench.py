@@ -194,6 +194,9 @@ def test_retrieval(tmp_path):
     assert ours["missed"] == pytest.approx(1 - ours["mass_read"], abs=1e-6)
     assert ours["missed_estimate_error"] < 0.1
     assert [head["head"] for head in ours["per_head"]] == ["0", "1"]
+    # Codes of 4 bits and a factor, of the blocks of 16 rows that hold candidates.
+    assert ours["scan_mb"] * 1e6 == pytest.approx(2 * (4096 - 68) * 66, rel=0.01)
+    assert ours["scan_gb_s"] > 0 and ours["scan_of_read"] > 0 and ours["weigh_ms"] > 0 and ours["select_of_scan"] > 0
     index = result["indexes"]["synthetic"]
     assert 0 < index["index_bytes_per_key"] < 128 * 2 * 2
 

@@ -377,6 +377,16 @@ def test_queries_that_are_not_finite(rng, isa):
     np.testing.assert_array_equal(result.out[2:], good.out[2:])
 
 
+def test_what_the_steps_of_a_scan_took(rng):
+    s = store(rng, 2, 3000, 16)
+    q = queries(rng, 4, 2, 16)
+    for index, scans in ((la.index.Signatures(s), True), (la.index.Flat(s), True), (la.index.Pages(s), False)):
+        stats = la.retrieval_attention(q, s, index, top_k=30, window=16).stats
+        for seconds in (stats.scan_seconds, stats.weigh_seconds, stats.select_seconds):
+            assert seconds.shape == (2, 2) and seconds.dtype == np.float32
+            assert ((seconds > 0) == scans).all() and (seconds < 60).all()
+
+
 # Plain hash codes
 
 
