@@ -14,8 +14,8 @@ def check(actual, expected, size, terms):
     tolerances.check_linear(actual, expected, np.asarray(size) + 1e-30, terms)
 
 
-@pytest.mark.parametrize("length", [0, 1, 3, 64, 150])
-@pytest.mark.parametrize("taps", [1, 2, 4, 9])
+@pytest.mark.parametrize("length", [0, 1, 3, 150])
+@pytest.mark.parametrize("taps", [1, 4, 9])
 def test_causal(rng, isa, length, taps):
     x, w, bias = normal(rng, (2, length, 70)), normal(rng, (70, taps)), normal(rng, (70,))
     before = normal(rng, (2, taps - 1, 70))
@@ -66,8 +66,9 @@ def test_around_each_token(rng, isa, taps):
     check(depthwise_conv1d(x, w), reference.depthwise(x, w, centre), size, taps)
 
 
-@pytest.mark.parametrize("taps", [(1, 1), (3, 3), (5, 2), (7, 7)])
-@pytest.mark.parametrize("size", [(1, 1), (1, 70), (20, 7), (18, 66)])
+@pytest.mark.parametrize(
+    ("taps", "size"), [((1, 1), (1, 1)), ((3, 3), (1, 70)), ((5, 2), (20, 7)), ((7, 7), (5, 4)), ((3, 3), (18, 66))]
+)
 def test_maps(rng, isa, taps, size):
     x, w, bias = normal(rng, (2, *size, 6)), normal(rng, (6, *taps)), normal(rng, (6,))
     centre = (taps[0] // 2, taps[1] // 2)

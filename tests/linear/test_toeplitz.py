@@ -20,7 +20,7 @@ def check(actual, expected, x, kernel, method, precision):
 
 @ways
 @pytest.mark.parametrize(("length", "rows"), [(1, None), (2, None), (63, None), (200, None), (50, 90), (90, 50)])
-def test_reference(rng, isa, method, precision, length, rows):
+def test_reference(rng, method, precision, length, rows):
     for span, zero in ((length, 0), (2 * length - 1, length - 1), (5, 2), (300, 120)):
         for shape, kernels in (((2, length, 11), 11), ((2, 3, length, 4), 3)):
             x, kernel = normal(rng, shape), normal(rng, (kernels, span))
@@ -31,7 +31,7 @@ def test_reference(rng, isa, method, precision, length, rows):
 
 @ways
 @pytest.mark.parametrize(("size", "span"), [((1, 1), (1, 1)), ((7, 9), (3, 3)), ((7, 9), (13, 20)), ((12, 5), (4, 30))])
-def test_maps(rng, isa, method, precision, size, span):
+def test_maps(rng, method, precision, size, span):
     x, kernel = normal(rng, (2, *size, 3)), normal(rng, (3, *span))
     for centre in (None, (0, 0), (span[0] - 1, span[1] // 3)):
         y = toeplitz2d(x, kernel, centre=centre, method=method, precision=precision)
@@ -47,6 +47,12 @@ def test_layouts(rng, method, precision, dtype, layout):
     y = toeplitz(x, kernel, zero=39, method=method, precision=precision)
     assert y.dtype == dtype
     check(y, reference.toeplitz(x, kernel, zero=39), x, kernel, method, precision)
+
+
+def test_the_direct_product_on_every_instruction_set(rng, isa):
+    x, kernel = normal(rng, (2, 90, 70)), normal(rng, (70, 179))
+    y = toeplitz(x, kernel, zero=89, method="direct")
+    check(y, reference.toeplitz(x, kernel, zero=89), x, kernel, "direct", "float64")
 
 
 def test_threads_do_not_change_a_bit(rng, threads):
