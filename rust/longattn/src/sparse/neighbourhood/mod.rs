@@ -138,3 +138,6 @@ fn row_ids(rows: &[u32], batch: usize, heads: &Range<usize>) -> Vec<RowId> {
 fn visible_of(patch: &Patch, ids: &[RowId]) -> Vec<Range<usize>> {
     ids.iter().map(|id| patch.visible(id.row)).collect()
 }
+
+#[cfg(test)]
+mod tests;
