@@ -556,3 +556,37 @@ def sampled(q, k, v, *, spread, scale=None, offset=0.0):
     return Tolerance(
         atol=one.atol * (1 + 4 * spread), rtol=one.rtol, lse_atol=one.lse_atol * (1 + 4 * spread), lse_rtol=2 * U
     )
+
+
+def perturbed(reference, arguments, options, dtype, terms=64):
+    """The reference's result, and how far one in float32 may be from it, element by element.
+
+    Float32 arithmetic in a well-ordered way gives the exact result for inputs that are off by a few `U` of their
+    largest number, `sqrt(terms)` of them where sums of so many terms are taken. So the reference is computed again for
+    inputs off by that much, at random, and what changes most is allowed, times `SAFETY`, besides rounding to `dtype`.
+
+    Args:
+        reference: a function of the arguments and options.
+        arguments: positional arguments; arrays of floats, also inside tuples and dicts, are perturbed.
+        options: keyword arguments, likewise.
+        dtype: of the result.
+        terms: the longest sum.
+    """
+    generator = np.random.default_rng(7)
+
+    def off(x):
+        if isinstance(x, np.ndarray) and (x.dtype.kind == "f" or x.dtype == ml_dtypes.bfloat16):
+            wide = np.asarray(x, np.float64)
+            return wide + SAFETY * U * np.sqrt(terms) * _largest(x) * generator.uniform(-1, 1, x.shape)
+        if isinstance(x, tuple | list):
+            return type(x)(off(one) for one in x)
+        if isinstance(x, dict):
+            return {name: off(one) for name, one in x.items()}
+        return x
+
+    expected = np.asarray(reference(*arguments, **options), np.float64)
+    changes = [np.abs(reference(*off(tuple(arguments)), **off(options)) - expected) for _ in range(3)]
+    change = max(float(c.max(initial=0.0)) for c in changes)
+    roundoff, smallest = ROUNDOFF[np.dtype(dtype)]
+    own = roundoff + SAFETY * U * np.sqrt(terms)
+    return expected, SAFETY * change + own * np.abs(expected) + SAFETY * U * _largest(expected) + smallest

@@ -670,3 +670,38 @@ def toeplitz_attention(
     out: NDArray[np.float32],
 ) -> None: ...
 def pointwise_function(name: str, x: NDArray[np.float32], factor: NDArray[np.float32] | None = None) -> None: ...
+
+# grids
+
+def sample(
+    x: NDArray[Any],
+    extent: list[int],
+    coords: NDArray[np.float32],
+    axes: int,
+    groups: int,
+    taps: int,
+    weights: NDArray[np.float32] | None,
+    unit: bool,
+    align_corners: bool,
+    border: bool,
+    out: NDArray[np.float32],
+) -> None: ...
+def grid_depthwise(
+    x: NDArray[Any],
+    extent: list[int],
+    kernel: NDArray[np.float32],
+    taps: list[int],
+    stride: list[int],
+    padding: list[int],
+    outputs: list[int],
+    out: NDArray[np.float32],
+) -> None: ...
+def gelu(x: NDArray[np.float32]) -> None: ...
+def path_bias(
+    along_x: NDArray[np.float64],
+    along_y: NDArray[np.float64],
+    extent: list[int],
+    first_y: bool,
+    lines: tuple[int, int],
+    out: NDArray[np.float32],
+) -> None: ...

@@ -25,6 +25,7 @@ FAMILY_PACKAGES = (
     "longattn.recurrent",
     "longattn.retrieval",
     "longattn.sparse",
+    "longattn.vision",
 )
 
 #: What `Method.modes` may hold.

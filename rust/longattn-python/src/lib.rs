@@ -6,6 +6,7 @@ mod dense;
 mod diagnostics;
 mod double;
 mod errors;
+mod grid;
 mod index;
 mod linear;
 mod neighbourhood;
@@ -32,6 +33,8 @@ mod _core {
     use super::diagnostics::{attention_weights, prob_reduce, selective_attention};
     #[pymodule_export]
     use super::double::{attention_backward_double, attention_double};
+    #[pymodule_export]
+    use super::grid::{gelu, grid_depthwise, path_bias, sample};
     #[pymodule_export]
     use super::index::Index;
     #[pymodule_export]

@@ -38,6 +38,7 @@
 //! ```
 
 pub mod dense;
+pub mod grid;
 pub mod index;
 pub mod kv;
 pub mod limits;

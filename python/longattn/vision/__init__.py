@@ -1,0 +1,44 @@
+"""Attention over images and videos: grids of features, in groups, at sampled places, through pooled tokens.
+
+Features are channels last. Weights are passed in, as a matrix `[inputs, outputs]` or a pair with the bias.
+"""
+
+from longattn.vision.cascaded_group_attention import cascaded_group_attention
+from longattn.vision.channel_group_attention import channel_group_attention
+from longattn.vision.convolution import depthwise_convolution
+from longattn.vision.criss_cross_attention import criss_cross_attention
+from longattn.vision.embedding_free_attention import embedding_free_attention
+from longattn.vision.focal_modulation import focal_modulation
+from longattn.vision.global_query_window_attention import global_query_window_attention
+from longattn.vision.long_short_distance_attention import long_short_distance_attention
+from longattn.vision.mediator_attention import mediator_attention, mediator_schedule
+from longattn.vision.partition import attend_over, grouped_attention, partition, unpartition
+from longattn.vision.positions import absolute_offset_bias, dynamic_position_bias, relative_position_bias
+from longattn.vision.sample import sample
+from longattn.vision.scale_patch_attention import scale_patch_attention
+from longattn.vision.strip_self_attention import strip_self_attention
+from longattn.vision.super_token_attention import super_token_attention
+
+__all__ = [
+    "absolute_offset_bias",
+    "attend_over",
+    "cascaded_group_attention",
+    "channel_group_attention",
+    "criss_cross_attention",
+    "depthwise_convolution",
+    "dynamic_position_bias",
+    "embedding_free_attention",
+    "focal_modulation",
+    "global_query_window_attention",
+    "grouped_attention",
+    "long_short_distance_attention",
+    "mediator_attention",
+    "mediator_schedule",
+    "partition",
+    "relative_position_bias",
+    "sample",
+    "scale_patch_attention",
+    "strip_self_attention",
+    "super_token_attention",
+    "unpartition",
+]
