@@ -7,27 +7,41 @@ from longattn.vision.cascaded_group_attention import cascaded_group_attention
 from longattn.vision.channel_group_attention import channel_group_attention
 from longattn.vision.convolution import depthwise_convolution
 from longattn.vision.criss_cross_attention import criss_cross_attention
+from longattn.vision.deformable_kv_attention_2d import deformable_kv_attention_2d
+from longattn.vision.deformable_kv_attention_3d import deformable_kv_attention_3d, point_attention
+from longattn.vision.deformable_token_merging import deformable_token_merging
+from longattn.vision.distributed_progressive_attention import distributed_progressive_attention
 from longattn.vision.embedding_free_attention import embedding_free_attention
+from longattn.vision.feature_cluster_attention import balanced_clusters, feature_cluster_attention
 from longattn.vision.focal_modulation import focal_modulation
 from longattn.vision.global_query_window_attention import global_query_window_attention
 from longattn.vision.long_short_distance_attention import long_short_distance_attention
 from longattn.vision.mediator_attention import mediator_attention, mediator_schedule
 from longattn.vision.partition import attend_over, grouped_attention, partition, unpartition
 from longattn.vision.positions import absolute_offset_bias, dynamic_position_bias, relative_position_bias
+from longattn.vision.proxy_token_attention import proxy_token_attention, window_members
 from longattn.vision.sample import sample
 from longattn.vision.scale_patch_attention import scale_patch_attention
 from longattn.vision.strip_self_attention import strip_self_attention
 from longattn.vision.super_token_attention import super_token_attention
+from longattn.vision.trajectory_attention import flow_paths, trajectory_attention
 
 __all__ = [
     "absolute_offset_bias",
     "attend_over",
+    "balanced_clusters",
     "cascaded_group_attention",
     "channel_group_attention",
     "criss_cross_attention",
+    "deformable_kv_attention_2d",
+    "deformable_kv_attention_3d",
+    "deformable_token_merging",
     "depthwise_convolution",
+    "distributed_progressive_attention",
     "dynamic_position_bias",
     "embedding_free_attention",
+    "feature_cluster_attention",
+    "flow_paths",
     "focal_modulation",
     "global_query_window_attention",
     "grouped_attention",
@@ -35,10 +49,14 @@ __all__ = [
     "mediator_attention",
     "mediator_schedule",
     "partition",
+    "point_attention",
+    "proxy_token_attention",
     "relative_position_bias",
     "sample",
     "scale_patch_attention",
     "strip_self_attention",
     "super_token_attention",
+    "trajectory_attention",
     "unpartition",
+    "window_members",
 ]

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from longattn._arrays import Array
 from longattn._checks import integer
 from longattn.methods import Method
 from longattn.reference import vision as reference
-from longattn.vision._inputs import (
-    Float32,
-    Linear,
-    Weights,
-    features,
-    head_count,
-    layer_norm,
-    norm_weights,
-    optional_linear,
-    returned,
-)
-from longattn.vision.partition import attend
+from longattn.vision._blocks import Block
+from longattn.vision._inputs import Weights, features, head_count, layer_norm, norm_weights, returned
 
 
 def scale_patch_attention(
@@ -77,30 +65,19 @@ def scale_patch_attention(
         raise ValueError(f"x: got shape {xn.shape}, expected at least one token per patch")
     number = head_count(heads, {"x": channels})
     leading = integer(class_tokens, "class_tokens", 0, patches)
-    first, second = _step(scale_weights, "scale_weights", channels), _step(patch_weights, "patch_weights", channels)
+    first = Block.of(scale_weights, "scale_weights", channels, number)
+    second = Block.of(patch_weights, "patch_weights", channels, number)
     norms = [
         None if norm is None else norm_weights(norm, name, channels)
         for norm, name in ((scale_norm, "scale_norm"), (patch_norm, "patch_norm"))
     ]
     out = np.array(xn)
     own = out[:, leading:]
-    own += _attended(own.reshape(-1, tokens, channels), first, norms[0], number).reshape(own.shape)
+    rows = own.reshape(-1, tokens, channels)
+    own += first(rows if norms[0] is None else layer_norm(rows, *norms[0])).reshape(own.shape)
     across = np.ascontiguousarray(out[:, :, 0])
-    out[:, :, 0] += _attended(across, second, norms[1], number)
+    out[:, :, 0] += second(across if norms[1] is None else layer_norm(across, *norms[1]))
     return returned(x, out)
-
-
-def _step(weights: Any, name: str, channels: int) -> tuple[Linear, Linear, Linear, Linear | None]:
-    if not isinstance(weights, tuple | list) or len(weights) != 4:
-        raise TypeError(f"{name}: got {type(weights).__name__}, expected (wq, wk, wv, wo)")
-    q, k, v = (Linear.of(w, f"{name} {part}", channels, channels) for w, part in zip(weights, "qkv", strict=False))
-    return q, k, v, optional_linear(weights[3], f"{name} o", channels, channels)
-
-
-def _attended(x: Float32, step: tuple[Linear, Linear, Linear, Linear | None], norm: Any, heads: int) -> Float32:
-    rows = x if norm is None else layer_norm(x, *norm)
-    out: Float32 = attend(*(w(rows) for w in step[:3] if w is not None), heads=heads)
-    return out if step[3] is None else step[3](out)
 
 
 METHOD = Method(

@@ -100,7 +100,7 @@ def depthwise(x: Float64, kernel: ArrayLike, stride: int = 1, padding: int | str
 
 
 def sample(
-    x: Float64, coords: Float64, *, coordinates: str = "unit", align_corners: bool = True, padding: str = "zeros"
+    x: Float64, coords: ArrayLike, *, coordinates: str = "unit", align_corners: bool = True, padding: str = "zeros"
 ) -> Float64:
     """Of a grid `[B, X1, .., Xn, C]` at `[B, ..., n]`."""
     n = x.ndim - 2
@@ -110,13 +110,15 @@ def sample(
         at = (at + 1) / 2 * (extents - 1) if align_corners else ((at + 1) * extents - 1) / 2
     if padding == "border":
         at = np.clip(at, 0, extents - 1)
+    low = np.floor(at)
+    batch = np.arange(len(at)).reshape(-1, *(1,) * (at.ndim - 2)) if len(x) > 1 else 0
     out = np.zeros((*at.shape[:-1], x.shape[-1]))
-    for where in np.ndindex(*at.shape[:-1]):
-        for place in itertools.product(*((math.floor(c), math.floor(c) + 1) for c in at[where])):
-            if all(0 <= p < m for p, m in zip(place, extents, strict=True)):
-                weight = math.prod(1 - abs(c - p) for c, p in zip(at[where], place, strict=True))
-                out[where] += weight * x[(where[0] if len(x) > 1 else 0, *place)]
-    assert n == at.shape[-1]
+    for corner in itertools.product((0, 1), repeat=n):
+        place = low + corner
+        inside = ((place >= 0) & (place < extents)).all(axis=-1)
+        weight = np.where(inside, np.prod(1 - np.abs(at - place), axis=-1), 0.0)
+        index = np.moveaxis(np.clip(place, 0, extents - 1).astype(np.int64), -1, 0)
+        out += weight[..., None] * x[(batch, *index)]
     return out
 
 
