@@ -3,6 +3,12 @@
 Features are channels last. Weights are passed in, as a matrix `[inputs, outputs]` or a pair with the bias.
 """
 
+from longattn.vision.attention_rollout_select import (
+    attention_rollout,
+    attention_rollout_select,
+    pair_wise_cross_attention,
+    relevant_tokens,
+)
 from longattn.vision.cascaded_group_attention import cascaded_group_attention
 from longattn.vision.channel_group_attention import channel_group_attention
 from longattn.vision.convolution import depthwise_convolution
@@ -12,23 +18,38 @@ from longattn.vision.deformable_kv_attention_3d import deformable_kv_attention_3
 from longattn.vision.deformable_token_merging import deformable_token_merging
 from longattn.vision.distributed_progressive_attention import distributed_progressive_attention
 from longattn.vision.embedding_free_attention import embedding_free_attention
+from longattn.vision.extended_frame_attention import anchored_frames, extended_frame_attention
 from longattn.vision.feature_cluster_attention import balanced_clusters, feature_cluster_attention
 from longattn.vision.focal_modulation import focal_modulation
 from longattn.vision.global_query_window_attention import global_query_window_attention
+from longattn.vision.hierarchical_global_local_attention import hierarchical_global_local_attention
 from longattn.vision.long_short_distance_attention import long_short_distance_attention
 from longattn.vision.mediator_attention import mediator_attention, mediator_schedule
+from longattn.vision.nested_attention import nested_attention
 from longattn.vision.partition import attend_over, grouped_attention, partition, unpartition
+from longattn.vision.polyline_path_masked_attention import (
+    polyline_decays,
+    polyline_mask_apply,
+    polyline_path_masked_attention,
+)
 from longattn.vision.positions import absolute_offset_bias, dynamic_position_bias, relative_position_bias
 from longattn.vision.proxy_token_attention import proxy_token_attention, window_members
+from longattn.vision.query_shared_cross_attention import query_shared_cross_attention
 from longattn.vision.sample import sample
 from longattn.vision.scale_patch_attention import scale_patch_attention
+from longattn.vision.stacked_temporal_attention import stacked_temporal_attention
 from longattn.vision.strip_self_attention import strip_self_attention
 from longattn.vision.super_token_attention import super_token_attention
+from longattn.vision.swapped_window_cross_attention import swapped_window_cross_attention
 from longattn.vision.trajectory_attention import flow_paths, trajectory_attention
+from longattn.vision.view_integrated_attention import view_integrated_attention
 
 __all__ = [
     "absolute_offset_bias",
+    "anchored_frames",
     "attend_over",
+    "attention_rollout",
+    "attention_rollout_select",
     "balanced_clusters",
     "cascaded_group_attention",
     "channel_group_attention",
@@ -40,23 +61,35 @@ __all__ = [
     "distributed_progressive_attention",
     "dynamic_position_bias",
     "embedding_free_attention",
+    "extended_frame_attention",
     "feature_cluster_attention",
     "flow_paths",
     "focal_modulation",
     "global_query_window_attention",
     "grouped_attention",
+    "hierarchical_global_local_attention",
     "long_short_distance_attention",
     "mediator_attention",
     "mediator_schedule",
+    "nested_attention",
+    "pair_wise_cross_attention",
     "partition",
     "point_attention",
+    "polyline_decays",
+    "polyline_mask_apply",
+    "polyline_path_masked_attention",
     "proxy_token_attention",
+    "query_shared_cross_attention",
     "relative_position_bias",
+    "relevant_tokens",
     "sample",
     "scale_patch_attention",
+    "stacked_temporal_attention",
     "strip_self_attention",
     "super_token_attention",
+    "swapped_window_cross_attention",
     "trajectory_attention",
     "unpartition",
+    "view_integrated_attention",
     "window_members",
 ]

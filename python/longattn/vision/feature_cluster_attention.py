@@ -98,8 +98,8 @@ def balanced_clusters(x: Array, levels: int) -> NDArray[np.int64]:
     """An order of tokens in which alike ones stand together, by repeated halving.
 
     At each level each cluster is cut in two of equal size. Two centres start as the directions of the means of its
-    first and second half, in the order so far; twice, tokens are shared softly between them by their cosines (times 100) and
-    the centres become the directions of the sums of their shares. Tokens are then sorted by
+    first and second half, in the order so far; twice, tokens are shared softly between them by their cosines (times
+    100) and the centres become the directions of the sums of their shares. Tokens are then sorted by
     `(1 + cosine to the first) / (1 + cosine to the second)`, ascending, equal ones as they were, and cut in the middle.
 
     Args:

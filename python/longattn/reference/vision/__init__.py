@@ -1,5 +1,10 @@
 """References of `longattn.vision`."""
 
+from longattn.reference.vision.attention_rollout_select import (
+    attention_rollout,
+    attention_rollout_select,
+    pair_wise_cross_attention,
+)
 from longattn.reference.vision.cascaded_group_attention import cascaded_group_attention
 from longattn.reference.vision.channel_group_attention import channel_group_attention
 from longattn.reference.vision.criss_cross_attention import criss_cross_attention
@@ -8,18 +13,28 @@ from longattn.reference.vision.deformable_kv_attention_3d import deformable_kv_a
 from longattn.reference.vision.deformable_token_merging import deformable_token_merging
 from longattn.reference.vision.distributed_progressive_attention import distributed_progressive_attention
 from longattn.reference.vision.embedding_free_attention import embedding_free_attention
+from longattn.reference.vision.extended_frame_attention import extended_frame_attention
 from longattn.reference.vision.feature_cluster_attention import balanced_clusters, feature_cluster_attention
 from longattn.reference.vision.focal_modulation import focal_modulation
 from longattn.reference.vision.global_query_window_attention import global_query_window_attention
+from longattn.reference.vision.hierarchical_global_local_attention import hierarchical_global_local_attention
 from longattn.reference.vision.long_short_distance_attention import long_short_distance_attention
 from longattn.reference.vision.mediator_attention import mediator_attention
+from longattn.reference.vision.nested_attention import nested_attention
+from longattn.reference.vision.polyline_path_masked_attention import polyline_mask_apply, polyline_path_masked_attention
 from longattn.reference.vision.proxy_token_attention import proxy_token_attention
+from longattn.reference.vision.query_shared_cross_attention import query_shared_cross_attention
 from longattn.reference.vision.scale_patch_attention import scale_patch_attention
+from longattn.reference.vision.stacked_temporal_attention import stacked_temporal_attention
 from longattn.reference.vision.strip_self_attention import strip_self_attention
 from longattn.reference.vision.super_token_attention import super_token_attention
+from longattn.reference.vision.swapped_window_cross_attention import swapped_window_cross_attention
 from longattn.reference.vision.trajectory_attention import flow_paths, trajectory_attention
+from longattn.reference.vision.view_integrated_attention import view_integrated_attention
 
 __all__ = [
+    "attention_rollout",
+    "attention_rollout_select",
     "balanced_clusters",
     "cascaded_group_attention",
     "channel_group_attention",
@@ -29,16 +44,26 @@ __all__ = [
     "deformable_token_merging",
     "distributed_progressive_attention",
     "embedding_free_attention",
+    "extended_frame_attention",
     "feature_cluster_attention",
     "flow_paths",
     "focal_modulation",
     "global_query_window_attention",
+    "hierarchical_global_local_attention",
     "long_short_distance_attention",
     "mediator_attention",
+    "nested_attention",
+    "pair_wise_cross_attention",
     "point_attention",
+    "polyline_mask_apply",
+    "polyline_path_masked_attention",
     "proxy_token_attention",
+    "query_shared_cross_attention",
     "scale_patch_attention",
+    "stacked_temporal_attention",
     "strip_self_attention",
     "super_token_attention",
+    "swapped_window_cross_attention",
     "trajectory_attention",
+    "view_integrated_attention",
 ]
