@@ -3,6 +3,7 @@
 Features are channels last. Weights are passed in, as a matrix `[inputs, outputs]` or a pair with the bias.
 """
 
+from longattn.vision.asymmetric_mixed_attention import asymmetric_mixed_attention
 from longattn.vision.attention_rollout_select import (
     attention_rollout,
     attention_rollout_select,
@@ -21,9 +22,15 @@ from longattn.vision.embedding_free_attention import embedding_free_attention
 from longattn.vision.extended_frame_attention import anchored_frames, extended_frame_attention
 from longattn.vision.feature_cluster_attention import balanced_clusters, feature_cluster_attention
 from longattn.vision.focal_modulation import focal_modulation
+from longattn.vision.forward_cross_attention import forward_cross_attention, merge_tokens
 from longattn.vision.global_query_window_attention import global_query_window_attention
 from longattn.vision.hierarchical_global_local_attention import hierarchical_global_local_attention
+from longattn.vision.layer_and_channel_spatial_attention import (
+    channel_spatial_gate,
+    layer_and_channel_spatial_attention,
+)
 from longattn.vision.long_short_distance_attention import long_short_distance_attention
+from longattn.vision.match_to_match_additive_attention import match_to_match_additive_attention
 from longattn.vision.mediator_attention import mediator_attention, mediator_schedule
 from longattn.vision.nested_attention import nested_attention
 from longattn.vision.partition import attend_over, grouped_attention, partition, unpartition
@@ -47,12 +54,14 @@ from longattn.vision.view_integrated_attention import view_integrated_attention
 __all__ = [
     "absolute_offset_bias",
     "anchored_frames",
+    "asymmetric_mixed_attention",
     "attend_over",
     "attention_rollout",
     "attention_rollout_select",
     "balanced_clusters",
     "cascaded_group_attention",
     "channel_group_attention",
+    "channel_spatial_gate",
     "criss_cross_attention",
     "deformable_kv_attention_2d",
     "deformable_kv_attention_3d",
@@ -65,12 +74,16 @@ __all__ = [
     "feature_cluster_attention",
     "flow_paths",
     "focal_modulation",
+    "forward_cross_attention",
     "global_query_window_attention",
     "grouped_attention",
     "hierarchical_global_local_attention",
+    "layer_and_channel_spatial_attention",
     "long_short_distance_attention",
+    "match_to_match_additive_attention",
     "mediator_attention",
     "mediator_schedule",
+    "merge_tokens",
     "nested_attention",
     "pair_wise_cross_attention",
     "partition",

@@ -1,5 +1,6 @@
 """References of `longattn.vision`."""
 
+from longattn.reference.vision.asymmetric_mixed_attention import asymmetric_mixed_attention
 from longattn.reference.vision.attention_rollout_select import (
     attention_rollout,
     attention_rollout_select,
@@ -16,9 +17,15 @@ from longattn.reference.vision.embedding_free_attention import embedding_free_at
 from longattn.reference.vision.extended_frame_attention import extended_frame_attention
 from longattn.reference.vision.feature_cluster_attention import balanced_clusters, feature_cluster_attention
 from longattn.reference.vision.focal_modulation import focal_modulation
+from longattn.reference.vision.forward_cross_attention import forward_cross_attention
 from longattn.reference.vision.global_query_window_attention import global_query_window_attention
 from longattn.reference.vision.hierarchical_global_local_attention import hierarchical_global_local_attention
+from longattn.reference.vision.layer_and_channel_spatial_attention import (
+    channel_spatial_gate,
+    layer_and_channel_spatial_attention,
+)
 from longattn.reference.vision.long_short_distance_attention import long_short_distance_attention
+from longattn.reference.vision.match_to_match_additive_attention import match_to_match_additive_attention
 from longattn.reference.vision.mediator_attention import mediator_attention
 from longattn.reference.vision.nested_attention import nested_attention
 from longattn.reference.vision.polyline_path_masked_attention import polyline_mask_apply, polyline_path_masked_attention
@@ -33,11 +40,13 @@ from longattn.reference.vision.trajectory_attention import flow_paths, trajector
 from longattn.reference.vision.view_integrated_attention import view_integrated_attention
 
 __all__ = [
+    "asymmetric_mixed_attention",
     "attention_rollout",
     "attention_rollout_select",
     "balanced_clusters",
     "cascaded_group_attention",
     "channel_group_attention",
+    "channel_spatial_gate",
     "criss_cross_attention",
     "deformable_kv_attention_2d",
     "deformable_kv_attention_3d",
@@ -48,9 +57,12 @@ __all__ = [
     "feature_cluster_attention",
     "flow_paths",
     "focal_modulation",
+    "forward_cross_attention",
     "global_query_window_attention",
     "hierarchical_global_local_attention",
+    "layer_and_channel_spatial_attention",
     "long_short_distance_attention",
+    "match_to_match_additive_attention",
     "mediator_attention",
     "nested_attention",
     "pair_wise_cross_attention",
