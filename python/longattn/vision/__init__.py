@@ -3,6 +3,7 @@
 Features are channels last. Weights are passed in, as a matrix `[inputs, outputs]` or a pair with the bias.
 """
 
+from longattn.vision.adaptive_cross_layer_attention import adaptive_cross_layer_attention
 from longattn.vision.asymmetric_mixed_attention import asymmetric_mixed_attention
 from longattn.vision.attention_rollout_select import (
     attention_rollout,
@@ -33,6 +34,7 @@ from longattn.vision.long_short_distance_attention import long_short_distance_at
 from longattn.vision.match_to_match_additive_attention import match_to_match_additive_attention
 from longattn.vision.mediator_attention import mediator_attention, mediator_schedule
 from longattn.vision.nested_attention import nested_attention
+from longattn.vision.overlapping_cross_attention import overlapping_cross_attention
 from longattn.vision.partition import attend_over, grouped_attention, partition, unpartition
 from longattn.vision.polyline_path_masked_attention import (
     polyline_decays,
@@ -42,6 +44,7 @@ from longattn.vision.polyline_path_masked_attention import (
 from longattn.vision.positions import absolute_offset_bias, dynamic_position_bias, relative_position_bias
 from longattn.vision.proxy_token_attention import proxy_token_attention, window_members
 from longattn.vision.query_shared_cross_attention import query_shared_cross_attention
+from longattn.vision.reference_attention import reference_attention
 from longattn.vision.sample import sample
 from longattn.vision.scale_patch_attention import scale_patch_attention
 from longattn.vision.stacked_temporal_attention import stacked_temporal_attention
@@ -53,6 +56,7 @@ from longattn.vision.view_integrated_attention import view_integrated_attention
 
 __all__ = [
     "absolute_offset_bias",
+    "adaptive_cross_layer_attention",
     "anchored_frames",
     "asymmetric_mixed_attention",
     "attend_over",
@@ -85,6 +89,7 @@ __all__ = [
     "mediator_schedule",
     "merge_tokens",
     "nested_attention",
+    "overlapping_cross_attention",
     "pair_wise_cross_attention",
     "partition",
     "point_attention",
@@ -93,6 +98,7 @@ __all__ = [
     "polyline_path_masked_attention",
     "proxy_token_attention",
     "query_shared_cross_attention",
+    "reference_attention",
     "relative_position_bias",
     "relevant_tokens",
     "sample",

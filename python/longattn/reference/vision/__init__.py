@@ -1,5 +1,6 @@
 """References of `longattn.vision`."""
 
+from longattn.reference.vision.adaptive_cross_layer_attention import adaptive_cross_layer_attention
 from longattn.reference.vision.asymmetric_mixed_attention import asymmetric_mixed_attention
 from longattn.reference.vision.attention_rollout_select import (
     attention_rollout,
@@ -28,9 +29,11 @@ from longattn.reference.vision.long_short_distance_attention import long_short_d
 from longattn.reference.vision.match_to_match_additive_attention import match_to_match_additive_attention
 from longattn.reference.vision.mediator_attention import mediator_attention
 from longattn.reference.vision.nested_attention import nested_attention
+from longattn.reference.vision.overlapping_cross_attention import overlapping_cross_attention
 from longattn.reference.vision.polyline_path_masked_attention import polyline_mask_apply, polyline_path_masked_attention
 from longattn.reference.vision.proxy_token_attention import proxy_token_attention
 from longattn.reference.vision.query_shared_cross_attention import query_shared_cross_attention
+from longattn.reference.vision.reference_attention import reference_attention
 from longattn.reference.vision.scale_patch_attention import scale_patch_attention
 from longattn.reference.vision.stacked_temporal_attention import stacked_temporal_attention
 from longattn.reference.vision.strip_self_attention import strip_self_attention
@@ -40,6 +43,7 @@ from longattn.reference.vision.trajectory_attention import flow_paths, trajector
 from longattn.reference.vision.view_integrated_attention import view_integrated_attention
 
 __all__ = [
+    "adaptive_cross_layer_attention",
     "asymmetric_mixed_attention",
     "attention_rollout",
     "attention_rollout_select",
@@ -65,12 +69,14 @@ __all__ = [
     "match_to_match_additive_attention",
     "mediator_attention",
     "nested_attention",
+    "overlapping_cross_attention",
     "pair_wise_cross_attention",
     "point_attention",
     "polyline_mask_apply",
     "polyline_path_masked_attention",
     "proxy_token_attention",
     "query_shared_cross_attention",
+    "reference_attention",
     "scale_patch_attention",
     "stacked_temporal_attention",
     "strip_self_attention",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -77,26 +78,30 @@ def gelu(x: Float64) -> Float64:
     return out
 
 
+def _taps(x: Float64, taps: tuple[int, ...], stride: int, padding: int | str) -> Iterator[tuple[Any, Float64]]:
+    """Each tap of a kernel, and what it meets at every output."""
+    before = [k // 2 for k in taps] if padding == "same" else [int(padding)] * len(taps)
+    x = np.pad(x, [(0, 0), *((p, p) for p in before), (0, 0)])
+    outputs = [(m - k) // stride + 1 for m, k in zip(x.shape[1:-1], taps, strict=True)]
+    for tap in itertools.product(*(range(k) for k in taps)):
+        yield (
+            tap,
+            x[(slice(None), *(slice(t, t + stride * o, stride) for t, o in zip(tap, outputs, strict=True)))][
+                (slice(None), *(slice(o) for o in outputs))
+            ],
+        )
+
+
 def convolution(x: Float64, kernel: ArrayLike, stride: int = 1, padding: int | str = "same") -> Float64:
     """Of a grid `[B, X1, .., Xn, C]` with `[k1, .., kn, C, C']`."""
     w = wide(kernel)
-    n = x.ndim - 2
-    taps = w.shape[:n]
-    before = [k // 2 for k in taps] if padding == "same" else [int(padding)] * n
-    x = np.pad(x, [(0, 0), *((p, p) for p in before), (0, 0)])
-    outputs = [(m - k) // stride + 1 for m, k in zip(x.shape[1:-1], taps, strict=True)]
-    out = np.zeros((x.shape[0], *outputs, w.shape[-1]))
-    for place in places(outputs):
-        part = x[(slice(None), *(slice(stride * p, stride * p + k) for p, k in zip(place, taps, strict=True)))]
-        out[(slice(None), *place)] = np.tensordot(part, w, axes=n + 1)
-    return out
+    return np.asarray(sum(part @ w[tap] for tap, part in _taps(x, w.shape[: x.ndim - 2], stride, padding)))
 
 
 def depthwise(x: Float64, kernel: ArrayLike, stride: int = 1, padding: int | str = "same") -> Float64:
     """Of each channel by itself, with `[k1, .., kn, C]`."""
     w = wide(kernel)
-    parts = [convolution(x[..., c : c + 1], w[..., c, None, None], stride, padding) for c in range(x.shape[-1])]
-    return np.concatenate(parts, axis=-1)
+    return np.asarray(sum(part * w[tap] for tap, part in _taps(x, w.shape[: x.ndim - 2], stride, padding)))
 
 
 def sample(
