@@ -684,7 +684,7 @@ def sample(
     border: bool,
     out: NDArray[np.float32],
 ) -> None: ...
-def grid_convolution(
+def grid_depthwise(
     x: NDArray[Any],
     extent: list[int],
     kernel: NDArray[np.float32],

@@ -56,7 +56,7 @@ def depthwise_convolution(
     added = None if bias is None else numbers(bias, "bias", (xn.shape[-1],))
     out = np.empty((xn.shape[0], *outputs, xn.shape[-1]), np.float32)
     if out.size:
-        _core.grid_convolution(
+        _core.grid_depthwise(
             grid_rows(xn), extent_of(xn.shape[1:-1]), np.ascontiguousarray(weights).reshape(-1), extent_of(taps),
             extent_of(steps), extent_of(before, 0), extent_of(outputs), out.reshape(-1),
         )  # fmt: skip

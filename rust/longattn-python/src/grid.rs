@@ -31,7 +31,7 @@ pub(crate) fn sample<'py>(
 }
 
 #[pyfunction]
-pub(crate) fn grid_convolution<'py>(
+pub(crate) fn grid_depthwise<'py>(
     py: Python<'py>,
     x: &Bound<'py, PyUntypedArray>,
     extent: [usize; 3],
