@@ -152,7 +152,9 @@ def as_output(
     if not a.flags.writeable:
         raise ValueError(f"{name}: got a read-only array, expected a writable one")
     if not _readable_in_place(a) or _overlaps_itself(a):
-        raise ValueError(f"{name}: got strides {a.strides} bytes, expected a contiguous last axis and no repeated memory")
+        raise ValueError(
+            f"{name}: got strides {a.strides} bytes, expected a contiguous last axis and no repeated memory"
+        )
     for other, x in inputs.items():
         if isinstance(x, np.ndarray) and np.may_share_memory(a, x):  # a store's rows are read-only: `a` is none
             raise ValueError(f"{name}: got an array that overlaps {other}, expected memory of its own")

@@ -20,9 +20,7 @@ from longattn._checks import (
 )
 
 #: Rows that are computed at once where nothing else is said: whole tiles of the matrix kernel of every instruction set.
-CHUNK = 96
-#: The delta rule inverts a matrix of this size per chunk.
-DELTA_CHUNK = 96
+CHUNK = 48
 #: The most that the core computes at once; a larger `chunk_size` means this.
 LARGEST_CHUNK = 252
 
@@ -138,7 +136,12 @@ def recurrence(
         last = np.empty(states, np.float32)
     else:
         last = as_output(
-            out_state, like=q, shape=states, dtype=np.dtype(np.float32), inputs={**inputs, "out": result}, name="out_state"
+            out_state,
+            like=q,
+            shape=states,
+            dtype=np.dtype(np.float32),
+            inputs={**inputs, "out": result},
+            name="out_state",
         )
         if first is not None and np.may_share_memory(first, last):
             if first.ctypes.data != last.ctypes.data or first.strides != last.strides:
@@ -165,9 +168,7 @@ def recurrence(
     return like(q, result) if out is None else out, like(q, last) if out_state is None else out_state
 
 
-def _gate(
-    x: Array, name: str, rows: tuple[int, int, int], channels: tuple[int, ...] | None, rank: int
-) -> NDArray[Any]:
+def _gate(x: Array, name: str, rows: tuple[int, int, int], channels: tuple[int, ...] | None, rank: int) -> NDArray[Any]:
     """A gate as `[B, H, L, 1]`, or `[B, H, L, D]`, in a storage dtype."""
     gate = as_numpy(x, name, any_strides=channels is None)
     check_floating(gate, name)

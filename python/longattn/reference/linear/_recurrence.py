@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ def recurrence(
     initial_state: ArrayLike | None = None,
     cu_seqlens: ArrayLike | None = None,
 ) -> tuple[Float64, Float64]:
-    """`S_t = Diag(e^g_t) S_(t-1) + beta_t k_t u_t^T`, `o_t = scale q_t^T S_t`; `u_t` is `v_t`, or less what the state holds.
+    """`S_t = Diag(e^g_t) S_(t-1) + beta_t k_t u_t^T`, `o_t = scale q_t^T S_t`, `u_t` being `v_t`, or less what is held.
 
     `g` is `[H]`, `[B, H, L]` or `[B, H, L, D]`; arguments without a batch have none in the result either.
     """
@@ -55,12 +56,16 @@ def recurrence(
     k = np.repeat(k, heads // k.shape[1], axis=1)
     readers = max(q.shape[1], heads)
     q = np.repeat(q, readers // q.shape[1], axis=1)
-    factor = np.ones((batch, heads, length)) if beta is None else np.broadcast_to(np.asarray(beta, np.float64), (batch, heads, length))
+    factor = (
+        np.ones((batch, heads, length))
+        if beta is None
+        else np.broadcast_to(np.asarray(beta, np.float64), (batch, heads, length))
+    )
     values = v if normaliser is None else np.concatenate([v, np.ones((*v.shape[:-1], 1))], axis=-1)
     bounds = None if cu_seqlens is None else np.asarray(cu_seqlens)
     sequences = [(b, 0, length) for b in range(batch)]
     if bounds is not None:
-        sequences = [(0, int(a), int(z)) for a, z in zip(bounds[:-1], bounds[1:], strict=True)]
+        sequences = [(0, int(a), int(z)) for a, z in pairwise(bounds)]
     states = np.zeros((len(sequences), heads, dim, values.shape[-1]))
     if initial_state is not None:
         states += np.asarray(initial_state, np.float64)
