@@ -45,7 +45,7 @@ def test_slopes_of_0_are_the_form_without_divisor(rng):
 
 
 def test_a_million_steps_neither_overflow_nor_drift(rng):
-    """Positive terms add up, rounded once a chunk; as the block is the same each time, its errors may be of one sign."""
+    """Positive terms add up, rounded once a chunk. The block is the same each time: errors may be of one sign."""
     q, k, v = (np.abs(rng.standard_normal((1, 1, 1000, 4))).astype(np.float32) for _ in range(3))
     _, block = linear_attention(q, k, v)
     state = None
