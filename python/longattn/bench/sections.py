@@ -501,8 +501,8 @@ SECTIONS: tuple[Section, ...] = (
         "linear",
         "Linear attention and recurrences",
         "States `[D, D]` of 8 heads. `of FMA`: arithmetic as a share of the multiply-add peak, rows of a chunk of 64 "
-        "with each other counted whatever the chunk. Decode steps: bytes of the state read and written per second, as a "
-        "share of the read bandwidth. `vs attention`: speed against causal `longattn.attention` of the same shape.",
+        "with each other counted whatever the chunk. Decode steps: bytes of the state read and written per second, as "
+        "a share of the read bandwidth. `vs attention`: speed against causal `longattn.attention` of the same shape.",
         _linear_tables,
     ),
     Section(

@@ -91,7 +91,8 @@ def _log_decays(gamma: Array | None, v: Array) -> NDArray[Any]:
     if not ((x >= 0) & (x <= 1)).all():
         raise ValueError("gamma: got a number outside 0 to 1, expected decays")
     with np.errstate(divide="ignore"):
-        return np.log(x.astype(np.float64)).astype(np.float32)
+        found: NDArray[np.float32] = np.log(x.astype(np.float64)).astype(np.float32)
+    return found
 
 
 METHOD = Method(

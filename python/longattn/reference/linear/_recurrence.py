@@ -30,12 +30,12 @@ def recurrence(
 
     `g` is `[H]`, `[B, H, L]` or `[B, H, L, D]`; arguments without a batch have none in the result either.
     """
-    q, v = np.asarray(q, np.float64), np.asarray(v, np.float64)
-    one = q.ndim == 3
+    queries, v = np.asarray(q, np.float64), np.asarray(v, np.float64)
+    one = queries.ndim == 3
     if one:
-        q, v = q[None], v[None]
+        queries, v = queries[None], v[None]
     batch, heads, length, value_dim = v.shape
-    dim = q.shape[-1]
+    dim = queries.shape[-1]
     log = np.zeros((batch, heads, length, dim))
     if g is not None:
         x = np.asarray(g, np.float64)
@@ -46,21 +46,15 @@ def recurrence(
         log = log + x
     with np.errstate(under="ignore"):
         decay = np.exp(log)
-    if k is None:
-        k = -np.expm1(log)
-    k = np.asarray(k, np.float64)
-    k = k[None] if k.ndim == 3 else k
+    keys: Float64 = -np.expm1(log) if k is None else np.asarray(k, np.float64)
+    keys = keys[None] if keys.ndim == 3 else keys
     if unit is not None:
-        q, k = (x / np.sqrt((x**2).sum(-1, keepdims=True) + unit) for x in (q, k))
-    q = q * (dim**-0.5 if scale is None else scale)
-    k = np.repeat(k, heads // k.shape[1], axis=1)
-    readers = max(q.shape[1], heads)
-    q = np.repeat(q, readers // q.shape[1], axis=1)
-    factor = (
-        np.ones((batch, heads, length))
-        if beta is None
-        else np.broadcast_to(np.asarray(beta, np.float64), (batch, heads, length))
-    )
+        queries, keys = (x / np.sqrt((x**2).sum(-1, keepdims=True) + unit) for x in (queries, keys))
+    queries = queries * (dim**-0.5 if scale is None else scale)
+    keys = np.repeat(keys, heads // keys.shape[1], axis=1)
+    readers = max(queries.shape[1], heads)
+    queries = np.repeat(queries, readers // queries.shape[1], axis=1)
+    factor = np.broadcast_to(np.asarray(1.0 if beta is None else beta, np.float64), (batch, heads, length))
     values = v if normaliser is None else np.concatenate([v, np.ones((*v.shape[:-1], 1))], axis=-1)
     bounds = None if cu_seqlens is None else np.asarray(cu_seqlens)
     sequences = [(b, 0, length) for b in range(batch)]
@@ -75,10 +69,10 @@ def recurrence(
             state = states[n] * decay[b, :, t, :, None]
             update = values[b, :, t]
             if delta:
-                update = update - np.einsum("hd,hde->he", k[b, :, t], state)
-            state = state + (factor[b, :, t, None] * k[b, :, t])[..., None] * update[:, None]
+                update = update - np.einsum("hd,hde->he", keys[b, :, t], state)
+            state = state + (factor[b, :, t, None] * keys[b, :, t])[..., None] * update[:, None]
             states[n] = state
-            out[b, :, t] = np.einsum("hd,hde->he", q[b, :, t], np.repeat(state, readers // heads, axis=0))
+            out[b, :, t] = np.einsum("hd,hde->he", queries[b, :, t], np.repeat(state, readers // heads, axis=0))
     if normaliser is not None:
         mass = out[..., -1:] + normaliser
         out = np.divide(out[..., :-1], mass, out=np.zeros((*out.shape[:-1], value_dim)), where=mass != 0)
