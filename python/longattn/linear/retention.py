@@ -83,7 +83,8 @@ def _log_decays(gamma: Array | None, v: Array) -> NDArray[Any]:
     shape = shape_of(v, "v")
     heads = shape[-3] if len(shape) > 2 else 0
     if gamma is None:
-        return np.log1p(-(2.0 ** (-5.0 - np.arange(heads)))).astype(np.float32)
+        published: NDArray[np.float32] = np.log1p(-(2.0 ** (-5.0 - np.arange(heads)))).astype(np.float32)
+        return published
     x = as_numpy(gamma, "gamma", any_strides=True)
     check_floating(x, "gamma")
     if x.shape != (heads,):

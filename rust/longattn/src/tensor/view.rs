@@ -227,13 +227,7 @@ impl<'a> TensorViewMut<'a> {
 
     /// The same memory to read from, for those who know what of it nobody writes meanwhile.
     pub(crate) fn as_view(&self) -> TensorView<'_> {
-        TensorView {
-            ptr: self.ptr,
-            dtype: self.dtype,
-            shape: self.shape,
-            strides: self.strides,
-            memory: PhantomData,
-        }
+        TensorView { ptr: self.ptr, dtype: self.dtype, shape: self.shape, strides: self.strides, memory: PhantomData }
     }
 
     /// The rows `rows` of every head, for the time of this borrow.

@@ -19,7 +19,7 @@ mod step;
 
 use crate::dense::scratch::with_scratch;
 use crate::parallel::{Execution, for_each, num_threads};
-use crate::simd::{self, dispatch};
+use crate::simd::{self, Isa, dispatch};
 use crate::tensor::{DType, Error, Result, TensorView, TensorViewMut, with_element};
 use std::ops::Range;
 
@@ -134,11 +134,7 @@ impl Job<'_> {
 }
 
 fn expect(name: &'static str, got: [usize; 4], expected: [usize; 4]) -> Result<()> {
-    if got == expected {
-        Ok(())
-    } else {
-        Err(Error::value(name, format!("shape {got:?}"), format!("{expected:?}")))
-    }
+    if got == expected { Ok(()) } else { Err(Error::value(name, format!("shape {got:?}"), format!("{expected:?}"))) }
 }
 
 fn check<'a>(of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMut) -> Result<Job<'a>> {
@@ -151,7 +147,8 @@ fn check<'a>(of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMu
         return Err(Error::value("k", format!("{key_heads} heads"), expected));
     }
     if query_heads % heads != 0 && heads % query_heads != 0 || query_heads % key_heads != 0 {
-        let expected = format!("a multiple of the {key_heads} of k that divides the {heads} of v, or a multiple of these");
+        let expected =
+            format!("a multiple of the {key_heads} of k that divides the {heads} of v, or a multiple of these");
         return Err(Error::value("q", format!("{query_heads} heads"), expected));
     }
     if dim == 0 || value_dim == 0 {
@@ -174,7 +171,11 @@ fn check<'a>(of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMu
         return Err(Error::value("chunk_size", of.chunk, format!("1 to {MAX_CHUNK}")));
     }
     if of.delta && (of.normaliser.is_some() || of.skip.is_some()) || of.normaliser.is_some() && of.skip.is_some() {
-        return Err(Error::value("normalize", "with another read-out", "one of a normaliser, a skip and the delta rule"));
+        return Err(Error::value(
+            "normalize",
+            "with another read-out",
+            "one of a normaliser, a skip and the delta rule",
+        ));
     }
     if let Some(skip) = of.skip
         && skip.len() != heads
@@ -187,7 +188,11 @@ fn check<'a>(of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMu
             let ordered = ends.first() == Some(&0) && ends.last() == Some(&length) && ends.is_sorted();
             if !ordered || batch != 1 {
                 let got = format!("{ends:?} with a batch of {batch}");
-                return Err(Error::value("cu_seqlens", got, format!("bounds from 0 to {length} that never fall, batch 1")));
+                return Err(Error::value(
+                    "cu_seqlens",
+                    got,
+                    format!("bounds from 0 to {length} that never fall, batch 1"),
+                ));
             }
             ends.len() - 1
         }
@@ -220,12 +225,11 @@ fn check<'a>(of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMu
     Ok(Job { of, heads, query_heads, key_heads, dim, value_dim, out, state, first, sums })
 }
 
-/// An error where some number of a gate is not what `is_good` takes.
-fn check_gate(name: &'static str, gate: TensorView, signed: bool, execution: &Execution) -> Result<()> {
+/// An error where a number of a gate is above 0 or NaN, or not finite where it is `signed`.
+fn check_gate(isa: Isa, name: &'static str, gate: TensorView, signed: bool, execution: &Execution) -> Result<()> {
     let [batch, heads, length, _] = gate.shape();
     let pieces = length.div_ceil(GATE_ROWS);
     let bad = std::sync::atomic::AtomicBool::new(false);
-    let isa = simd::current();
     let work = |i: usize| {
         let (head, rows) = (i / pieces, i % pieces * GATE_ROWS..length.min((i % pieces + 1) * GATE_ROWS));
         with_element!(gate.dtype(), T => {
@@ -265,18 +269,30 @@ pub fn recurrence(
     state: &mut TensorViewMut,
     execution: &Execution,
 ) -> Result<()> {
+    run(simd::current(), of, out, state, execution)
+}
+
+/// [`recurrence`] on an instruction set.
+fn run(
+    isa: Isa,
+    of: Recurrence,
+    out: &mut TensorViewMut,
+    state: &mut TensorViewMut,
+    execution: &Execution,
+) -> Result<()> {
     let job = check(of, out, state)?;
     if let Decay::Token(g) | Decay::Channel(g) = of.decay {
-        check_gate("g", g, false, execution)?;
+        check_gate(isa, "g", g, false, execution)?;
     }
     if let Some(beta) = of.beta {
-        check_gate("beta", beta, true, execution)?;
+        check_gate(isa, "beta", beta, true, execution)?;
     }
     let [sequences, heads, dim, value_dim] = job.state.shape();
     let pairs = sequences * heads;
-    let isa = simd::current();
     let is_step = (0..sequences).all(|n| job.sequence(n).1.len() <= 1);
-    let step = |i: usize| with_scratch(|scratch| dispatch(isa, step::Step { job: &job, sequence: i / heads, head: i % heads, scratch }));
+    let step = |i: usize| {
+        with_scratch(|scratch| dispatch(isa, step::Step { job: &job, sequence: i / heads, head: i % heads, scratch }))
+    };
     if is_step {
         if pairs * dim * value_dim * 4 < SMALL {
             (0..pairs).for_each(step);
@@ -303,3 +319,6 @@ pub fn recurrence(
         }
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -356,13 +356,15 @@ impl Chunk<'_> {
                     }
                     j += UNROLL;
                 }
-                for v in 0..PANEL_VECTORS {
-                    let (ab, cd) = (s.add(acc[0][v], acc[1][v]), s.add(acc[2][v], acc[3][v]));
-                    // SAFETY: as above, of row i.
-                    unsafe {
-                        let to = inverse.as_mut_ptr().add(i * across + column + v * S::LANES);
-                        s.store(to, s.sub(s.zero(), s.add(ab, cd)));
+                let mut total = [s.zero(); PANEL_VECTORS];
+                for acc in acc {
+                    for (total, acc) in total.iter_mut().zip(acc) {
+                        *total = s.sub(*total, acc);
                     }
+                }
+                for (v, &total) in total.iter().enumerate() {
+                    // SAFETY: as above, of row i.
+                    unsafe { s.store(inverse.as_mut_ptr().add(i * across + column + v * S::LANES), total) };
                 }
             }
             inverse[i * across + i] = 1.0;

@@ -48,7 +48,8 @@ impl Kernel for Body<'_, '_> {
         let (readers, dim) = (job.readers(head), job.dim);
         let columns = job.state.shape()[3];
         let (padded, width) = (dim.next_multiple_of(S::LANES), columns.next_multiple_of(S::LANES));
-        let [q, k, alpha, v, out, zeros] = scratch.extra.carve([readers.len() * padded, padded, padded, width, width, width]);
+        let [q, k, alpha, v, out, zeros] =
+            scratch.extra.carve([readers.len() * padded, padded, padded, width, width, width]);
         let (from, from_stride) = match &job.first {
             Some(first) => (first.head::<f32>(sequence, head), first.row_stride()),
             None => {
@@ -56,7 +57,13 @@ impl Kernel for Body<'_, '_> {
                 (zeros.as_ptr(), 0)
             }
         };
-        let state = Rows { from, from_stride, to: job.state.row_ptr::<f32>(sequence, head, 0), to_stride: job.state.as_view().row_stride(), dim };
+        let state = Rows {
+            from,
+            from_stride,
+            to: job.state.row_ptr::<f32>(sequence, head, 0),
+            to_stride: job.state.as_view().row_stride(),
+            dim,
+        };
         if rows.is_empty() {
             for d in 0..dim as isize {
                 // SAFETY: both have `dim` rows of `columns` numbers; they may be the same rows.
