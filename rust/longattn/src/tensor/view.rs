@@ -225,11 +225,6 @@ impl<'a> TensorViewMut<'a> {
         Self { shape: [b, l, h, d], strides: [sb, sl, sh, sd], ..self }
     }
 
-    /// The same memory to read from, for those who know what of it nobody writes meanwhile.
-    pub(crate) fn as_view(&self) -> TensorView<'_> {
-        TensorView { ptr: self.ptr, dtype: self.dtype, shape: self.shape, strides: self.strides, memory: PhantomData }
-    }
-
     /// The rows `rows` of every head, for the time of this borrow.
     pub(crate) fn rows(&self, rows: std::ops::Range<usize>) -> TensorViewMut<'_> {
         assert!(rows.start <= rows.end && rows.end <= self.shape[2], "rows {rows:?} of {}", self.shape[2]);
