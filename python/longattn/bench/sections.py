@@ -498,6 +498,8 @@ SECTIONS: tuple[Section, ...] = (
         "transformers' fallback. `ns per state`: time over tokens, channels and states; `GB/s of state`: rates read, "
         "states read and written; `difference`: largest of the peer's output from ours.",
         _scan_tables,
+    ),
+    Section(
         "linear",
         "Linear attention and recurrences",
         "States `[D, D]` of 8 heads. `of FMA`: arithmetic as a share of the multiply-add peak, rows of a chunk of 64 "
