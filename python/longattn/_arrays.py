@@ -124,6 +124,7 @@ def as_output(
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
     inputs: Mapping[str, NDArray[Any] | CodedRows | None],
+    name: str = "out",
 ) -> NDArray[Any]:
     """Numpy array over the memory of a caller's `out`, which must be fit to receive a result in place.
 
@@ -133,6 +134,7 @@ def as_output(
         shape: the result's shape.
         dtype: the result's dtype.
         inputs: arrays that are read while `out` is written, by name; `None` where an optional one is absent.
+        name: what the argument is called.
 
     Raises:
         TypeError: another kind or dtype.
@@ -141,19 +143,21 @@ def as_output(
     """
     if is_torch(out) != is_torch(like):
         kind = "a torch tensor" if is_torch(like) else "a numpy array"
-        raise TypeError(f"out: got {_type_name(out)}, expected {kind} as q is")
-    a = _borrow(out, "out")
+        raise TypeError(f"{name}: got {_type_name(out)}, expected {kind} as q is")
+    a = _borrow(out, name)
     if a.dtype != dtype:
-        raise TypeError(f"out: got dtype {a.dtype}, expected {dtype}")
+        raise TypeError(f"{name}: got dtype {a.dtype}, expected {dtype}")
     if a.shape != shape:
-        raise ValueError(f"out: got shape {a.shape}, expected {shape}")
+        raise ValueError(f"{name}: got shape {a.shape}, expected {shape}")
     if not a.flags.writeable:
-        raise ValueError("out: got a read-only array, expected a writable one")
+        raise ValueError(f"{name}: got a read-only array, expected a writable one")
     if not _readable_in_place(a) or _overlaps_itself(a):
-        raise ValueError(f"out: got strides {a.strides} bytes, expected a contiguous last axis and no repeated memory")
-    for name, x in inputs.items():
+        raise ValueError(
+            f"{name}: got strides {a.strides} bytes, expected a contiguous last axis and no repeated memory"
+        )
+    for other, x in inputs.items():
         if isinstance(x, np.ndarray) and np.may_share_memory(a, x):  # a store's rows are read-only: `a` is none
-            raise ValueError(f"out: got an array that overlaps {name}, expected memory of its own")
+            raise ValueError(f"{name}: got an array that overlaps {other}, expected memory of its own")
     return a
 
 

@@ -703,3 +703,23 @@ def path_bias(
     lines: tuple[int, int],
     out: NDArray[np.float32],
 ) -> None: ...
+
+# linear attention
+
+def recurrence(
+    q: NDArray[Any],
+    k: NDArray[Any] | None,
+    v: NDArray[Any],
+    g: NDArray[Any] | None,
+    beta: NDArray[Any] | None,
+    delta: bool,
+    scale: float,
+    unit: float | None,
+    normaliser: float | None,
+    skip: NDArray[np.float32] | None,
+    initial_state: NDArray[np.float32] | None,
+    cu_seqlens: NDArray[np.int64] | None,
+    chunk_size: int,
+    out: NDArray[Any],
+    out_state: NDArray[np.float32],
+) -> None: ...

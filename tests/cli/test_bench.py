@@ -85,6 +85,18 @@ def test_a_hopeless_way_is_left_out_but_not_the_default():
     assert decode._hopeless(rows) == {"torch b"}
 
 
+def test_linear(tmp_path):
+    """Every form agrees with torch's loops and with transformers' fallback, at a shape of its own."""
+    result = run("linear", tmp_path, "--threads", "1", "--keys", "64,128", "--dtypes", "float32")
+    rows = result["rows"]
+    forms = {row["form"] for row in rows}
+    assert len(forms) == 5 and len(result["slopes"]) >= 5
+    assert all(row["difference"] < 1e-3 for row in rows if row.get("difference") is not None)
+    for figure in ("of_fma", "gb_s", "vs_attention"):
+        assert {row["form"] for row in rows if row.get(figure)} == forms
+    assert sum("is faster than longattn.attention" in note for note in result["notes"]) == 5
+
+
 def test_prefill(tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "prefill.png"

@@ -20,6 +20,7 @@ from longattn.bench import (
     error,
     gpu,
     growth,
+    linear,
     neighbourhood,
     options,
     prefill,
@@ -68,6 +69,7 @@ ROUTINES: dict[str, Routine] = {
     "error": error,
     "scan": scan,
     "gpu": gpu,
+    "linear": linear,
 }
 TOOLS = {"suite": suite, "report": report}
 

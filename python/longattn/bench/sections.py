@@ -13,6 +13,7 @@ from longattn.bench import (
     error,
     external,
     growth,
+    linear,
     nearest,
     neighbourhood,
     prefill,
@@ -71,6 +72,7 @@ def figures(found: Sequence[Result]) -> dict[str, list[Panel | Bars | Scatter]]:
         ("drift", drift),
         ("growth", growth),
         ("scan", scan),
+        ("linear", linear),
     )
     for name, routine in routines:
         rows = _rows(found, name)
@@ -290,6 +292,25 @@ def _scan_tables(found: Sequence[Result]) -> list[str]:
     return lines
 
 
+def _linear_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, "linear")
+    grown = _rows(found, "linear", "slopes")
+    lines: list[str] = []
+    for threads in _values(rows, "threads"):
+        mine = [row for row in rows if row["threads"] == threads]
+        for part in (
+            [row for row in mine if row.get("gflop_s")],
+            [row for row in mine if row.get("gb_s")],
+            [row for row in mine if row.get("vs_attention")],
+        ):
+            if part:
+                lines += _titled(threads, table(part, linear.COLUMNS[1:]))
+    slopes = [f"{row['of']}: {row['slope']:.2f}" for row in grown if row["method"].startswith("longattn")]
+    return (
+        [*lines, "", "Slopes of log time over log length:", "", *(f"- {line}" for line in slopes)] if slopes else lines
+    )
+
+
 def _titled(threads: int, lines: list[str]) -> list[str]:
     return ["", f"{count(threads)}:", "", *lines]
 
@@ -477,6 +498,14 @@ SECTIONS: tuple[Section, ...] = (
         "transformers' fallback. `ns per state`: time over tokens, channels and states; `GB/s of state`: rates read, "
         "states read and written; `difference`: largest of the peer's output from ours.",
         _scan_tables,
+    ),
+    Section(
+        "linear",
+        "Linear attention and recurrences",
+        "States `[D, D]` of 8 heads. `of FMA`: arithmetic as a share of the multiply-add peak, rows of a chunk of 64 "
+        "with each other counted whatever the chunk. Decode steps: bytes of the state read and written per second, as "
+        "a share of the read bandwidth. `vs attention`: speed against causal `longattn.attention` of the same shape.",
+        _linear_tables,
     ),
     Section(
         "error",

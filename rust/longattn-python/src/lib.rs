@@ -64,6 +64,8 @@ mod _core {
         depthwise, dynamic_convolution, neighbour_means, pointwise_function, toeplitz, toeplitz_attention,
     };
     #[pymodule_export]
+    use super::linear::recurrence::recurrence;
+    #[pymodule_export]
     use super::linear::scan::{diagonal_scan, selective_scan};
     #[pymodule_export]
     use super::neighbourhood::{

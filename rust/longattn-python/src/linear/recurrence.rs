@@ -1,1 +1,67 @@
 //! Recurrences of matrix states.
+
+use crate::arrays::{view, view_mut};
+use crate::dense::offsets;
+use crate::running;
+use longattn::linear::recurrence::{self as engine, Decay, Recurrence, Start};
+use numpy::{PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+
+/// Products of a state's size per row: update, read, and what rows have to do with each other.
+const PRODUCTS: f64 = 4.0;
+
+#[pyfunction]
+#[pyo3(signature = (q, k, v, g, beta, delta, scale, unit, normaliser, skip, initial_state, cu_seqlens, chunk_size, out, out_state))]
+pub(crate) fn recurrence(
+    py: Python<'_>,
+    q: &Bound<'_, PyUntypedArray>,
+    k: Option<&Bound<'_, PyUntypedArray>>,
+    v: &Bound<'_, PyUntypedArray>,
+    g: Option<&Bound<'_, PyUntypedArray>>,
+    beta: Option<&Bound<'_, PyUntypedArray>>,
+    delta: bool,
+    scale: f32,
+    unit: Option<f32>,
+    normaliser: Option<f32>,
+    skip: Option<PyReadonlyArray1<'_, f32>>,
+    initial_state: Option<&Bound<'_, PyUntypedArray>>,
+    cu_seqlens: Option<PyReadonlyArray1<'_, i64>>,
+    chunk_size: usize,
+    out: &Bound<'_, PyUntypedArray>,
+    out_state: &Bound<'_, PyUntypedArray>,
+) -> PyResult<()> {
+    let k = k.map(|k| view("k", k)).transpose()?;
+    let (q, v) = (view("q", q)?, view("v", v)?);
+    let decay = match g {
+        None => Decay::None,
+        Some(x) if x.shape().last() == Some(&1) && k.is_some() => Decay::Token(view("g", x)?),
+        Some(x) => Decay::Channel(view("g", x)?),
+    };
+    let beta = beta.map(|x| view("beta", x)).transpose()?;
+    let start = match initial_state {
+        None => Start::Zero,
+        Some(x) if x.is(out_state) => Start::InPlace,
+        Some(x) => Start::From(view("initial_state", x)?),
+    };
+    let ends = cu_seqlens.map(|x| offsets("cu_seqlens", &x)).transpose()?;
+    let skip = skip.as_ref().map(|x| x.as_slice()).transpose()?;
+    let (mut out, mut state) = (view_mut("out", out)?, view_mut("out_state", out_state)?);
+    let [b, h, l, d] = [v.shape()[0], v.shape()[1], v.shape()[2], v.shape()[3] * q.shape()[3]];
+    let operations = PRODUCTS * [b, h, l, d].iter().map(|&n| n as f64).product::<f64>();
+    let of = Recurrence {
+        q,
+        k,
+        v,
+        decay,
+        beta,
+        delta,
+        scale,
+        unit,
+        normaliser,
+        skip,
+        start,
+        ends: ends.as_deref(),
+        chunk: chunk_size,
+    };
+    running::run(py, operations, |execution| engine::recurrence(of, &mut out, &mut state, execution))
+}

@@ -23,6 +23,17 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), lines * 16) }
     }
 
+    /// Pieces of at least the sizes asked for, each on a cache line of its own, with whatever they held before.
+    pub(crate) fn carve<const N: usize>(&mut self, sizes: [usize; N]) -> [&mut [f32]; N] {
+        let sizes = sizes.map(|n| n.next_multiple_of(16));
+        let mut rest = self.take(sizes.iter().sum());
+        sizes.map(|n| {
+            let (piece, after) = std::mem::take(&mut rest).split_at_mut(n);
+            rest = after;
+            piece
+        })
+    }
+
     /// What was taken so far.
     pub(crate) fn filled(&self) -> &[f32] {
         // SAFETY: as in `take`.

@@ -126,7 +126,7 @@ impl<S: Simd> Product<S> for Pairs {
     }
 }
 
-/// `c[r][0..PANEL] = sum_k a[r][k] b[k][0..PANEL]` for `R` rows, as `product` says; panels of `b` are packed, `PANEL` floats per k.
+/// `c[r][0..PANEL] = sum_k a[r][k] b[k][0..PANEL]` for `R` rows, as `product` says; rows of `b` are `ldb` floats apart.
 ///
 /// # Safety
 /// `a` holds `R` rows of `k` floats, `b` `k` rows of `PANEL`, `c` `R` rows of `PANEL`.
@@ -138,6 +138,7 @@ unsafe fn micro<S: Simd, P: Product<S>, const R: usize>(
     a: *const f32,
     lda: usize,
     b: *const f32,
+    ldb: usize,
     c: *mut f32,
     ldc: usize,
 ) {
@@ -150,7 +151,7 @@ unsafe fn micro<S: Simd, P: Product<S>, const R: usize>(
             }
         }
         for i in 0..k {
-            let row = b.add(i * panel::<S>());
+            let row = b.add(i * ldb);
             let columns: [P::Part; PANEL_VECTORS] = [product.column(s, row), product.column(s, row.add(S::LANES))];
             for (r, acc) in acc.iter_mut().enumerate() {
                 let x = product.row(s, a.add(r * lda + i));
@@ -167,7 +168,8 @@ unsafe fn micro<S: Simd, P: Product<S>, const R: usize>(
     }
 }
 
-/// [`micro`] with the instruction set's own number of rows, or with 4 of many where no more than `rows` of them count.
+/// [`micro`] over packed panels with the instruction set's own number of rows, or with 4 of many where no more than `rows` of them
+/// count.
 ///
 /// # Safety
 /// As [`micro`], with `S::ROWS` rows.
@@ -184,12 +186,33 @@ pub(super) unsafe fn multiply_by<S: Simd, P: Product<S>>(
     rows: usize,
 ) {
     // SAFETY: the caller's promise.
+    unsafe { multiply_apart(s, product, k, a, lda, b, panel::<S>(), c, ldc, rows) }
+}
+
+/// [`multiply_by`] with rows of `b` that are `ldb` floats apart.
+///
+/// # Safety
+/// As [`micro`], with `S::ROWS` rows.
+#[inline(always)]
+unsafe fn multiply_apart<S: Simd, P: Product<S>>(
+    s: S,
+    product: P,
+    k: usize,
+    a: *const f32,
+    lda: usize,
+    b: *const f32,
+    ldb: usize,
+    c: *mut f32,
+    ldc: usize,
+    rows: usize,
+) {
+    // SAFETY: the caller's promise.
     unsafe {
         match S::ROWS {
-            12 if rows <= 4 => micro::<S, P, 4>(s, product, k, a, lda, b, c, ldc),
-            12 => micro::<S, P, 12>(s, product, k, a, lda, b, c, ldc),
-            6 => micro::<S, P, 6>(s, product, k, a, lda, b, c, ldc),
-            _ => micro::<S, P, 4>(s, product, k, a, lda, b, c, ldc),
+            12 if rows <= 4 => micro::<S, P, 4>(s, product, k, a, lda, b, ldb, c, ldc),
+            12 => micro::<S, P, 12>(s, product, k, a, lda, b, ldb, c, ldc),
+            6 => micro::<S, P, 6>(s, product, k, a, lda, b, ldb, c, ldc),
+            _ => micro::<S, P, 4>(s, product, k, a, lda, b, ldb, c, ldc),
         }
     }
 }
@@ -211,6 +234,27 @@ pub(crate) unsafe fn multiply<S: Simd>(
 ) {
     // SAFETY: the caller's promise.
     unsafe { multiply_by(s, Floats { add }, k, a, lda, b, c, ldc, S::ROWS) }
+}
+
+/// [`multiply`] with rows of `b` that are `ldb` floats apart, where `rows` of the result's rows count.
+///
+/// # Safety
+/// As [`micro`], with `S::ROWS` rows.
+#[inline(always)]
+pub(crate) unsafe fn multiply_strided<S: Simd>(
+    s: S,
+    k: usize,
+    a: *const f32,
+    lda: usize,
+    b: *const f32,
+    ldb: usize,
+    c: *mut f32,
+    ldc: usize,
+    rows: usize,
+    add: bool,
+) {
+    // SAFETY: the caller's promise.
+    unsafe { multiply_apart(s, Floats { add }, k, a, lda, b, ldb, c, ldc, rows) }
 }
 
 /// Whether queries and keys of a problem can stay pairs of bf16.

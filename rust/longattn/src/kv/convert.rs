@@ -48,6 +48,7 @@ pub(super) unsafe fn widen(source: *const u8, dtype: DType, out: &mut [f32]) {
 
 /// # Safety
 /// `target` is writable for `values.len()` elements of `dtype` and aligned for it.
+#[inline(always)]
 pub(crate) unsafe fn narrow(values: &[f32], target: *mut u8, dtype: DType) {
     let n = values.len();
     // SAFETY: the caller's promise, for each of the three element types; committed memory is initialised (zero at first).

@@ -2,7 +2,7 @@
 
 use super::{Forward, Job, ROWS, Sum, Tile, load_row, store_row};
 use crate::dense::keys::List;
-use crate::dense::rows::Strided;
+use crate::dense::rows::{Strided, is_finite};
 use crate::dense::scores::{RowId, modify, modify_listed};
 use crate::dense::scratch::{Buffer, Scratch};
 use crate::dense::tile::{KEYS, multiply, pack_transposed, pack_values, panel};
@@ -25,28 +25,6 @@ pub(super) struct Block<'a, 's> {
     pub(super) tiles: &'a [Tile],
     pub(super) cancel: &'a Cancel,
     pub(super) scratch: &'s mut Scratch,
-}
-
-/// Cuts a buffer into pieces of at least the sizes asked for, each on a cache line of its own.
-fn carve<const N: usize>(buffer: &mut Buffer, sizes: [usize; N]) -> [&mut [f32]; N] {
-    let sizes = sizes.map(|n| n.next_multiple_of(16));
-    let mut rest = buffer.take(sizes.iter().sum());
-    sizes.map(|n| {
-        let (piece, after) = std::mem::take(&mut rest).split_at_mut(n);
-        rest = after;
-        piece
-    })
-}
-
-/// Whether a row holds finite numbers only; its length is a multiple of `LANES`.
-#[inline(always)]
-fn is_finite<S: Simd>(s: S, row: &[f32]) -> bool {
-    let mut sum = s.zero();
-    for chunk in row.chunks_exact(S::LANES) {
-        // SAFETY: the chunk has LANES floats.
-        sum = s.fma(unsafe { s.load(chunk.as_ptr()) }, s.zero(), sum);
-    }
-    s.sum(sum) == 0.0
 }
 
 /// Turns logits into softmax weights: `exp(logit - lse)` where the row sees the key, else 0, even if `lse` is NaN.
@@ -266,26 +244,23 @@ impl<'a> Room<'a> {
             d_values,
             wide,
             rows,
-        ] = carve(
-            buffer,
-            [
-                KEYS * dw,
-                KEYS * dw,
-                KEYS * vw,
-                ROWS * dw,
-                ROWS * vw,
-                KEYS * dw,
-                KEYS * vw,
-                ROWS * KEYS,
-                ROWS * KEYS,
-                KEY_ROWS * ROWS,
-                slopes,
-                KEY_ROWS * dw,
-                KEY_ROWS * vw,
-                panel * dw.max(vw),
-                KEYS * dw.max(vw),
-            ],
-        );
+        ] = buffer.carve([
+            KEYS * dw,
+            KEYS * dw,
+            KEYS * vw,
+            ROWS * dw,
+            ROWS * vw,
+            KEYS * dw,
+            KEYS * vw,
+            ROWS * KEYS,
+            ROWS * KEYS,
+            KEY_ROWS * ROWS,
+            slopes,
+            KEY_ROWS * dw,
+            KEY_ROWS * vw,
+            panel * dw.max(vw),
+            KEYS * dw.max(vw),
+        ]);
         Self {
             widths: [dw, vw],
             k_across,

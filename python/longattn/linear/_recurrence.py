@@ -1,0 +1,187 @@
+"""Calls of the engine of matrix states: what every recurrence checks and how its arrays reach the core."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longattn import _core
+from longattn._arrays import FLOATS, Array, as_numpy, as_output, like
+from longattn._checks import (
+    batched,
+    check_float_storage,
+    check_floating,
+    integer,
+    real,
+    result_array,
+    sequence_bounds,
+)
+
+#: Rows that are computed at once where nothing else is said: whole tiles of the matrix kernel of every instruction set.
+CHUNK = 48
+#: The most that the core computes at once; a larger `chunk_size` means this.
+LARGEST_CHUNK = 252
+
+
+def recurrence(
+    q: Array,
+    k: Array | None,
+    v: Array,
+    *,
+    names: tuple[str, str, str] = ("q", "k", "v"),
+    g: Array | None = None,
+    g_name: str = "g",
+    channels: bool = False,
+    beta: Array | None = None,
+    beta_name: str = "beta",
+    delta: bool = False,
+    scale: object = None,
+    unit: float | None = None,
+    normaliser: float | None = None,
+    skip: NDArray[np.float32] | None = None,
+    initial_state: Array | None = None,
+    out_state: Array | None = None,
+    chunk_size: object = CHUNK,
+    cu_seqlens: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """`S_t = A_t S_(t-1) + k_t u_t^T`, `o_t = scale * q_t^T S_t`, with everything checked.
+
+    Args:
+        q: queries `[B, Hq, L, D]` or `[Hq, L, D]`.
+        k: keys `[B, Hk, L, D]`; `None` is `1 - e^g`.
+        v: values `[B, H, L, Dv]`; states belong to these heads.
+        names: what the caller calls these three.
+        g: log decays: `[H]`, `[B, H, L]` or, with `channels`, `[B, H, L, D]`.
+        g_name: what the caller calls them.
+        channels: whether each channel of the keys decays by itself.
+        beta: factors of updates `[B, H, L]`.
+        beta_name: what the caller calls them.
+        delta: whether an update is what the state does not hold yet.
+        scale: factor of outputs; `None` is `D ** -0.5`.
+        unit: rows of `q` and `k` are divided by the root of their sum of squares and this.
+        normaliser: outputs are divided by the same of a value of 1, plus this.
+        skip: float32 `[H]`, factors of values that are added to outputs.
+        initial_state: `[N, H, D, Dv]`, with a normaliser `[N, H, D, Dv + 1]`.
+        out_state: float32 array for the final states; may be `initial_state`.
+        chunk_size: rows computed at once.
+        cu_seqlens: bounds of `N` sequences along the rows of a batch of 1; `None`: `N` is `B`.
+        out: array for the output.
+
+    Returns:
+        `(output, states)` in the kind of `q`.
+    """
+    given = {name: None if x is None else as_numpy(x, name) for name, x in zip(names, (q, k, v), strict=True)}
+    for name, x in given.items():
+        if x is not None:
+            check_float_storage(x, name)
+    qn, kn, vn = given.values()
+    assert qn is not None and vn is not None
+    if qn.ndim not in (3, 4):
+        raise ValueError(f"{names[0]}: got shape {qn.shape}, expected rank 3 or 4")
+    length, heads, dim = qn.shape[-2], vn.shape[-3] if vn.ndim == qn.ndim else 0, qn.shape[-1]
+    for name, x in given.items():
+        if x is None:
+            continue
+        if x.ndim != qn.ndim:
+            raise ValueError(f"{name}: got shape {x.shape}, expected rank {qn.ndim} as {names[0]}")
+        if x.shape[:-3] != qn.shape[:-3]:
+            raise ValueError(f"{name}: got batch {x.shape[0]}, expected {qn.shape[0]} as in {names[0]}")
+        if x.shape[-2] != length:
+            raise ValueError(f"{name}: got length {x.shape[-2]}, expected {length} as in {names[0]}")
+        if x.shape[-1] == 0:
+            raise ValueError(f"{name}: got head_dim 0 in shape {x.shape}, expected at least 1")
+    if kn is not None and kn.shape[-1] != dim:
+        raise ValueError(f"{names[1]}: got head_dim {kn.shape[-1]}, expected {dim} as in {names[0]}")
+    q_heads, k_heads = qn.shape[-3], heads if kn is None else kn.shape[-3]
+    if k_heads == 0 or heads == 0 or heads % k_heads:
+        raise ValueError(f"{names[2]}: got {heads} heads, expected a positive multiple of the {k_heads} of {names[1]}")
+    if q_heads == 0 or q_heads % k_heads or (q_heads % heads and heads % q_heads):
+        raise ValueError(
+            f"{names[0]}: got {q_heads} heads, expected a multiple of the {k_heads} of {names[1]} that divides the "
+            f"{heads} of {names[2]}, or a multiple of these"
+        )
+    batch = qn.shape[0] if qn.ndim == 4 else 1
+    gates = (batch, heads, length)
+    decays = None if g is None else _gate(g, g_name, gates, (*gates, dim) if channels else None, qn.ndim)
+    factors = None if beta is None else _gate(beta, beta_name, gates, None, qn.ndim)
+    bounds = None
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seqlens: got it with a batch of {batch}, expected one: sequences lie along its rows")
+        bounds = sequence_bounds(cu_seqlens, "cu_seqlens", length)
+    chunk = min(integer(chunk_size, "chunk_size", 1), LARGEST_CHUNK)
+    factor = dim**-0.5 if scale is None else real(scale, "scale")
+    if not abs(factor) <= float(np.finfo(np.float32).max):
+        raise ValueError(f"scale: got {scale}, expected a finite float32")
+
+    inputs = {**given, g_name: decays, beta_name: factors}
+    shape = (*qn.shape[:-3], max(q_heads, heads), length, vn.shape[-1])
+    result = result_array(out, q, shape, qn.dtype, inputs)
+    sequences = batch if bounds is None else len(bounds) - 1
+    # Packed sequences each have a state, whatever the rank of their rows.
+    front = qn.shape[:-3] if bounds is None else (sequences,)
+    states = (*front, heads, dim, vn.shape[-1] + (normaliser is not None))
+    first = None
+    if initial_state is not None:
+        first = as_numpy(initial_state, "initial_state")
+        check_floating(first, "initial_state")
+        if first.shape != states:
+            raise ValueError(f"initial_state: got shape {first.shape}, expected {states}")
+        if first.dtype != np.float32:
+            first = first.astype(np.float32)
+    if out_state is None:
+        last = np.empty(states, np.float32)
+    else:
+        last = as_output(
+            out_state,
+            like=q,
+            shape=states,
+            dtype=np.dtype(np.float32),
+            inputs={**inputs, "out": result},
+            name="out_state",
+        )
+        if first is not None and np.may_share_memory(first, last):
+            if first.ctypes.data != last.ctypes.data or first.strides != last.strides:
+                raise ValueError("out_state: got an array that overlaps initial_state, expected the same or another")
+            first = last
+    last4 = batched(last, 4)
+    _core.recurrence(
+        batched(qn, 4),
+        None if kn is None else batched(kn, 4),
+        batched(vn, 4),
+        decays,
+        factors,
+        delta,
+        factor,
+        unit,
+        normaliser,
+        skip,
+        None if first is None else last4 if first is last else batched(first, 4),
+        bounds,
+        chunk,
+        batched(result, 4),
+        last4,
+    )
+    return like(q, result) if out is None else out, like(q, last) if out_state is None else out_state
+
+
+def _gate(x: Array, name: str, rows: tuple[int, int, int], channels: tuple[int, ...] | None, rank: int) -> NDArray[Any]:
+    """A gate as `[B, H, L, 1]`, or `[B, H, L, D]`, in a storage dtype."""
+    gate = as_numpy(x, name, any_strides=channels is None)
+    check_floating(gate, name)
+    if gate.dtype not in FLOATS:
+        gate = gate.astype(np.float32)
+    if channels is not None:
+        expected = channels[4 - rank :]
+        if gate.shape != expected:
+            raise ValueError(f"{name}: got shape {gate.shape}, expected {expected}")
+        return batched(gate, 4)
+    expected = rows[4 - rank :]
+    if gate.shape == (rows[1],) and expected != (rows[1],):
+        gate = np.broadcast_to(gate[:, None], rows[1:])
+    elif gate.shape != expected:
+        raise ValueError(f"{name}: got shape {gate.shape}, expected {expected}")
+    return np.broadcast_to(gate, rows)[..., None]

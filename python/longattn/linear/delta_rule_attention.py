@@ -1,0 +1,99 @@
+"""The delta rule: an update replaces what the state holds for a key."""
+
+from __future__ import annotations
+
+from longattn._arrays import Array
+from longattn._checks import flag
+from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.methods import Method
+from longattn.reference import linear as reference
+
+
+def delta_rule_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    *,
+    scale: float | None = None,
+    normalize_qk: bool = False,
+    initial_state: Array | None = None,
+    out_state: Array | None = None,
+    chunk_size: int = CHUNK,
+    cu_seqlens: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """DeltaNet, `S_t = S_(t-1) + beta_t k_t (v_t - S_(t-1)^T k_t)^T`, `o_t = scale * q_t^T S_t`.
+
+    States stay bounded where `beta_t |k_t|^2` is at most 2.
+
+    Args:
+        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
+        k: keys `[B, Hk, L, D]`; any of the three dtypes.
+        v: values `[B, H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes. There is a state per head of `v`.
+            `Hq` is a multiple of `H`, whose states are read by groups of query heads, or divides it.
+        beta: how much of what is new is written, floating `[B, H, L]`, finite.
+        scale: factor of outputs; `None` is `D ** -0.5`.
+        normalize_qk: divide rows of `q` and `k` by `sqrt(sum of squares + 1e-6)` first.
+        initial_state: states before the first row, floating `[N, H, D, Dv]`; `None` is zeros.
+        out_state: float32 array for the final states. It may be `initial_state`, which is then updated in place.
+        chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
+        cu_seqlens: integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of
+            1; each has a state of its own. `None`: the batch's entries are the sequences.
+        out: array for the output.
+
+    Returns:
+        `(output, states)`: the output in the kind and dtype of `q`, and float32 `[N, H, D, Dv]`, the states
+        after the last rows. A call of one row with `initial_state` is the decode step: one pass over the state.
+        Arithmetic is float32, the same bits for any number of threads. A row that holds NaN or an infinity spoils rows
+        after it and none before.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes that do not fit, or a beta that is not finite.
+
+    Cost:
+        `3 * H * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other about `H * L * C * (D
+        + Dv + C / 6)`; memory beyond inputs and outputs does not depend on `L`.
+
+    References:
+        S. Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", 2024,
+        arXiv:2406.06484.
+    """
+    return recurrence(
+        q,
+        k,
+        v,
+        beta=beta,
+        delta=True,
+        scale=scale,
+        unit=1e-6 if flag(normalize_qk, "normalize_qk") else None,
+        initial_state=initial_state,
+        out_state=out_state,
+        chunk_size=chunk_size,
+        cu_seqlens=cu_seqlens,
+        out=out,
+    )
+
+
+METHOD = Method(
+    name="delta_rule_attention",
+    family="linear",
+    title="Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
+    year=2024,
+    arxiv="2406.06484",
+    function=delta_rule_attention,
+    reference=reference.delta_rule_attention,
+    exact=True,
+    modes=frozenset({"causal", "self"}),
+    gqa=True,
+    checks=(
+        "Chunks of any size and steps give the rows of the recurrence.",
+        "Orthonormal keys with a beta of 1 are recalled exactly.",
+        "A beta of 0 leaves the initial state as it is.",
+        "A key written twice holds its second value.",
+    ),
+    tests="tests/linear/test_delta_rule_attention.py",
+    cost="`3 * H * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with "
+    "each other about `H * L * C * (D + Dv + C / 6)`; memory beyond inputs and outputs does not depend on `L`.",
+)

@@ -1,0 +1,141 @@
+"""Lightning attention: linear attention with a fixed decay per head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longattn._arrays import Array, as_numpy
+from longattn._checks import check_floating, integer, shape_of
+from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.methods import Method
+from longattn.reference import linear as reference
+
+
+def lightning_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    slopes: Array,
+    *,
+    scale: float = 1.0,
+    initial_state: Array | None = None,
+    out_state: Array | None = None,
+    chunk_size: int = CHUNK,
+    cu_seqlens: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """Linear attention with a decay per head, `S_t = e^-s S_(t-1) + k_t v_t^T`, `o_t = scale * q_t^T S_t`.
+
+    There is no divisor; models put a norm after it.
+
+    Args:
+        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
+        k: keys `[B, Hk, L, D]`; any of the three dtypes.
+        v: values `[B, H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes. There is a state per head of `v`.
+            `Hq` is a multiple of `H`, whose states are read by groups of query heads, or divides it.
+        slopes: `s >= 0`, floating `[H]`; `longattn.linear.lightning_slopes` has those of published models.
+        scale: factor of outputs.
+        initial_state: states before the first row, floating `[N, H, D, Dv]`; `None` is zeros.
+        out_state: float32 array for the final states. It may be `initial_state`, which is then updated in place.
+        chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
+        cu_seqlens: integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of
+            1; each has a state of its own. `None`: the batch's entries are the sequences.
+        out: array for the output.
+
+    Returns:
+        `(output, states)`: the output in the kind and dtype of `q`, and float32 `[N, H, D, Dv]`, the states
+        after the last rows. A call of one row with `initial_state` is the decode step: one pass over the state.
+        Arithmetic is float32, the same bits for any number of threads. A row that holds NaN or an infinity spoils rows
+        after it and none before.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes that do not fit, or slopes below 0.
+
+    Cost:
+        `2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other `Hq * L * C * (D +
+        Dv) / 2`; memory beyond inputs and outputs does not depend on `L`.
+
+    References:
+        Z. Qin et al., "Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention", 2024,
+        arXiv:2405.17381.
+    """
+    return recurrence(
+        q,
+        k,
+        v,
+        g=_log_decays(slopes, v),
+        g_name="slopes",
+        scale=scale,
+        initial_state=initial_state,
+        out_state=out_state,
+        chunk_size=chunk_size,
+        cu_seqlens=cu_seqlens,
+        out=out,
+    )
+
+
+def lightning_slopes(heads: int, layer: int = 0, layers: int = 1) -> NDArray[np.float32]:
+    """Slopes of published models: those of ALiBi, smaller in later layers.
+
+    With `heads` no power of two, the slopes of the next smaller power come first, then every second one of the next
+    larger power. The factor of a layer is `1 - layer / (layers - 1) + 1e-5`, that of a single layer `1 + 1e-5`.
+
+    Args:
+        heads: number of heads.
+        layer: the layer, from 0.
+        layers: number of layers.
+
+    Returns:
+        float32 `[heads]`.
+
+    Raises:
+        TypeError: an argument that is no integer.
+        ValueError: no head, or a layer that is not among the layers.
+    """
+    heads, layers = integer(heads, "heads", 1), integer(layers, "layers", 1)
+    layer = integer(layer, "layer", 0, layers - 1)
+    power = 1 << (heads.bit_length() - 1)
+    first = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    rest = 2.0 ** (-4 * np.arange(1, 2 * power + 1) / power)
+    slopes = np.concatenate([first, rest[::2]])[:heads]
+    found: NDArray[np.float32] = (slopes * (1 - layer / max(layers - 1, 1) + 1e-5)).astype(np.float32)
+    return found
+
+
+def _log_decays(slopes: Array, v: Array) -> NDArray[Any]:
+    """`-slopes` of every head, one for all rows."""
+    x = as_numpy(slopes, "slopes", any_strides=True)
+    check_floating(x, "slopes")
+    heads = shape_of(v, "v")[-3] if len(shape_of(v, "v")) > 2 else 0
+    if x.shape != (heads,):
+        raise ValueError(f"slopes: got shape {x.shape}, expected {(heads,)}, one per head of v")
+    if not (x >= 0).all():
+        raise ValueError("slopes: got a number below 0 or NaN, expected numbers of at least 0")
+    return -x
+
+
+METHOD = Method(
+    name="lightning_attention",
+    family="linear",
+    title="Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention",
+    year=2024,
+    arxiv="2405.17381",
+    function=lightning_attention,
+    reference=reference.lightning_attention,
+    exact=True,
+    modes=frozenset({"causal", "self"}),
+    gqa=True,
+    checks=(
+        "Chunks of any size and steps give the rows of the recurrence.",
+        "Slopes of 0 give plain linear attention without a divisor.",
+        "Slopes towards infinity give `(q_t . k_t) v_t`.",
+        "It is retention with `gamma = e^-s` and a scale of 1.",
+    ),
+    tests="tests/linear/test_lightning_attention.py",
+    cost="`2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with "
+    "each other `Hq * L * C * (D + Dv) / 2`; memory beyond inputs and outputs does not depend on `L`.",
+)

@@ -1,0 +1,99 @@
+"""Linear attention: sums of keys and values instead of a softmax."""
+
+from __future__ import annotations
+
+from longattn._arrays import Array
+from longattn._checks import flag, real
+from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.methods import Method
+from longattn.reference import linear as reference
+
+
+def linear_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+    initial_state: Array | None = None,
+    out_state: Array | None = None,
+    chunk_size: int = CHUNK,
+    cu_seqlens: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """Causal linear attention, `o_t = scale * q_t^T S_t / (scale * q_t^T z_t + eps)`.
+
+    `S_t` is the sum of `k_j v_j^T`, `z_t` that of `k_j`, over rows up to `t`. Queries and keys come mapped
+    (`elu(x) + 1` in the paper). Without `normalize` there is no divisor.
+
+    Args:
+        q: mapped queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
+        k: mapped keys `[B, Hk, L, D]`, or `[Hk, L, D]`; any of the three dtypes.
+        v: values `[B, H, L, Dv]`, or `[H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes. There is a state
+            per head of `v`. `Hq` is a multiple of `H`, whose states are read by groups of query heads, or divides it.
+        normalize: divide outputs by the sum of their weights. A row whose divisor is 0 gives 0.
+        eps: added to the divisor.
+        scale: factor on products of queries and keys.
+        initial_state: states before the first row, floating `[N, H, D, Dv]`, with
+            `normalize` `[N, H, D, Dv + 1]`, the last column being `z`; `None` is zeros.
+        out_state: float32 array for the final states. It may be `initial_state`, which is then updated in place.
+        chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
+        cu_seqlens: integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of
+            1; each has a state of its own. `None`: the batch's entries are the sequences.
+        out: array for the output.
+
+    Returns:
+        `(output, states)`: the output in the kind and dtype of `q`, and float32 `[N, H, D, Dv]`
+        (or one column more, `z`), the states
+        after the last rows. A call of one row with `initial_state` is the decode step: one pass over the state.
+        Arithmetic is float32, the same bits for any number of threads. A row that holds NaN or an infinity spoils rows
+        after it and none before.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes that do not fit.
+
+    Cost:
+        `2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other `Hq * L * C * (D +
+        Dv) / 2`; memory beyond inputs and outputs does not depend on `L`.
+
+    References:
+        A. Katharopoulos et al., "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention", 2020,
+        arXiv:2006.16236.
+    """
+    return recurrence(
+        q,
+        k,
+        v,
+        scale=scale,
+        normaliser=real(eps, "eps") if flag(normalize, "normalize") else None,
+        initial_state=initial_state,
+        out_state=out_state,
+        chunk_size=chunk_size,
+        cu_seqlens=cu_seqlens,
+        out=out,
+    )
+
+
+METHOD = Method(
+    name="linear_attention",
+    family="linear",
+    title="Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
+    year=2020,
+    arxiv="2006.16236",
+    function=linear_attention,
+    reference=reference.linear_attention,
+    exact=True,
+    modes=frozenset({"causal", "self"}),
+    gqa=True,
+    checks=(
+        "Chunks of any size and steps give the rows of the recurrence.",
+        "It is the lower triangle of `q k^T`, divided by its row sums, times the values.",
+        "The final state of a part is the initial state of the rest.",
+    ),
+    tests="tests/linear/test_linear_attention.py",
+    cost="`2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with "
+    "each other `Hq * L * C * (D + Dv) / 2`; memory beyond inputs and outputs does not depend on `L`.",
+)

@@ -1,0 +1,118 @@
+"""Retention: linear attention whose heads forget at fixed rates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longattn._arrays import Array, as_numpy
+from longattn._checks import check_floating, shape_of
+from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.methods import Method
+from longattn.reference import linear as reference
+
+
+def retention(
+    q: Array,
+    k: Array,
+    v: Array,
+    gamma: Array | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Array | None = None,
+    out_state: Array | None = None,
+    chunk_size: int = CHUNK,
+    cu_seqlens: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """Retention of RetNet, `S_t = gamma S_(t-1) + k_t v_t^T`, `o_t = scale * q_t^T S_t`.
+
+    The rotation of queries and keys comes before it, norm and gate after it.
+
+    Args:
+        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
+        k: keys `[B, Hk, L, D]`; any of the three dtypes.
+        v: values `[B, H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes. There is a state per head of `v`.
+            `Hq` is a multiple of `H`, whose states are read by groups of query heads, or divides it.
+        gamma: decays from 0 to 1, floating `[H]`; `None` is the paper's `1 - 2^(-5 - h)` of head `h`.
+        scale: factor of outputs; `None` is `D ** -0.5`.
+        initial_state: states before the first row, floating `[N, H, D, Dv]`; `None` is zeros.
+        out_state: float32 array for the final states. It may be `initial_state`, which is then updated in place.
+        chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
+        cu_seqlens: integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of
+            1; each has a state of its own. `None`: the batch's entries are the sequences.
+        out: array for the output.
+
+    Returns:
+        `(output, states)`: the output in the kind and dtype of `q`, and float32 `[N, H, D, Dv]`, the states
+        after the last rows. A call of one row with `initial_state` is the decode step: one pass over the state.
+        Arithmetic is float32, the same bits for any number of threads. A row that holds NaN or an infinity spoils rows
+        after it and none before.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes that do not fit, or decays outside 0 to 1.
+
+    Cost:
+        `2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other `Hq * L * C * (D +
+        Dv) / 2`; memory beyond inputs and outputs does not depend on `L`.
+
+    References:
+        Y. Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models", 2023,
+        arXiv:2307.08621.
+    """
+    return recurrence(
+        q,
+        k,
+        v,
+        g=_log_decays(gamma, v),
+        g_name="gamma",
+        scale=scale,
+        initial_state=initial_state,
+        out_state=out_state,
+        chunk_size=chunk_size,
+        cu_seqlens=cu_seqlens,
+        out=out,
+    )
+
+
+def _log_decays(gamma: Array | None, v: Array) -> NDArray[Any]:
+    """Logarithms of the decays of every head, one for all rows."""
+    shape = shape_of(v, "v")
+    heads = shape[-3] if len(shape) > 2 else 0
+    if gamma is None:
+        published: NDArray[np.float32] = np.log1p(-(2.0 ** (-5.0 - np.arange(heads)))).astype(np.float32)
+        return published
+    x = as_numpy(gamma, "gamma", any_strides=True)
+    check_floating(x, "gamma")
+    if x.shape != (heads,):
+        raise ValueError(f"gamma: got shape {x.shape}, expected {(heads,)}, one per head of v")
+    if not ((x >= 0) & (x <= 1)).all():
+        raise ValueError("gamma: got a number outside 0 to 1, expected decays")
+    with np.errstate(divide="ignore"):
+        found: NDArray[np.float32] = np.log(x.astype(np.float64)).astype(np.float32)
+    return found
+
+
+METHOD = Method(
+    name="retention",
+    family="linear",
+    title="Retentive Network: A Successor to Transformer for Large Language Models",
+    year=2023,
+    arxiv="2307.08621",
+    function=retention,
+    reference=reference.retention,
+    exact=True,
+    modes=frozenset({"causal", "self"}),
+    gqa=True,
+    checks=(
+        "Chunks of any size and steps give the rows of the recurrence.",
+        "It is `(q k^T * gamma^(i - j)) v`, lower triangle.",
+        "It is lightning attention with slopes `-log(gamma)`.",
+    ),
+    tests="tests/linear/test_retention.py",
+    cost="`2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with "
+    "each other `Hq * L * C * (D + Dv) / 2`; memory beyond inputs and outputs does not depend on `L`.",
+)

@@ -1,0 +1,32 @@
+"""Kimi delta attention: the delta rule with a decay per channel of the keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longattn.reference.linear._recurrence import Float64, recurrence
+
+
+def kimi_delta_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    g: Any,
+    beta: Any,
+    *,
+    scale: Any = None,
+    normalize_qk: bool = True,
+    **options: Any,
+) -> tuple[Float64, Float64]:
+    """Row after row in float64; see `longattn.linear`. `options` are states and bounds of sequences."""
+    return recurrence(
+        q,
+        k,
+        v,
+        g=g,
+        beta=beta,
+        delta=True,
+        scale=scale,
+        unit=1e-6 if normalize_qk else None,
+        **options,
+    )

@@ -1,0 +1,70 @@
+"""`kimi_delta_attention`."""
+
+import numpy as np
+
+from longattn.linear import delta_rule_attention, kimi_delta_attention
+from longattn.reference import linear as reference
+from recurrences import Case, Recurrence
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class TestKimiDeltaAttention(Recurrence):
+    case = Case(
+        kimi_delta_attention,
+        reference.kimi_delta_attention,
+        gates={"g": ("channel", lambda u: -u), "beta": ("row", lambda u: u)},
+        keys=unit,
+        delta=True,
+        options={"normalize_qk": False},
+    )
+
+
+class TestRowsOfAnyLength(Recurrence):
+    """With rows divided by their lengths."""
+
+    case = Case(
+        kimi_delta_attention,
+        reference.kimi_delta_attention,
+        gates={"g": ("channel", lambda u: -u / 10), "beta": ("row", lambda u: u)},
+        keys=unit,
+        delta=True,
+    )
+
+
+def test_gates_of_0_are_the_delta_rule(rng):
+    arguments = TestKimiDeltaAttention.case.arguments(rng, length=150)
+    arguments["g"] = np.zeros_like(arguments["g"])
+    out, state = kimi_delta_attention(**arguments)
+    del arguments["g"]
+    expected, last = delta_rule_attention(**arguments)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    np.testing.assert_allclose(state, last, atol=2e-6)
+
+
+def test_a_beta_of_0_is_decay_of_the_state(rng):
+    arguments = TestKimiDeltaAttention.case.arguments(rng)
+    state = TestKimiDeltaAttention.case.state(rng, arguments)
+    arguments["beta"] = np.zeros_like(arguments["beta"])
+    _, last = kimi_delta_attention(**arguments, initial_state=state)
+    decay = np.exp(arguments["g"].astype(np.float64).sum(-2))[..., None]
+    np.testing.assert_allclose(last, decay * state, rtol=1e-4, atol=1e-12)
+
+
+def test_the_state_decays_before_what_is_new_is_measured(rng):
+    """A key whose value has decayed is written anew in full."""
+    key = np.eye(1, 4, dtype=np.float32)[None]
+    value = np.ones((1, 1, 3), np.float32)
+    state = np.zeros((1, 4, 3), np.float32)
+    state[0, 0] = 1
+    g, beta = np.full((1, 1, 4), np.log(0.5), np.float32), np.full((1, 1), 0.5, np.float32)
+    _, last = kimi_delta_attention(key, key, value, g, beta, initial_state=state)
+    np.testing.assert_allclose(last[0, 0], 0.5 + 0.5 * (1 - 0.5), atol=1e-6)
+
+
+def test_large_gates(rng):
+    arguments = TestKimiDeltaAttention.case.arguments(rng, length=100)
+    arguments["g"] = 300 * arguments["g"]
+    TestKimiDeltaAttention.case.check(arguments)
