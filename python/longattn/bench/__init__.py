@@ -18,6 +18,7 @@ from longattn.bench import (
     decode,
     drift,
     error,
+    global_linear,
     gpu,
     growth,
     neighbourhood,
@@ -68,6 +69,7 @@ ROUTINES: dict[str, Routine] = {
     "error": error,
     "scan": scan,
     "gpu": gpu,
+    "global-linear": global_linear,
 }
 TOOLS = {"suite": suite, "report": report}
 

@@ -12,6 +12,7 @@ from longattn.bench import (
     drift,
     error,
     external,
+    global_linear,
     growth,
     nearest,
     neighbourhood,
@@ -290,6 +291,15 @@ def _scan_tables(found: Sequence[Result]) -> list[str]:
     return lines
 
 
+def _global_linear_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, "global-linear")
+    lines: list[str] = []
+    for threads in _values(rows, "threads"):
+        mine = [row for row in rows if row["threads"] == threads and row["ours"]]
+        lines += _titled(threads, table(mine, global_linear.COLUMNS[1:]))
+    return lines
+
+
 def _titled(threads: int, lines: list[str]) -> list[str]:
     return ["", f"{count(threads)}:", "", *lines]
 
@@ -477,6 +487,14 @@ SECTIONS: tuple[Section, ...] = (
         "transformers' fallback. `ns per state`: time over tokens, channels and states; `GB/s of state`: rates read, "
         "states read and written; `difference`: largest of the peer's output from ours.",
         _scan_tables,
+    ),
+    Section(
+        "global-linear",
+        "Linear attention over all keys at once",
+        "`of FMA`: two products per feature and value channel as a share of the multiply-add peak; making features is "
+        "on top. `× torch`: speed against the same formula as torch's matrix products and elementwise functions; "
+        "`difference`: the largest difference of the two results, of the largest number.",
+        _global_linear_tables,
     ),
     Section(
         "error",
