@@ -557,6 +557,7 @@ _Lists = tuple[NDArray[np.int64], NDArray[np.uint32]]
 def block_means(
     x: NDArray[Any], bounds: NDArray[np.int64], centre: NDArray[np.float32] | None, likeness: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+def listed_means(x: NDArray[Any], bounds: NDArray[np.int64], indices: NDArray[np.uint32]) -> NDArray[np.float32]: ...
 def pooled_blocks(
     q: NDArray[np.float32],
     k: NDArray[np.float32],
@@ -723,3 +724,17 @@ def recurrence(
     out: NDArray[Any],
     out_state: NDArray[np.float32],
 ) -> None: ...
+def key_statistics(
+    k: NDArray[Any], v: NDArray[Any], map: dict[str, Any], keep: NDArray[np.bool_] | None
+) -> list[NDArray[np.float32]]: ...
+def read_statistics(
+    q: NDArray[Any],
+    map: dict[str, Any],
+    statistics: list[NDArray[np.float32]],
+    heads: int,
+    read_out: tuple[str, float, float],
+    factors: NDArray[np.float32] | None,
+    add: NDArray[Any] | None,
+    out: NDArray[Any],
+) -> None: ...
+def feature_norms(x: NDArray[Any], map: dict[str, Any]) -> list[NDArray[np.float32]]: ...

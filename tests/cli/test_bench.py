@@ -426,3 +426,13 @@ def test_assessment_of_perfect_and_of_poor_retrieval(rng):
     assert best["bound_violated"] == 1
     assert poor["selected_kept_shared"] < 0.1
     assert poor["mass_read"] < best["mass_read"]
+
+
+def test_global_linear(tmp_path):
+    pytest.importorskip("torch")
+    result = run("global-linear", tmp_path, "--threads", "1", "--keys", "256")
+    ours = [row for row in result["rows"] if row["ours"]]
+    assert {row["formula"] for row in ours} >= {"efficient", "focused", "inline", "performer", "fastmax", "agent"}
+    for row in ours:
+        assert row["difference"] < 1e-4, row["formula"]
+        assert row["vs_torch"] > 0 and row["gflop_s"] > 0

@@ -18,6 +18,7 @@ from longattn.bench import (
     decode,
     drift,
     error,
+    global_linear,
     gpu,
     growth,
     linear,
@@ -70,6 +71,7 @@ ROUTINES: dict[str, Routine] = {
     "scan": scan,
     "gpu": gpu,
     "linear": linear,
+    "global-linear": global_linear,
 }
 TOOLS = {"suite": suite, "report": report}
 

@@ -12,6 +12,7 @@ from longattn.bench import (
     drift,
     error,
     external,
+    global_linear,
     growth,
     linear,
     nearest,
@@ -311,6 +312,15 @@ def _linear_tables(found: Sequence[Result]) -> list[str]:
     )
 
 
+def _global_linear_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, "global-linear")
+    lines: list[str] = []
+    for threads in _values(rows, "threads"):
+        mine = [row for row in rows if row["threads"] == threads and row["ours"]]
+        lines += _titled(threads, table(mine, global_linear.COLUMNS[1:]))
+    return lines
+
+
 def _titled(threads: int, lines: list[str]) -> list[str]:
     return ["", f"{count(threads)}:", "", *lines]
 
@@ -506,6 +516,14 @@ SECTIONS: tuple[Section, ...] = (
         "with each other counted whatever the chunk. Decode steps: bytes of the state read and written per second, as "
         "a share of the read bandwidth. `vs attention`: speed against causal `longattn.attention` of the same shape.",
         _linear_tables,
+    ),
+    Section(
+        "global-linear",
+        "Linear attention over all keys at once",
+        "`of FMA`: two products per feature and value channel as a share of the multiply-add peak; making features is "
+        "on top. `× torch`: speed against the same formula as torch's matrix products and elementwise functions; "
+        "`difference`: the largest difference of the two results, of the largest number.",
+        _global_linear_tables,
     ),
     Section(
         "error",

@@ -1,18 +1,28 @@
 """Linear attention: states of fixed size in place of a cache that grows."""
 
 from longattn.linear.adaptive_frequency_filter import adaptive_frequency_filter
+from longattn.linear.agent_attention import agent_attention, agent_biases
 from longattn.linear.bidirectional_gated_ssm import DiagonalSsm, bidirectional_gated_ssm
 from longattn.linear.bidirectional_mamba import bidirectional_mamba
+from longattn.linear.blended_softmax_linear_attention import blended_softmax_linear_attention
 from longattn.linear.convolution import causal_conv1d, depthwise_conv1d, depthwise_conv2d, dynamic_conv
 from longattn.linear.delta_rule_attention import delta_rule_attention
 from longattn.linear.diagonal_scan import diagonal_scan
+from longattn.linear.efficient_attention import efficient_attention
+from longattn.linear.fastmax_attention import fastmax_attention
+from longattn.linear.feature_map import FeatureMap
+from longattn.linear.flare_attention import flare_attention
+from longattn.linear.focused_linear_attention import focused_linear_attention
 from longattn.linear.gated_associative_memory import gated_associative_memory
 from longattn.linear.gated_delta_rule import gated_delta_rule
 from longattn.linear.gated_linear_attention import gated_linear_attention
 from longattn.linear.hgrn2 import hgrn2
 from longattn.linear.hyena_pixel_conv import hyena_pixel_conv, hyena_pixel_kernel
+from longattn.linear.inline_attention import inline_attention, inline_local_weights
 from longattn.linear.kernelized_rpe_attention import kernelized_rpe_attention
+from longattn.linear.key_statistics import KeyStatistics, key_statistics, read_statistics
 from longattn.linear.kimi_delta_attention import kimi_delta_attention
+from longattn.linear.l2vit_linear_attention import l2vit_linear_attention
 from longattn.linear.lasp2_linear_attention import (
     LaspStats,
     lasp2_hybrid_attention,
@@ -21,57 +31,90 @@ from longattn.linear.lasp2_linear_attention import (
 )
 from longattn.linear.lightning_attention import lightning_attention, lightning_slopes
 from longattn.linear.linear_attention import linear_attention
+from longattn.linear.linear_match_attention import dual_softmax_matches, linear_match_attention, refine_matches
+from longattn.linear.local_linear_attention import LocalLinearStats, local_linear_attention
+from longattn.linear.magnitude_aware_linear_attention import magnitude_aware_linear_attention, rope_2d_angles
 from longattn.linear.mamba_mixer import MambaState, MambaWeights, mamba_mixer
 from longattn.linear.mega_gated_attention import MegaWeights, mega_gated_attention
 from longattn.linear.multi_dim_damped_ema import multi_dim_damped_ema
+from longattn.linear.performer_attention import performer_attention, random_directions
 from longattn.linear.retention import retention
 from longattn.linear.reverse_attention_gate import reverse_attention_gate, tri_plane_scan
 from longattn.linear.selective_scan import selective_scan
 from longattn.linear.selective_token_channel_mixer import selective_token_channel_mixer
 from longattn.linear.shared_time_frequency_attention import shared_time_frequency_attention
+from longattn.linear.simplified_linear_attention import fold_rep_batch_norm, rep_batch_norm, simplified_linear_attention
 from longattn.linear.span_dynamic_convolution import span_dynamic_convolution
 from longattn.linear.state_space_duality import state_space_duality
+from longattn.linear.taipan_selective_attention import taipan_selective_attention
 from longattn.linear.toeplitz import toeplitz, toeplitz2d
 
 __all__ = [
     "DiagonalSsm",
+    "FeatureMap",
+    "KeyStatistics",
     "LaspStats",
+    "LocalLinearStats",
     "MambaState",
     "MambaWeights",
     "MegaWeights",
     "adaptive_frequency_filter",
+    "agent_attention",
+    "agent_biases",
     "bidirectional_gated_ssm",
     "bidirectional_mamba",
+    "blended_softmax_linear_attention",
     "causal_conv1d",
     "delta_rule_attention",
     "depthwise_conv1d",
     "depthwise_conv2d",
     "diagonal_scan",
+    "dual_softmax_matches",
     "dynamic_conv",
+    "efficient_attention",
+    "fastmax_attention",
+    "flare_attention",
+    "focused_linear_attention",
+    "fold_rep_batch_norm",
     "gated_associative_memory",
     "gated_delta_rule",
     "gated_linear_attention",
     "hgrn2",
     "hyena_pixel_conv",
     "hyena_pixel_kernel",
+    "inline_attention",
+    "inline_local_weights",
     "kernelized_rpe_attention",
+    "key_statistics",
     "kimi_delta_attention",
+    "l2vit_linear_attention",
     "lasp2_hybrid_attention",
     "lasp2_linear_attention",
     "lasp2_linear_attention_backward",
     "lightning_attention",
     "lightning_slopes",
     "linear_attention",
+    "linear_match_attention",
+    "local_linear_attention",
+    "magnitude_aware_linear_attention",
     "mamba_mixer",
     "mega_gated_attention",
     "multi_dim_damped_ema",
+    "performer_attention",
+    "random_directions",
+    "read_statistics",
+    "refine_matches",
+    "rep_batch_norm",
     "retention",
     "reverse_attention_gate",
+    "rope_2d_angles",
     "selective_scan",
     "selective_token_channel_mixer",
     "shared_time_frequency_attention",
+    "simplified_linear_attention",
     "span_dynamic_convolution",
     "state_space_duality",
+    "taipan_selective_attention",
     "toeplitz",
     "toeplitz2d",
     "tri_plane_scan",

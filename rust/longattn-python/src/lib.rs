@@ -68,6 +68,8 @@ mod _core {
     #[pymodule_export]
     use super::linear::scan::{diagonal_scan, selective_scan};
     #[pymodule_export]
+    use super::linear::statistics::{feature_norms, key_statistics, read_statistics};
+    #[pymodule_export]
     use super::neighbourhood::{
         neighbourhood, neighbourhood_backward, neighbourhood_scores, neighbourhood_values, windowed,
     };
@@ -77,7 +79,8 @@ mod _core {
     use super::retrieval::retrieval_attention;
     #[pymodule_export]
     use super::selectors::{
-        best_of_rows, block_means, chunk_keys, hash_lists, hash_order, pooled_blocks, rounded_blocks, stripes,
+        best_of_rows, block_means, chunk_keys, hash_lists, hash_order, listed_means, pooled_blocks, rounded_blocks,
+        stripes,
     };
     #[pymodule_export]
     use super::slot_store::{SlotStore, listed_attention, rank_union};

@@ -52,6 +52,21 @@ pub(crate) fn block_means<'py>(
 }
 
 #[pyfunction]
+pub(crate) fn listed_means<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyUntypedArray>,
+    bounds: PyReadonlyArray1<'py, i64>,
+    indices: PyReadonlyArray1<'py, u32>,
+) -> PyResult<Floats<'py>> {
+    let x = view("x", x)?;
+    let (bounds, indices) = (offsets("bounds", &bounds)?, indices.as_slice()?);
+    let [batch, heads, _, dim] = x.shape();
+    let mut means = vec![0f32; batch * heads * bounds.len().saturating_sub(1) * dim];
+    running::run(py, 0.0, |execution: &Execution| sparse::listed_means(x, &bounds, indices, &mut means, execution))?;
+    Ok(means.into_pyarray(py))
+}
+
+#[pyfunction]
 pub(crate) fn pooled_blocks<'py>(
     py: Python<'py>,
     q: &Bound<'py, PyUntypedArray>,

@@ -3,3 +3,4 @@
 pub(crate) mod convolution;
 pub(crate) mod recurrence;
 pub(crate) mod scan;
+pub(crate) mod statistics;

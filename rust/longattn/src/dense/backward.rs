@@ -224,7 +224,7 @@ fn delta_of<S: Simd>(s: S, forward: &Forward, row: [usize; 3], out: &mut [f32], 
 
 /// Widens row `[batch, head, row]`; `to` is padded with zeros up to its length, a multiple of `LANES`.
 #[inline(always)]
-fn load_row<S: Simd>(s: S, from: &TensorView, [batch, head, row]: [usize; 3], to: &mut [f32]) {
+pub(crate) fn load_row<S: Simd>(s: S, from: &TensorView, [batch, head, row]: [usize; 3], to: &mut [f32]) {
     with_element!(from.dtype(), T => {
         let row = from.row::<T>(batch, head, row);
         assert!(row.len() <= to.len());

@@ -2,9 +2,14 @@
 
 pub mod convolution;
 pub mod dynamic;
+mod features;
 pub mod neighbours;
 pub mod pointwise;
 pub mod recurrence;
 pub mod scan;
+mod statistics;
 mod tiles;
 pub mod toeplitz;
+
+pub use features::{FeatureMap, Map, Power, RowNorm, feature_norms};
+pub use statistics::{ReadOut, Statistics, Sums, accumulate, read};

@@ -18,7 +18,7 @@ mod select;
 pub use hash::{HashLists, HashOrder, MAX_BITS, hash_lists, hash_order};
 pub use lists::{BlockLists, Lists, RowLists, block_sparse, block_sparse_backward, index_sparse};
 pub use neighbourhood::{neighbourhood, neighbourhood_backward, neighbourhood_scores, neighbourhood_values};
-pub use pool::block_means;
+pub use pool::{block_means, listed_means};
 pub use scan::Selection;
 pub use select::{
     ChunkKeys, PooledBlocks, RoundedBlocks, best_of_rows, chunk_keys, pooled_blocks, rounded_blocks, stripes,

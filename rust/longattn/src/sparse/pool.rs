@@ -1,4 +1,4 @@
-//! Means of blocks of rows, and how alike the rows of a block are.
+//! Means of blocks and of lists of rows, and how alike the rows of a block are.
 
 use crate::dense::rows::widen_row;
 use crate::parallel::{Execution, map};
@@ -57,6 +57,79 @@ pub fn block_means(
         }
     }
     Ok(())
+}
+
+/// The mean of the rows of `x` in each list, `indices[bounds[b]..bounds[b + 1]]`, into `means`, `[batch, heads, lists, dim]`; zeros for
+/// an empty list.
+pub fn listed_means(
+    x: TensorView,
+    bounds: &[usize],
+    indices: &[u32],
+    means: &mut [f32],
+    execution: &Execution,
+) -> Result<()> {
+    let [batch, heads, rows, dim] = x.shape();
+    if bounds.first() != Some(&0) || !bounds.is_sorted() || bounds.last() != Some(&indices.len()) {
+        let expected = format!("bounds that rise from 0 to {}", indices.len());
+        return Err(Error::value("bounds", format!("{} bounds", bounds.len()), expected));
+    }
+    if let Some(row) = indices.iter().find(|&&row| row as usize >= rows) {
+        return Err(Error::value("indices", row, format!("rows below {rows}")));
+    }
+    let lists = bounds.len() - 1;
+    if means.len() != batch * heads * lists * dim {
+        return Err(Error::value("means", format!("{} numbers", means.len()), batch * heads * lists * dim));
+    }
+    if means.is_empty() {
+        return Ok(());
+    }
+    let (isa, pieces) = (simd::current(), lists.div_ceil(TOGETHER));
+    let parts = map(execution, batch * heads * pieces, |i| {
+        let (first, head) = (i % pieces * TOGETHER, i / pieces);
+        let bounds = &bounds[first..=(first + TOGETHER).min(lists)];
+        dispatch(isa, ListedMeans { x, batch: head / heads, head: head % heads, bounds, indices })
+    })?;
+    for (to, part) in means.chunks_mut(lists * dim).zip(parts.chunks(pieces)) {
+        to.copy_from_slice(&part.concat());
+    }
+    Ok(())
+}
+
+struct ListedMeans<'a> {
+    x: TensorView<'a>,
+    batch: usize,
+    head: usize,
+    bounds: &'a [usize],
+    indices: &'a [u32],
+}
+
+impl Kernel for ListedMeans<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Vec<f32> {
+        let Self { x, batch, head, bounds, indices } = self;
+        let dim = x.shape()[3];
+        let mut means = vec![0f32; (bounds.len() - 1) * dim];
+        let mut row = vec![0f32; dim.next_multiple_of(S::LANES)];
+        for (mean, list) in means.chunks_exact_mut(dim).zip(bounds.windows(2)) {
+            for &j in &indices[list[0]..list[1]] {
+                with_element!(x.dtype(), T => {
+                    let from = x.row::<T>(batch, head, j as usize);
+                    // SAFETY: the row has `dim` elements, and `row` its padded length.
+                    unsafe { widen_row(s, from.as_ptr(), dim, row.as_mut_ptr(), row.len()) };
+                });
+                for (sum, x) in mean.iter_mut().zip(&row) {
+                    *sum += x;
+                }
+            }
+            let inverse = 1.0 / (list[1] - list[0]).max(1) as f32;
+            for x in mean {
+                *x *= inverse;
+            }
+        }
+        means
+    }
 }
 
 struct Means<'a> {
