@@ -95,7 +95,7 @@ def test_bad_arguments(build_model: Any, prefill: Any, error: type[Exception], m
 
 
 def test_no_prefill_beside_eviction(build_model: Any) -> None:
-    how = {0: EvictionConfig("h2o", rows=64)}
+    how = {0: EvictionConfig("heavy_hitter", rows=128)}
     with pytest.raises(ValueError, match=r"prefill: got layers \[0\] with eviction as well"):
         LongAttnCache(build_model("llama").config, eviction=how, prefill=SparsePrefill(Sparge()))
 
