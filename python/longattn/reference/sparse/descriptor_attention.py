@@ -47,13 +47,18 @@ def descriptor_attention(
     down: int = 4,
     mode: str = "bilinear",
     kernel: ArrayLike | None = None,
-    keyframes: Sequence[int] = (0,),
+    keyframes: Sequence[int] | None = None,
+    every: int = 10,
     biases: Sequence[ArrayLike | None] = (None, None, None, None),
     scale: float | None = None,
 ) -> NDArray[np.float64]:
-    """See `longattn.sparse.descriptor_attention`, key frames given."""
+    """See `longattn.sparse.descriptor_attention`; key frames are given where there are clusters to pick them from."""
     x, wq, wk, wv, wo = (np.asarray(a, np.float64) for a in (x, wq, wk, wv, wo))
     batch, frames, tokens, channels = x.shape
+    if keyframes is None:
+        if frames // every > 1:
+            raise ValueError("keyframes: got None, expected frames: the reference does not cluster")
+        keyframes = [0]
     bias: list[Any] = [0.0 if b is None else np.asarray(b, np.float64) for b in biases]
     sources = []
     for b in range(batch):
