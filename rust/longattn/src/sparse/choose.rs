@@ -237,9 +237,10 @@ mod tests {
 
     #[test]
     fn shares_numbers_and_forced_entries() {
+        let forced = 2..3;
         let plain = Choice {
             limits: &[5],
-            forced: &[2..3],
+            forced: std::slice::from_ref(&forced),
             sinks: 0,
             marks: &[],
             share: &[0.0],
