@@ -569,6 +569,39 @@ def pooled_blocks(
     by_count: bool,
     sinks: int,
 ) -> _Lists: ...
+def block_mass(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    scale: float,
+    row_bounds: NDArray[np.int64],
+    blocks: tuple[NDArray[np.int64], NDArray[np.int64]],
+    limits: NDArray[np.int64],
+    shifts: int,
+    weigh: bool,
+    shared: bool,
+) -> NDArray[np.float32]: ...
+def line_mass(q: NDArray[Any], k: NDArray[Any], scale: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+def choose(
+    scores: NDArray[np.float32],
+    columns: int,
+    limits: NDArray[np.int64],
+    forced: tuple[NDArray[np.int64], NDArray[np.int64]],
+    marks: NDArray[np.bool_],
+    share: NDArray[np.float32],
+    numbers: tuple[int, int, int, int],
+    together: int,
+    counts: bool,
+    spread: bool,
+) -> _Lists: ...
+def best_forced(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    limits: NDArray[np.int64],
+    forced: tuple[NDArray[np.int64], NDArray[np.int64]],
+    most: int,
+) -> _Lists: ...
+def block_deviations(x: NDArray[Any], bounds: NDArray[np.int64], means: NDArray[np.float32]) -> NDArray[np.float32]: ...
+def line_lists(columns: _Lists, distances: _Lists, bounds: NDArray[np.int64]) -> _Lists: ...
 def best_of_rows(q: NDArray[Any], k: NDArray[Any], share: float, least: int, options: Options) -> _Lists: ...
 def chunk_keys(
     q: NDArray[np.float32],

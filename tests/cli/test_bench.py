@@ -1,6 +1,7 @@
 """`longattn bench`: its arithmetic, and every routine at a size that takes a second."""
 
 import argparse
+import itertools
 import json
 import time
 
@@ -9,7 +10,19 @@ import pytest
 
 import longattn as la
 from longattn import cli
-from longattn.bench import arrays, decode, error, harness, memory, neighbourhood, options, peers, prefill, quality
+from longattn.bench import (
+    arrays,
+    decode,
+    error,
+    harness,
+    memory,
+    neighbourhood,
+    options,
+    peers,
+    prefill,
+    quality,
+    sparse,
+)
 from longattn.bench.harness import Bench, Candidate, Outcome
 
 
@@ -228,9 +241,43 @@ def test_verified(tmp_path):
     assert reads[0.05, "output"] > reads[0.2, "output"]
 
 
+def test_sparse(tmp_path):
+    result = run("sparse", tmp_path, "--no-peers", "--dtypes", "float32")
+    rows = result["rows"]
+    assert {row["mask"].split(" of ")[0] for row in rows} >= {"none", "blocks"}
+    for row in rows:
+        assert 0 < row["density"] <= 1 and row["ms"] > 0
+        assert row["of_dense"] == pytest.approx(row["per_density"] * row["density"])
+    windows = [row for row in rows if row["mask"].startswith("window")]
+    assert [round(row["density"], 1) for row in windows] == [0.1, 0.5]
+
+
+def test_sparse_peers_compute_the_same(rng):
+    pytest.importorskip("torch")
+    q, k, v = rng.standard_normal((3, 1, 2, 128, 16), dtype=np.float32)
+    mask = sparse.random_mask(rng, 2, 128, 32, 0.5)
+    masked = peers.sparse(q, k, v, mask, masked=True)[1]
+    np.testing.assert_allclose(masked.call().numpy(), la.block_sparse_attention(q, k, v, mask), atol=1e-5)
+
+
+def test_capture(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "capture.png"
+    options = ("--length", "512", "--selectors", "sparge,dynamic blocks,vertical and slash", "--plot", str(plot))
+    rows = run("capture", tmp_path, *options)["rows"]
+    assert plot.stat().st_size > 1000 and {row["keys"] for row in rows} == {512}
+    for name in ("sparge", "dynamic blocks", "vertical and slash"):
+        mine = [row for row in rows if row["method"] == name]
+        assert all(0 < row["density"] <= 1 and row["mass_low"] <= 1 and row["ms"] > 0 for row in mine)
+        assert all(a["mass"] <= b["mass"] + 1e-9 for a, b in itertools.pairwise(mine))
+        assert mine[-1]["mass"] > 0.9
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
+        (["capture", "--selectors", "none"], "--selectors: got none, expected some of sparge"),
+        (["capture", "--length", "3"], "--length: got 3, expected at least 256"),
         (["retrieval", "--vectors", "gaussian"], "name: expected one of"),
         (["retrieval", "--vectors", "synthetic", "--heads", "x"], "heads: expected some of"),
         (["decode", "--rounds", "0"], "rounds: expected at least 1"),

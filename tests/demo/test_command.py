@@ -93,6 +93,17 @@ def test_a_policy_that_keeps_all_rows_reads_as_exact_attention_does() -> None:
     assert reader.fraction_read == 1
 
 
+def test_the_prompt_is_read_through_selectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "demo.json"
+    assert demo.main([*SMALL, "--prefill-ways", "power,dynamic", "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert [row["name"] for row in result["prefill_ways"]] == ["power of two", "dynamic blocks"]
+    for row in result["prefill_ways"]:
+        assert 0 < row["density"] <= 1 and 0 <= row["accuracy"] <= 1 and row["attention_s"] < row["prefill_s"]
+    assert "prompt read through" in capsys.readouterr().out
+    assert demo.main([*SMALL, "--prefill-ways", "no such"]) == 2
+
+
 def test_peer_answers_the_same(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("torch")

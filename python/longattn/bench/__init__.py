@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import longattn as la
 from longattn.bench import (
+    capture,
     compare,
     decode,
     drift,
@@ -29,6 +30,7 @@ from longattn.bench import (
     results,
     retrieval,
     scan,
+    sparse,
     suite,
     verified,
 )
@@ -62,6 +64,8 @@ ROUTINES: dict[str, Routine] = {
     "decode": decode,
     "prefill": prefill,
     "neighbourhood": neighbourhood,
+    "sparse": sparse,
+    "capture": capture,
     "retrieval": retrieval,
     "compare": compare,
     "verified": verified,

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+import longattn as la
 from longattn.bench.harness import Candidate
 
 ENABLE_GQA = "torch SDPA, enable_gqa"
@@ -86,3 +87,31 @@ def prefill(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any]) -> list[Candidate
 
     tq, tk, tv = tensor(q), tensor(k), tensor(v)
     return [Candidate("torch SDPA", lambda: sdpa(tq, tk, tv, is_causal=True))]
+
+
+def sparse(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: la.BlockMask, *, masked: bool) -> list[Candidate]:
+    """Ways to attention over square blocks of keys, `[1, H, N, D]`; `masked`: also with a mask of all pairs."""
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    tq, tk, tv = tensor(q), tensor(k), tensor(v)
+    block = mask.block_k
+    dense = torch.from_numpy(mask.blocks())
+    counts = dense.sum(dim=-1, dtype=torch.int32)
+    order = torch.argsort(dense.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
+
+    def kept(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return dense[0, h, i // block, j // block]
+
+    blocks = BlockMask.from_kv_blocks(
+        torch.zeros_like(counts), torch.zeros_like(order), counts, order, BLOCK_SIZE=(block, block), mask_mod=kept,
+        seq_lengths=mask.lengths,
+    )  # fmt: skip
+    compiled = torch.compile(flex_attention)
+    ways = [Candidate("torch flex_attention", lambda: compiled(tq, tk, tv, block_mask=blocks))]
+    if masked:
+        pairs = torch.repeat_interleave(torch.repeat_interleave(dense, block, 2), block, 3)
+        pairs = pairs[:, :, : q.shape[2], : k.shape[2]]
+        ways.append(Candidate("torch SDPA, masked", lambda: sdpa(tq, tk, tv, attn_mask=pairs)))
+    return ways

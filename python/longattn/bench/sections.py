@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from longattn.bench import (
+    capture,
     compare,
     decode,
     drift,
@@ -20,6 +21,7 @@ from longattn.bench import (
     prefill,
     retrieval,
     scan,
+    sparse,
     targets,
     verified,
 )
@@ -68,6 +70,8 @@ def figures(found: Sequence[Result]) -> dict[str, list[Panel | Bars | Scatter]]:
     if any(not row["ours"] and row["times_ours"] for row in rows):
         drawn["neighbourhood"] = list(neighbourhood.panels({"rows": rows}))
     routines = (
+        ("sparse", sparse),
+        ("capture", capture),
         ("compare", compare),
         ("verified", verified),
         ("drift", drift),
@@ -321,6 +325,19 @@ def _global_linear_tables(found: Sequence[Result]) -> list[str]:
     return lines
 
 
+def _sparse_tables(found: Sequence[Result]) -> list[str]:
+    rows = [row for row in _rows(found, "sparse") if row["method"] != sparse.DENSE]
+    lines: list[str] = []
+    for threads in _values(rows, "threads"):
+        lines += _titled(threads, table([row for row in rows if row["threads"] == threads], sparse.COLUMNS[2:]))
+    return lines
+
+
+def _capture_tables(found: Sequence[Result]) -> list[str]:
+    rows = _rows(found, "capture")
+    return ["", *table(rows, capture.COLUMNS)] if rows else []
+
+
 def _titled(threads: int, lines: list[str]) -> list[str]:
     return ["", f"{count(threads)}:", "", *lines]
 
@@ -431,6 +448,20 @@ SECTIONS: tuple[Section, ...] = (
         "the multiply-add peak. `×`: the peer's time over ours; its block mask and compilation are not in it. `slope`: "
         "of log time over log tokens, at one window.",
         _neighbourhood_tables,
+    ),
+    Section(
+        "sparse",
+        "Attention over blocks of keys and windows",
+        "8 heads, not causal, random blocks. `of dense`: time over that of dense attention; `time / density`: this "
+        "over the share of the pairs that is computed. `× ours`: time over ours with the same mask. Masks are given.",
+        _sparse_tables,
+    ),
+    Section(
+        "capture",
+        "What selectors for prompts keep",
+        "Queries and keys of the demo's model over a text. `mass`: mean share of the softmax inside the mask; "
+        "selection and dense attention of all full layers in ms.",
+        _capture_tables,
     ),
     Section(
         "peers",

@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ways", default="", help="also ask through these ways of `longattn compare`: parts of names, or all"
     )
+    parser.add_argument(
+        "--prefill-ways",
+        default="",
+        help="also read the prompt through these selectors, and ask: parts of names, or all",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures there (needs matplotlib)")
 
@@ -58,7 +63,15 @@ def run(args: argparse.Namespace) -> int:
     try:
         _check_extras(args)
         settings = Settings(
-            args.context, args.questions, args.seed, args.top_k, args.window, args.sinks, args.dtype, args.ways
+            args.context,
+            args.questions,
+            args.seed,
+            args.top_k,
+            args.window,
+            args.sinks,
+            args.dtype,
+            args.ways,
+            args.prefill_ways,
         )
         haystack = settings.haystack()
     except (ValueError, RuntimeError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Protocol
@@ -23,12 +23,15 @@ from longattn.demo.runner import (
     Reader,
     RetrievalReader,
     Session,
+    SparseReader,
     WindowReader,
     read_all,
 )
 from longattn.retrieval.ways import WAYS, Kept, Way, chosen_of_all
+from longattn.sparse.ways import PromptWay, chosen_prompt_ways
 
 CHUNK = 1024  # tokens per prefill step
+PROMPT_CHUNK = 4096  # where a selector chooses, which takes a pass over the keys each
 ROOM = 64  # tokens that a question and its answer take at most
 
 
@@ -36,7 +39,9 @@ ROOM = 64  # tokens that a question and its answer take at most
 class Settings:
     """Sizes of one run. The window-only contestant gets `window + top_k` keys, as many as retrieval reads.
 
-    `ways` adds contestants: parts of names of `longattn.retrieval.ways` (`WAYS` and `POLICIES`), or "all".
+    `ways` adds contestants: parts of names of `longattn.retrieval.ways` (`WAYS` and `POLICIES`), or "all". So does
+    `prefill_ways`, of `longattn.sparse.ways.PROMPT_WAYS`: each reads the prompt anew through its selector, and is asked
+    exactly.
     """
 
     context: int = 65536
@@ -47,6 +52,7 @@ class Settings:
     sinks: int = 4
     dtype: str = "float32"
     ways: str = ""
+    prefill_ways: str = ""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -62,6 +68,7 @@ class Settings:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: {self.dtype!r}, expected 'float32' or 'bfloat16'")
         self.other_ways()
+        self.prompt_ways()
 
     def other_ways(self) -> list[Way | Kept]:
         """The ways beside the default one, and the policies, that are asked."""
@@ -69,6 +76,10 @@ class Settings:
             return []
         ways, policies = chosen_of_all(self.ways)
         return [*(way for way in ways if way is not WAYS[0]), *policies]
+
+    def prompt_ways(self) -> Sequence[PromptWay]:
+        """The ways to read the prompt beside the exact one."""
+        return chosen_prompt_ways(self.prefill_ways) if self.prefill_ways else []
 
     def haystack(self) -> text.Haystack:
         clear_tail = self.sinks + self.window + self.top_k + ROOM
@@ -191,7 +202,7 @@ def measure(
     start = time.perf_counter()
     for chunk in progress.over("prefill", list(chunks(haystack.tokens, CHUNK)), settings.context):
         session.forward(chunk, prefill)
-    prefill_s = time.perf_counter() - start
+    prefill_s, exact_attention_s = time.perf_counter() - start, session.full_attention_s
 
     start = time.perf_counter()
     budget = {"top_k": settings.top_k, "sinks": settings.sinks, "window": settings.window}
@@ -231,6 +242,10 @@ def measure(
         for tally in tallies.values():
             tally.ask(needle)
 
+    prompts = [
+        _through(way, settings, haystack, model, progress) | {"exact_attention_s": exact_attention_s}
+        for way in settings.prompt_ways()
+    ]
     fraction = retrieval.fraction_read
     everything = dict.fromkeys(tallies, 1.0)
     read = everything | {
@@ -249,6 +264,8 @@ def measure(
             name: tallies[name].attention_ms_per_token if name in tallies else None for name in timed
         },
         "prefill_s": prefill_s,
+        "prefill_attention_s": exact_attention_s,
+        "prefill_ways": prompts,
         "versions": versions,
         "index_s": index_s,
         "index_bytes": sum(index.nbytes for index in retrieval.indexes.values()),
@@ -270,4 +287,26 @@ def measure(
             for name, tally in tallies.items()
         },
         "peer": peer_figures,
+    }
+
+
+def _through(
+    way: PromptWay, settings: Settings, haystack: text.Haystack, model: Model, progress: Progress
+) -> dict[str, Any]:
+    """Reads the haystack through a selector, asks every question exactly, and returns the figures."""
+    session, reader = Session(model, settings.context + ROOM, settings.dtype), SparseReader(way.selector)
+    start = time.perf_counter()
+    for chunk in progress.over(f"prefill, {way.name}", list(chunks(haystack.tokens, PROMPT_CHUNK)), settings.context):
+        session.forward(chunk, reader)
+    seconds, attention_s = time.perf_counter() - start, session.full_attention_s
+    tally = Tally(LongattnDecoder(session, read_all))
+    for needle in progress.over(f"questions, {way.name}", haystack.needles, len(haystack.needles)):
+        tally.ask(needle)
+    return {
+        "name": way.name,
+        "prefill_s": seconds,
+        "attention_s": attention_s,
+        "density": reader.density,
+        "accuracy": tally.accuracy,
+        "wrong": tally.wrong,
     }

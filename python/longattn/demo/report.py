@@ -77,11 +77,35 @@ def table(result: dict[str, Any]) -> str:
         f"{megabytes['store']:.0f} MB, index {megabytes['index']:.0f} MB; {result['threads']} threads. "
         "Attention: that of the full layers, cache update included."
     )
+    if result.get("prefill_ways"):
+        lines += ["", *_prefill_table(result)]
     if result["peer"]:
         lines.append(f"Prefill of transformers {result['peer']['prefill_s']:.1f} s.")
     if result["text_copies"] > 1:
         lines.append(f"This Python has too little source text: the haystack repeats it {result['text_copies']} times.")
     return "\n".join(lines)
+
+
+def _prefill_table(result: dict[str, Any]) -> list[str]:
+    """One line for each way to read the prompt; questions are then asked with all keys."""
+    heads = f"{'density':>12}{'prefill s':>11}{'attention s':>13}{'times':>8}"
+    lines = [f"{'prompt read through':31}{'right answers':>15}{heads}"]
+    exact = result["prefill_attention_s"]
+    everything = {
+        "name": "exact",
+        "accuracy": result["accuracy"]["exact"],
+        "density": 1.0,
+        "prefill_s": result["prefill_s"],
+        "attention_s": exact,
+    }
+    for row in (everything, *result["prefill_ways"]):
+        right = f"{round(row['accuracy'] * result['questions'])} of {result['questions']}"
+        lines.append(
+            f"{row['name']:31}{right:>15}{100 * row['density']:>10.1f} %{row['prefill_s']:>11.1f}"
+            f"{row['attention_s']:>13.1f}{exact / row['attention_s']:>8.1f}"
+        )
+    lines.append("Attention: that of the full layers, choosing included; times: how much faster than exact.")
+    return lines
 
 
 #: Of exact attention's accuracy, and of the time of SDPA's attention.

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 import longattn as la
 from longattn.retrieval.ways import Kept, Way
+from longattn.sparse import Selector
 
 Array = NDArray[np.float32]
 
@@ -297,6 +298,31 @@ class KeptReader:
             self.keys_attended += sum(prompt.store.live)
             self.keys_total += store.kv_heads * len(store)
         out: Array = prompt.attend(q)
+        return out
+
+
+class SparseReader:
+    """Attention from a chunk of the prompt to the keys that a selector chooses; steps read everything."""
+
+    def __init__(self, selector: Selector) -> None:
+        self._selector = selector
+        self.pairs = 0  # of queries and keys that exact attention would have computed, all heads and layers
+        self.attended = 0.0
+
+    @property
+    def density(self) -> float:
+        """Share of the pairs that was computed."""
+        return self.attended / self.pairs if self.pairs else 1.0
+
+    def __call__(self, layer: int, q: Array, store: la.KVStore) -> Array:
+        rows, end = q.shape[1], len(store)
+        if rows == 1:
+            return read_all(layer, q, store)
+        out: Array
+        out, stats = la.sparse_attention(q, store.keys, store.values, self._selector, causal=True, return_stats=True)
+        pairs = sum(range(end - rows + 1, end + 1)) * len(q)
+        self.pairs += pairs
+        self.attended += stats.density * pairs
         return out
 
 

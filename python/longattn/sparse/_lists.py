@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -128,6 +128,36 @@ class Lists:
             "block_q": self.block_q,
             "first_q": self.first_q,
         }
+
+    @classmethod
+    def _table(cls, tables: Sequence[Lists], which: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """`indptr` and `indices` with head `h` of table `which[h]` for each head `h`, or its only one."""
+        if not isinstance(tables, Sequence) or not tables or not all(isinstance(x, cls) for x in tables):
+            raise TypeError(f"tables: got {tables!r}, expected at least one {cls.__name__}")
+        which = [integer(x, "which", 0, len(tables) - 1) for x in which]
+        if not which:
+            raise ValueError("which: got none, expected a number for each head")
+        batch = max(x.shape[0] for x in tables)
+        for x in tables:
+            if x.shape[0] not in (1, batch) or x.shape[1] not in (1, len(which)):
+                raise ValueError(f"tables: got shape {x.shape}, expected batch 1 or {batch}, heads 1 or {len(which)}")
+            for name in cls._common():
+                if getattr(x, name) != getattr(tables[0], name):
+                    raise ValueError(f"tables: got {name} {getattr(x, name)}, expected {getattr(tables[0], name)}")
+        counts, parts = [], []
+        for b in range(batch):
+            for h, table in enumerate(which):
+                x = tables[table]
+                bounds = x.indptr[b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0]
+                counts.append(np.diff(bounds))
+                parts.append(x.indices[bounds[0] : bounds[-1]])
+        flat = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
+        return from_flat(flat, (batch, len(which), tables[0].shape[2])), np.concatenate(parts)
+
+    @staticmethod
+    def _common() -> tuple[str, ...]:
+        """What tables that are put together have in common."""
+        return "lengths", "block_q", "first_q"
 
     def pairs(self, *, causal: bool = False) -> int:
         """Pairs of a query and a key of its list, of all heads; with `causal`, those that causality leaves."""

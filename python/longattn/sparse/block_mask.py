@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -97,6 +98,34 @@ class BlockMask(Lists):
             first_q=first_q,
             scored=scored,
         )
+
+    @classmethod
+    def per_head(cls, tables: Sequence[BlockMask], which: Sequence[int]) -> BlockMask:
+        """One mask whose head `h` is head `h` of `tables[which[h]]`, or its only one.
+
+        Args:
+            tables: masks over the same blocks, with a head for each of `which`, or one.
+            which: a number for each head.
+
+        Raises:
+            TypeError: no masks.
+            ValueError: masks over different blocks, or with another number of heads.
+        """
+        indptr, indices = cls._table(tables, which)
+        first = tables[0]
+        return cls(
+            indptr=indptr,
+            indices=indices,
+            lengths=first.lengths,
+            block_q=first.block_q,
+            first_q=first.first_q,
+            block_k=first.block_k,
+            scored=sum(x.scored for x in tables),
+        )
+
+    @staticmethod
+    def _common() -> tuple[str, ...]:
+        return "lengths", "block_q", "first_q", "block_k"
 
     @property
     def key_bounds(self) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import as_numpy
-from longattn._checks import check_floating
+from longattn._checks import check_floating, integer
 from longattn.sparse._lists import Lists, visible_pairs
 
 
@@ -75,6 +76,57 @@ class RowLists(Lists):
             return np.where(self.to_dense_mask(), np.float32(0), np.float32(-np.inf))
         listed = self._dense(self.bias, np.float32)
         return np.where(self.to_dense_mask(), listed, np.float32(-np.inf))
+
+    @classmethod
+    def per_head(cls, tables: Sequence[RowLists], which: Sequence[int]) -> RowLists:
+        """Lists whose head `h` is head `h` of `tables[which[h]]`, or its only one.
+
+        Args:
+            tables: lists without `bias` of the same blocks of queries, with a head for each of `which`, or one.
+            which: a number for each head.
+
+        Raises:
+            TypeError: no lists.
+            ValueError: lists of different blocks, with a bias, or with another number of heads.
+        """
+        indptr, indices = cls._table(tables, which)
+        if any(x.bias is not None for x in tables):
+            raise ValueError("tables: got lists with a bias, expected lists without")
+        first = tables[0]
+        return cls(
+            indptr=indptr,
+            indices=indices,
+            lengths=first.lengths,
+            block_q=first.block_q,
+            first_q=first.first_q,
+            scored=sum(x.scored for x in tables),
+        )
+
+    def plot(self, *, batch: int = 0, head: int = 0, cells: int = 512, ax: Any = None) -> Any:
+        """Draws how much of each part of the queries and keys one head's lists hold; needs matplotlib.
+
+        Args:
+            batch: which batch.
+            head: which head.
+            cells: parts of the keys, at most.
+            ax: matplotlib axes to draw on; `None` makes some.
+
+        Returns:
+            The axes.
+        """
+        import matplotlib.pyplot as plt
+
+        if ax is None:
+            _, ax = plt.subplots()
+        rows, keys = self.lengths
+        edges = np.linspace(0, keys, min(integer(cells, "cells", 1), max(keys, 1)) + 1)
+        bounds = self.indptr[batch, head]
+        shares = np.zeros((self.query_blocks, len(edges) - 1))
+        for i, share in enumerate(shares):
+            share[:] = np.histogram(self.indices[bounds[i] : bounds[i + 1]], edges)[0] / np.diff(edges).clip(min=1)
+        ax.pcolormesh(edges, self.query_bounds, shares, cmap="Greys", vmin=0, vmax=1)
+        ax.set(xlabel="key", ylabel="query", xlim=(0, keys), ylim=(rows, 0))
+        return ax
 
     def _dense(self, values: Any, dtype: Any) -> NDArray[Any]:
         self._check_dense()

@@ -38,6 +38,7 @@ from longattn.transformers.eviction import EvictionConfig
 from longattn.transformers.layer import HostLayer
 from longattn.transformers.masks import MaskSpec, longattn_mask
 from longattn.transformers.retrieval import RetrievalConfig
+from longattn.transformers.sparse import SparsePrefill
 
 # Both, always: with an attention function but no mask function transformers drops the padding mask without a
 # word.
@@ -52,6 +53,7 @@ __all__ = [
     "LongAttnCache",
     "MaskSpec",
     "RetrievalConfig",
+    "SparsePrefill",
     "longattn_attention",
     "longattn_mask",
 ]

@@ -12,8 +12,9 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_laye
 from longattn.transformers.eviction import EvictionConfig
 from longattn.transformers.layer import HostLayer
 from longattn.transformers.retrieval import RetrievalConfig
+from longattn.transformers.sparse import SparsePrefill
 
-Config = TypeVar("Config", RetrievalConfig, EvictionConfig)
+Config = TypeVar("Config", RetrievalConfig, EvictionConfig, SparsePrefill)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -34,6 +35,7 @@ class LayerStats:
         missed_mass: mean estimated share of the softmax mass outside the keys read.
         store_nbytes: host memory of the keys and values.
         index_nbytes: host memory of the index, or of what an eviction policy keeps beside the rows.
+        prompt_density: share of the pairs of queries and keys that sparse prefills attended; 1.0 without any.
     """
 
     layer_idx: int
@@ -45,6 +47,7 @@ class LayerStats:
     missed_mass: float
     store_nbytes: int
     index_nbytes: int
+    prompt_density: float = 1.0
 
     @property
     def fraction_read(self) -> float:
@@ -100,7 +103,8 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
     get transformers' own cache layers. The cache serves several `generate` calls in a row, beam search,
     assisted decoding and padded batches.
 
-    Forward passes of more than `decode_length` new tokens are prefill and exact. Shorter ones onto a cache
+    Forward passes of more than `decode_length` new tokens are prefill: exact, but in full-attention layers with a
+    `SparsePrefill`, where a selector chooses keys. Shorter ones onto a cache
     that is not empty are decoding steps: full-attention layers with a `RetrievalConfig` then read a part of
     their keys. With an `EvictionConfig` they keep a part instead, from the prompt on.
 
@@ -115,6 +119,8 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
             one of the two at most.
         decode_length: new tokens per forward pass up to which it counts as a decoding step (candidate tokens
             of assisted decoding are several).
+        prefill: one `SparsePrefill` for all full-attention layers, or a mapping from layer number to `SparsePrefill`
+            or `None`; layers left out, and all by default, attend from prompts to all keys.
 
     Raises:
         ValueError: an argument out of range, or a model this cache cannot hold: encoder-decoder, chunked
@@ -131,6 +137,7 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
         retrieval: RetrievalConfig | Mapping[int, RetrievalConfig | None] | None = None,
         eviction: EvictionConfig | Mapping[int, EvictionConfig | None] | None = None,
         decode_length: int = 16,
+        prefill: SparsePrefill | Mapping[int, SparsePrefill | None] | None = None,
     ) -> None:
         for name, count in (("capacity", capacity), ("decode_length", decode_length)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -146,6 +153,10 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
         both = [i for i, how in chosen.items() if how is not None and evicting.get(i) is not None]
         if both:
             raise ValueError(f"eviction: got layers {both} with retrieval as well, expected one of the two")
+        sparse = _by_layer(prefill, kinds, SparsePrefill, "prefill")
+        both = [i for i, how in sparse.items() if how is not None and evicting.get(i) is not None]
+        if both:
+            raise ValueError(f"prefill: got layers {both} with eviction as well, expected one of the two")
         layers = []
         for layer_idx, (kind, kwargs) in enumerate(zip(kinds, arguments, strict=True)):
             if kind in ("full_attention", "sliding_attention"):
@@ -156,6 +167,7 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
                     retrieval=chosen.get(layer_idx),
                     eviction=evicting.get(layer_idx),
                     decode_length=decode_length,
+                    prefill=sparse.get(layer_idx),
                 )
                 layers.append(layer)
             else:
@@ -188,6 +200,9 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
                     missed_mass=layer.counts.missed_mass / max(layer.counts.query_rows, 1),
                     store_nbytes=sum(s.nbytes for s in layer.sequences),
                     index_nbytes=sum(s.index_nbytes for s in layer.sequences),
+                    prompt_density=(
+                        layer.counts.prompt_attended / layer.counts.prompt_pairs if layer.counts.prompt_pairs else 1.0
+                    ),
                 )
                 for layer_idx, layer in enumerate(self.layers)
                 if isinstance(layer, HostLayer)

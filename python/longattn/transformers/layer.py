@@ -29,6 +29,7 @@ from longattn.transformers.eviction import EvictedSequence, EvictionConfig
 from longattn.transformers.masks import MaskSpec
 from longattn.transformers.retrieval import RetrievalConfig
 from longattn.transformers.sequence import ReadCounts, ScoreOptions, Sequence
+from longattn.transformers.sparse import SparsePrefill
 
 _STORE_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -85,6 +86,7 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         retrieval: how decoding reads a part of the keys; `None` to read all.
         eviction: how a part of the keys is kept; `None` to keep all.
         decode_length: new tokens per forward pass up to which it counts as a decoding step.
+        prefill: how prompts attend to a part of the keys; `None` to all.
     """
 
     is_compileable = False
@@ -100,6 +102,7 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         retrieval: RetrievalConfig | None,
         eviction: EvictionConfig | None = None,
         decode_length: int,
+        prefill: SparsePrefill | None = None,
     ) -> None:
         super().__init__()
         self.is_sliding = sliding_window is not None
@@ -109,6 +112,7 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         self.retrieval = retrieval
         self.eviction = eviction
         self.decode_length = decode_length
+        self.prefill = prefill
         self.reset()
 
     def reset(self) -> None:
@@ -144,6 +148,7 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
                 ),
                 self.sliding_window,
                 self.retrieval,
+                self.prefill,
             )
             for _ in range(batch)
         ]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 import longattn as la
 from longattn.index import by_name
 from longattn.transformers.retrieval import RetrievalConfig
+from longattn.transformers.sparse import SparsePrefill
 
 # Rows a sliding layer keeps beyond its window, so that rejected candidate tokens can be cropped.
 _CROP_MARGIN = 1024
@@ -30,12 +31,14 @@ class ScoreOptions(TypedDict):
 
 @dataclass
 class ReadCounts:
-    """What decoding has read so far, summed over query rows and KV heads."""
+    """What decoding has read so far, summed over query rows and KV heads, and pairs that sparse prefills attended."""
 
     keys_visible: int = 0
     keys_read: int = 0
     missed_mass: float = 0.0
     query_rows: int = 0
+    prompt_pairs: int = 0
+    prompt_attended: float = 0.0
 
     def add(self, visible: int, read: int, missed_mass: float, query_rows: int) -> None:
         """Adds one call. `missed_mass` is the sum over its `query_rows` (rows x query heads)."""
@@ -53,6 +56,7 @@ class Sequence:
         store: the rows.
         window: sliding window of the layer, `None` for full attention.
         retrieval: how to decode without reading all rows, `None` to read them all.
+        prefill: how to attend from prompts to a part of the rows, `None` to attend to all.
         dropped: rows a sliding layer has let go of, in front of the stored ones.
         index: over the stored keys, made as soon as the sequence is long enough for retrieval.
         sample: queries `[Hq, n, D]` of the last prefill, for an index that learns from them.
@@ -61,6 +65,7 @@ class Sequence:
     store: la.KVStore
     window: int | None
     retrieval: RetrievalConfig | None
+    prefill: SparsePrefill | None = None
     dropped: int = 0
     index: la.index.Index | None = field(default=None, repr=False)
     sample: NDArray[np.float32] | None = field(default=None, repr=False)
@@ -147,6 +152,11 @@ class Sequence:
         if decode and how is not None and index is not None:
             out.copy_(self._retrieve(query, index, how, options, counts))
             return
+        if not decode and dense is None and self._chooses():
+            self._attend_sparsely(query, options, counts, out)
+            if index is not None:
+                index.update()
+            return
         if dense is not None:
             dense = dense[..., self.dropped :]
         window = (-1, -1) if self.window is None or dense is not None else (self.window - 1, 0)
@@ -168,6 +178,28 @@ class Sequence:
             counts.add(visible, visible, 0.0, rows * query.shape[0])
         elif index is not None:
             index.update()  # a part of the prefill's time, not of the first decoding step's
+
+    def _chooses(self) -> bool:
+        return self.prefill is not None and self.window is None and len(self.store) >= self.prefill.min_length
+
+    def _attend_sparsely(
+        self, query: torch.Tensor, options: ScoreOptions, counts: ReadCounts, out: torch.Tensor
+    ) -> None:
+        assert self.prefill is not None  # `_chooses` has said so
+        _, stats = la.sparse_attention(
+            query,
+            self.store.keys,
+            self.store.values,
+            self.prefill.selector,
+            causal=True,
+            out=out,
+            return_stats=True,
+            **options,
+        )
+        rows, end = query.shape[1], len(self.store)
+        pairs = sum(range(end - rows + 1, end + 1)) * query.shape[0]
+        counts.prompt_pairs += pairs
+        counts.prompt_attended += stats.density * pairs
 
     def _index(self, how: RetrievalConfig) -> la.index.Index:
         if self.index is None:

@@ -79,8 +79,8 @@ mod _core {
     use super::retrieval::retrieval_attention;
     #[pymodule_export]
     use super::selectors::{
-        best_of_rows, block_means, chunk_keys, hash_lists, hash_order, listed_means, pooled_blocks, rounded_blocks,
-        stripes,
+        best_forced, best_of_rows, block_deviations, block_mass, block_means, choose, chunk_keys, hash_lists,
+        hash_order, line_lists, line_mass, listed_means, pooled_blocks, rounded_blocks, stripes,
     };
     #[pymodule_export]
     use super::slot_store::{SlotStore, listed_attention, rank_union};

@@ -5,7 +5,9 @@ use crate::dense::offsets;
 use crate::options::Given;
 use crate::running;
 use longattn::parallel::Execution;
-use longattn::sparse::{self, ChunkKeys, HashLists, HashOrder, PooledBlocks, RoundedBlocks, Selection};
+use longattn::sparse::{
+    self, BlockMass, Choice, ChunkKeys, HashLists, HashOrder, PooledBlocks, RoundedBlocks, Selection,
+};
 use longattn::tensor::{Error, Result, TensorView};
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1, PyUntypedArray};
 use pyo3::prelude::*;
@@ -49,6 +51,19 @@ pub(crate) fn block_means<'py>(
     let to = likeness.then_some(likes.as_mut_slice());
     running::run(py, 0.0, |execution: &Execution| sparse::block_means(x, &bounds, centre, &mut means, to, execution))?;
     Ok((means.into_pyarray(py), likes.into_pyarray(py)))
+}
+
+/// Mean distances `[batch * heads * blocks * dim]` of rows from their blocks' means.
+#[pyfunction]
+pub(crate) fn block_deviations<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyUntypedArray>,
+    bounds: PyReadonlyArray1<'py, i64>,
+    means: PyReadonlyArray1<'py, f32>,
+) -> PyResult<Floats<'py>> {
+    let (x, bounds, means) = (view("x", x)?, offsets("bounds", &bounds)?, means.as_slice()?);
+    let found = running::run(py, 0.0, |execution| sparse::block_deviations(x, &bounds, means, execution))?;
+    Ok(found.into_pyarray(py))
 }
 
 #[pyfunction]
@@ -203,4 +218,117 @@ pub(crate) fn hash_lists<'py>(
     let lists = HashLists { order: order.as_slice()?, heads, block, samples: samples.as_slice()?, own };
     let (chosen, weights) = running::run(py, 0.0, |execution| sparse::hash_lists(lists, execution))?;
     Ok((arrays(py, chosen), weights.into_pyarray(py)))
+}
+
+/// Sums `[batch * heads * row blocks * key blocks]` of softmax weights, or of logits.
+#[pyfunction]
+pub(crate) fn block_mass<'py>(
+    py: Python<'py>,
+    q: &Bound<'py, PyUntypedArray>,
+    k: &Bound<'py, PyUntypedArray>,
+    scale: f32,
+    row_bounds: PyReadonlyArray1<'py, i64>,
+    blocks: (PyReadonlyArray1<'py, i64>, PyReadonlyArray1<'py, i64>),
+    limits: PyReadonlyArray1<'py, i64>,
+    shifts: usize,
+    weigh: bool,
+    shared: bool,
+) -> PyResult<Floats<'py>> {
+    let (q, k) = (view("q", q)?, view("k", k)?);
+    let (row_bounds, limits) = (offsets("row_bounds", &row_bounds)?, offsets("limits", &limits)?);
+    let (starts, ends) = (offsets("blocks", &blocks.0)?, offsets("blocks", &blocks.1)?);
+    let sums = running::run(py, products(&q, &k), |execution| {
+        let blocks = ranges("blocks", &starts, &ends)?;
+        let mass = BlockMass { row_bounds: &row_bounds, blocks: &blocks, shifts, limits: &limits, weigh, shared };
+        sparse::block_mass(q, k, scale, mass, execution)
+    })?;
+    Ok(sums.into_pyarray(py))
+}
+
+/// Sums of causal softmax weights of the last rows, by key and by distance, `[batch * heads * keys]` each.
+#[pyfunction]
+pub(crate) fn line_mass<'py>(
+    py: Python<'py>,
+    q: &Bound<'py, PyUntypedArray>,
+    k: &Bound<'py, PyUntypedArray>,
+    scale: f32,
+) -> PyResult<(Floats<'py>, Floats<'py>)> {
+    let (q, k) = (view("q", q)?, view("k", k)?);
+    let (columns, diagonals) =
+        running::run(py, products(&q, &k), |execution| sparse::line_mass(q, k, scale, execution))?;
+    Ok((columns.into_pyarray(py), diagonals.into_pyarray(py)))
+}
+
+/// The best entries of rows of scores.
+#[pyfunction]
+pub(crate) fn choose<'py>(
+    py: Python<'py>,
+    scores: PyReadonlyArray1<'py, f32>,
+    columns: usize,
+    limits: PyReadonlyArray1<'py, i64>,
+    forced: (PyReadonlyArray1<'py, i64>, PyReadonlyArray1<'py, i64>),
+    marks: PyReadonlyArray1<'py, bool>,
+    share: PyReadonlyArray1<'py, f32>,
+    numbers: (usize, usize, usize, usize),
+    together: usize,
+    counts: bool,
+    spread: bool,
+) -> PyResult<Arrays<'py>> {
+    let (scores, marks, share) = (scores.as_slice()?, marks.as_slice()?, share.as_slice()?);
+    let limits = offsets("limits", &limits)?;
+    let (starts, ends) = (offsets("forced", &forced.0)?, offsets("forced", &forced.1)?);
+    let (sinks, least, most, others) = numbers;
+    let chosen = running::run(py, scores.len() as f64 * 16.0, |execution| {
+        let forced = ranges("forced", &starts, &ends)?;
+        let choice = Choice {
+            limits: &limits,
+            forced: &forced,
+            sinks,
+            marks,
+            share,
+            least,
+            most,
+            counts,
+            others,
+            together,
+            spread,
+        };
+        sparse::choose(scores, columns, choice, execution)
+    })?;
+    Ok(arrays(py, chosen))
+}
+
+/// The best entries of each query row, those that are forced among them.
+#[pyfunction]
+pub(crate) fn best_forced<'py>(
+    py: Python<'py>,
+    q: &Bound<'py, PyUntypedArray>,
+    k: &Bound<'py, PyUntypedArray>,
+    limits: PyReadonlyArray1<'py, i64>,
+    forced: (PyReadonlyArray1<'py, i64>, PyReadonlyArray1<'py, i64>),
+    most: usize,
+) -> PyResult<Arrays<'py>> {
+    let (q, k, limits) = (view("q", q)?, view("k", k)?, offsets("limits", &limits)?);
+    let (starts, ends) = (offsets("forced", &forced.0)?, offsets("forced", &forced.1)?);
+    let chosen = running::run(py, products(&q, &k), |execution| {
+        let forced = ranges("forced", &starts, &ends)?;
+        sparse::best_forced(q, k, &limits, &forced, most, execution)
+    })?;
+    Ok(arrays(py, chosen))
+}
+
+/// Keys on lines, per head and block of queries.
+#[pyfunction]
+pub(crate) fn line_lists<'py>(
+    py: Python<'py>,
+    columns: (PyReadonlyArray1<'py, i64>, PyReadonlyArray1<'py, u32>),
+    distances: (PyReadonlyArray1<'py, i64>, PyReadonlyArray1<'py, u32>),
+    bounds: PyReadonlyArray1<'py, i64>,
+) -> PyResult<Arrays<'py>> {
+    let lists = |lists: &(PyReadonlyArray1<'py, i64>, PyReadonlyArray1<'py, u32>)| -> PyResult<Selection> {
+        Ok(Selection { indptr: lists.0.as_slice()?.to_vec(), indices: lists.1.as_slice()?.to_vec() })
+    };
+    let (columns, distances, bounds) = (lists(&columns)?, lists(&distances)?, offsets("bounds", &bounds)?);
+    let chosen = running::run(py, 0.0, |execution| sparse::line_lists(&columns, &distances, &bounds, execution))?;
+    Ok(arrays(py, chosen))
 }

@@ -21,6 +21,7 @@ pub(crate) mod logits;
 pub(crate) mod matrix;
 mod merge;
 mod options;
+pub(crate) mod packed;
 mod pairs;
 mod ranks;
 mod reduce;
@@ -50,6 +51,7 @@ use crate::simd::{self, Kernel, Simd, dispatch};
 use crate::tensor::{DType, Element, Error, KvView, Result, TensorView, TensorViewMut, with_element};
 use bytes::{ByteKeys, ByteRows};
 use keys::{Keys, List};
+use packed::PackedHeads;
 use rows::{Indexed, widen_row, with_rows};
 use run::{Job, Partial, run};
 use scores::{RowId, Running, exp_difference};
@@ -66,6 +68,8 @@ pub(crate) struct Problem<'a> {
     pub(crate) v: KvView<'a>,
     /// The keys as bytes, where scores may be computed from them.
     pub(crate) byte_keys: Option<&'a ByteKeys<'a>>,
+    /// Keys and values of the heads that are computed, packed, where blocks of them are picked.
+    pub(crate) packed: Option<&'a PackedHeads<'a>>,
     pub(crate) options: Options<'a>,
     /// Factor of all dot products; 1 where each row has its own.
     pub(crate) scale: f32,
@@ -118,6 +122,7 @@ impl<'a> Problem<'a> {
             k,
             v,
             byte_keys: None,
+            packed: None,
             options,
             scale,
             log_skip,

@@ -44,6 +44,16 @@ pub(crate) struct RowBlock<'a> {
 }
 
 impl RowBlock<'_> {
+    /// The KV head, counted over batches.
+    pub(crate) fn kv_head(&self, problem: &Problem) -> usize {
+        self.batch * problem.kv_heads + self.heads.start / problem.group
+    }
+
+    /// Keys that it would pack, if it packs any.
+    pub(crate) fn packed_keys(&self) -> usize {
+        if self.rows.len() > MAX_QUERY_ROWS { self.count } else { 0 }
+    }
+
     fn id(&self, r: usize) -> RowId {
         let r = self.rows.start + r;
         RowId { batch: self.batch, head: self.heads.start + r % self.heads.len(), row: r / self.heads.len() }

@@ -12,7 +12,7 @@
 use super::Problem;
 use super::bytes::{ByteProduct, ByteRows, HeadBytes, words};
 use super::keys::List;
-use super::rows::{Indexed, Row, Rows, Strided, numbers, widen_part, widen_row, with_rows};
+use super::rows::{Indexed, Row, Rows, Strided, numbers, prefetch_bytes, widen_part, widen_row, with_rows};
 use super::scores::{RowId, Running, is_negligible, modify, modify_listed, online_softmax};
 use super::scratch::Buffer;
 use super::stream::scale_row;
@@ -323,10 +323,10 @@ pub(crate) unsafe fn pack_transposed<S: Simd, K: Rows>(
     }
 }
 
-/// Packs V of `keys` into panels `[panel of columns][KEYS][PANEL]`.
+/// Packs V of `keys` into panels `[panel of columns][between][PANEL]`, whose first rows they become.
 ///
 /// # Safety
-/// `rows` yields `dim` readable elements for every key; `to` holds `padded_dim / PANEL` panels of [`KEYS`] rows, `wide` one row.
+/// `rows` yields `dim` readable elements for every key; `to` holds `padded_dim / PANEL` panels of `between` rows, `wide` one row.
 #[inline(always)]
 pub(crate) unsafe fn pack_values<S: Simd, V: Rows>(
     s: S,
@@ -335,6 +335,7 @@ pub(crate) unsafe fn pack_values<S: Simd, V: Rows>(
     dim: usize,
     padded_dim: usize,
     wide: *mut f32,
+    between: usize,
     to: *mut f32,
 ) {
     let panel = panel::<S>();
@@ -344,14 +345,14 @@ pub(crate) unsafe fn pack_values<S: Simd, V: Rows>(
         // SAFETY: the caller's promise; the last, ragged panel is copied from the padded row in `wide`.
         unsafe {
             for d in (0..whole).step_by(panel) {
-                let out = to.add((d / panel * KEYS + j) * panel);
+                let out = to.add((d / panel * between + j) * panel);
                 for v in 0..PANEL_VECTORS {
                     s.store(out.add(v * S::LANES), row.load(s, d + v * S::LANES));
                 }
             }
             if whole < dim {
                 widen_part(s, row, whole, dim, wide, padded_dim - whole);
-                let out = to.add((whole / panel * KEYS + j) * panel);
+                let out = to.add((whole / panel * between + j) * panel);
                 for v in 0..PANEL_VECTORS {
                     s.store(out.add(v * S::LANES), s.load(wide.add(v * S::LANES)));
                 }
@@ -386,6 +387,8 @@ pub(crate) struct PackValues<V> {
     pub(crate) dim: usize,
     pub(crate) padded_dim: usize,
     pub(crate) wide: *mut f32,
+    /// Rows between two panels.
+    pub(crate) between: usize,
     pub(crate) to: *mut f32,
 }
 
@@ -394,7 +397,7 @@ impl<V: Rows> Kernel for PackValues<V> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         // SAFETY: as in `PackKeys`.
-        unsafe { pack_values(s, self.v, self.keys, self.dim, self.padded_dim, self.wide, self.to) }
+        unsafe { pack_values(s, self.v, self.keys, self.dim, self.padded_dim, self.wide, self.between, self.to) }
     }
 }
 
@@ -420,10 +423,47 @@ unsafe fn pack<S: Simd, K: Rows, V: Rows>(
     if let Some(index) = index {
         let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
         s.call(PackKeys { k, keys: keys.clone(), dim: key_dim, padded_dim: padded_key_dim, wide, to: to_keys });
-        s.call(PackValues { v, keys, dim: value_dim, padded_dim: padded_value_dim, wide, to: to_values });
+        s.call(PackValues {
+            v,
+            keys,
+            dim: value_dim,
+            padded_dim: padded_value_dim,
+            wide,
+            between: KEYS,
+            to: to_values,
+        });
     } else {
         s.call(PackKeys { k, keys: keys.clone(), dim: key_dim, padded_dim: padded_key_dim, wide, to: to_keys });
-        s.call(PackValues { v, keys, dim: value_dim, padded_dim: padded_value_dim, wide, to: to_values });
+        s.call(PackValues {
+            v,
+            keys,
+            dim: value_dim,
+            padded_dim: padded_value_dim,
+            wide,
+            between: KEYS,
+            to: to_values,
+        });
+    }
+}
+
+/// Where the run of keys that follow one another from `index[from]` on ends, `end` at the latest.
+#[inline(always)]
+fn run_end(index: &[u32], from: usize, end: usize) -> usize {
+    let mut to = from + 1;
+    while to < end && index[to] == index[to - 1] + 1 {
+        to += 1;
+    }
+    to
+}
+
+/// Asks memory for one of `parts` parts of what will be read next: packed heads are larger than what caches hold.
+#[inline(always)]
+fn ask_for(next: &[f32], part: usize, parts: usize) {
+    let step = next.len().div_ceil(parts).next_multiple_of(16);
+    let start = (part * step).min(next.len());
+    let piece = &next[start..(start + step).min(next.len())];
+    if !piece.is_empty() {
+        prefetch_bytes(piece.as_ptr().cast(), size_of_val(piece));
     }
 }
 
@@ -472,6 +512,14 @@ pub(crate) fn attend<S: Simd>(
         }
     }
     let index = list.map(|list| list.index);
+    // Packed heads hold what the list picks, in whole panels.
+    let packed = index.and_then(|index| problem.packed.map(|heads| (heads, index)));
+    if let Some((_, index)) = packed {
+        let whole = |keys: &[u32]| {
+            (keys[0] as usize).is_multiple_of(panel::<S>()) && keys[keys.len() - 1] - keys[0] < keys.len() as u32
+        };
+        assert!(index[keys.clone()].chunks(panel::<S>()).all(whole));
+    }
     let visible_of = |r: usize, start: usize, end: usize| {
         let visible = list.map_or_else(|| problem.visible(ids[r].row), |list| list.visible[r].clone());
         visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start
@@ -510,6 +558,7 @@ pub(crate) fn attend<S: Simd>(
             let (to_keys, to_values) = (packed_keys.as_mut_ptr(), packed_values.as_mut_ptr());
             let dims = ([problem.dim, problem.value_dim], [dp, vp]);
             match &state.form {
+                _ if packed.is_some() => {}
                 Form::Pairs => {
                     let k = numbers::<bf16>(&problem.k, batch, head);
                     let k = Strided { base: k.base.cast::<f32>(), stride: k.stride / 2 };
@@ -534,13 +583,37 @@ pub(crate) fn attend<S: Simd>(
                     });
                     with_rows!(problem, batch, head, |_k, v| {
                         let (dim, padded_dim, wide) = (problem.value_dim, vp, wide.as_mut_ptr());
-                        s.call(PackValues { v, keys: keys.clone(), dim, padded_dim, wide, to: to_values });
+                        s.call(PackValues {
+                            v,
+                            keys: keys.clone(),
+                            dim,
+                            padded_dim,
+                            wide,
+                            between: KEYS,
+                            to: to_values,
+                        });
                     });
                 }
             }
             for p in 0..columns / panel {
-                let b = packed_keys.as_ptr().add(p * dp * panel);
+                let b = match packed {
+                    Some((heads, index)) => {
+                        heads.keys(problem, batch, head, index[start + p * panel] as usize).as_ptr()
+                    }
+                    None => packed_keys.as_ptr().add(p * dp * panel),
+                };
+                let next = match packed {
+                    Some((heads, index)) if (p + 1) * panel < columns => {
+                        heads.keys(problem, batch, head, index[start + (p + 1) * panel] as usize)
+                    }
+                    Some((heads, index)) if vp > 0 => {
+                        let run = index[start] as usize..=index[run_end(index, start, end) - 1] as usize;
+                        &heads.values(problem, batch, head, 0)[run.start() * panel..(run.end() + 1) * panel]
+                    }
+                    _ => &[],
+                };
                 for (t, &(low, high)) in ranges.iter().enumerate().take(tiles) {
+                    ask_for(next, t, tiles);
                     if low < (p + 1) * panel && p * panel < high {
                         let a = state.queries.as_ptr().add(t * S::ROWS * dp);
                         let c = scores.as_mut_ptr().add(t * S::ROWS * KEYS + p * panel);
@@ -608,19 +681,53 @@ pub(crate) fn attend<S: Simd>(
                 }
             }
         }
-        for p in 0..vp / panel {
-            for (t, &(low, high)) in ranges.iter().enumerate().take(tiles) {
-                if low < high {
-                    // SAFETY: columns low..high of the tile's weights and rows low..high of the panel exist; outputs are padded.
-                    unsafe {
-                        let a = scores.as_ptr().add(t * S::ROWS * KEYS + low);
-                        let b = packed_values.as_ptr().add((p * KEYS + low) * panel);
-                        let c = state.outputs.as_mut_ptr().add(t * S::ROWS * vp + p * panel);
-                        let rows_left = ids.len() - t * S::ROWS;
-                        multiply_by(s, Floats { add: true }, high - low, a, KEYS, b, c, vp, rows_left);
+        // Keys that follow one another: all of them, but for packed ones, which lie where the head has them.
+        let mut from = start;
+        while from < end {
+            let (to, values) = match packed {
+                Some((_, index)) => (run_end(index, from, end), index[from] as usize),
+                None => (end, 0),
+            };
+            let (first, last) = (from - start, to - start);
+            for p in 0..vp / panel {
+                let b = match packed {
+                    Some((heads, _)) => {
+                        &heads.values(problem, ids[0].batch, ids[0].head / problem.group, p)[values * panel..]
+                    }
+                    None => &packed_values[p * KEYS * panel..],
+                };
+                assert!(b.len() >= (to - from) * panel);
+                let next = match packed {
+                    Some((heads, _)) if (p + 1) * panel < vp => {
+                        let columns = heads.values(problem, ids[0].batch, ids[0].head / problem.group, p + 1);
+                        &columns[values * panel..(values + to - from) * panel]
+                    }
+                    Some((heads, index)) if to < end => {
+                        let columns = heads.values(problem, ids[0].batch, ids[0].head / problem.group, 0);
+                        let first = index[to] as usize;
+                        &columns[first * panel..(first + run_end(index, to, end) - to) * panel]
+                    }
+                    Some((heads, index)) if end < keys.end => {
+                        heads.keys(problem, ids[0].batch, ids[0].head / problem.group, index[end] as usize)
+                    }
+                    _ => &[],
+                };
+                for (t, &(low, high)) in ranges.iter().enumerate().take(tiles) {
+                    ask_for(next, t, tiles);
+                    let (low, high) = (low.max(first), high.min(last));
+                    if low < high {
+                        // SAFETY: columns low..high of the tile's weights and these rows of the panel exist; outputs are padded.
+                        unsafe {
+                            let a = scores.as_ptr().add(t * S::ROWS * KEYS + low);
+                            let b = b.as_ptr().add((low - first) * panel);
+                            let c = state.outputs.as_mut_ptr().add(t * S::ROWS * vp + p * panel);
+                            let rows_left = ids.len() - t * S::ROWS;
+                            multiply_by(s, Floats { add: true }, high - low, a, KEYS, b, c, vp, rows_left);
+                        }
                     }
                 }
             }
+            from = to;
         }
         start = end;
     }

@@ -2,6 +2,7 @@
 
 use crate::dense::backward::{ListedTile, ROWS, listed_backward};
 use crate::dense::keys::Keys;
+use crate::dense::packed::{PackedHeads, PackedRoom, Packing};
 use crate::dense::run::{Job, RowBlock, push_row_blocks, run_blocks};
 use crate::dense::scores::RowId;
 use crate::dense::{Forward, Gradients, Options, Problem, check_outputs};
@@ -141,7 +142,28 @@ pub fn block_sparse<'a>(
     check_bounds("key blocks", bounds, problem.keys)?;
     lists.check(&problem, bounds.len() - 1)?;
     let row_blocks = lists.row_blocks(&problem, |list| Keys::Blocks { blocks: lists.list(list), bounds });
-    run_blocks(simd::current(), &[Job::new(problem, out, lse)], &row_blocks, execution)
+    let (isa, packing) = (simd::current(), Packing::new(simd::current(), &problem));
+    if !pays(&problem, packing, bounds, &row_blocks) {
+        return run_blocks(isa, &[Job::new(problem, out, lse)], &row_blocks, execution);
+    }
+    let (together, mut room) = (packing.heads_together(), PackedRoom::default());
+    for part in row_blocks.chunk_by(|a, b| a.kv_head(&problem) / together == b.kv_head(&problem) / together) {
+        let first = part[0].kv_head(&problem) / together * together;
+        let heads = first..(first + together).min(problem.batch * problem.kv_heads);
+        let packed = PackedHeads::new(isa, &problem, packing, heads, &mut room, execution)?;
+        let problem = Problem { packed: Some(&packed), ..problem };
+        run_blocks(isa, &[Job::new(problem, out, lse)], part, execution)?;
+    }
+    Ok(())
+}
+
+/// Whether packing each head as a whole takes less than packing what each block of queries picks, and blocks are whole panels.
+fn pays(problem: &Problem, packing: Packing, bounds: &[usize], row_blocks: &[RowBlock]) -> bool {
+    let inner = &bounds[..bounds.len() - 1];
+    let picked: usize = row_blocks.iter().map(RowBlock::packed_keys).sum();
+    inner.iter().all(|bound| bound.is_multiple_of(packing.panel))
+        && picked >= 2 * problem.keys * problem.kv_heads * problem.batch
+        && picked > 0
 }
 
 /// Gradients of [`block_sparse`]; those of [`attention_backward`](crate::dense::attention_backward) over the listed blocks.

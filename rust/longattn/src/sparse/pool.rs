@@ -59,6 +59,63 @@ pub fn block_means(
     Ok(())
 }
 
+/// The mean distance of each block's rows from the block's mean, in each number, `[batch, heads, blocks, dim]`; `means` are as
+/// [`block_means`] makes them.
+pub fn block_deviations(x: TensorView, bounds: &[usize], means: &[f32], execution: &Execution) -> Result<Vec<f32>> {
+    let [batch, heads, rows, dim] = x.shape();
+    if bounds.is_empty() || !bounds.is_sorted() || bounds.last().is_some_and(|&last| last > rows) {
+        return Err(Error::value("bounds", format!("{} bounds", bounds.len()), format!("bounds that rise to {rows}")));
+    }
+    let blocks = bounds.len() - 1;
+    if means.len() != batch * heads * blocks * dim {
+        return Err(Error::value("means", format!("{} numbers", means.len()), batch * heads * blocks * dim));
+    }
+    let (isa, pieces) = (simd::current(), blocks.div_ceil(TOGETHER).max(1));
+    let parts = map(execution, batch * heads * pieces, |i| {
+        let (first, head) = (i % pieces * TOGETHER, i / pieces);
+        let bounds = &bounds[first..=(first + TOGETHER).min(blocks)];
+        let means = &means[(head * blocks + first) * dim..][..(bounds.len() - 1) * dim];
+        dispatch(isa, Deviations { x, batch: head / heads, head: head % heads, bounds, means })
+    })?;
+    Ok(parts.concat())
+}
+
+struct Deviations<'a> {
+    x: TensorView<'a>,
+    batch: usize,
+    head: usize,
+    bounds: &'a [usize],
+    means: &'a [f32],
+}
+
+impl Kernel for Deviations<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Vec<f32> {
+        let Self { x, batch, head, bounds, means } = self;
+        let dim = x.shape()[3];
+        let mut deviations = vec![0f32; means.len()];
+        let mut row = vec![0f32; dim.next_multiple_of(S::LANES)];
+        for (b, sums) in deviations.chunks_exact_mut(dim).enumerate() {
+            let mean = &means[b * dim..(b + 1) * dim];
+            for j in bounds[b]..bounds[b + 1] {
+                with_element!(x.dtype(), T => {
+                    let from = x.row::<T>(batch, head, j);
+                    // SAFETY: the row has `dim` elements, and `row` its padded length.
+                    unsafe { widen_row(s, from.as_ptr(), dim, row.as_mut_ptr(), row.len()) };
+                });
+                for ((sum, x), m) in sums.iter_mut().zip(&row).zip(mean) {
+                    *sum += (x - m).abs();
+                }
+            }
+            let inverse = 1.0 / (bounds[b + 1] - bounds[b]).max(1) as f32;
+            sums.iter_mut().for_each(|x| *x *= inverse);
+        }
+        deviations
+    }
+}
+
 /// The mean of the rows of `x` in each list, `indices[bounds[b]..bounds[b + 1]]`, into `means`, `[batch, heads, lists, dim]`; zeros for
 /// an empty list.
 pub fn listed_means(

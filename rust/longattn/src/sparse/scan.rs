@@ -7,7 +7,7 @@ use crate::dense::scratch::{Scratch, with_scratch};
 use crate::dense::tile::QUERY_ROWS;
 use crate::parallel::{Execution, map};
 use crate::simd::{self, Kernel, Simd, dispatch};
-use crate::tensor::Result;
+use crate::tensor::{Error, Result};
 use std::ops::Range;
 
 /// What is made of a row of logits. `row` must be `#[inline(always)]`.
@@ -129,6 +129,23 @@ pub struct Selection {
     pub indptr: Vec<i64>,
     /// Their numbers, ascending in each.
     pub indices: Vec<u32>,
+}
+
+impl Selection {
+    /// Whether lists begin and end where there are numbers, and ascend.
+    pub(super) fn check(&self, name: &'static str) -> Result<()> {
+        let end = self.indices.len() as i64;
+        let fits = self.indptr.first() == Some(&0) && self.indptr.last() == Some(&end) && self.indptr.is_sorted();
+        if fits && (0..self.indptr.len() - 1).all(|i| self.list(i).is_sorted()) {
+            return Ok(());
+        }
+        Err(Error::value(name, format!("{} bounds", self.indptr.len()), "bounds of ascending lists"))
+    }
+
+    /// List `i`.
+    pub(super) fn list(&self, i: usize) -> &[u32] {
+        &self.indices[self.indptr[i] as usize..self.indptr[i + 1] as usize]
+    }
 }
 
 impl FromIterator<Vec<u32>> for Selection {

@@ -10,7 +10,7 @@ use crate::simd::{self, Simd, dispatch};
 use crate::tensor::{Error, KvView, Result, TensorView};
 use std::ops::Range;
 
-fn check_len(name: &'static str, got: usize, expected: usize) -> Result<()> {
+pub(super) fn check_len(name: &'static str, got: usize, expected: usize) -> Result<()> {
     if got == expected {
         return Ok(());
     }
@@ -18,7 +18,7 @@ fn check_len(name: &'static str, got: usize, expected: usize) -> Result<()> {
 }
 
 /// Numbers of the entries, the largest first, equal ones by number; NaN comes last.
-fn descending(scores: &[f32], among: impl Iterator<Item = u32>) -> Vec<u32> {
+pub(super) fn descending(scores: &[f32], among: impl Iterator<Item = u32>) -> Vec<u32> {
     let value = |j: u32| {
         let x = scores[j as usize];
         if x.is_nan() { f32::NEG_INFINITY } else { x }

@@ -303,7 +303,7 @@ impl<'a> Room<'a> {
         unsafe {
             let wide = self.wide.as_mut_ptr();
             pack_transposed(s, strided, 0..n, dim, dw, wide, self.k_across.as_mut_ptr());
-            pack_values(s, strided, 0..n, dim, dw, wide, self.k_panels.as_mut_ptr());
+            pack_values(s, strided, 0..n, dim, dw, wide, KEYS, self.k_panels.as_mut_ptr());
         }
         for (j, row) in self.rows.chunks_exact_mut(vw).take(n).enumerate() {
             load_row(s, &forward.v, [batch, kv_head, keys.row(j)], row);
@@ -345,8 +345,8 @@ impl<'a> Room<'a> {
         // SAFETY: both have n <= ROWS <= KEYS rows; the panels were sized for KEYS.
         unsafe {
             let wide = self.wide.as_mut_ptr();
-            pack_values(s, q_rows, 0..n, dim, dw, wide, self.q_panels.as_mut_ptr());
-            pack_values(s, d_rows, 0..n, value_dim, vw, wide, self.d_panels.as_mut_ptr());
+            pack_values(s, q_rows, 0..n, dim, dw, wide, KEYS, self.q_panels.as_mut_ptr());
+            pack_values(s, d_rows, 0..n, value_dim, vw, wide, KEYS, self.d_panels.as_mut_ptr());
         }
     }
 

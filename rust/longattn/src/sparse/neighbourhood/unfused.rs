@@ -169,7 +169,7 @@ impl Kernel for Sums<'_, '_> {
             with_rows!(problem, batch, kv_head, |_k, v| {
                 let (v, dim, padded_dim) = (Indexed { rows: v, index }, problem.value_dim, vp);
                 let (wide, to) = (wide.as_mut_ptr(), packed.as_mut_ptr());
-                s.call(PackValues { v, keys: keys.clone(), dim, padded_dim, wide, to });
+                s.call(PackValues { v, keys: keys.clone(), dim, padded_dim, wide, between: KEYS, to });
             });
             let ranges = tile_ranges::<S>(visible, &keys);
             across.fill(0.0);

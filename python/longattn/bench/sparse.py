@@ -1,0 +1,153 @@
+"""Attention over random blocks of keys and over windows: time against the share of the pairs that is computed.
+
+`time / density` is the time over that of dense attention, divided by the density: 1 where time goes with density.
+Time of choosing is not in it: masks are given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import longattn as la
+from longattn.bench import peers
+from longattn.bench.arrays import DTYPES, gaussian
+from longattn.bench.harness import Bench, Candidate, rows_of
+from longattn.bench.options import Grid, add_grid, chosen_grid
+from longattn.bench.plots import Bars, Panel, Points
+from longattn.bench.results import Result, Row
+from longattn.bench.tables import Column, count
+
+SUMMARY = "attention over blocks of keys and windows: time against density, beside torch's flex and masked attention"
+DENSE = "longattn.attention"
+OURS = "longattn.block_sparse_attention"
+WINDOW = "longattn.attention, window"
+COLUMNS: tuple[Column, ...] = (
+    Column("threads", "threads"),
+    Column("H", "query_heads"),
+    Column("D", "head_dim"),
+    Column("length", "keys"),
+    Column("dtype", "dtype"),
+    Column("mask", "mask"),
+    Column("density", "density", ".1%"),
+    Column("method", "method"),
+    Column("ms", "ms", ".4g"),
+    Column("min", "ms_min", ".4g"),
+    Column("max", "ms_max", ".4g"),
+    Column("calls", "calls"),
+    Column("of dense", "of_dense", ".3f"),
+    Column("time / density", "per_density", ".2f"),
+    Column("× ours", "times_ours", ".2f"),
+)
+GRID = Grid(heads=((8, 8),), head_dims=(64, 128), keys=(16384, 65536), dtypes=("float32", "bfloat16"))
+QUICK_GRID = Grid(heads=((2, 2),), head_dims=(64,), keys=(512,), dtypes=("float32", "bfloat16"))
+DENSITIES, QUICK_DENSITIES = (0.02, 0.05, 0.1, 0.25, 0.5), (0.1, 0.5)
+BLOCKS = (64, 128)
+#: Peers take a mask of all pairs up to this length, and masks of at most this density.
+MASKED, PEER_DENSITY = 16384, 0.1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the routine's options to `parser`."""
+    add_grid(parser, GRID, heads=False)
+    parser.add_argument(
+        "--densities", type=_shares, metavar="X,X", help="of the masks (default 0.02,0.05,0.1,0.25,0.5)"
+    )
+
+
+def _shares(text: str) -> list[float]:
+    """Argument type: `0.02,0.5`."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"expected shares above 0 and at most 1, comma-separated, got {text}")
+    return values
+
+
+def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+    """All shapes and masks; rows, and `slopes`, which are not of interest here, empty."""
+    grid = chosen_grid(args, GRID, QUICK_GRID)
+    densities = args.densities or (QUICK_DENSITIES if bench.quick else DENSITIES)
+    rows: list[Row] = []
+    for (heads, _), dim, dtype, length in itertools.product(grid.heads, grid.head_dims, grid.dtypes, grid.keys):
+        bench.say(f"sparse {heads} x {dim}, length {length}, {dtype}")
+        rng = np.random.default_rng(0)
+        arrays = [gaussian(rng, (1, heads, length, dim), DTYPES[dtype]) for _ in "qkv"]
+        case = {"query_heads": heads, "head_dim": dim, "keys": length, "dtype": dtype}
+        for threads in bench.each_threads():
+            rows += _case(bench, arrays, case | {"threads": threads}, densities)
+    return {"rows": rows, "slopes": []}
+
+
+def random_mask(rng: np.random.Generator, heads: int, length: int, block: int, density: float) -> la.BlockMask:
+    """As many random blocks of keys, one at least, for each block of queries."""
+    blocks = -(-length // block)
+    taken = max(1, round(density * blocks))
+    order = np.argsort(rng.random((heads, blocks, blocks)), axis=-1) < taken
+    return la.BlockMask.from_blocks(order, lengths=(length, length), block_q=block, block_k=block)
+
+
+def _case(bench: Bench, arrays: list[NDArray[Any]], case: Row, densities: list[float] | tuple[float, ...]) -> list[Row]:
+    q, k, v = arrays
+    length = case["keys"]
+    dense = Candidate(DENSE, lambda: la.attention(q, k, v), peer=False)
+    rows = []
+    for density in densities:
+        candidates, masks = [dense], {}
+        for block in BLOCKS:
+            mask = random_mask(np.random.default_rng(block), case["query_heads"], length, block, density)
+            name = f"{OURS}, blocks of {block}"
+            masks[name] = (f"blocks of {block}", mask.density())
+            candidates.append(Candidate(name, _over(q, k, v, mask), peer=False))
+            if bench.peers and density <= PEER_DENSITY:
+                for peer in peers.sparse(q, k, v, mask, masked=length <= MASKED):
+                    named = f"{peer.name}, blocks of {block}"
+                    masks[named] = masks[name]
+                    candidates.append(Candidate(named, peer.call))
+        radius = round((length - np.sqrt(length**2 * (1 - density))) if density < 1 else length)
+        seen = sum(min(i + radius, length - 1) - max(i - radius, 0) + 1 for i in range(length)) / length**2
+        masks[WINDOW] = (f"window of {radius} to either side", seen)
+        candidates.append(Candidate(WINDOW, _within(q, k, v, radius), peer=False))
+        outcomes = bench.interleave(candidates)
+        reference = outcomes[DENSE].median_ms
+        for row in rows_of(outcomes, None, case):
+            if row["method"] == DENSE:
+                row |= {"mask": "none", "density": 1.0}
+            else:
+                row["mask"], row["density"] = masks[row["method"]]
+            if row["ms"] is not None:
+                row["of_dense"] = row["ms"] / reference
+                row["per_density"] = row["of_dense"] / row["density"]
+                ours = outcomes.get(f"{OURS}, {row['mask']}")
+                row["times_ours"] = row["ms"] / ours.median_ms if ours else None
+            rows.append(row)
+    return rows
+
+
+def _over(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: la.BlockMask) -> Any:
+    return lambda: la.block_sparse_attention(q, k, v, mask)
+
+
+def _within(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], radius: int) -> Any:
+    return lambda: la.attention(q, k, v, window=(radius, radius))
+
+
+def panels(result: Result) -> list[Panel | Bars]:
+    """Time over dense time against density, a panel for each head_dim, dtype, length and thread count."""
+    rows = [row for row in result["rows"] if row["ms"] is not None and row["method"] != DENSE]
+    kinds = dict.fromkeys((row["head_dim"], row["dtype"], row["keys"], row["threads"]) for row in rows)
+    drawn: list[Panel | Bars] = []
+    for dim, dtype, keys, threads in kinds:
+        lines: dict[str, Points] = {}
+        for row in rows:
+            if (row["head_dim"], row["dtype"], row["keys"], row["threads"]) == (dim, dtype, keys, threads):
+                lines.setdefault(row["method"].removeprefix("longattn."), []).append((row["density"], row["of_dense"]))
+        title = f"D {dim}, {dtype}, {keys} keys, {count(threads)}"
+        drawn.append(Panel(title, "density", "time / dense time", {name: sorted(line) for name, line in lines.items()}))
+    return drawn

@@ -1,0 +1,99 @@
+"""Selectors made of selectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import and_, or_
+from typing import Any
+
+from longattn._arrays import Array
+from longattn._checks import integer
+from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.row_lists import RowLists
+from longattn.sparse.sparse_attention import Selector
+
+
+def _check(selectors: object) -> None:
+    if not isinstance(selectors, Sequence) or not selectors or not all(callable(x) for x in selectors):
+        raise TypeError(f"selectors: got {selectors!r}, expected a sequence of selectors")
+
+
+@dataclass(frozen=True, slots=True)
+class Union:
+    """What any of some selectors chooses, all over blocks of the same sizes or all over keys.
+
+    Args:
+        selectors: at least one.
+
+    Raises:
+        TypeError: not a sequence of selectors.
+    """
+
+    selectors: Sequence[Selector]
+
+    def __post_init__(self) -> None:
+        """Checks the selectors."""
+        _check(self.selectors)
+
+    def __call__(self, q: Array, k: Array, *, causal: bool = False, scale: float | None = None) -> BlockMask | RowLists:
+        """The union."""
+        chosen: list[Any] = [select(q, k, causal=causal, scale=scale) for select in self.selectors]
+        made: BlockMask | RowLists = reduce(or_, chosen)
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Intersection:
+    """What all of some selectors choose, all over blocks of the same sizes or all over keys.
+
+    Args:
+        selectors: at least one.
+
+    Raises:
+        TypeError: not a sequence of selectors.
+    """
+
+    selectors: Sequence[Selector]
+
+    def __post_init__(self) -> None:
+        """Checks the selectors."""
+        _check(self.selectors)
+
+    def __call__(self, q: Array, k: Array, *, causal: bool = False, scale: float | None = None) -> BlockMask | RowLists:
+        """The intersection."""
+        chosen: list[Any] = [select(q, k, causal=causal, scale=scale) for select in self.selectors]
+        made: BlockMask | RowLists = reduce(and_, chosen)
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class PerHead:
+    """A selector for each query head: head `h` gets what `selectors[which[h]]` chooses for it.
+
+    Every selector runs for all heads.
+
+    Args:
+        selectors: at least one, all over blocks of the same sizes or all over keys.
+        which: a number for each query head.
+
+    Raises:
+        TypeError: not a sequence of selectors, or numbers that are not integers.
+        ValueError: a number that no selector has.
+    """
+
+    selectors: Sequence[Selector]
+    which: Sequence[int]
+
+    def __post_init__(self) -> None:
+        """Checks the selectors and the numbers."""
+        _check(self.selectors)
+        for x in self.which:
+            integer(x, "which", 0, len(self.selectors) - 1)
+
+    def __call__(self, q: Array, k: Array, *, causal: bool = False, scale: float | None = None) -> BlockMask | RowLists:
+        """The table."""
+        tables: list[Any] = [select(q, k, causal=causal, scale=scale) for select in self.selectors]
+        made: BlockMask | RowLists = type(tables[0]).per_head(tables, self.which)
+        return made

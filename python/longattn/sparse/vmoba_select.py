@@ -1,0 +1,232 @@
+"""VMoBA: blocks of video tokens, cut along time or space, chosen for queries by the means of their keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longattn._arrays import Array, like
+from longattn._checks import batched, dense_inputs, flag, integer, real, scale_factor
+from longattn.methods import Method
+from longattn.reference import sparse as reference
+from longattn.sparse._choosing import block_mass, choose
+from longattn.sparse._lists import pointers
+from longattn.sparse._selecting import block_bounds, block_means, selector_inputs
+from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.block_sparse_attention import block_sparse_attention
+from longattn.sparse.sparse_attention import SparseStats
+
+#: Over what a threshold is taken: for each head, for each query, for each block, or for all heads together.
+SCOPES = ("head", "query", "block", "all")
+
+
+def vmoba_partition(grid: tuple[int, int, int], partition: float | tuple[int, ...]) -> tuple[NDArray[np.int64], int]:
+    """The order of tokens in which blocks are contiguous, and the tokens of a block.
+
+    Args:
+        grid: frames, and rows and columns of a frame; tokens are numbered in this order.
+        partition: a number of frames, which may be a fraction: blocks of that many tokens one after another; `(height,
+            width)`: patches of that size through all frames; or `(frames, height, width)`.
+
+    Returns:
+        `(order, size)`: `order` `[L]`, the token at each place, and the tokens of a block, of the last one at most.
+
+    Raises:
+        TypeError: arguments of another kind.
+        ValueError: sizes below 1, or that do not divide the grid.
+
+    Example:
+        >>> import longattn as la
+        >>> order, size = la.sparse.vmoba_partition((1, 2, 4), (2, 2))
+        >>> order.tolist(), size
+        ([0, 1, 4, 5, 2, 3, 6, 7], 4)
+    """
+    if not isinstance(grid, tuple | list) or len(grid) != 3:
+        raise TypeError(f"grid: got {grid!r}, expected (frames, height, width)")
+    frames, height, width = (integer(x, "grid", 1) for x in grid)
+    tokens = np.arange(frames * height * width)
+    if not isinstance(partition, tuple | list):
+        size = int(real(partition, "partition") * height * width)
+        if size < 1:
+            raise ValueError(f"partition: got {partition}, expected blocks of at least one token")
+        return tokens, min(size, len(tokens))
+    if len(partition) not in (2, 3):
+        raise ValueError(f"partition: got {partition!r}, expected a number, (height, width) or (frames, height, width)")
+    sizes = tuple(integer(x, "partition", 1) for x in partition)
+    of_block = (frames, *sizes) if len(sizes) == 2 else sizes
+    if any(n % part for n, part in zip((frames, height, width), of_block, strict=True)):
+        raise ValueError(f"partition: got {partition!r}, expected divisors of the grid {tuple(grid)}")
+    t, h, w = of_block
+    cut = tokens.reshape(frames // t, t, height // h, h, width // w, w).transpose(0, 2, 4, 1, 3, 5)
+    return cut.ravel(), t * h * w
+
+
+def vmoba_blocks(
+    q: Array,
+    k: Array,
+    *,
+    block: int,
+    tau: float = 0.25,
+    top_k: int | None = None,
+    scope: str = "head",
+    min_extra: int = 1,
+) -> BlockMask:
+    """The blocks that each query takes, for tokens whose blocks of `block` follow one another.
+
+    Args:
+        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
+        k: keys `[B, Hkv, L, D]`, or `[Hkv, L, D]`; any of the three dtypes.
+        block: tokens of a block.
+        tau: as in `vmoba_select`.
+        top_k: as in `vmoba_select`.
+        scope: as in `vmoba_select`.
+        min_extra: as in `vmoba_select`.
+
+    Returns:
+        The mask, with query blocks of one query.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes or values that do not fit.
+    """
+    qn, kn = selector_inputs(q, k)
+    batch, heads, rows, _ = qn.shape
+    if kn.shape[2] != rows:
+        raise ValueError(f"k: got {kn.shape[2]} tokens, expected {rows} as in q")
+    integer(block, "block", 1)
+    integer(min_extra, "min_extra", 0)
+    if not real(tau, "tau") >= 0:
+        raise ValueError(f"tau: got {tau}, expected at least 0")
+    if scope not in SCOPES:
+        raise ValueError(f"scope: got {scope!r}, expected one of {SCOPES}")
+    if top_k is not None and (integer(top_k, "top_k", 1) < 1 or scope not in ("head", "query")):
+        raise ValueError(f"scope: got {scope!r} with top_k, expected 'head' or 'query'")
+    bounds = block_bounds(rows, block)
+    count = len(bounds) - 1
+    gate = block_mass(qn, block_means(kn, bounds), 1.0, limits=np.full(rows, count), weigh=False)
+    own = np.arange(rows) // block
+    rule: dict[str, Any] = {"share": tau, "others": min_extra, "spread": True}
+    if top_k is not None:
+        most = top_k if scope == "query" else top_k * rows
+        rule = {"least": most, "most": most}
+    if scope == "block":
+        # One row for each block, over the queries of all heads.
+        turned = np.ascontiguousarray(gate.transpose(0, 3, 1, 2)).reshape(batch, 1, count, heads * rows)
+        mine = np.tile(own, heads) == np.arange(count)[:, None]
+        indptr, indices = choose(turned, np.full(count, heads * rows), marks=mine[None, None], **rule)
+        blocks = np.repeat(np.tile(np.arange(count), batch), np.diff(indptr.reshape(batch, -1), axis=1).ravel())
+        batches = np.repeat(np.arange(batch), indptr[:, 0, -1] - indptr[:, 0, 0])
+        codes = np.sort((batches * heads * rows + indices.astype(np.int64)) * count + blocks)
+        shape = (batch, heads, rows)
+        lists = pointers(codes // max(count, 1), shape), (codes % max(count, 1)).astype(np.uint32)
+    else:
+        together = {"query": 1, "head": rows, "all": heads * rows}[scope]
+        lists = choose(gate, np.full(rows, count), forced=(own, own + 1), together=max(together, 1), **rule)
+    return BlockMask(
+        indptr=lists[0], indices=lists[1], lengths=(rows, rows), block_q=1, block_k=block,
+        scored=batch * heads * rows * count,
+    )  # fmt: skip
+
+
+def vmoba_select(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    grid: tuple[int, int, int],
+    partition: float | tuple[int, ...],
+    tau: float = 0.25,
+    top_k: int | None = None,
+    scope: str = "head",
+    min_extra: int = 1,
+    scale: float | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """Attention of video tokens to their own block and to the blocks whose mean key they like best.
+
+    The gate of a query and a block is `q . mean k`. Over a scope gates are moved and scaled to 0 to 1; a query's own
+    block is always taken, and of all other pairs of the scope the best, until those that are taken have a share `tau`
+    of the sum, but at least `min_extra`. With `top_k` instead, a query takes its `top_k` best blocks (scope "query"),
+    or a head the `top_k * L` best pairs (scope "head"); own blocks count.
+
+    Layers of the original go through partitions along time, in the plane and in space by turns. Sequences of a batch
+    have one length.
+
+    Args:
+        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16; `L = frames * height * width`.
+        k: keys `[B, Hkv, L, D]`, or `[Hkv, L, D]`; any of the three dtypes.
+        v: values `[B, Hkv, L, Dv]`, or `[Hkv, L, Dv]`; dtype of `k`.
+        grid: frames, and rows and columns of a frame.
+        partition: how tokens are cut into blocks, see `vmoba_partition`.
+        tau: share of the scope's sum, from 1 on all.
+        top_k: instead of `tau`, numbers of blocks.
+        scope: "head", "query", "block" (for each block, over the queries of all heads) or "all" (all heads together).
+        min_extra: pairs of a scope besides own blocks that are taken at least.
+        scale: factor on the dot products; `None` is `D ** -0.5`.
+        return_stats: also return `SparseStats`.
+
+    Returns:
+        The output `[B, Hq, L, Dv]` (or `[Hq, L, Dv]`), in the kind and dtype of `q`; with `return_stats` the pair
+        `(output, stats)`.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes or values that do not fit.
+
+    Cost:
+        Per query head `L * blocks * D` multiply-adds for the gates and a partial order of them, and `(D + Dv)` per
+        query and key of the blocks it takes; for partitions in the plane or in space, copies in the blocks' order.
+
+    References:
+        J. Wu et al., "VMoBA: Mixture-of-Block Attention for Video Diffusion Models", 2025, arXiv:2506.23858.
+
+    Example:
+        >>> import numpy as np, longattn as la
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 4 * 8 * 8, 16), dtype=np.float32)
+        >>> out, stats = la.sparse.vmoba_select(q, k, v, grid=(4, 8, 8), partition=(4, 4), return_stats=True)
+        >>> stats.density < 0.6
+        True
+    """
+    q3, k3, v3 = dense_inputs(q, k, v)
+    qn, kn = selector_inputs(q3, k3)
+    vn, return_stats = batched(v3, 4), flag(return_stats, "return_stats")
+    order, size = vmoba_partition(grid, partition)
+    tokens = qn.shape[2]
+    if len(order) != tokens or kn.shape[2] != tokens:
+        raise ValueError(f"grid: got {tuple(grid)} for {tokens} queries and {kn.shape[2]} keys, expected as many")
+    moved = isinstance(partition, tuple | list)
+    qn, kn, vn = (np.take(x, order, axis=2) if moved else x for x in (qn, kn, vn))
+    mask = vmoba_blocks(qn, kn, block=size, tau=tau, top_k=top_k, scope=scope, min_extra=min_extra)
+    found = block_sparse_attention(qn, kn, vn, mask, scale=scale_factor(scale, qn.shape[3]))
+    out = found
+    if moved:
+        out = np.empty_like(found)
+        out[:, :, order] = found
+    result = like(q, out.reshape(*q3.shape[:-1], vn.shape[3]))
+    return (result, SparseStats.of(mask, causal=False)) if return_stats else result
+
+
+METHOD = Method(
+    name="vmoba_select",
+    family="sparse",
+    title="VMoBA: Mixture-of-Block Attention for Video Diffusion Models",
+    year=2025,
+    arxiv="2506.23858",
+    function=vmoba_select,
+    reference=reference.vmoba_select,
+    exact=False,
+    modes=frozenset({"non-causal", "self"}),
+    gqa=True,
+    step=False,
+    checks=(
+        "With `tau` 1, or as many blocks as there are, it is dense attention.",
+        "With a single block it is dense attention.",
+        "With `tau` 0 and no extra pair it is attention inside blocks.",
+        "With a number of blocks for each query it is MoBA without causality.",
+        "The result does not depend on the order of the blocks.",
+    ),
+    tests="tests/sparse/test_vmoba_select.py",
+    cost="`L * blocks * D` multiply-adds per query head for the gates, `(D + Dv)` per query and key of what is taken.",
+)

@@ -1,0 +1,159 @@
+//! Keys and values of whole heads, packed once for all the items that pick blocks of them.
+
+use super::Problem;
+use super::rows::{Rows, Strided, numbers, with_rows};
+use super::scratch::Buffer;
+use super::tile::{KEYS, PackKeys, PackValues, multiplies_pairs, panel};
+use crate::parallel::{Execution, for_each};
+use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::tensor::{Result, TensorViewMut};
+use half::bf16;
+use std::ops::Range;
+
+/// Floats that the packed heads of one pass may take, unless a single head needs more.
+const ROOM: usize = 1 << 22;
+
+/// Memory of packed heads, kept from one pass to the next.
+#[derive(Default)]
+pub(crate) struct PackedRoom {
+    keys: Buffer,
+    values: Buffer,
+}
+
+/// How a head is packed on an instruction set.
+#[derive(Clone, Copy)]
+pub(crate) struct Packing {
+    /// Keys of a panel.
+    pub(crate) panel: usize,
+    key_width: usize,
+    value_width: usize,
+    /// Keys of a head, up to whole panels.
+    padded_keys: usize,
+}
+
+struct Layout<'a>(&'a Problem<'a>);
+
+impl Kernel for Layout<'_> {
+    type Output = Packing;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> Packing {
+        let problem = self.0;
+        let dim = if multiplies_pairs::<S>(problem) { problem.dim / 2 } else { problem.dim };
+        let panel = panel::<S>();
+        Packing {
+            panel,
+            key_width: dim.next_multiple_of(S::LANES),
+            value_width: problem.value_dim.next_multiple_of(panel),
+            padded_keys: problem.keys.next_multiple_of(panel),
+        }
+    }
+}
+
+impl Packing {
+    /// Of the problem, on an instruction set.
+    pub(crate) fn new(isa: Isa, problem: &Problem) -> Self {
+        dispatch(isa, Layout(problem))
+    }
+
+    /// KV heads that are packed at a time.
+    pub(crate) fn heads_together(&self) -> usize {
+        (ROOM / (self.padded_keys * (self.key_width + self.value_width)).max(1)).max(1)
+    }
+}
+
+/// Packed KV heads, counted over batches, that follow one another.
+pub(crate) struct PackedHeads<'a> {
+    packing: Packing,
+    first: usize,
+    /// `[head, panel of keys, width, panel]`.
+    keys: &'a [f32],
+    /// `[head, panel of columns, padded keys, panel]`.
+    values: &'a [f32],
+}
+
+impl<'a> PackedHeads<'a> {
+    /// Packs the KV heads `heads`.
+    pub(crate) fn new(
+        isa: Isa,
+        problem: &Problem,
+        packing: Packing,
+        heads: Range<usize>,
+        room: &'a mut PackedRoom,
+        execution: &Execution,
+    ) -> Result<Self> {
+        let Packing { panel, key_width, value_width, padded_keys } = packing;
+        let (count, columns) = (heads.len(), value_width / panel);
+        let keys = room.keys.take(count * padded_keys * key_width);
+        let values = room.values.take(count * padded_keys * value_width);
+        let to_keys = TensorViewMut::new(keys, [1, count, padded_keys / panel, key_width * panel])?;
+        let to_values = TensorViewMut::new(values, [1, count * columns, padded_keys, panel])?;
+        let pieces = problem.keys.div_ceil(KEYS);
+        for_each(execution, count * pieces, |i| {
+            let (head, start) = (i / pieces, i % pieces * KEYS);
+            let rows = start..(start + KEYS).min(problem.keys);
+            let global = heads.start + head;
+            let (batch, kv_head) = (global / problem.kv_heads, global % problem.kv_heads);
+            let to_keys = to_keys.row_ptr::<f32>(0, head, start / panel);
+            let to_values = if columns == 0 { to_keys } else { to_values.row_ptr::<f32>(0, head * columns, start) };
+            dispatch(isa, PackPiece { problem, packing, batch, kv_head, rows, to_keys, to_values });
+        })?;
+        Ok(Self { packing, first: heads.start, keys: room.keys.filled(), values: room.values.filled() })
+    }
+
+    /// The packed panel of keys that begins with `key`, a multiple of the panel.
+    #[inline(always)]
+    pub(crate) fn keys(&self, problem: &Problem, batch: usize, kv_head: usize, key: usize) -> &[f32] {
+        let Packing { panel, key_width, padded_keys, .. } = self.packing;
+        let head = batch * problem.kv_heads + kv_head - self.first;
+        &self.keys[(head * padded_keys + key) * key_width..][..panel * key_width]
+    }
+
+    /// A panel of columns of a head's values, `[padded keys, panel]`.
+    #[inline(always)]
+    pub(crate) fn values(&self, problem: &Problem, batch: usize, kv_head: usize, column: usize) -> &[f32] {
+        let Packing { panel, value_width, padded_keys, .. } = self.packing;
+        let head = batch * problem.kv_heads + kv_head - self.first;
+        &self.values[(head * value_width + column * panel) * padded_keys..][..padded_keys * panel]
+    }
+}
+
+/// Packs up to [`KEYS`] keys of a head.
+struct PackPiece<'a> {
+    problem: &'a Problem<'a>,
+    packing: Packing,
+    batch: usize,
+    kv_head: usize,
+    rows: Range<usize>,
+    to_keys: *mut f32,
+    to_values: *mut f32,
+}
+
+impl PackPiece<'_> {
+    #[inline(always)]
+    fn pack<S: Simd, K: Rows, V: Rows>(self, s: S, k: K, v: V, dim: usize) {
+        let Self { problem, packing, rows, to_keys, to_values, .. } = self;
+        let Packing { panel, key_width, value_width, padded_keys } = packing;
+        let mut wide = vec![0f32; (panel * key_width).max(value_width)];
+        let wide = wide.as_mut_ptr();
+        s.call(PackKeys { k, keys: rows.clone(), dim, padded_dim: key_width, wide, to: to_keys });
+        let (dim, padded_dim) = (problem.value_dim, value_width);
+        s.call(PackValues { v, keys: rows, dim, padded_dim, wide, between: padded_keys, to: to_values });
+    }
+}
+
+impl Kernel for PackPiece<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (problem, batch, kv_head) = (self.problem, self.batch, self.kv_head);
+        if multiplies_pairs::<S>(problem) {
+            let k = numbers::<bf16>(&problem.k, batch, kv_head);
+            let k = Strided { base: k.base.cast::<f32>(), stride: k.stride / 2 };
+            self.pack(s, k, numbers::<bf16>(&problem.v, batch, kv_head), problem.dim / 2);
+        } else {
+            with_rows!(problem, batch, kv_head, |k, v| self.pack(s, k, v, problem.dim));
+        }
+    }
+}

@@ -1,0 +1,106 @@
+"""`strided_fixed_sparse_attention` against its float64 reference, and its identities."""
+
+import numpy as np
+import pytest
+
+import longattn as la
+import tolerances
+from longattn.reference import sparse as reference
+from longattn.sparse import strided_fixed_sparse_attention
+from longattn.sparse.strided_fixed_sparse_attention import PATTERNS
+from random_arrays import DTYPES, LAYOUTS, qkv
+
+
+def check(q, k, v, **options):
+    out, lse = strided_fixed_sparse_attention(q, k, v, return_lse=True, **options)
+    assert out.dtype == q.dtype and out.shape == (*q.shape[:-1], v.shape[-1])
+    expected, expected_lse = reference.strided_fixed_sparse_attention(q, k, v, return_lse=True, **options)
+    tolerances.attention(q, k, v).check(out, expected, lse, expected_lse)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("rows", "keys"), [(100, 100), (50, 131), (1, 90), (7, 3)])
+def test_reference(rng, isa, pattern, rows, keys):
+    q, k, v = qkv(rng, batch=2, heads=6, kv_heads=2, rows=rows, keys=keys, value_dim=12)
+    check(q, k, v, stride=12, pattern=pattern, summary=3)
+    check(q, k, v, stride=10, pattern=pattern, window=13, summary=2, slots=3)
+
+
+def test_patterns_per_head(rng, isa):
+    q, k, v = qkv(rng, heads=6, rows=90, keys=90)
+    check(q, k, v, stride=12, pattern=PATTERNS, summary=4, slots=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pattern", ["strided", "fixed"])
+def test_dtypes_and_layouts(rng, isa, dtype, layout, pattern):
+    check(*qkv(rng, rows=60, keys=90, q_dtype=dtype, layout=layout), stride=9, pattern=pattern)
+
+
+def test_any_number_of_threads(rng, threads):
+    check(*qkv(rng, rows=300, keys=300), stride=16)
+
+
+# Identities
+
+
+def test_a_window_of_all_keys_is_causal_attention(rng, isa):
+    q, k, v = qkv(rng, rows=90, keys=90)
+    out = strided_fixed_sparse_attention(q, k, v, stride=90, pattern="local", summary=1)
+    tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, causal=True))
+
+
+def test_a_stride_of_one_is_causal_attention(rng, isa):
+    q, k, v = qkv(rng, rows=90, keys=120)
+    out = strided_fixed_sparse_attention(q, k, v, stride=1, pattern="strided", summary=1)
+    tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, causal=True))
+
+
+def test_a_summary_of_the_whole_block_is_causal_attention(rng, isa):
+    q, k, v = qkv(rng, rows=90, keys=120)
+    for pattern in ("fixed", "fixed_summary"):
+        out = strided_fixed_sparse_attention(q, k, v, stride=16, pattern=pattern, summary=16)
+        tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, causal=True))
+
+
+def test_strided_is_causal_attention_of_residues(rng, isa):
+    q, k, v = qkv(rng, rows=96, keys=96)
+    out = strided_fixed_sparse_attention(q, k, v, stride=8, pattern="strided")
+    for r in range(8):
+        expected = la.attention(*(x[:, :, r::8] for x in (q, k, v)), causal=True)
+        tolerances.same_storage(q, k, v).check(out[:, :, r::8], expected)
+
+
+@pytest.mark.parametrize("hops", [("local", "strided"), ("fixed_local", "fixed_summary")])
+def test_two_hops_reach_every_position(hops):
+    near, far = (reference.strided_fixed_mask(60, 60, name, stride=8, summary=1).astype(int) for name in hops)
+    reached = (near + far + near @ far + far @ near) > 0
+    np.testing.assert_array_equal(reached, np.tri(60, dtype=bool))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_steps_are_the_prefill(rng, isa, pattern):
+    q, k, v = qkv(rng, rows=50, keys=50)
+    options = {"stride": 8, "pattern": pattern, "summary": 2}
+    whole, tolerance = strided_fixed_sparse_attention(q, k, v, **options), tolerances.same_storage(q, k, v)
+    for n in (1, 8, 9, 33, 50):
+        step = strided_fixed_sparse_attention(q[:, :, n - 1 : n], k[:, :, :n], v[:, :, :n], **options)
+        tolerance.check(step, whole[:, :, n - 1 : n])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"stride": 0}, ValueError, r"stride: got 0"),
+        ({"pattern": "dense"}, ValueError, r"pattern: got 'dense'"),
+        ({"pattern": ["local"] * 3}, ValueError, r"pattern: got \['local', 'local', 'local'\]"),
+        ({"window": 0}, ValueError, r"window: got 0"),
+        ({"summary": 9}, ValueError, r"summary: got 9"),
+        ({"slots": 3, "summary": 4}, ValueError, r"slots: got 3 of 4 keys"),
+    ],
+)
+def test_bad_arguments(rng, change, error, message):
+    q, k, v = qkv(rng, rows=9, keys=9)
+    with pytest.raises(error, match=message):
+        strided_fixed_sparse_attention(q, k, v, **{"stride": 8, "summary": 2} | change)
