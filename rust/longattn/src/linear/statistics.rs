@@ -243,7 +243,7 @@ impl Kernel for Piece<'_> {
             add_rows(s, &wide[..n * vw], &mut part.values);
             let strided = Strided { base: wide.as_ptr(), stride: vw as isize };
             // SAFETY: `wide` has n <= KEYS rows of `vw` floats, `panels` that many panels of KEYS rows, `last` a row.
-            unsafe { pack_values(s, strided, 0..n, value_dim, vw, last.as_mut_ptr(), panels.as_mut_ptr()) };
+            unsafe { pack_values(s, strided, 0..n, value_dim, vw, last.as_mut_ptr(), KEYS, panels.as_mut_ptr()) };
             for p in 0..vw / panel::<S>() {
                 for f in (0..features).step_by(S::ROWS) {
                     // SAFETY: ROWS rows from f on exist in `across` and `sums`, whose rows are `padded`; n <= block columns.

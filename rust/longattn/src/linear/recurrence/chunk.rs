@@ -50,7 +50,7 @@ impl<T: Element> Kernel for Values<T> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         // SAFETY: `Body` has rows of `dim` numbers and buffers of `padded` floats and of the panels.
-        unsafe { pack_values(s, self.from, self.rows, self.dim, self.padded, self.wide, self.to) }
+        unsafe { pack_values(s, self.from, self.rows, self.dim, self.padded, self.wide, KEYS, self.to) }
     }
 }
 
