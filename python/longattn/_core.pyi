@@ -728,7 +728,6 @@ def grid_depthwise(
     outputs: list[int],
     out: NDArray[np.float32],
 ) -> None: ...
-def gelu(x: NDArray[np.float32]) -> None: ...
 def path_bias(
     along_x: NDArray[np.float64],
     along_y: NDArray[np.float64],

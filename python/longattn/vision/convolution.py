@@ -85,7 +85,7 @@ def gelu(x: Float32) -> Float32:
     """`x * Phi(x)`, `Phi` the normal distribution function, of a new array."""
     out = np.array(x, np.float32, order="C")
     if out.size:
-        _core.gelu(out.reshape(-1))
+        _core.pointwise_function("gelu", out.reshape(-1))
     return out
 
 

@@ -50,12 +50,6 @@ pub(crate) fn grid_depthwise<'py>(
 }
 
 #[pyfunction]
-pub(crate) fn gelu(py: Python<'_>, mut x: PyReadwriteArray1<'_, f32>) -> PyResult<()> {
-    let x = x.as_slice_mut()?;
-    running::run(py, 20.0 * x.len() as f64, |execution| grid::gelu(x, execution))
-}
-
-#[pyfunction]
 pub(crate) fn path_bias<'py>(
     py: Python<'py>,
     along_x: PyReadonlyArray1<'py, f64>,

@@ -34,7 +34,7 @@ mod _core {
     #[pymodule_export]
     use super::double::{attention_backward_double, attention_double};
     #[pymodule_export]
-    use super::grid::{gelu, grid_depthwise, path_bias, sample};
+    use super::grid::{grid_depthwise, path_bias, sample};
     #[pymodule_export]
     use super::index::Index;
     #[pymodule_export]

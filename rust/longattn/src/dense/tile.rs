@@ -257,26 +257,6 @@ pub(crate) unsafe fn multiply_strided<S: Simd>(
     unsafe { multiply_apart(s, Floats { add }, k, a, lda, b, ldb, c, ldc, rows) }
 }
 
-/// [`multiply`] where only the first `rows` of the rows count; others may be left as they are.
-///
-/// # Safety
-/// As [`multiply`].
-#[inline(always)]
-pub(crate) unsafe fn multiply_first<S: Simd>(
-    s: S,
-    k: usize,
-    a: *const f32,
-    lda: usize,
-    b: *const f32,
-    c: *mut f32,
-    ldc: usize,
-    add: bool,
-    rows: usize,
-) {
-    // SAFETY: the caller's promise.
-    unsafe { multiply_by(s, Floats { add }, k, a, lda, b, c, ldc, rows) }
-}
-
 /// Whether queries and keys of a problem can stay pairs of bf16.
 #[inline(always)]
 pub(crate) fn multiplies_pairs<S: Simd>(problem: &Problem) -> bool {

@@ -1,12 +1,10 @@
 //! Operations on grids of feature rows, `[batch, t, y, x, channels]`, in one to three dimensions (the missing ones have extent 1).
 
 mod depthwise;
-mod gelu;
 mod paths;
 mod sample;
 
 pub use depthwise::{Depthwise, depthwise};
-pub use gelu::gelu;
 pub use paths::{Paths, path_bias};
 pub use sample::{Points, Sampling, sample};
 

@@ -15,7 +15,7 @@
 use super::features::{FeatureMap, Map, Mapper, dot, exponential, largest, multiply_row};
 use crate::dense::backward::load_row;
 use crate::dense::rows::Strided;
-use crate::dense::tile::{KEYS, multiply_first, pack_values, panel};
+use crate::dense::tile::{KEYS, multiply_strided, pack_values, panel};
 use crate::parallel::{Execution, for_each, map};
 use crate::simd::{self, Kernel, MAX_ROWS, Simd, dispatch};
 use crate::tensor::{Element, Error, Result, TensorView, TensorViewMut, with_element};
@@ -251,7 +251,7 @@ impl Kernel for Piece<'_> {
                         let a = across.as_ptr().add(f * block);
                         let b = panels.as_ptr().add(p * KEYS * panel::<S>());
                         let c = part.sums.as_mut_ptr().add(f * vw + p * panel::<S>());
-                        multiply_first(s, n, a, block, b, c, vw, true, features - f);
+                        multiply_strided(s, n, a, block, b, panel::<S>(), c, vw, features - f, true);
                     }
                 }
             }
@@ -483,7 +483,7 @@ impl Kernel for Stretch<'_, '_> {
                         let a = phi.as_ptr().add(t * S::ROWS * width);
                         let b = panels.as_ptr().add(p * features * panel::<S>());
                         let c = sums.as_mut_ptr().add(t * S::ROWS * vw + p * panel::<S>());
-                        multiply_first(s, features, a, width, b, c, vw, false, n - t * S::ROWS);
+                        multiply_strided(s, features, a, width, b, panel::<S>(), c, vw, n - t * S::ROWS, false);
                     }
                 }
             }
