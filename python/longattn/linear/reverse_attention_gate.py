@@ -44,8 +44,8 @@ def reverse_attention_gate(
         A sigmoid for each place and a product for each number; `C * Co` for each place with `weight`.
 
     References:
-        J. Zeng, Y. Huang, X. Ren, W. Gao, J. Lin, "SRMA-Mamba: Spatial Reverse Mamba Attention Network for
-        Pathological Liver Segmentation in MRI Volumes", 2025, arXiv:2508.12410.
+        J. Zeng et al., "SRMA-Mamba: Spatial Reverse Mamba Attention Network for Pathological Liver Segmentation in MRI
+        Volumes", 2025, arXiv:2508.12410.
     """
     fn, coarse = as_numpy(f, "f"), as_numpy(logits, "logits", any_strides=True)
     check_float_storage(fn, "f")

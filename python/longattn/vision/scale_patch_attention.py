@@ -49,7 +49,7 @@ def scale_patch_attention(
         `2 * N * ((S + 1) ** 2 + N) * C` multiply-adds, and the projections.
 
     References:
-        "DuoFormer: Leveraging Hierarchical Representations by Local and Global Attention Vision Transformer", 2024.
+        "DuoFormer: Leveraging Hierarchical Representations by Local and Global Attention Vision Transformer", 2025.
 
     Example:
         >>> import numpy as np, longattn.vision
@@ -84,7 +84,7 @@ METHOD = Method(
     name="scale_patch_attention",
     family="vision",
     title="DuoFormer: Leveraging Hierarchical Representations by Local and Global Attention Vision Transformer",
-    year=2024,
+    year=2025,
     arxiv=None,
     function=scale_patch_attention,
     reference=reference.scale_patch_attention,
