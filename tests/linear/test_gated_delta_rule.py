@@ -47,3 +47,13 @@ def test_it_is_kimi_delta_attention_with_one_gate_for_all_channels(rng):
     expected, last = kimi_delta_attention(**arguments)
     np.testing.assert_allclose(out, expected, atol=2e-6)
     np.testing.assert_allclose(state, last, atol=2e-6)
+
+
+def test_orthonormal_keys_find_their_values(rng):
+    """Without decay and with beta 1, a query along a key reads the value that was stored with it."""
+    k = np.linalg.qr(rng.standard_normal((1, 2, 16, 16)))[0].astype(np.float32)[:, :, :10]
+    v = rng.standard_normal((1, 2, 10, 5)).astype(np.float32)
+    zeros = np.zeros((1, 2, 10), np.float32)
+    _, state = gated_delta_rule(k, k, v, zeros, zeros + 1)
+    found, _ = gated_delta_rule(k, k, v, zeros, zeros, scale=1.0, initial_state=state)
+    np.testing.assert_allclose(found, v, atol=1e-5)
