@@ -7,11 +7,7 @@
 // a row at i sees keys from i + keys - rows - left to i + keys - rows + right, each end open where the number is negative (causal:
 // right = 0). lse [B, Hq, rows] in natural logs. Grid: blocks of 16 WARPS rows, query heads, batch.
 
-constexpr int PREFILL_KEYS = 64;
-
-struct Strides {
-  i64 batch, head, row;
-};
+constexpr int PREFILL_KEYS = LISTED_KEYS;
 
 template <class T, int DIM, int ROWS, int THREADS>
 DEVICE void prefill_load(const Tile<T, DIM>& tile, const T* base, i64 stride, int first, int to) {
@@ -36,25 +32,14 @@ DEVICE void prefill(const T* q, const T* k, const T* v, T* out, float* lse, cons
   const T* all_keys = k + blockIdx.z * k_by.batch + head / heads_per_kv * k_by.head;
   const T* all_values = v + blockIdx.z * v_by.batch + head / heads_per_kv * v_by.head;
 
-  // Tiles that any row of the block sees, by position.
-  int offset = keys - rows, last_row = min(first_row + ROWS, rows) - 1;
-  int to = right < 0 ? keys : max(min(keys, last_row + offset + right + 1), 0);
-  int from = left < 0 ? 0 : max(first_row + offset - left, 0) / PREFILL_KEYS;
-  int until = (to + PREFILL_KEYS - 1) / PREFILL_KEYS;
-  if (starts) {
-    const int* of_block = starts + (static_cast<i64>(blockIdx.z) * gridDim.y + head) * (gridDim.x + 1) + row_block;
-    int begin = of_block[0], end = of_block[1];
-    while (begin < end && blocks[begin] < from) begin++;
-    while (begin < end && blocks[end - 1] >= until) end--;
-    from = begin;
-    until = end;
-  }
+  Tiles tiles = tiles_of(first_row, ROWS, rows, keys, left, right, starts, blocks, row_block);
+  int from = tiles.from, until = tiles.until, offset = tiles.offset;
 
   DYNAMIC_SHARED(shared);
   Tile<T, DIM> q_tile{reinterpret_cast<T*>(shared)}, k_tile{q_tile.base + ROWS * DIM}, v_tile{k_tile.base + PREFILL_KEYS * DIM};
   prefill_load<T, DIM, ROWS, THREADS>(q_tile, queries, q_by.row, first_row, rows);
   if (from < until) {
-    int tile = starts ? blocks[from] : from;
+    int tile = tiles.at(from);
     prefill_load<T, DIM, PREFILL_KEYS, THREADS>(k_tile, all_keys, k_by.row, tile * PREFILL_KEYS, keys);
   }
   commit_async();
@@ -74,7 +59,7 @@ DEVICE void prefill(const T* q, const T* k, const T* v, T* out, float* lse, cons
   u32 q_parts[KEEP_QUERIES ? STEPS : 1][4];
 
   for (int c = from; c < until; c++) {
-    int tile = starts ? blocks[c] : c;
+    int tile = tiles.at(c);
     wait_async<0>();
     __syncthreads();  // these keys are there, the values before are used up
     prefill_load<T, DIM, PREFILL_KEYS, THREADS>(v_tile, all_values, v_by.row, tile * PREFILL_KEYS, keys);
@@ -133,7 +118,7 @@ DEVICE void prefill(const T* q, const T* k, const T* v, T* out, float* lse, cons
     wait_async<0>();
     __syncthreads();  // the values are there, the keys are used up
     if (c + 1 < until) {
-      int next = starts ? blocks[c + 1] : c + 1;
+      int next = tiles.at(c + 1);
       prefill_load<T, DIM, PREFILL_KEYS, THREADS>(k_tile, all_keys, k_by.row, next * PREFILL_KEYS, keys);
     }
     commit_async();

@@ -4,11 +4,7 @@
 // A thread has 8 rows, and every 16th key and channel: rows 8 y .. 8 y + 8, keys x + 16 i, channels 4 x + 64 i.
 
 namespace floats {
-constexpr int THREADS = 128, ROWS = 64, KEYS = 32, LISTED = 64, ACROSS = 16, MINE = 8;
-
-struct Strides {
-  i64 batch, head, row;
-};
+constexpr int THREADS = 128, ROWS = 64, KEYS = 32, ACROSS = 16, MINE = 8;
 
 // A row is four floats longer than it needs, so that rows that follow one another begin in different banks.
 template <int DIM, int COUNT>
@@ -27,23 +23,13 @@ DEVICE void prefill(const float* q, const float* k, const float* v, float* out, 
                     float scale) {
   constexpr int PITCH = DIM + 4, CHANNELS = DIM / 64;
   int x = threadIdx.x % ACROSS, y = threadIdx.x / ACROSS;
-  int row_block = gridDim.x - 1 - blockIdx.x, head = blockIdx.y, first_row = row_block * ROWS, offset = keys - rows;
+  int row_block = gridDim.x - 1 - blockIdx.x, head = blockIdx.y, first_row = row_block * ROWS;
   const float* queries = q + blockIdx.z * q_by.batch + head * q_by.head;
   const float* all_keys = k + blockIdx.z * k_by.batch + head / heads_per_kv * k_by.head;
   const float* all_values = v + blockIdx.z * v_by.batch + head / heads_per_kv * v_by.head;
 
-  int last_row = min(first_row + ROWS, rows) - 1;
-  int to = right < 0 ? keys : max(min(keys, last_row + offset + right + 1), 0);
-  int from = left < 0 ? 0 : max(first_row + offset - left, 0) / LISTED;
-  int until = (to + LISTED - 1) / LISTED;
-  if (starts) {
-    const int* of_block = starts + (static_cast<i64>(blockIdx.z) * gridDim.y + head) * (gridDim.x + 1) + row_block;
-    int begin = of_block[0], end = of_block[1];
-    while (begin < end && blocks[begin] < from) begin++;
-    while (begin < end && blocks[end - 1] >= until) end--;
-    from = begin;
-    until = end;
-  }
+  Tiles tiles = tiles_of(first_row, ROWS, rows, keys, left, right, starts, blocks, row_block);
+  int offset = tiles.offset;
 
   DYNAMIC_SHARED(shared);
   float* q_tile = reinterpret_cast<float*>(shared);
@@ -64,9 +50,9 @@ DEVICE void prefill(const float* q, const float* k, const float* v, float* out, 
 #pragma unroll
       for (int i = 0; i < 4; i++) o[r][c][i] = 0.f;
   }
-  for (int half = 2 * from; half < 2 * until; half++) {
-    int first = (starts ? blocks[half / 2] : half / 2) * LISTED + half % 2 * KEYS;
-    if (first >= to) continue;
+  for (int half = 2 * tiles.from; half < 2 * tiles.until; half++) {
+    int first = tiles.at(half / 2) * LISTED_KEYS + half % 2 * KEYS;
+    if (first >= tiles.to) continue;
     __syncthreads();  // the tile before is used up
     load<DIM, KEYS>(k_tile, all_keys, k_by.row, first, keys);
     load<DIM, KEYS>(v_tile, all_values, v_by.row, first, keys);

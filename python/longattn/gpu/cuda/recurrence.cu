@@ -28,10 +28,6 @@ struct Parts {
   static constexpr int SIZE = REMAINING + CHUNK * DIM;
 };
 
-struct Strides {
-  i64 batch, head, row;
-};
-
 // Grid: chunks, value heads, batch.
 template <class T, int DIM>
 DEVICE void prepare(const T* q, const T* k, const float* g, const float* beta, float* parts, Strides q_by, Strides k_by, Strides g_by,

@@ -41,7 +41,11 @@ impl Function {
                 Self::Laplace { mean: std::f32::consts::FRAC_1_SQRT_2, deviation: variance.sqrt() }
             }
             _ => {
-                return Err(Error::value("function", format!("{name:?}"), "exp, sigmoid, silu, gelu, relu2 or laplace"));
+                return Err(Error::value(
+                    "function",
+                    format!("{name:?}"),
+                    "exp, sigmoid, silu, gelu, relu2 or laplace",
+                ));
             }
         })
     }
