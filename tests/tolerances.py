@@ -88,6 +88,20 @@ def device_attention(q, k, v, *, scale=None):
     )
 
 
+def device_recurrence(actual, expected, actual_state, expected_state):
+    """Assert that an output and a final state of `longattn.gpu.chunked_recurrence` are close.
+
+    A state is a sum over the rows, of numbers of the size of its largest, each rounded to float32 some times on the way
+    (64 covers the solve of a chunk); outputs are read from states and rounded to their dtype.
+    """
+    size = max(1.0, np.abs(expected_state).max())
+    allowed = 64 * U * np.sqrt(max(expected.shape[2], 1)) * size
+    roundoff, smallest = ROUNDOFF[actual.dtype]
+    np.testing.assert_allclose(actual_state, expected_state, atol=allowed, err_msg="state")
+    actual = np.asarray(actual, np.float64)
+    np.testing.assert_allclose(actual, expected, rtol=roundoff, atol=allowed + smallest, err_msg="output")
+
+
 @dataclass(frozen=True)
 class Gradients:
     """Allowed `|actual - expected|` of each element of the gradients, but for the rounding of the result."""

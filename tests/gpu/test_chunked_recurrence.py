@@ -5,31 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
+import tolerances
 from emu.device import EmulatorDevice
 from gpu.conftest import get, put
 from longattn import gpu
+from longattn.reference.linear._recurrence import recurrence
 from random_arrays import BF16, DTYPES, F16, F32
-from tolerances import ROUNDOFF, U
-
-
-def by_definition(q, k, v, g, beta, scale, state):
-    """Outputs and final state of one token after another."""
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    group = v.shape[1] // q.shape[1]
-    q, k = (np.repeat(x, group, axis=1) for x in (q, k))
-    batch, heads, length, dim = q.shape
-    s = np.zeros((batch, heads, dim, v.shape[3])) if state is None else state.astype(np.float64)
-    out = np.zeros(v.shape)
-    for t in range(length):
-        if g is not None:
-            decay = np.exp(g[:, :, t].astype(np.float64))
-            s = s * (decay[..., None] if decay.ndim == 3 else decay[..., None, None])
-        update = v[:, :, t]
-        if beta is not None:
-            update = beta[:, :, t, None] * (update - np.einsum("bhdv,bhd->bhv", s, k[:, :, t]))
-        s = s + k[:, :, t, :, None] * update[:, :, None]
-        out[:, :, t] = scale * np.einsum("bhdv,bhd->bhv", s, q[:, :, t])
-    return out, s
 
 
 def arrays(rng, dtype, *, batch=1, heads=2, value_heads=None, length, dim=64, value_dim=40, gate="channel", delta=True):
@@ -47,14 +28,11 @@ def check(device, q, k, v, g, beta, *, scale=None, state=None):
     placed = [None if x is None else put(device, x) for x in (q, k, v, g, beta)]
     initial = None if state is None else put(device, state)
     out, final = gpu.chunked_recurrence(*placed, scale=scale, initial_state=initial, device=device)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    expected, expected_state = by_definition(q, k, v, g, beta, factor, state)
+    expected, expected_state = recurrence(
+        q, k, v, g=g, beta=beta, delta=beta is not None, scale=scale, initial_state=state
+    )
     assert get(out).dtype == q.dtype
-    # States are sums of at most `length` terms of the size of v; each is rounded to float32 a few times on its way.
-    rounding = 64 * U * np.sqrt(max(q.shape[2], 1)) * max(1.0, np.abs(expected_state).max())
-    roundoff, smallest = ROUNDOFF[q.dtype]
-    np.testing.assert_allclose(get(final), expected_state, atol=rounding)
-    np.testing.assert_allclose(get(out).astype(np.float64), expected, rtol=roundoff, atol=rounding + smallest)
+    tolerances.device_recurrence(get(out), expected, get(final), expected_state)
     return get(out), get(final)
 
 

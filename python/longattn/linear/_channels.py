@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy
-from longattn._checks import check_float_storage, check_floating, sequence_bounds
+from longattn._checks import check_float_storage, check_floating, integer, sequence_bounds
 
 Float32 = NDArray[np.float32]
 
@@ -65,6 +65,16 @@ def state_of(
         raise ValueError(f"out_state: got shape {out_state.shape}, expected a contiguous, writable array {shape}")
     out_state[...] = start
     return out_state
+
+
+def map_size(size: object, rows: int, of: str) -> tuple[int, int]:
+    """Height and width of a map that has just these rows; `of` says whose rows they are."""
+    if not isinstance(size, tuple | list) or len(size) != 2:
+        raise TypeError(f"size: got {size!r}, expected a pair (height, width)")
+    height, width = integer(size[0], "size", 1), integer(size[1], "size", 1)
+    if height * width != rows:
+        raise ValueError(f"size: got {height} x {width}, expected a map of the {rows} {of}")
+    return height, width
 
 
 def pointwise(name: str, x: NDArray[Any], factor: NDArray[Any] | None = None) -> Float32:

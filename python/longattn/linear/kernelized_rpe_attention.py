@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, like
-from longattn._checks import attention_inputs, check_heads, flag, integer, real
-from longattn.linear._channels import Float32, parameter, pointwise
+from longattn._checks import attention_inputs, check_heads, flag, real
+from longattn.linear._channels import Float32, map_size, parameter, pointwise
 from longattn.linear.toeplitz import Precision, Way, is_direct, is_double, on_lines
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -84,7 +84,7 @@ def kernelized_rpe_attention(
         table = parameter(rpe, "rpe", (heads, None), "[Hq, 2 M - 1]", np.float64)[:, None]
         height, width = 1, max(rows, keys)
     else:
-        height, width = _map(size, rows)
+        height, width = map_size(size, rows, "queries")
         if hides:
             raise ValueError("causal: got True with size, expected False")
         table = parameter(rpe, "rpe", (heads, 2 * height - 1, 2 * width - 1), "[Hq, 2 h - 1, 2 w - 1]", np.float64)
@@ -194,15 +194,6 @@ def _checked(phi: NDArray[Any], name: str) -> Float32:
     if not (np.isfinite(found) & (found >= 0)).all():
         raise ValueError(f"features: got features of {name} that are negative or not finite, expected neither")
     return found
-
-
-def _map(size: object, rows: int) -> tuple[int, int]:
-    if not isinstance(size, tuple | list) or len(size) != 2:
-        raise TypeError(f"size: got {size!r}, expected a pair (height, width)")
-    height, width = integer(size[0], "size", 1), integer(size[1], "size", 1)
-    if height * width != rows:
-        raise ValueError(f"size: got {height} x {width}, expected a map of the {rows} queries")
-    return height, width
 
 
 METHOD = Method(

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, like
-from longattn._checks import integer
-from longattn.linear._channels import Float32, parameter, product, storage_rows
+from longattn.linear._channels import Float32, map_size, parameter, product, storage_rows
 from longattn.linear.mamba_mixer import MambaWeights, activated, checked, scanned
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -79,7 +78,7 @@ def selective_token_channel_mixer(
         mixers.append(pair)
     if directions not in _ORDERS:
         raise ValueError(f"directions: got {directions!r}, expected 'forward', 'both' or 'cross'")
-    shape = _map_size(size, length) if directions == "cross" else None
+    shape = map_size(size, length, "rows of x") if directions == "cross" else None
     shares = _shares(averaging, len(mixers))
     wide = np.ascontiguousarray(xn, np.float32)
     tokens, mixed = [wide], [wide]
@@ -133,15 +132,6 @@ def _shares(averaging: object, layers: int) -> tuple[NDArray[np.float32], ...] |
     shapes = ((layers, layers), (layers, layers), (layers, layers + 1), (layers, layers))
     names = ("averaging[0]", "averaging[1]", "averaging[2]", "averaging[3]")
     return tuple(parameter(w, name, shape, "[M, M]") for w, name, shape in zip(averaging, names, shapes, strict=True))
-
-
-def _map_size(size: object, length: int) -> tuple[int, int]:
-    if not isinstance(size, tuple | list) or len(size) != 2:
-        raise TypeError(f"size: got {size!r}, expected a pair (height, width)")
-    height, width = integer(size[0], "size", 1), integer(size[1], "size", 1)
-    if height * width != length:
-        raise ValueError(f"size: got {height} x {width}, expected a map of the {length} rows of x")
-    return height, width
 
 
 METHOD = Method(

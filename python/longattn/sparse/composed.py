@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_, or_
-from typing import Any
+from typing import Any, ClassVar
 
 from longattn._arrays import Array
 from longattn._checks import integer
@@ -21,7 +21,27 @@ def _check(selectors: object) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Union:
+class _Folded:
+    """What some selectors choose, put together two by two."""
+
+    selectors: Sequence[Selector]
+
+    #: How two choices become one.
+    together: ClassVar[Callable[[Any, Any], Any]]
+
+    def __post_init__(self) -> None:
+        """Checks the selectors."""
+        _check(self.selectors)
+
+    def __call__(self, q: Array, k: Array, *, causal: bool = False, scale: float | None = None) -> BlockMask | RowLists:
+        """All choices as one."""
+        chosen: list[Any] = [select(q, k, causal=causal, scale=scale) for select in self.selectors]
+        made: BlockMask | RowLists = reduce(type(self).together, chosen)
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Union(_Folded):
     """What any of some selectors chooses, all over blocks of the same sizes or all over keys.
 
     Args:
@@ -31,21 +51,11 @@ class Union:
         TypeError: not a sequence of selectors.
     """
 
-    selectors: Sequence[Selector]
-
-    def __post_init__(self) -> None:
-        """Checks the selectors."""
-        _check(self.selectors)
-
-    def __call__(self, q: Array, k: Array, *, causal: bool = False, scale: float | None = None) -> BlockMask | RowLists:
-        """The union."""
-        chosen: list[Any] = [select(q, k, causal=causal, scale=scale) for select in self.selectors]
-        made: BlockMask | RowLists = reduce(or_, chosen)
-        return made
+    together = or_
 
 
 @dataclass(frozen=True, slots=True)
-class Intersection:
+class Intersection(_Folded):
     """What all of some selectors choose, all over blocks of the same sizes or all over keys.
 
     Args:
@@ -55,17 +65,7 @@ class Intersection:
         TypeError: not a sequence of selectors.
     """
 
-    selectors: Sequence[Selector]
-
-    def __post_init__(self) -> None:
-        """Checks the selectors."""
-        _check(self.selectors)
-
-    def __call__(self, q: Array, k: Array, *, causal: bool = False, scale: float | None = None) -> BlockMask | RowLists:
-        """The intersection."""
-        chosen: list[Any] = [select(q, k, causal=causal, scale=scale) for select in self.selectors]
-        made: BlockMask | RowLists = reduce(and_, chosen)
-        return made
+    together = and_
 
 
 @dataclass(frozen=True, slots=True)
