@@ -66,15 +66,13 @@ def attention(
     device = device or device_of(q, "q")
     queries, keys, values = attention_views(device, q, k, v)
     left, right = window_ends(causal, window)
-    factor = (queries.shape[3] ** -0.5 if scale is None else float(scale)) * _LOG2_E
     positions, kv_heads = queries.shape[2], keys.shape[1]
     few = queries.shape[1] // kv_heads * positions <= DECODE_ROWS
     split = few and left < 0 and right <= 0 and keys.shape[2] > 0
     if out_dtype not in ((None, *KERNEL_DTYPES) if split else (None, queries.dtype)):
         raise ValueError(f"out_dtype: got {out_dtype!r}, expected {queries.dtype} for these shapes")
-    out = device.empty(queries.shape, out_dtype or queries.dtype, q)
-    lse = device.empty(queries.shape[:3], "float32", q)
-    results = device.view(out, "out"), device.view(lse, "lse")
+    out, lse, results = _results(device, queries, out_dtype or queries.dtype)
+    factor = _factor(scale, queries)
     if math.prod(queries.shape) == 0:
         return (out, lse) if return_lse else out
     if split:
@@ -119,7 +117,7 @@ def index_sparse_attention(
     """
     device = device or device_of(q, "q")
     queries, keys, values = attention_views(device, q, k, v)
-    batch, heads, positions, dim = queries.shape
+    batch, heads, positions = queries.shape[:3]
     kv_heads = keys.shape[1]
     if heads // kv_heads * positions > DECODE_ROWS:
         raise ValueError(f"q: got {heads // kv_heads * positions} rows per KV head, expected at most {DECODE_ROWS}")
@@ -130,11 +128,9 @@ def index_sparse_attention(
     counts = None if lengths is None else device.view(device.integers(lengths, q), "lengths")
     if counts is not None and counts.shape != (batch,):
         raise ValueError(f"lengths: got shape {counts.shape}, expected [{batch}]")
-    factor = (dim**-0.5 if scale is None else float(scale)) * _LOG2_E
-    out = device.empty(queries.shape, queries.dtype, q)
-    lse = device.empty(queries.shape[:3], "float32", q)
+    out, lse, results = _results(device, queries, queries.dtype)
+    factor = _factor(scale, queries)
     if math.prod(queries.shape):
-        results = device.view(out, "out"), device.view(lse, "lse")
         _decode(device, queries, keys, values, results, factor, causal=False, listed=listed, lengths=counts)
     return (out, lse) if return_lse else out
 
@@ -181,20 +177,29 @@ def block_sparse_attention(
     queries, keys, values = attention_views(device, q, k, v)
     if query_block not in _prefill_rows(queries):
         raise ValueError(f"query_block: got {query_block}, expected one of {_prefill_rows(queries)}")
-    batch, heads, length, dim = queries.shape
+    batch, heads, length = queries.shape[:3]
     list_starts = device.view(device.integers(starts, q), "starts")
     expected = (batch, heads, -(-length // query_block) + 1)
     if list_starts.shape != expected:
         raise ValueError(f"starts: got shape {list_starts.shape}, expected {expected}")
     list_blocks = device.view(device.integers(blocks, q), "blocks")
-    factor = (dim**-0.5 if scale is None else float(scale)) * _LOG2_E
-    out = device.empty(queries.shape, queries.dtype, q)
-    lse = device.empty(queries.shape[:3], "float32", q)
+    out, lse, results = _results(device, queries, queries.dtype)
+    factor = _factor(scale, queries)
     if math.prod(queries.shape):
-        results = device.view(out, "out"), device.view(lse, "lse")
         ends = window_ends(causal, window)
         _prefill(device, queries, keys, values, results, factor, ends, (list_starts, list_blocks), query_block)
     return (out, lse) if return_lse else out
+
+
+def _factor(scale: float | None, q: View) -> float:
+    """Factor of the scores in units of log 2."""
+    return (q.shape[3] ** -0.5 if scale is None else float(scale)) * _LOG2_E
+
+
+def _results(device: Device, q: View, dtype: str) -> tuple[Any, Any, tuple[View, View]]:
+    """New arrays for the output and its log-sum-exp, and their memory."""
+    out, lse = device.empty(q.shape, dtype, q.owner), device.empty(q.shape[:3], "float32", q.owner)
+    return out, lse, (device.view(out, "out"), device.view(lse, "lse"))
 
 
 def _strides(*views: View) -> tuple[np.int64, ...]:
