@@ -41,7 +41,7 @@ def _commands() -> dict[str, tuple[Command, str]]:
             "a small language model finds facts in a long text while reading a few per cent of its keys",
         ),
         "bench": (bench, "time longattn beside the machine's limits and torch"),
-        "compare": (bench.Shortcut("compare"), bench.ROUTINES["compare"].SUMMARY),
+        "compare": (bench.Shortcut("compare"), bench.registry.routines()["compare"].SUMMARY),
         "doctor": (
             doctor,
             "what this machine offers, what longattn uses of it, what to do about the difference",

@@ -353,7 +353,9 @@ def test_a_slow_peer_is_called_once_and_ours_never_dropped(bench):
 def test_a_peer_has_as_many_turns_as_its_budget_pays(bench):
     calls = []
     outcomes = bench.interleave([Candidate("peer", lambda: calls.append(time.sleep(0.02)))])
-    assert len(calls) == 1 + len(outcomes["peer"].seconds) and 1 <= len(outcomes["peer"].seconds) <= 2
+    timed = len(outcomes["peer"].seconds)
+    # The first call is timed where it alone took the budget, as on a busy machine.
+    assert 1 <= timed <= 2 and timed <= len(calls) <= 1 + timed
 
 
 def test_a_failing_peer_is_reported_and_our_failure_raised(bench):

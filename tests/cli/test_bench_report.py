@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from longattn import cli
-from longattn.bench import decode, external, quality, report, results, suite, targets
+from longattn.bench import decode, external, quality, registry, report, results, suite, targets
 from longattn.bench.harness import Candidate
 
 RESULTS = Path(__file__).parent / "results"
@@ -26,7 +26,7 @@ def found():
 
 
 def verdict(found, text):
-    (one,) = [verdict for verdict in targets.judge(found) if verdict.target.text == text]
+    (one,) = [verdict for verdict in targets.judge(found, registry.targets()) if verdict.target.text == text]
     return one
 
 
@@ -63,9 +63,9 @@ def test_a_target_for_other_machines_does_not_count(found):
 def test_targets_speak_of_what_the_routines_measure():
     heads = {f"{query}/{kv}" for query, kv in decode.GRID.heads}
     assert {*targets.GQA, *targets.MHA} == heads
-    for target in targets.TARGETS:
+    for target in registry.targets():
         assert set(target.where.get("dtype", ())) <= set(decode.GRID.dtypes)
-    scripts = {target.command.split()[1] for target in targets.TARGETS if target.routine == external.ROUTINE}
+    scripts = {target.command.split()[1] for target in registry.targets() if target.routine == external.ROUTINE}
     assert all((SCRIPTS.parents[1] / script).exists() for script in scripts) and len(scripts) == 2
 
 

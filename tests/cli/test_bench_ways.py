@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from longattn import cli, vectors
-from longattn.bench import drift, growth, nearest, sections, targets
+from longattn.bench import drift, growth, nearest, targets
 from longattn.retrieval.ways import WAYS
 
 SCRIPTS = Path(__file__).parents[2] / "benches" / "peers"
@@ -42,7 +42,7 @@ def test_drift(tmp_path, capsys):
     assert rows["clusters of 64"]["recall_end"] == rows["clusters of 64"]["recall_anew"]
     assert default["recall_end"] > 0.85 and abs(default["recall_change"]) < 0.05
     assert plot.stat().st_size > 1000 and "built anew" in capsys.readouterr().out
-    judged = [verdict for verdict in targets.judge([result]) if verdict.target.routine == "drift"]
+    judged = targets.judge([result], drift.TARGETS)
     assert [verdict.worst for verdict in judged] == [default["recall_change"]]
 
 
@@ -117,7 +117,7 @@ def test_nearest_peers(tmp_path, capsys):
         assert line["times_ours"] == pytest.approx(line["peer_us"] / line["ours_us"])
     assert "## faiss, hnswlib, usearch" in (SCRIPTS / "README.md").read_text()
     assert "brute force" in capsys.readouterr().out
-    assert any("of own best 100" in line for line in sections._nearest_tables([result]))
+    assert any("of own best 100" in line for line in nearest._tables([result]))
     assert nearest.main("x", lambda: ({}, peers), [*options[:-3], "no such"]) == 2
     assert "--only: got no such" in capsys.readouterr().err
 
@@ -191,7 +191,7 @@ def test_growth_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert [line["slope"] for line in result["best_slopes"]] == [lines["clusters of 64"]]
     assert run("growth", tmp_path, *GROWTH)["rows"] == result["rows"]
     assert "there already" in capsys.readouterr().err
-    assert any("| signatures, 2 bits |" in line for line in sections._growth_tables([result]))
+    assert any("| signatures, 2 bits |" in line for line in growth._tables([result]))
     assert cli.main(["bench", "growth", *common, *GROWTH[:-1], "0.3"]) == 2
     assert "holds a run with other settings" in capsys.readouterr().err
 

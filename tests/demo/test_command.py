@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from longattn import demo
-from longattn.bench import results, sections
+from longattn.bench import demonstration, results
 from longattn.demo import driver, runner
 from longattn.retrieval.ways import POLICIES
 
@@ -70,7 +70,7 @@ def test_policies_are_asked_too(tmp_path: Path) -> None:
     (summary,) = result["summary"]
     assert result["routine"] == "demo" and 1 <= summary["accurate"] <= 4 and "accurate_and_fast" not in summary
     assert {row["method"]: row["accuracy"] for row in result["rows"]}["H2O"] == contestants["H2O"]["accuracy"]
-    assert any("| H2O |" in line for line in sections._demo_tables([result]))
+    assert any("| H2O |" in line for line in demonstration._tables([result]))
     for row in contestants.values():
         assert 0 <= row["accuracy_of_exact"] <= 8 / 7 and row["faster_than_sdpa"] is None
     assert 0.04 < contestants["H2O"]["keys_read_fraction"] < 0.07

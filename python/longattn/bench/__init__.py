@@ -1,83 +1,23 @@
 """`longattn bench ROUTINE`: longattn beside torch and the machine's limits, interleaved in one process.
 
 `harness` times, `peers` are torch's ways to the same result, `quality` is exact attention and what retrieval
-keeps of it; one module per routine. `suite` runs the routines and keeps their JSON, `report` makes tables,
-plots and verdicts of it, `targets` has the thresholds.
+keeps of it; one module per routine, with its sections of the report and its targets, found by `registry`.
+`suite` runs the routines and keeps their JSON, `report` makes tables, plots and verdicts of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import Any, Protocol
 
 import longattn as la
-from longattn.bench import (
-    capture,
-    compare,
-    decode,
-    drift,
-    error,
-    global_linear,
-    gpu,
-    growth,
-    linear,
-    neighbourhood,
-    options,
-    prefill,
-    report,
-    results,
-    retrieval,
-    scan,
-    sparse,
-    suite,
-    verified,
-)
+from longattn.bench import options, registry, results
 from longattn.bench.harness import Bench
-from longattn.bench.plots import Bars, Panel, Scatter, draw, need_matplotlib
-from longattn.bench.tables import Column, as_text
+from longattn.bench.plots import draw, need_matplotlib
+from longattn.bench.registry import Routine
+from longattn.bench.tables import as_text
 
 __all__ = ["add_arguments", "run"]
-
-
-class Routine(Protocol):
-    """A module with one benchmark."""
-
-    SUMMARY: str
-    COLUMNS: tuple[Column, ...]
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Adds the routine's own options."""
-        ...
-
-    def measure(self, bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-        """Runs it: `rows` (a table), `slopes`, and whatever else belongs into the result."""
-        ...
-
-    def panels(self, result: results.Result) -> Sequence[Panel | Bars | Scatter]:
-        """What to draw of the result."""
-        ...
-
-
-ROUTINES: dict[str, Routine] = {
-    "decode": decode,
-    "prefill": prefill,
-    "neighbourhood": neighbourhood,
-    "sparse": sparse,
-    "capture": capture,
-    "retrieval": retrieval,
-    "compare": compare,
-    "verified": verified,
-    "drift": drift,
-    "growth": growth,
-    "error": error,
-    "scan": scan,
-    "gpu": gpu,
-    "linear": linear,
-    "global-linear": global_linear,
-}
-TOOLS = {"suite": suite, "report": report}
 
 
 class Shortcut:
@@ -88,7 +28,7 @@ class Shortcut:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds the routine's options."""
-        _add_routine(parser, ROUTINES[self.routine])
+        _add_routine(parser, registry.routines()[self.routine])
 
     def run(self, args: argparse.Namespace) -> int:
         """Runs it; status as of `longattn bench`."""
@@ -99,9 +39,9 @@ class Shortcut:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a subcommand per routine, and those that run or present them all, to `parser`."""
     routines = parser.add_subparsers(dest="routine", required=True, metavar="ROUTINE")
-    for name, routine in ROUTINES.items():
+    for name, routine in registry.routines().items():
         _add_routine(routines.add_parser(name, help=routine.SUMMARY, description=routine.SUMMARY), routine)
-    for name, tool in TOOLS.items():
+    for name, tool in registry.tools().items():
         tool.add_arguments(routines.add_parser(name, help=tool.SUMMARY, description=tool.SUMMARY))
 
 
@@ -114,10 +54,10 @@ def _add_routine(parser: argparse.ArgumentParser, routine: Routine) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs one of them; status 0, 2 for bad options or missing parts, 130 after Ctrl-C."""
     threads = la.get_num_threads()
+    tools = registry.tools()
     try:
-        if args.routine in TOOLS:
-            status: int = TOOLS[args.routine].run(args)
-            return status
+        if args.routine in tools:
+            return tools[args.routine].run(args)
         return _measure(args)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as problem:
         print(f"longattn bench {args.routine}: {problem}", file=sys.stderr)
@@ -131,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace) -> int:
     """Runs a routine, prints its table, writes and draws what is asked for."""
-    routine = ROUTINES[args.routine]
+    routine = registry.routines()[args.routine]
     if args.plot:
         need_matplotlib("--plot")
     bench = Bench(

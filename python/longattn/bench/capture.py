@@ -19,7 +19,8 @@ import longattn as la
 from longattn.bench.harness import Bench
 from longattn.bench.plots import Bars, Panel
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import Column
+from longattn.bench.sections import Section, all_rows, whole
+from longattn.bench.tables import Column, table
 from longattn.demo import runner, text
 from longattn.sparse import (
     Anchor,
@@ -159,3 +160,21 @@ def panels(result: Result) -> list[Panel | Bars]:
             limit=1,
         )
     ]
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = all_rows(found, "capture")
+    return ["", *table(rows, COLUMNS)] if rows else []
+
+
+SECTIONS = (
+    Section(
+        "sparse",
+        "capture",
+        "What selectors for prompts keep",
+        "Queries and keys of the demo's model over a text. `mass`: mean share of the softmax inside the mask; "
+        "selection and dense attention of all full layers in ms.",
+        _tables,
+        whole("capture", panels),
+    ),
+)

@@ -22,8 +22,9 @@ from longattn.bench.asked import Asked, Built
 from longattn.bench.harness import Bench, Candidate, timed
 from longattn.bench.plots import Bars, Panel, Scatter
 from longattn.bench.results import Result, Row
+from longattn.bench.sections import Section, all_rows, whole
 from longattn.bench.stored import empty_store, prepared
-from longattn.bench.tables import Column
+from longattn.bench.tables import Column, count, table
 from longattn.kv.evict.compressed import CompressedPrompt
 from longattn.retrieval.ways import Kept, Way, chosen_of_all
 
@@ -193,3 +194,28 @@ def panels(result: Result) -> list[Panel | Bars | Scatter]:
         points = {row["method"]: (row["us"], row["error_v"]) for row in rows if row.get("error_v") is not None}
         drawn.append(Scatter(f"{name}, {keys} keys", "µs per query head", "mean error / rms ‖v‖", points))
     return drawn
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    lines: list[str] = []
+    rows = all_rows(found, "compare")
+    for name, keys, threads in dict.fromkeys((row["vectors"], row["keys"], row["threads"]) for row in rows):
+        mine = [row for row in rows if (row["vectors"], row["keys"], row["threads"]) == (name, keys, threads)]
+        mine.sort(key=lambda row: row.get("error_v") or 0)
+        lines += ["", f"{name}, {keys} keys, {count(threads)}:", "", *table(mine, COLUMNS[2:])]
+    return lines
+
+
+SECTIONS = (
+    Section(
+        "retrieval",
+        "compare",
+        "Ways to read a part of the store",
+        "Every way of `longattn compare` at the same budget of rows, sinks and window among them (LSH tables read what "
+        "they draw), on one set of queries, by their error. `recall`: share of the query group's best rows among those "
+        "selected; `mass`: share of the softmax mass in the rows read; `bytes read`: rows and index, of all keys and "
+        "values.",
+        _tables,
+        whole("compare", panels),
+    ),
+)

@@ -20,9 +20,11 @@ from longattn.bench import peers, quality
 from longattn.bench.arrays import DTYPES, gaussian
 from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import Grid, add_grid, chosen_grid
-from longattn.bench.plots import Bars, Panel, series
+from longattn.bench.plots import Bars, Panel, Scatter, series
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import Column, count
+from longattn.bench.sections import Figures, Section, all_rows, by_lengths, number, short, slope_of, titled, values_of
+from longattn.bench.tables import Column, count, grid
+from longattn.bench.targets import GQA, LONG, MHA, Target
 
 SUMMARY = "one query row per head over a long cache, against every way torch has"
 OURS = "longattn.attention"
@@ -243,3 +245,124 @@ def panels(result: Result) -> list[Panel | Bars]:
 
 def _percent(row: Mapping[str, Any]) -> Row:
     return {**row, "percent": 100 * row["of_read"]}
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = [row for row in all_rows(found, "decode") if row["ours"]]
+    grown = all_rows(found, "decode", "slopes")
+    lengths = values_of(rows, "keys")
+    heads = ["Hq/Hkv", "D", "dtype", *(f"{short(n)}: ms (of read)" for n in lengths), "slope"]
+    heads += [f"{short(n)}: × torch (× default)" for n in lengths] + ["max error"]
+    lines: list[str] = []
+    for threads in values_of(rows, "threads"):
+        cells = []
+        mine = [row for row in rows if row["threads"] == threads]
+        for by_length in by_lengths(mine, ("heads", "head_dim", "dtype")).values():
+            some = next(iter(by_length.values()))
+            times, ratios = [], []
+            for n in lengths:
+                row = by_length.get(n, {})
+                times.append(f"{row['ms']:.3g} ({row['of_read']:.0%})" if row else "")
+                best = row.get("vs_best_torch") or row.get("vs_torch_float32")
+                default = row.get("vs_enable_gqa")
+                ratios.append(number(best, ".1f") + (f" ({default:.0f})" if default else ""))
+            worst = max(row["error"] for row in by_length.values())
+            slope = slope_of(grown, LINE, some)
+            cells.append([some["heads"], str(some["head_dim"]), some["dtype"], *times, slope, *ratios, f"{worst:.0e}"])
+        lines += titled(threads, grid(heads, cells))
+    return lines
+
+
+def _ratios(rows: Sequence[Row]) -> list[Panel | Bars | Scatter]:
+    """Speed against torch's best form at the greatest length, a panel per width and thread count."""
+    ours = [row for row in rows if row["ours"] and row["keys"] == max(values_of(rows, "keys"))]
+    dtypes = tuple(dict.fromkeys(row["dtype"] for row in ours))
+    panels: list[Panel | Bars | Scatter] = []
+    for threads in values_of(ours, "threads"):
+        for dim in values_of(ours, "head_dim"):
+            mine = [row for row in ours if (row["threads"], row["head_dim"]) == (threads, dim)]
+            bars = {
+                heads: tuple(_first(mine, heads, dtype) for dtype in dtypes)
+                for heads in dict.fromkeys(row["heads"] for row in mine)
+            }
+            title = f"D {dim}, {short(mine[0]['keys'])} keys, {count(threads)}: times as fast as torch's best"
+            panels.append(Bars(title, "ratio (int8, int4: to float32)", dtypes, bars, limit=1))
+    return panels
+
+
+def _first(rows: Sequence[Row], heads: str, dtype: str) -> float | None:
+    for row in rows:
+        if (row["heads"], row["dtype"]) == (heads, dtype):
+            ratio: float | None = row.get("vs_best_torch") or row.get("vs_torch_float32")
+            return ratio
+    return None
+
+
+def _targets() -> list[Target]:
+    command = "longattn bench decode --threads 1,2"
+    share = [
+        Target(
+            f"decode, {dtype}: share of the read bandwidth, N ≥ 32K",
+            "decode",
+            "of_read",
+            bound,
+            command,
+            {"ours": (True,), "dtype": (dtype,)},
+            {"keys": (LONG, float("inf"))},
+            form=".0%",
+        )
+        for dtype, bound in (("float32", 0.85), ("bfloat16", 0.85), ("float16", 0.85), ("int8", 0.7), ("int4", 0.5))
+    ]
+    ratios = [
+        (GQA, "float32", "vs_best_torch", 1.2),
+        (GQA, "bfloat16", "vs_best_torch", 1.8),
+        (GQA, "float16", "vs_best_torch", 1.8),
+        (GQA, "bfloat16", "vs_enable_gqa", 25.0),
+        (MHA, "float32", "vs_best_torch", 1.0),
+        (MHA, "bfloat16", "vs_best_torch", 1.4),
+        (MHA, "float16", "vs_best_torch", 1.4),
+        (GQA + MHA, "int8", "vs_torch_float32", 4.0),
+    ]
+    against = {
+        "vs_best_torch": "torch's best form",
+        "vs_enable_gqa": peers.ENABLE_GQA,
+        "vs_torch_float32": "torch's best float32 form",
+    }
+    kinds = {GQA: "GQA decode", MHA: "MHA decode", GQA + MHA: "decode"}
+    return share + [
+        Target(
+            f"{kinds[heads]}, {dtype}: speed against {against[figure]}",
+            "decode",
+            figure,
+            bound,
+            command,
+            {"ours": (True,), "dtype": (dtype,), "heads": heads},
+        )
+        for heads, dtype, figure, bound in ratios
+    ]
+
+
+def _figures(found: Sequence[Result]) -> Figures:
+    rows = all_rows(found, "decode")
+    drawn: dict[str, list[Panel | Bars | Scatter]] = {
+        f"decode-{threads}": list(panels({"rows": [row for row in rows if row["threads"] == threads]}))
+        for threads in values_of(rows, "threads")
+    }
+    if any(row.get("vs_best_torch") for row in rows):
+        drawn["decode-ratios"] = _ratios(rows)
+    return drawn
+
+
+SECTIONS = (
+    Section(
+        "dense",
+        "decode",
+        "Decode: one query row over a long cache",
+        "`of read`: own bytes of K and V per second over the read bandwidth. `× torch`: speed against the best "
+        "of torch's forms in the same dtype, for int8 and int4 against the best in float32; in brackets against the "
+        "default `enable_gqa` call. `slope`: of log time over log length.",
+        _tables,
+        _figures,
+    ),
+)
+TARGETS = tuple(_targets())

@@ -19,8 +19,10 @@ from longattn.bench.asked import Asked, Built
 from longattn.bench.harness import Bench, timed
 from longattn.bench.plots import Bars, Panel, Scatter
 from longattn.bench.results import Result, Row
+from longattn.bench.sections import Section, all_rows, whole
 from longattn.bench.stored import empty_store, prepared
-from longattn.bench.tables import Column
+from longattn.bench.tables import Column, table
+from longattn.bench.targets import Target
 from longattn.retrieval.ways import WAYS, Way, chosen
 
 SUMMARY = "what an index finds after tens of thousands of generated rows, against what it found behind the prefill"
@@ -177,3 +179,41 @@ def panels(result: Result) -> list[Panel | Bars | Scatter]:
         labels = tuple(row["method"].replace(", ", "\n").replace(" ", "\n") for row in rows)
         drawn.append(Bars(f"recall, {name}", "recall", labels, bars))
     return drawn
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    lines: list[str] = []
+    rows = all_rows(found, "drift")
+    for name, first, keys in dict.fromkeys((row["vectors"], row["prefill"], row["keys"]) for row in rows):
+        mine = [row for row in rows if (row["vectors"], row["prefill"], row["keys"]) == (name, first, keys)]
+        mine.sort(key=lambda row: -row["recall_end"])
+        lines += ["", f"{name}, a prefill of {first} keys and {keys - first} behind it:", ""]
+        lines += table(mine, COLUMNS[3:])
+    return lines
+
+
+SECTIONS = (
+    Section(
+        "retrieval",
+        "drift",
+        "Drift: an index that grows",
+        "An index over a prefill, and what it finds when as many rows came behind it as stated, a few at a time; "
+        "beside it one that was built anew over all rows. Synthetic text changes its subject where the prefill ends, "
+        "and the last queries ask about the new one; recorded text goes on as it is. `recall`: share of the query "
+        "group's best rows among those selected; `kept`: their mass over that of the best set of as many; `growing`: "
+        "time to follow the store, per row, all heads together.",
+        _tables,
+        whole("drift", panels),
+    ),
+)
+TARGETS = (
+    Target(
+        "drift: recall of the default index after 32K generated rows, less that behind the prefill",
+        "drift",
+        "recall_change",
+        -0.02,
+        "longattn bench drift",
+        {"method": (WAYS[0].name,)},
+        form="+.3f",
+    ),
+)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from longattn.bench.harness import Bench, timed
 from longattn.bench.options import names
 from longattn.bench.plots import Bars, Panel
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import Column
+from longattn.bench.sections import Section, all_rows, whole
+from longattn.bench.tables import Column, table
 from longattn.vectors.command import progress_line
 
 SUMMARY = "error of every storage dtype and quantisation against float64, its bytes per row and its conversion speed"
@@ -159,3 +161,23 @@ def panels(result: Result) -> list[Panel | Bars]:
         for storage in dict.fromkeys(row["storage"] for row in rows)
     }
     return [Bars("error of attention by storage", "mean |o - exact| / |exact|", sets, bars, log_y=True)]
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = all_rows(found, "error")
+    return ["", *table(rows, COLUMNS)] if rows else []
+
+
+SECTIONS = (
+    Section(
+        "dense",
+        "error",
+        "Error of storage",
+        "Attention over stored keys and values against float64 attention over the float32 originals; relative to the "
+        "norm of the output (mean and 95th percentile over queries and heads) and to the rms row norm of V. `append`: "
+        "float32 bytes converted and stored per second, fresh memory included. `minilm` and `lm` are recordings in "
+        "float16, which stores them without an error.",
+        _tables,
+        whole("error", panels),
+    ),
+)

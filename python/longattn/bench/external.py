@@ -15,7 +15,11 @@ from typing import Any
 from longattn.bench import decode, results, tables
 from longattn.bench.harness import Bench, slopes
 from longattn.bench.options import Grid, add_common, add_grid, chosen_grid
-from longattn.bench.results import Row
+from longattn.bench.plots import Bars, Panel, Scatter
+from longattn.bench.results import Result, Row
+from longattn.bench.sections import Figures, Section, all_rows, short, titled, values_of
+from longattn.bench.tables import count, table
+from longattn.bench.targets import GQA, MHA, Target
 
 ROUTINE = "decode-peer"
 QUICK_GRID = Grid(heads=((8, 2),), head_dims=(64,), keys=(256, 1024), dtypes=("float32", "float16"))
@@ -94,3 +98,58 @@ def run_script(
     if args.json:
         results.write(result, args.json)
     return 0
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = all_rows(found, ROUTINE)
+    lines: list[str] = []
+    for threads in values_of(rows, "threads"):
+        lines += titled(threads, table([row for row in rows if row["threads"] == threads], decode.COLUMNS[1:]))
+    return lines
+
+
+def _ratios(rows: Sequence[Row]) -> list[Panel | Bars | Scatter]:
+    """How many times as long the peers take, a panel per shape and thread count."""
+    theirs = [row for row in rows if row.get("peer") and row["times_ours"] is not None]
+    kinds = dict.fromkeys((row["heads"], row["head_dim"], row["threads"]) for row in theirs)
+    panels: list[Panel | Bars | Scatter] = []
+    for heads, dim, threads in kinds:
+        mine = [row for row in theirs if (row["heads"], row["head_dim"], row["threads"]) == (heads, dim, threads)]
+        lengths = values_of(mine, "keys")
+        found = {(row["method"], row["keys"]): row["times_ours"] for row in mine}
+        bars = {
+            method: tuple(found.get((method, n)) for n in lengths)
+            for method in dict.fromkeys(row["method"] for row in mine)
+        }
+        title = f"decode {heads} x {dim}, {count(threads)}: time as a multiple of ours"
+        panels.append(Bars(title, "ratio", tuple(map(short, lengths)), bars, limit=1))
+    return panels
+
+
+def _figures(found: Sequence[Result]) -> Figures:
+    rows = all_rows(found, ROUTINE)
+    return {"peers": _ratios(rows)} if rows else {}
+
+
+SECTIONS = (
+    Section(
+        "dense",
+        "peers",
+        "Decode beside other runtimes",
+        "Made by the scripts in `benches/peers`; `× ours` is the peer's time over ours in the same bits per element.",
+        _tables,
+        _figures,
+    ),
+)
+TARGETS = tuple(
+    Target(
+        f"{kind} decode: speed against {peer}",
+        ROUTINE,
+        "times_ours",
+        2.0,
+        f"python benches/peers/{script} --threads 1,2",
+        {"peer": (peer,), "heads": heads},
+    )
+    for peer, script in (("onnxruntime", "onnxruntime_gqa.py"), ("ggml", "ggml_flash.py"))
+    for kind, heads in (("GQA", GQA), ("MHA", MHA))
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import Grid, add_grid, chosen_grid
 from longattn.bench.plots import Bars, Panel, series
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import Column, count
+from longattn.bench.sections import Section, all_rows, titled, values_of
+from longattn.bench.tables import Column, count, table
 
 SUMMARY = "linear attention over all keys at once, beside the same formula as torch's matrix products"
 COLUMNS: tuple[Column, ...] = (
@@ -202,3 +203,25 @@ def panels(result: Result) -> list[Panel | Bars]:
         for kind in kinds
         for formula, dim, threads in [kind]
     ]
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = all_rows(found, "global-linear")
+    lines: list[str] = []
+    for threads in values_of(rows, "threads"):
+        mine = [row for row in rows if row["threads"] == threads and row["ours"]]
+        lines += titled(threads, table(mine, COLUMNS[1:]))
+    return lines
+
+
+SECTIONS = (
+    Section(
+        "linear",
+        "global-linear",
+        "Linear attention over all keys at once",
+        "`of FMA`: two products per feature and value channel as a share of the multiply-add peak; making features is "
+        "on top. `× torch`: speed against the same formula as torch's matrix products and elementwise functions; "
+        "`difference`: the largest difference of the two results, of the largest number.",
+        _tables,
+    ),
+)

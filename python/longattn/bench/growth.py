@@ -23,8 +23,10 @@ from longattn.bench.harness import Bench, Candidate, slopes
 from longattn.bench.options import integers
 from longattn.bench.plots import Bars, Panel, Scatter
 from longattn.bench.results import Result, Row
+from longattn.bench.sections import Section, all_rows, by_lengths, number, short, slope_of, values_of, whole
 from longattn.bench.stored import empty_store, prepared
-from longattn.bench.tables import Column
+from longattn.bench.tables import Column, count, grid
+from longattn.bench.targets import Target
 from longattn.retrieval.ways import WAYS, Way, chosen
 
 ROUTINE = "growth"
@@ -313,3 +315,52 @@ def panels(result: Result | Mapping[str, Any]) -> list[Panel | Bars | Scatter]:
         series[EXACT] = [(keys, float(np.median(times))) for keys, times in exact.items()]
         drawn.append(Panel(f"decode step at equal error, {name}", "keys", "ms", series))
     return drawn
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = all_rows(found, "growth")
+    grown = all_rows(found, "growth", "slopes")
+    lines: list[str] = []
+    for name, threads in dict.fromkeys((row["vectors"], row["threads"]) for row in rows):
+        mine = [row for row in rows if (row["vectors"], row["threads"]) == (name, threads)]
+        lengths = values_of(mine, "keys")
+        heads = ["way", *(f"{short(n)}: ms (rows)" for n in lengths), "slope"]
+        heads += [f"× la.attention at {short(lengths[-1])}", "build s", "not run"]
+        cells = []
+        for by_length in by_lengths(mine, LINE).values():
+            some, last = next(iter(by_length.values())), by_length.get(lengths[-1], {})
+            times = [_way_at(by_length.get(n, {})) for n in lengths]
+            why = "; ".join(f"{short(n)}: {row['reason']}" for n, row in by_length.items() if row.get("reason"))
+            faster, seconds = number(last.get("faster_than_exact"), ".1f"), number(last.get("build_s"), ".1f")
+            cells.append([some["method"], *times, slope_of(grown, LINE, some), faster, seconds, why])
+        lines += ["", f"{name}, {count(threads)}:", "", *grid(heads, cells)]
+    return lines
+
+
+def _way_at(row: Row) -> str:
+    return f"{row['ms']:.3g} ({row['rows_read']:.2%})" if row.get("ms") is not None else ""
+
+
+SECTIONS = (
+    Section(
+        "retrieval",
+        "growth",
+        "Growth with the length",
+        "A decode step of one KV head, each way with the smallest number of rows that keeps the mean error below the "
+        "same share of the values' rms norm. `slope`: of log time over log length. Empty cells were not run, for the "
+        "reason in the last column.",
+        _tables,
+        whole("growth", panels),
+    ),
+)
+TARGETS = (
+    Target(
+        "time at equal error grows as length to the power, the best way over clusters, pages or a graph",
+        "growth",
+        "slope",
+        0.5,
+        "longattn bench growth --threads 1",
+        table="best_slopes",
+        at_most=True,
+    ),
+)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,9 @@ from longattn.bench.options import Grid, add_grid, chosen_grid
 from longattn.bench.peers import to_numpy
 from longattn.bench.plots import Bars, Panel, series
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import Column, count
+from longattn.bench.sections import Section, all_rows, titled, values_of, whole
+from longattn.bench.tables import Column, count, table
+from longattn.bench.targets import Target
 
 SUMMARY = "linear attention and recurrences: prefill and decode step, against torch's loops and our own attention"
 ATTENTION = "longattn.attention"
@@ -238,3 +240,69 @@ def panels(result: Result) -> list[Panel | Bars]:
         )
         for threads in sorted({row["threads"] for row in rows})
     ]
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = all_rows(found, "linear")
+    grown = all_rows(found, "linear", "slopes")
+    lines: list[str] = []
+    for threads in values_of(rows, "threads"):
+        mine = [row for row in rows if row["threads"] == threads]
+        for part in (
+            [row for row in mine if row.get("gflop_s")],
+            [row for row in mine if row.get("gb_s")],
+            [row for row in mine if row.get("vs_attention")],
+        ):
+            if part:
+                lines += titled(threads, table(part, COLUMNS[1:]))
+    slopes = [f"{row['of']}: {row['slope']:.2f}" for row in grown if row["method"].startswith("longattn")]
+    return (
+        [*lines, "", "Slopes of log time over log length:", "", *(f"- {line}" for line in slopes)] if slopes else lines
+    )
+
+
+def _targets() -> list[Target]:
+    plain, delta = ("linear_attention", "lightning_attention"), ("gated_delta_rule", "kimi_delta_attention")
+    found = []
+    for text, figure, bound, forms, form in (
+        ("the row loop in torch", "vs_rows", 30, None, ".1f"),
+        ("the chunk loop in torch, decays of heads", "vs_chunks", 2.5, plain, ".1f"),
+        ("the chunk loop in torch, delta rule", "vs_chunks", 5, delta, ".1f"),
+        ("transformers' fallback", "vs_transformers", 8, delta, ".1f"),
+        ("the multiply-add peak, decays of heads", "of_fma", 0.5, plain, ".0%"),
+        ("the multiply-add peak, delta rule", "of_fma", 0.35, delta, ".0%"),
+        ("the read bandwidth, decode steps", "of_read", 0.7, None, ".0%"),
+    ):
+        what = "share of" if form == ".0%" else "speed against"
+        where = {"form": forms} if forms else {}
+        found.append(
+            Target(f"recurrences: {what} {text}", "linear", figure, bound, "longattn bench linear", where, form=form)
+        )
+    found.append(
+        Target(
+            "recurrences: time grows as length to the power",
+            "linear",
+            "slope",
+            1.05,
+            "longattn bench linear",
+            table="slopes",
+            at_most=True,
+        )
+    )
+    return found
+
+
+SECTIONS = (
+    Section(
+        "linear",
+        "linear",
+        "Linear attention and recurrences",
+        "States `[D, D]` of 8 heads. `of FMA`: arithmetic as a share of the multiply-add peak, rows of a chunk of 64 "
+        "with each other counted whatever the chunk. Decode steps: bytes of the state read and written per second, as "
+        "a share of the read bandwidth. `vs attention`: speed against causal `longattn.attention` of the same shape.",
+        _tables,
+        whole("linear", panels),
+    ),
+)
+
+TARGETS = tuple(_targets())

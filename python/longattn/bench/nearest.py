@@ -27,9 +27,11 @@ from longattn.bench.arrays import DTYPES
 from longattn.bench.external import run_script
 from longattn.bench.harness import Bench, Candidate, timed
 from longattn.bench.options import add_common
-from longattn.bench.results import Row
+from longattn.bench.results import Result, Row
+from longattn.bench.sections import Section, all_rows
 from longattn.bench.stored import prepared
-from longattn.bench.tables import Column
+from longattn.bench.tables import Column, table
+from longattn.bench.targets import Target
 from longattn.retrieval.ways import WAYS, Way
 
 ROUTINE = "nearest-peer"
@@ -303,3 +305,35 @@ def at_levels(rows: Sequence[Row]) -> list[Row]:
 def _fastest(rows: Sequence[Row], level: float) -> Row | None:
     reach = [row for row in rows if row["kept"] >= level and row.get("us") is not None]
     return min(reach, key=lambda row: float(row["us"])) if reach else None
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = all_rows(found, ROUTINE, "levels")
+    return ["", *table(rows, LEVEL_COLUMNS)] if rows else []
+
+
+SECTIONS = (
+    Section(
+        "retrieval",
+        "nearest",
+        "Beside nearest-neighbour libraries",
+        "Made by `benches/peers/ann.py`: one KV head, searches of one thread, a query a call. A peer is asked by each "
+        "query head for its 100 or 400 nearest keys; ours are asked once for the query group, and their time, divided "
+        "by the heads of the group, holds the attention over the rows found, the peers' does not. `of own best 100`: "
+        "mass found over that of each query head's own 100 best keys; of each index the fastest setting that reaches "
+        "it in the mean.",
+        _tables,
+    ),
+)
+TARGETS = tuple(
+    Target(
+        f"time of {peer} per query head over that of the default way, at equal mass",
+        ROUTINE,
+        "times_ours",
+        3.0,
+        "python benches/peers/ann.py",
+        {"peer": (peer,)},
+        table="levels",
+    )
+    for peer in ("faiss IVF", "faiss HNSW", "faiss binary flat", "hnswlib", "usearch")
+)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,9 @@ from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import names
 from longattn.bench.plots import Bars, Panel
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import Column, count
+from longattn.bench.sections import Figures, Section, all_rows, number, slope_of
+from longattn.bench.tables import Column, count, grid
+from longattn.bench.targets import Target
 from longattn.sparse._grid import window_axis
 
 SUMMARY = (
@@ -205,3 +207,62 @@ def panels(result: Result) -> list[Panel | Bars]:
         title = f"windows of a grid, {dtype}, {count(threads)}: time as a multiple of ours"
         drawn.append(Bars(title, "ratio", labels, bars, limit=1))
     return drawn
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows, grown = all_rows(found, "neighbourhood"), all_rows(found, "neighbourhood", "slopes")
+    lines = [row for row in rows if row["ours"]]
+    if not lines:
+        return []
+    cells = []
+    for row in lines:
+        case = ("threads", "grid", "window", "dtype")
+        times = {other["method"]: other["times_ours"] for other in rows if all(other[key] == row[key] for key in case)}
+        cells.append(
+            [row["grid"], row["window"], row["dtype"], str(row["threads"]), f"{row['ms']:.3g}", f"{row['of_fma']:.0%}"]
+            + [number(times.get(peer), ".1f") for peer in PEERS]
+            + [slope_of(grown, ("method", "window", "dtype", "threads"), row)]
+        )
+    heads = [
+        "grid",
+        "window",
+        "dtype",
+        "threads",
+        "ms",
+        "of FMA",
+        *(f"× {peer}" for peer in PEERS),
+        "slope",
+    ]
+    return ["", *grid(heads, cells)]
+
+
+def _figures(found: Sequence[Result]) -> Figures:
+    rows = all_rows(found, "neighbourhood")
+    measured = any(not row["ours"] and row["times_ours"] for row in rows)
+    return {"neighbourhood": panels({"rows": rows})} if measured else {}
+
+
+SECTIONS = (
+    Section(
+        "sparse",
+        "neighbourhood",
+        "Neighbourhoods: windows of images and videos",
+        f"{HEADS} heads, D {DIM}. `of FMA`: arithmetic inside the windows as a share of "
+        "the multiply-add peak. `×`: the peer's time over ours; its block mask and compilation are not in it. `slope`: "
+        "of log time over log tokens, at one window.",
+        _tables,
+        _figures,
+    ),
+)
+
+TARGETS = tuple(
+    Target(
+        f"neighbourhoods: time of {peer} over ours",
+        "neighbourhood",
+        "times_ours",
+        5.0,
+        "longattn bench neighbourhood",
+        {"method": (peer,), "grid": ("56x56", "16x28x28")},
+    )
+    for peer in PEERS
+)

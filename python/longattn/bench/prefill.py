@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from longattn.bench import memory, peers
 from longattn.bench.arrays import DTYPES, gaussian
 from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import Grid, add_grid, chosen_grid
-from longattn.bench.plots import Bars, Panel, series
+from longattn.bench.plots import Bars, Panel, Scatter, series
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import Column, count
+from longattn.bench.sections import Figures, Section, all_rows, by_lengths, number, short, slope_of, titled, values_of
+from longattn.bench.tables import Column, count, grid
+from longattn.bench.targets import HALF, VNNI, Target
 
 SUMMARY = "causal attention of a whole sequence, against torch's fused kernel; its memory beyond inputs and outputs"
 OURS = "longattn.attention"
@@ -129,3 +132,150 @@ def panels(result: Result) -> list[Panel | Bars]:
         for kind in kinds
         for dim, dtype, threads in [kind]
     ]
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = [row for row in all_rows(found, "prefill") if row["ours"]]
+    grown = all_rows(found, "prefill", "slopes")
+    memory = all_rows(found, "prefill", "memory_slopes")
+    lengths = values_of(rows, "keys")
+    heads = ["D", "dtype", *(f"{short(n)}: ms (of FMA)" for n in lengths), "slope"]
+    heads += [*(f"{short(n)}: × torch" for n in lengths), *(f"{short(n)}: extra MB" for n in lengths), "its slope"]
+    lines: list[str] = []
+    for threads in values_of(rows, "threads"):
+        cells = []
+        mine = [row for row in rows if row["threads"] == threads]
+        for by_length in by_lengths(mine, ("method", "head_dim", "dtype")).values():
+            some = next(iter(by_length.values()))
+            kind = some["dtype"] + (", int8 scores" if some["method"] == INT8_SCORES else "")
+            measured = [by_length.get(n, {}) for n in lengths]
+            cells.append(
+                [str(some["head_dim"]), kind]
+                + [f"{row['ms']:.4g} ({row['of_fma']:.0%})" if row else "" for row in measured]
+                + [slope_of(grown, LINE, some)]
+                + [number(row.get("vs_torch"), ".2f") for row in measured]
+                + [number(row.get("extra_mb"), ".2f") for row in measured]
+                + [slope_of(memory, LINE, some)]
+            )
+        lines += titled(threads, grid(heads, cells))
+    return lines
+
+
+def _lines(rows: Sequence[Row]) -> list[Panel | Bars | Scatter]:
+    """Share of the multiply-add peak over length per dtype; then memory over length."""
+    ours = [
+        {**row, "percent": 100 * row["of_fma"], "line": row["dtype"] + row["method"].removeprefix(OURS)}
+        for row in rows
+        if row["ours"]
+    ]
+    panels: list[Panel | Bars | Scatter] = []
+    for threads in values_of(ours, "threads"):
+        for dim in values_of(ours, "head_dim"):
+            mine = [row for row in ours if (row["threads"], row["head_dim"]) == (threads, dim)]
+            title = f"causal prefill, D {dim}, {count(threads)}"
+            lines = series(mine, "keys", "percent", by="line")
+            panels.append(Panel(title, "length", "% of multiply-add peak", lines, log_y=False, limit=100))
+    most = max(values_of(ours, "threads"))
+    extra = [{**row, "line": f"D {row['head_dim']}, {row['dtype']}"} for row in ours if row["threads"] == most]
+    lines = series(extra, "keys", "extra_mb", by="line")
+    if lines:
+        panels.append(Panel(f"memory beyond inputs and outputs, {count(most)}", "length", "MB", lines))
+    return panels
+
+
+def _ratios(rows: Sequence[Row]) -> list[Panel | Bars | Scatter]:
+    """Speed against torch, a group of bars per length, a panel per width and thread count."""
+    ours = [row for row in rows if row["method"] == OURS]
+    panels: list[Panel | Bars | Scatter] = []
+    for threads in values_of(ours, "threads"):
+        for dim in values_of(ours, "head_dim"):
+            mine = [row for row in ours if (row["threads"], row["head_dim"]) == (threads, dim)]
+            found = {(row["dtype"], row["keys"]): row.get("vs_torch") for row in mine}
+            lengths = values_of(mine, "keys")
+            bars = {
+                dtype: tuple(found.get((dtype, n)) for n in lengths)
+                for dtype in dict.fromkeys(row["dtype"] for row in mine)
+            }
+            title = f"D {dim}, {count(threads)}: times as fast as {TORCH}"
+            panels.append(Bars(title, "ratio", tuple(map(short, lengths)), bars, limit=1))
+    return panels
+
+
+def _targets() -> list[Target]:
+    command = "longattn bench prefill --threads 1,2"
+    infinity = float("inf")
+    found = [
+        Target(
+            "prefill, float32: share of the multiply-add peak, N ≥ 4K",
+            "prefill",
+            "of_fma",
+            0.6,
+            command,
+            {"method": (OURS,), "dtype": ("float32",)},
+            {"keys": (4096, infinity)},
+            form=".0%",
+        )
+    ]
+    for dtype in ("float32", *HALF):
+        for what, dims, keys, bound in (
+            ("D 128, N ≥ 4K", (128,), (4096, infinity), 1.2),
+            ("D 64", (64,), (0, infinity), 1.5),
+            ("N = 1K", (64, 128), (1024, 1024), 1.5),
+        ):
+            found.append(
+                Target(
+                    f"prefill, {dtype}, {what}: speed against {TORCH}",
+                    "prefill",
+                    "vs_torch",
+                    bound,
+                    command,
+                    {"method": (OURS,), "dtype": (dtype,), "head_dim": dims},
+                    {"keys": keys},
+                )
+            )
+    found.append(
+        Target(
+            "prefill, float32, int8 scores: speed against our own float32, where the CPU has VNNI",
+            "prefill",
+            "vs_own",
+            1.3,
+            command,
+            {"method": (INT8_SCORES,), "dtype": ("float32",)},
+            needs=VNNI,
+        )
+    )
+    found.append(
+        Target(
+            "prefill: memory beyond inputs and outputs grows as length to the power",
+            "prefill",
+            "slope",
+            1.1,
+            command,
+            {"method": (OURS,)},
+            table="memory_slopes",
+            at_most=True,
+        )
+    )
+    return found
+
+
+def _figures(found: Sequence[Result]) -> Figures:
+    rows = all_rows(found, "prefill")
+    drawn = {"prefill": _lines(rows)} if rows else {}
+    if any(row.get("vs_torch") for row in rows):
+        drawn["prefill-ratios"] = _ratios(rows)
+    return drawn
+
+
+SECTIONS = (
+    Section(
+        "dense",
+        "prefill",
+        "Prefill: causal attention of a whole sequence",
+        "8 heads. `of FMA`: causal half of the arithmetic as a share of the multiply-add peak. `× torch`: speed "
+        "against torch's fused kernel. `extra MB`: peak memory beyond inputs and outputs, and the slope of its growth.",
+        _tables,
+        _figures,
+    ),
+)
+TARGETS = tuple(_targets())

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from longattn.bench import results, sections, targets
+from longattn.bench import registry, results, targets
 from longattn.bench.plots import draw, need_matplotlib
 from longattn.bench.results import Result
 from longattn.bench.tables import grid, limits
@@ -47,11 +47,12 @@ def run(args: argparse.Namespace) -> int:
     page = args.docs.with_name(args.docs.name + ".md")
     text = page.read_text()
     put_between(text, "")  # complains before anything is drawn
-    figures = sections.figures(found)
+    figures = {name: panels for section in registry.sections() for name, panels in section.figures(found).items()}
     for name, panels in figures.items():
         draw(panels, args.docs / f"{name}.png")
     page.write_text(put_between(text, body(found, args.docs.name, list(figures))))
-    print(f"{page}: {', '.join(sections.counted(targets.judge(found)))}; {len(figures)} plots in {args.docs}")
+    verdicts = ", ".join(targets.counted(targets.judge(found, registry.targets())))
+    print(f"{page}: {verdicts}; {len(figures)} plots in {args.docs}")
     return 0
 
 
@@ -70,18 +71,18 @@ def put_between(page: str, text: str) -> str:
 def body(found: Sequence[Result], folder: str | None, figures: Sequence[str] = ()) -> str:
     """Markdown of everything; pictures of `folder` among the tables."""
     lines = [*_machines(found), "", "### Targets", ""]
-    verdicts = targets.judge(found)
-    lines += [f"{', '.join(sections.counted(verdicts))}. A target is reached when every figure reaches the bound.", ""]
+    verdicts = targets.judge(found, registry.targets())
+    lines += [f"{', '.join(targets.counted(verdicts))}. A target is reached when every figure reaches the bound.", ""]
     heads = ["target", "bound", "worst figure (where)", "reach it", "verdict", "command"]
     lines += grid(heads, [verdict.cells for verdict in verdicts])
-    for section in sections.SECTIONS:
+    for section in registry.sections():
         tables = section.tables(found)
         if tables:
             lines += ["", f"### {section.title}", "", section.text]
             lines += [
                 f"![{section.title}: {name}]({folder}/{name}.png)\n"
-                for name in figures
-                if name.startswith(section.name)
+                for name in section.figures(found)
+                if name in figures
             ]
             lines += tables
     notes = list(dict.fromkeys(note for result in found for note in result["notes"]))

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -23,8 +23,10 @@ from longattn.bench.harness import Bench, Candidate, slopes, timed
 from longattn.bench.options import integers
 from longattn.bench.plots import Bars, Panel, series
 from longattn.bench.results import Result, Row
+from longattn.bench.sections import Section, all_rows
 from longattn.bench.stored import empty_store, prepared
-from longattn.bench.tables import Column
+from longattn.bench.tables import Column, table
+from longattn.bench.targets import Target
 
 SUMMARY = "a decode step that reads a few per cent of a long store, against exact attention: time and quality"
 COLUMNS: tuple[Column, ...] = (
@@ -269,3 +271,53 @@ def panels(result: Result) -> list[Panel | Bars]:
         for name in names
         if (rows := [row for row in result["rows"] if row["vectors"] == name])
     ]
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = all_rows(found, "retrieval")
+    if not rows:
+        return []
+    scans = [row for row in rows if row.get("scan_gb_s")]
+    return ["", *table(rows, COLUMNS), "", *table(scans, SCAN_COLUMNS)]
+
+
+def _targets() -> list[Target]:
+    found = []
+    for text, figure, bound, at_most, form in (
+        ("speed against torch's best", "faster_than_torch", 10, False, ".2f"),
+        ("speed against longattn.attention", "faster_than_exact", 3, False, ".2f"),
+        ("mean error, of the rms norm of values", "error_v", 0.025, True, ".3f"),
+        ("95th percentile of the error, of the rms norm of values", "error_v_p95", 0.06, True, ".3f"),
+        ("scan of codes, share of the read bandwidth", "scan_of_read", 0.7, False, ".0%"),
+        ("selection, of the time of the scan", "select_of_scan", 0.3, True, ".0%"),
+    ):
+        found.append(
+            Target(
+                f"retrieval over 131,072 keys, {text}",
+                "retrieval",
+                figure,
+                bound,
+                "longattn bench retrieval --top-k 1024 --vectors synthetic,synthetic-flat,synthetic-sharp,lm,minilm",
+                within={"keys": (131_072, 131_072)},
+                at_most=at_most,
+                form=form,
+            )
+        )
+    return found
+
+
+SECTIONS = (
+    Section(
+        "retrieval",
+        "retrieval",
+        "Retrieval attention: a decode step over codes of all keys",
+        "`retrieval_attention` over 4-bit signatures beside exact attention and torch, by data set: time, and error "
+        "relative to the norm of the output and to the rms row norm of V. `rows only`: without the estimate of the "
+        "rest. Second table: `scan` reads the codes of every key, scores them and sums the scores; `of read`: bytes of "
+        "codes a second over the read bandwidth measured just before; `weigh` turns scores into shares of the mass; "
+        "`select` picks the rows. Times are of the threads' work, spread over the threads.",
+        _tables,
+    ),
+)
+
+TARGETS = tuple(_targets())

@@ -6,7 +6,7 @@ Ours run from numpy arrays, peers from tensors of the same numbers in the layout
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import integers
 from longattn.bench.plots import Bars, Panel, series
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import Column
+from longattn.bench.sections import Section, all_rows, titled, values_of, whole
+from longattn.bench.tables import Column, table
 from longattn.linear import causal_conv1d, diagonal_scan, selective_scan, toeplitz
 
 SUMMARY = (
@@ -242,3 +243,25 @@ def panels(result: Result) -> list[Panel | Bars]:
         )
         for operation, threads in kinds
     ]
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = all_rows(found, "scan")
+    lines: list[str] = []
+    for threads in values_of(rows, "threads"):
+        lines += titled(threads, table([row for row in rows if row["threads"] == threads], COLUMNS[1:]))
+    return lines
+
+
+SECTIONS = (
+    Section(
+        "linear",
+        "scan",
+        "Scans and convolutions",
+        "From arrays; torch has its tensors in the layout it likes best. `torch loop, decays at once` is the way of "
+        "transformers' fallback. `ns per state`: time over tokens, channels and states; `GB/s of state`: rates read, "
+        "states read and written; `difference`: largest of the peer's output from ours.",
+        _tables,
+        whole("scan", panels),
+    ),
+)

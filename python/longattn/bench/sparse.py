@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from longattn.bench.harness import Bench, Candidate, rows_of
 from longattn.bench.options import Grid, add_grid, chosen_grid
 from longattn.bench.plots import Bars, Panel, Points
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import Column, count
+from longattn.bench.sections import Section, all_rows, titled, values_of, whole
+from longattn.bench.tables import Column, count, table
+from longattn.bench.targets import Target
 
 SUMMARY = "attention over blocks of keys and windows: time against density, beside torch's flex and masked attention"
 DENSE = "longattn.attention"
@@ -151,3 +154,49 @@ def panels(result: Result) -> list[Panel | Bars]:
         title = f"D {dim}, {dtype}, {keys} keys, {count(threads)}"
         drawn.append(Panel(title, "density", "time / dense time", {name: sorted(line) for name, line in lines.items()}))
     return drawn
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = [row for row in all_rows(found, "sparse") if row["method"] != DENSE]
+    lines: list[str] = []
+    for threads in values_of(rows, "threads"):
+        lines += titled(threads, table([row for row in rows if row["threads"] == threads], COLUMNS[2:]))
+    return lines
+
+
+SECTIONS = (
+    Section(
+        "sparse",
+        "sparse",
+        "Attention over blocks of keys and windows",
+        "8 heads, not causal, random blocks. `of dense`: time over that of dense attention; `time / density`: this "
+        "over the share of the pairs that is computed. `× ours`: time over ours with the same mask. Masks are given.",
+        _tables,
+        whole("sparse", panels),
+    ),
+)
+
+TARGETS = (
+    Target(
+        "blocks and windows: time over dense attention's, over the density",
+        "sparse",
+        "per_density",
+        1.2,
+        "longattn bench sparse",
+        {"ours": (True,)},
+        {"density": (0, 0.99)},
+        at_most=True,
+    ),
+    *(
+        Target(
+            f"blocks and windows: time of {peer} over ours, density ≤ 10 %",
+            "sparse",
+            "times_ours",
+            bound,
+            "longattn bench sparse",
+            {"method": tuple(f"{peer}, blocks of {block}" for block in BLOCKS)},
+            {"density": (0, 0.1)},
+        )
+        for peer, bound in (("torch flex_attention", 3.0), ("torch SDPA, masked", 5.0))
+    ),
+)

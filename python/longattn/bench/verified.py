@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,8 +21,10 @@ from longattn.bench.arrays import DTYPES
 from longattn.bench.harness import Bench, Candidate
 from longattn.bench.plots import Bars, Panel, Points
 from longattn.bench.results import Result, Row
+from longattn.bench.sections import Section, all_rows, whole
 from longattn.bench.stored import empty_store, prepared
-from longattn.bench.tables import Column
+from longattn.bench.tables import Column, table
+from longattn.bench.targets import Target
 
 SUMMARY = "attention with a promised error: violations, rows read and time against epsilon"
 COLUMNS: tuple[Column, ...] = (
@@ -220,3 +222,39 @@ def panels(result: Result) -> list[Panel | Bars]:
             limit = None if log else max(DELTAS)
             drawn.append(Panel(f"{label}, error relative to {unit}", "epsilon", label, lines, log_y=log, limit=limit))
     return drawn
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = all_rows(found, "verified")
+    return ["", *table(rows, COLUMNS)] if rows else []
+
+
+SECTIONS = (
+    Section(
+        "retrieval",
+        "verified",
+        "Stated errors",
+        "`retrieval_attention` with `epsilon` and `delta` over many queries: how often the error was larger than "
+        "stated, what was read for it, and how often everything was.",
+        _tables,
+        whole("verified", panels),
+    ),
+)
+TARGETS = (
+    Target(
+        "stated errors: share of violations over delta",
+        "verified",
+        "violations_over_delta",
+        1.0,
+        "longattn bench verified",
+        at_most=True,
+    ),
+    Target(
+        "stated errors: outputs per setting",
+        "verified",
+        "queries",
+        10_000,
+        "longattn bench verified",
+        form=",.0f",
+    ),
+)
