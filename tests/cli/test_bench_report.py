@@ -17,7 +17,7 @@ from longattn.bench.harness import Candidate
 
 RESULTS = Path(__file__).parent / "results"
 SCRIPTS = Path(__file__).parents[2] / "benches" / "peers"
-PAGE = f"# Figures\n\nbefore\n\n{report.BEGIN}\nold\n{report.END}\n\nbehind\n"
+PAGE = f"# Figures\n\nbefore\n\n{report.BEGIN}\nwritten before\n{report.END}\n\nbehind\n"
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_report_rewrites_its_part_of_the_page(tmp_path, capsys):
     assert "14 PASS, 2 MISS" in capsys.readouterr().out
     text = page.read_text()
     assert text.startswith("# Figures\n\nbefore\n\n") and text.endswith(f"{report.END}\n\nbehind\n")
-    assert text.count("### Targets") == 1 and "old" not in text
+    assert text.count("### Targets") == 1 and "written before" not in text
     assert "| 32/8 | 128 | bfloat16 | 1 (60%) | 4 (86%) | 1.00 | 1.9 (30) | 1.9 (30) | 5e-05 |" in text
     assert "| 64 | float32 | 5 (50%) | 70 (62%) | 1.90 | 1.60 | 1.70 | 1.10 | 2.30 | 0.53 |" in text
     assert "onnxruntime GroupQueryAttention" in text and "- int4 left out: an example" in text

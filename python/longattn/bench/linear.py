@@ -274,7 +274,7 @@ def _targets() -> list[Target]:
         ("the read bandwidth, decode steps", "of_read", 0.7, None, ".0%"),
     ):
         what = "share of" if form == ".0%" else "speed against"
-        where = {"form": forms} if forms else {}
+        where = {"ours": (True,)} | ({"form": forms} if forms else {})
         found.append(
             Target(f"recurrences: {what} {text}", "linear", figure, bound, "longattn bench linear", where, form=form)
         )
@@ -285,6 +285,7 @@ def _targets() -> list[Target]:
             "slope",
             1.05,
             "longattn bench linear",
+            {"method": tuple(f"longattn.linear.{form.name}" for form in FORMS)},
             table="slopes",
             at_most=True,
         )

@@ -298,6 +298,7 @@ def _targets() -> list[Target]:
                 figure,
                 bound,
                 "longattn bench retrieval --top-k 1024 --vectors synthetic,synthetic-flat,synthetic-sharp,lm,minilm",
+                {"method": ("longattn.retrieval_attention, top_k 1024",)},
                 within={"keys": (131_072, 131_072)},
                 at_most=at_most,
                 form=form,
