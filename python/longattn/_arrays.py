@@ -227,6 +227,8 @@ def _borrow_dlpack(x: Any, name: str) -> NDArray[Any]:
 
 def _readable_in_place(a: NDArray[Any], any_strides: bool = False) -> bool:
     """Whether the kernels can read `a` where it lies."""
+    if a.flags.c_contiguous:  # nearly always, and calls of a few microseconds notice what follows
+        return bool(a.flags.aligned)
     if a.size == 0:
         return True
     strides = [stride for stride, n in zip(a.strides, a.shape, strict=True) if n > 1]
@@ -236,7 +238,7 @@ def _readable_in_place(a: NDArray[Any], any_strides: bool = False) -> bool:
 
 def _overlaps_itself(a: NDArray[Any]) -> bool:
     """Whether two indices of `a` may reach the same memory (or interleave so that it is hard to tell)."""
-    if a.size == 0:
+    if a.flags.c_contiguous or a.size == 0:
         return False
     reach = a.itemsize
     for stride, n in sorted((abs(stride), n) for stride, n in zip(a.strides, a.shape, strict=True) if n > 1):

@@ -144,7 +144,7 @@ def recurrence(
             name="out_state",
         )
         if first is not None and np.may_share_memory(first, last):
-            if first.ctypes.data != last.ctypes.data or first.strides != last.strides:
+            if _begins(first) != _begins(last) or first.strides != last.strides:
                 raise ValueError("out_state: got an array that overlaps initial_state, expected the same or another")
             first = last
     last4 = batched(last, 4)
@@ -181,7 +181,13 @@ def _gate(x: Array, name: str, rows: tuple[int, int, int], channels: tuple[int, 
         return batched(gate, 4)
     expected = rows[4 - rank :]
     if gate.shape == (rows[1],) and expected != (rows[1],):
-        gate = np.broadcast_to(gate[:, None], rows[1:])
-    elif gate.shape != expected:
+        return np.broadcast_to(gate[:, None, None], (*rows, 1))
+    if gate.shape != expected:
         raise ValueError(f"{name}: got shape {gate.shape}, expected {expected}")
-    return np.broadcast_to(gate, rows)[..., None]
+    return gate.reshape(*rows, 1)
+
+
+def _begins(x: NDArray[Any]) -> int:
+    """Address of the first number."""
+    address: int = x.__array_interface__["data"][0]
+    return address
