@@ -111,8 +111,9 @@ impl<K: Rows, V: BareRows> Kernel for ByteValues<'_, K, V> {
     fn run<S: Simd>(self, s: S) {
         let Self { weights, rows, v, keys, next, outputs, padded_dim } = self;
         assert!(keys.len() <= KEYS && rows <= MAX_QUERY_ROWS && outputs.len() >= rows * padded_dim);
-        let (bytes, step) = (v.code_bytes(), 4 * S::LANES);
-        let passes = bytes.div_ceil(step) * rows.div_ceil(2) * if V::BITS == 4 { 2 } else { 1 };
+        // Bytes of codes that make four vectors, a code to a byte.
+        let (bytes, step) = (v.code_bytes(), V::BITS * S::LANES / 2);
+        let passes = bytes.div_ceil(step) * rows.div_ceil(2);
         let coming = Ahead { rows: next.0, dim: next.1, next: keys.start + KEYS, steps: 0, passes };
         let mut block = Passes { weights, v, keys, outputs, padded_dim, coming };
         for at in (0..bytes).step_by(step) {
@@ -166,46 +167,43 @@ struct Passes<'a, K, V> {
 }
 
 impl<K: Rows, V: BareRows> Passes<'_, K, V> {
+    /// The `n` bytes of codes from byte `at` on of the four keys from `j` on, a code to a byte, the keys' bytes beside each other.
+    ///
+    /// # Safety
+    /// The values exist; the one after the last stands for the last, with weight 0.
+    #[inline(always)]
+    unsafe fn four<S: Simd>(&self, s: S, at: usize, n: usize, j: usize) -> [S::I32; 4] {
+        let mut x = [s.splat_i32(0); 4];
+        for (c, x) in x.iter_mut().enumerate() {
+            let row = self.v.start((self.keys.start + j + c).min(self.keys.end - 1)).wrapping_add(at);
+            // SAFETY: the row of values has these bytes.
+            *x = unsafe {
+                if V::BITS == 4 {
+                    s.load_halves(row, n)
+                } else if n == 4 * S::LANES {
+                    s.load_bytes(row)
+                } else {
+                    s.load_bytes_first(row, n)
+                }
+            };
+        }
+        s.interleave(x)
+    }
+
     /// Adds the `n` bytes of codes from byte `at` on to `R` rows of outputs.
     ///
     /// # Safety
     /// The values and rows exist.
     #[inline(always)]
     unsafe fn add<S: Simd, const R: usize>(&mut self, s: S, at: usize, n: usize, first: usize) {
+        let mut coming = self.coming;
+        let mut acc = [[[s.splat_i32(0); 4]; PARTS]; R];
         // SAFETY: the caller's promise.
         unsafe {
-            self.add_half::<S, R, 0>(s, at, n, first);
-            if V::BITS == 4 {
-                self.add_half::<S, R, 1>(s, at, n, first);
-            }
-        }
-    }
-
-    /// [`Self::add`] of the low or high halves of the bytes where codes have 4 bits, of whole bytes otherwise.
-    ///
-    /// # Safety
-    /// As [`Self::add`].
-    #[inline(always)]
-    unsafe fn add_half<S: Simd, const R: usize, const HALF: usize>(&mut self, s: S, at: usize, n: usize, first: usize) {
-        let Self { weights, v, ref keys, mut coming, padded_dim, .. } = *self;
-        let low_halves = s.splat_i32(0x0f0f_0f0f);
-        let mut acc = [[[s.splat_i32(0); 4]; PARTS]; R];
-        // SAFETY: the rows of values have these bytes; the row after the last stands for the last, with weight 0.
-        unsafe {
-            let weight_bytes = weights.bytes.as_ptr().add(first).cast::<i8>();
-            for j in (0..keys.len()).step_by(4) {
+            let weight_bytes = self.weights.bytes.as_ptr().add(first).cast::<i8>();
+            for j in (0..self.keys.len()).step_by(4) {
                 coming.four_more();
-                let mut rows = [v.start(keys.start + j).wrapping_add(at); 4];
-                for (c, row) in rows.iter_mut().enumerate().skip(1) {
-                    *row = v.start((keys.start + j + c).min(keys.end - 1)).wrapping_add(at);
-                }
-                let mut x = s.interleave(rows, n);
-                if V::BITS == 4 {
-                    for x in &mut x {
-                        let codes = if HALF == 0 { *x } else { s.shift_right_16::<4>(*x) };
-                        *x = s.and(codes, low_halves);
-                    }
-                }
+                let x = self.four(s, at, n, j);
                 for (r, acc) in acc.iter_mut().enumerate() {
                     for (part, acc) in acc.iter_mut().enumerate() {
                         let four = weight_bytes.add((PARTS * r + part) * KEYS + j).cast::<i32>().read_unaligned();
@@ -219,17 +217,22 @@ impl<K: Rows, V: BareRows> Passes<'_, K, V> {
         }
         self.coming = coming;
         for (r, [a, b, c]) in acc.iter().enumerate() {
-            let row = &mut self.outputs[(first + r) * padded_dim..(first + r + 1) * padded_dim];
-            let factor = s.splat(weights.factors[first + r]);
+            let row = &mut self.outputs[(first + r) * self.padded_dim..(first + r + 1) * self.padded_dim];
+            let factor = s.splat(self.weights.factors[first + r]);
             let mut sums = [s.zero(); 4];
             for (((sum, &a), &b), &c) in sums.iter_mut().zip(a).zip(b).zip(c) {
                 *sum = s.fma(s.to_f32(b), s.splat(256.0), s.to_f32(c));
                 *sum = s.fma(s.to_f32(a), s.splat(65536.0), *sum);
             }
             for (t, &sum) in s.in_order(sums).iter().enumerate() {
-                let byte = at + t * S::LANES;
-                // Channels 32 i + b and 32 i + 16 + b share byte 16 i + b.
-                let d = if V::BITS == 4 { byte / 16 * 32 + 16 * HALF + byte % 16 } else { byte };
+                let place = t * S::LANES;
+                let d = if V::BITS == 4 {
+                    // Channels 32 i + b and 32 i + 16 + b share byte 16 i + b, the latter in its high half.
+                    let (half, byte) = (place / (2 * S::LANES), at + place % (2 * S::LANES));
+                    byte / 16 * 32 + 16 * half + byte % 16
+                } else {
+                    at + place
+                };
                 if let Some(to) = row.get_mut(d..d + S::LANES) {
                     // SAFETY: there are LANES floats.
                     unsafe { s.store(to.as_mut_ptr(), s.fma(factor, sum, s.load(to.as_ptr()))) };

@@ -286,12 +286,23 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
         }
     }
     #[inline(always)]
-    unsafe fn interleave(self, rows: [*const u8; 4], n: usize) -> [__m512i; 4] {
+    unsafe fn load_halves(self, p: *const u8, n: usize) -> __m512i {
+        // SAFETY: the caller vouches for n bytes; masked loads touch no others.
         unsafe {
-            let mut x = [_mm512_setzero_si512(); 4];
-            for (x, row) in x.iter_mut().zip(rows) {
-                *x = if n == 64 { self.load_bytes(row) } else { self.load_bytes_first(row, n) };
-            }
+            let bytes = if n == 32 {
+                _mm256_loadu_si256(p.cast())
+            } else {
+                _mm512_castsi512_si256(self.load_bytes_first(p, n))
+            };
+            let shifts = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi16(4));
+            let shifted = _mm512_srlv_epi16(_mm512_broadcast_i64x4(bytes), shifts);
+            _mm512_and_si512(shifted, _mm512_set1_epi8(15))
+        }
+    }
+    #[inline(always)]
+    fn interleave(self, x: [__m512i; 4]) -> [__m512i; 4] {
+        // SAFETY: the CPU has AVX-512 F and BW, as a value of this type says.
+        unsafe {
             let (low, high) = (_mm512_unpacklo_epi8(x[0], x[1]), _mm512_unpackhi_epi8(x[0], x[1]));
             let (low2, high2) = (_mm512_unpacklo_epi8(x[2], x[3]), _mm512_unpackhi_epi8(x[2], x[3]));
             [

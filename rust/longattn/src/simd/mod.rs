@@ -194,26 +194,42 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
             }
         }
     }
-    /// A byte of each of the four rows in every lane, of the first `n <= 4 * LANES` bytes of the rows, zeros after them. The order of
-    /// the lanes is that of the instruction set; [`Self::in_order`] turns it into the order of the bytes.
+    /// The low halves of the first `n <= 2 * LANES` bytes and, in the second half of the vector, their high halves: a byte each, zeros
+    /// after them.
     ///
     /// # Safety
-    /// The rows are readable for `n` bytes.
+    /// `p` is readable for `n` bytes.
     #[inline(always)]
-    unsafe fn interleave(self, rows: [*const u8; 4], n: usize) -> [Self::I32; 4] {
+    unsafe fn load_halves(self, p: *const u8, n: usize) -> Self::I32 {
+        let mut bytes = [0u8; 4 * MAX_LANES];
+        for i in 0..n {
+            // SAFETY: the caller vouches for n bytes.
+            let byte = unsafe { *p.add(i) };
+            (bytes[i], bytes[2 * Self::LANES + i]) = (byte & 15, byte >> 4);
+        }
+        // SAFETY: the buffer holds a vector of any instruction set.
+        unsafe { self.load_bytes(bytes.as_ptr()) }
+    }
+    /// A byte of each of the four vectors in every lane. The order of the lanes is that of the instruction set;
+    /// [`Self::in_order`] turns it into the order of the bytes.
+    #[inline(always)]
+    fn interleave(self, x: [Self::I32; 4]) -> [Self::I32; 4] {
+        let mut rows = [[0u8; 4 * MAX_LANES]; 4];
         let mut bytes = [0u8; 16 * MAX_LANES];
-        for (i, four) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate().take(n) {
-            for (byte, row) in four.iter_mut().zip(rows) {
-                // SAFETY: the caller vouches for n bytes.
-                *byte = unsafe { *row.add(i) };
+        // SAFETY: a buffer holds a vector of any instruction set, the last one four of them.
+        unsafe {
+            for (row, x) in rows.iter_mut().zip(x) {
+                self.store_bytes(row.as_mut_ptr(), x);
             }
+            for (i, four) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate().take(4 * Self::LANES) {
+                *four = [rows[0][i], rows[1][i], rows[2][i], rows[3][i]];
+            }
+            let mut all = x;
+            for (t, v) in all.iter_mut().enumerate() {
+                *v = self.load_bytes(bytes.as_ptr().add(4 * t * Self::LANES));
+            }
+            all
         }
-        let mut all = [self.splat_i32(0); 4];
-        for (t, v) in all.iter_mut().enumerate() {
-            // SAFETY: the buffer holds four vectors of any instruction set.
-            *v = unsafe { self.load_bytes(bytes.as_ptr().add(4 * t * Self::LANES)) };
-        }
-        all
     }
     /// What came of [`Self::interleave`] lane by lane, in the order of the bytes.
     #[inline(always)]

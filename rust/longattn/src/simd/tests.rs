@@ -233,6 +233,37 @@ fn turns_and_comparisons_on_every_isa() {
     }
 }
 
+/// Halves of the bytes of the first row.
+struct Halves<'a>(&'a [u8], usize);
+
+impl Kernel for Halves<'_> {
+    type Output = (usize, Vec<u8>);
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        let mut out = vec![0; 4 * S::LANES];
+        let n = self.1.min(2 * S::LANES);
+        // SAFETY: there are more bytes than asked for, and room for a vector.
+        unsafe { s.store_bytes(out.as_mut_ptr(), s.load_halves(self.0.as_ptr(), n)) };
+        (n, out)
+    }
+}
+
+#[test]
+fn halves_of_bytes_on_every_isa() {
+    let bytes: Vec<u8> = (0..64).map(|i| (i * 37 % 251) as u8).collect();
+    for isa in Isa::available() {
+        for n in [32, 31, 16, 8, 3, 0] {
+            let (n, halves) = dispatch(isa, Halves(&bytes, n));
+            let (low, high) = halves.split_at(halves.len() / 2);
+            for i in 0..low.len() {
+                let expected = if i < n { [bytes[i] & 15, bytes[i] >> 4] } else { [0; 2] };
+                assert_eq!([low[i], high[i]], expected, "{} {n} {i}", isa.name());
+            }
+        }
+    }
+}
+
+/// Rows and how many of their bytes.
 struct Words<'a>(&'a [u8], usize);
 
 impl Kernel for Words<'_> {
@@ -251,7 +282,11 @@ impl Kernel for Words<'_> {
         // SAFETY: MAX_LANES rows of 70 bytes, of which n from byte 5 on are asked for; room for LANES vectors, then for four.
         unsafe {
             s.transpose_words(&rows, 5, n, words.as_mut_ptr());
-            let four = s.interleave([rows[0], rows[1], rows[2], rows[3]], n);
+            let mut first = [s.splat_i32(0); 4];
+            for (x, row) in first.iter_mut().zip(rows) {
+                *x = s.load_bytes_first(row, n);
+            }
+            let four = s.interleave(first);
             let weights = s.splat_i32(i32::from_ne_bytes([1, 2, 3, 4]));
             let mut dots = [s.zero(); 4];
             for (dot, x) in dots.iter_mut().zip(four) {
