@@ -72,13 +72,13 @@ def attention(q, k, v, *, scale=None, offset=0.0):
     return Tolerance(atol=atol, rtol=rtol, lse_atol=logit + summed, lse_rtol=2 * u)
 
 
-def device_attention(q, k, v, *, scale=None):
+def device_attention(q, k, v, *, scale=None, offset=0.0):
     """Tolerance of attention by the kernels of `longattn.gpu`.
 
     Beside what holds on a CPU: softmax weights of 16-bit inputs are rounded to that dtype for the matrix product, and
     the device's `exp2` and `log2` err by two units in the last place.
     """
-    on_cpu = attention(q, k, v, scale=scale)
+    on_cpu = attention(q, k, v, scale=scale, offset=offset)
     weights = ROUNDOFF[q.dtype][0] * _largest(v) if q.dtype.itemsize == 2 else 0.0
     return Tolerance(
         atol=on_cpu.atol + weights + 4 * U * _largest(v),

@@ -1,6 +1,8 @@
-"""Devices that GPU tests run on: the emulator with each thread order, and a GPU where there is one."""
+"""Devices that GPU tests run on: the emulator, whose thread order turns with the test, and a GPU where there is one."""
 
 from __future__ import annotations
+
+import zlib
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ def _has_gpu():
     return cupy.is_available()
 
 
-BACK_ENDS = [*(["forwards", "backwards", "shuffled"] if emulator.available() else []), *(["gpu"] if _has_gpu() else [])]
+BACK_ENDS = [*(["emulator"] if emulator.available() else []), *(["gpu"] if _has_gpu() else [])]
 
 
 @pytest.fixture(params=BACK_ENDS)
@@ -27,7 +29,8 @@ def device(request):
         from longattn.gpu._cupy import current
 
         return current()
-    return EmulatorDevice(order=BACK_ENDS.index(request.param))
+    # Orders give the same bits (a test of its own), so one is enough here; which one, the test's name says.
+    return EmulatorDevice(order=zlib.crc32(request.node.name.encode()) % len(emulator.ORDERS))
 
 
 def put(device, x):

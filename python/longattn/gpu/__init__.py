@@ -9,7 +9,7 @@ Storage is float32, float16 or bfloat16; softmax and sums are float32. Rows must
 """
 
 from longattn.gpu._device import Device, View, device_of, is_on_gpu
-from longattn.gpu.attention import attention, block_sparse_attention, index_sparse_attention
+from longattn.gpu.attention import attention, attention_varlen, block_sparse_attention, index_sparse_attention
 from longattn.gpu.chunked_recurrence import chunked_recurrence
 from longattn.gpu.hash_topk import hash_encode, hash_topk
 from longattn.gpu.host_kv_cache import HostKVCache
@@ -20,6 +20,7 @@ __all__ = [
     "HostKVCache",
     "View",
     "attention",
+    "attention_varlen",
     "block_sparse_attention",
     "chunked_recurrence",
     "device_of",

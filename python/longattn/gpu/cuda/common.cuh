@@ -162,33 +162,3 @@ struct Tile {
 struct Strides {
   i64 batch, head, row;
 };
-
-// ---- tiles of keys that a block of query rows goes over ----
-constexpr int LISTED_KEYS = 64;  // of a tile
-
-// Tiles `at(from)` .. `at(until - 1)`; keys from `to` on no row of the block sees.
-struct Tiles {
-  const int* listed;
-  int from, until, to, offset;
-
-  DEVICE int at(int i) const { return listed ? listed[i] : i; }
-};
-
-// Tiles of rows `first .. first + count`. A row at i sees keys from i + offset - left to i + offset + right, ends below 0 being open;
-// `starts`: the lists of this block are at [row_block] and [row_block + 1] of the head's; null for all tiles.
-DEVICE Tiles tiles_of(int first, int count, int rows, int keys, int left, int right, const int* starts, const int* blocks, int row_block) {
-  Tiles tiles{nullptr, 0, 0, keys, keys - rows};
-  if (right >= 0) tiles.to = max(min(keys, min(first + count, rows) + tiles.offset + right), 0);
-  if (left >= 0) tiles.from = max(first + tiles.offset - left, 0) / LISTED_KEYS;
-  tiles.until = (tiles.to + LISTED_KEYS - 1) / LISTED_KEYS;
-  if (starts) {
-    const int* of_block = starts + (static_cast<i64>(blockIdx.z) * gridDim.y + blockIdx.y) * (gridDim.x + 1) + row_block;
-    int begin = of_block[0], end = of_block[1];
-    while (begin < end && blocks[begin] < tiles.from) begin++;
-    while (begin < end && blocks[end - 1] >= tiles.until) end--;
-    tiles.listed = blocks;
-    tiles.from = begin;
-    tiles.until = end;
-  }
-  return tiles;
-}
