@@ -7,15 +7,19 @@ from importlib.resources import files
 
 #: Files of each source, in order, after `common.cuh`.
 _FILES = {
+    "codes": ("codes.cu",),
     "decode": ("attention.cuh", "decode.cuh", "decode.cu"),
+    "decode_int8": ("attention.cuh", "decode.cuh", "decode_int8.cu"),
     "hash": ("hash.cu",),
     "merge": ("merge.cu",),
+    "neighbourhood": ("attention.cuh", "prefill.cuh", "neighbourhood.cuh", "neighbourhood.cu"),
+    "neighbourhood_f32": ("attention.cuh", "prefill_f32.cuh", "neighbourhood.cuh", "neighbourhood_f32.cu"),
     "prefill": ("attention.cuh", "ranges.cuh", "prefill.cuh", "prefill.cu"),
     "prefill_f32": ("attention.cuh", "ranges.cuh", "prefill_f32.cuh", "prefill_f32.cu"),
     "recurrence": ("recurrence.cu",),
 }
 #: Sources that are compiled a second time for options of scores, so that these cost nothing where there are none.
-_WITH_OPTIONS = ("decode", "prefill", "prefill_f32")
+_WITH_OPTIONS = ("decode", "decode_int8", "neighbourhood", "neighbourhood_f32", "prefill", "prefill_f32")
 _OPTIONS = "_options"
 
 #: Sources, each a translation unit of its own.

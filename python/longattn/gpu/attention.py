@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from longattn.gpu._checks import attention_views, packed_view, sequence_ends, window_ends
+from longattn.gpu._checks import attention_views, check_fit, heads_view, packed_view, sequence_ends, window_ends
 from longattn.gpu._device import KERNEL_DTYPES, Device, Launch, View, device_of
 from longattn.gpu._scores import Scores, scores_of
 from longattn.gpu._sources import with_options
+from longattn.gpu.coded_rows import CodedRows, coded_views
 from longattn.gpu.merge import merge_splits
 
 #: Rows of a KV head (query heads times positions) up to which keys are split over blocks instead of rows.
@@ -21,6 +22,7 @@ BLOCK_KEYS = 64
 
 _DECODE_THREADS = 128
 _DECODE_STAGES = 3
+_CODED_STAGES = 4
 _SPLIT_MULTIPLE = 64
 _SPLIT_LEAST = 256
 
@@ -46,8 +48,9 @@ def attention(
     Args:
         q: queries `[B, Hq, Lq, D]`, a CuPy array or a torch CUDA tensor; float32, float16 or bfloat16; D is 64, 128
             or 256.
-        k: keys `[B, Hkv, Lk, D]`, dtype of `q`.
-        v: values, the shape of `k`.
+        k: keys `[B, Hkv, Lk, D]`, dtype of `q`; or `CodedRows` for float16 or bfloat16 queries, of which a KV head has
+            at most 16 rows then.
+        v: values, the shape of `k`; `CodedRows` where the keys are.
         causal: a query sees only keys at its own position and before; the last query is at the last key.
         window: `(left, right)`, -1 unbounded.
         scale: factor on the dot products; `None` is `D ** -0.5`. A float32 array `[Hq]`, `[Hq, Lq]` or `[B, Hq, Lq]`
@@ -76,7 +79,8 @@ def attention(
         to 16 bytes cost one copy.
     """
     device = device or device_of(q, "q")
-    queries, keys, values = attention_views(device, q, k, v)
+    coded = _coded(device, q, k, v) if isinstance(k, CodedRows) or isinstance(v, CodedRows) else None
+    queries, keys, values = coded[:3] if coded else attention_views(device, q, k, v)
     rows, length = queries.shape[2], keys.shape[2]
     ends = window_ends(causal, window, rows + length)
     scores = scores_of(
@@ -92,15 +96,21 @@ def attention(
     split = queries.shape[1] // keys.shape[1] * rows <= DECODE_ROWS and length > 0
     if out_dtype not in ((None, *KERNEL_DTYPES) if split else (None, queries.dtype)):
         raise ValueError(f"out_dtype: got {out_dtype!r}, expected {queries.dtype} for these shapes")
+    if coded and not split and length:
+        raise ValueError(f"q: got {queries.shape} over coded keys, expected at most {DECODE_ROWS} rows per KV head")
     out, lse, results = _results(device, queries, out_dtype or queries.dtype)
     if math.prod(queries.shape) == 0:
         return (out, lse) if return_lse else out
     if split:
         first = max(length - rows - ends[0], 0) if ends[0] >= 0 else 0
-        if first:  # what no row sees is not read
+        parameters = None
+        if first and not coded:  # what no row sees is not read
             keys, values = (device.view(x.owner[:, :, first:], "k") for x in (keys, values))
-        left = -1 if rows == 1 else ends[0]
-        _decode(device, queries, keys, values, results, scores.from_key(device, first), (left, ends[1]))
+        if coded:
+            (keys, of_keys), (values, of_values) = (coded_views(device, x.from_row(first), "k") for x in (k, v))
+            parameters = of_keys, of_values
+        ends = (-1 if rows == 1 else ends[0]), ends[1]
+        _decode(device, queries, keys, values, results, scores.from_key(device, first), ends, parameters=parameters)
     else:
         _prefill(device, queries, keys, values, results, scores, ends)
     return (out, lse) if return_lse else out
@@ -285,6 +295,19 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
+def _coded(device: Device, q: Any, k: Any, v: Any) -> tuple[View, View, View]:
+    """Queries, and codes of keys and values, that fit each other."""
+    for name, x in (("k", k), ("v", v)):
+        if not isinstance(x, CodedRows):
+            raise TypeError(f"{name}: got {type(x).__name__}, expected CodedRows, as the other of k and v is")
+    queries = heads_view(device, q, "q")
+    if queries.dtype == "float32":
+        raise TypeError("q: got dtype float32 over coded keys, expected float16 or bfloat16")
+    (keys, _), (values, _) = coded_views(device, k, "k"), coded_views(device, v, "v")
+    check_fit(queries, keys.shape, values.shape)
+    return queries, keys, values
+
+
 def _results(device: Device, q: View, dtype: str) -> tuple[Any, Any, tuple[View, View]]:
     """New arrays for the output and its log-sum-exp, and their memory."""
     out, lse = device.empty(q.shape, dtype, q.owner), device.empty(q.shape[:3], "float32", q.owner)
@@ -306,6 +329,7 @@ def _decode(
     *,
     listed: View | None = None,
     lengths: View | None = None,
+    parameters: tuple[View, View] | None = None,
 ) -> None:
     """Splits of the keys into partial results, then their merge."""
     batch, heads, positions, dim = q.shape
@@ -322,6 +346,8 @@ def _decode(
         block_rows = DECODE_ROWS
         name = f"decode_{KERNEL_DTYPES[q.dtype]}_{dim}"
         tiles = 2 * 16 * dim * (1 + 4 * _DECODE_STAGES * 2)  # queries; keys and values of four warps
+        if parameters is not None:
+            name, tiles = f"decode_int8_{KERNEL_DTYPES[q.dtype]}_{dim}", 4 * _CODED_STAGES * 2 * 16 * (dim + 8)
         shared = max(tiles, 4 * 16 * 4 * (2 + dim))
     across = batch * kv_heads * -(-rows // block_rows)
     split = _split_keys(most, across, device.processors)
@@ -343,8 +369,11 @@ def _decode(
         np.float32(scores.factor),
         *scores.arguments(),
     )
+    for view in parameters or ():
+        arguments += (view.pointer, np.int64(view.strides[0]), np.int64(view.strides[1]))
     grid = (splits, kv_heads * -(-rows // block_rows), batch)
-    source = "decode" if plain else with_options("decode")
+    source = "decode" if parameters is None else "decode_int8"
+    source = source if plain else with_options(source)
     device.kernel(source, name)(grid, (_DECODE_THREADS,), arguments, shared)
     merge_splits(device, partial, partial_lse, *results)
 

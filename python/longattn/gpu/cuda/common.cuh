@@ -54,6 +54,23 @@ DEVICE u32 pair_of(float low, float high) {
   return a.bits | static_cast<u32>(b.bits) << 16;
 }
 
+// Bytes 0 and 2 of a word, less 128, as two numbers in a register; both dtypes hold them exactly.
+DEVICE u32 bytes_less_128(u32 word, f16) {
+  u32 above = (word & 0x00ff00ff) | 0x64006400;  // 1024 + byte
+#ifdef LONGATTN_EMULATOR
+  return pair_of<f16>(to_float(f16{static_cast<u16>(above)}) - 1152.f, to_float(f16{static_cast<u16>(above >> 16)}) - 1152.f);
+#else
+  u32 r;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(above), "r"(0x64806480));
+  return r;
+#endif
+}
+DEVICE u32 bytes_less_128(u32 word, bf16) {
+  constexpr int ABOVE = 0x4b000000;  // 2^23 + byte
+  float low = __int_as_float(ABOVE | (word & 0xff)) - 8388736.f, high = __int_as_float(ABOVE | (word >> 16 & 0xff)) - 8388736.f;
+  return static_cast<u32>(__float_as_int(low)) >> 16 | (__float_as_int(high) & 0xffff0000u);
+}
+
 // ---- vectors of 16 bytes ----
 template <class T>
 struct __align__(16) Vector16 {
@@ -84,9 +101,10 @@ DEVICE float lanes_sum(float x) {
   return x;
 }
 
-// ---- asynchronous copies to shared memory, 16 bytes each; zeros where `valid` is false ----
+// ---- asynchronous copies to shared memory, 16 bytes each, or 8; zeros where `valid` is false ----
 #ifdef LONGATTN_EMULATOR
 DEVICE void copy_async(void* shared, const void* global, bool valid) { emu::async_copy(shared, global, 16, valid ? 16 : 0); }
+DEVICE void copy8_async(void* shared, const void* global, bool valid) { emu::async_copy(shared, global, 8, valid ? 8 : 0); }
 DEVICE void commit_async() { emu::async_commit(); }
 template <int LEFT>
 DEVICE void wait_async() {
@@ -97,6 +115,10 @@ DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generi
 DEVICE void copy_async(void* shared, const void* global, bool valid) {
   int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes));
+}
+DEVICE void copy8_async(void* shared, const void* global, bool valid) {
+  int bytes = valid ? 8 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes));
 }
 DEVICE void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT>
