@@ -17,6 +17,7 @@ _FILES = {
     "prefill": ("attention.cuh", "ranges.cuh", "prefill.cuh", "prefill.cu"),
     "prefill_f32": ("attention.cuh", "ranges.cuh", "prefill_f32.cuh", "prefill_f32.cu"),
     "recurrence": ("recurrence.cu",),
+    "recurrence_f32": ("recurrence_f32.cu",),
 }
 #: Sources that are compiled a second time for options of scores, so that these cost nothing where there are none.
 _WITH_OPTIONS = ("decode", "decode_int8", "neighbourhood", "neighbourhood_f32", "prefill", "prefill_f32")

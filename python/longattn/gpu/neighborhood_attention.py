@@ -92,9 +92,8 @@ def generalized_neighborhood_attention(
         result = device.view(out, "out")
         kernel, threads, shared = prefill_launch(device, "neighbourhood", queries, _ROWS, options=not scores.plain)
         bits = _TILE_BITS[len(grid)]
-        tiles = math.prod(
-            axis[3] * -(-(-(-axis[0] // axis[3])) // (1 << bit)) for axis, bit in zip(axes, bits, strict=True)
-        )
+        groups = ((-(-axis[0] // axis[3]), axis[3]) for axis in axes)  # the longest's tokens, and how many groups
+        tiles = math.prod(gap * -(-count // (1 << bit)) for (count, gap), bit in zip(groups, bits, strict=True))
         arguments = (
             queries.pointer,
             keys.pointer,

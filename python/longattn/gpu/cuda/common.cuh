@@ -54,6 +54,16 @@ DEVICE u32 pair_of(float low, float high) {
   return a.bits | static_cast<u32>(b.bits) << 16;
 }
 
+// The numbers of such a register.
+template <class T>
+DEVICE float low_of(u32 pair) {
+  return to_float(T{static_cast<u16>(pair)});
+}
+template <class T>
+DEVICE float high_of(u32 pair) {
+  return to_float(T{static_cast<u16>(pair >> 16)});
+}
+
 // Bytes 0 and 2 of a word, less 128, as two numbers in a register; both dtypes hold them exactly.
 DEVICE u32 bytes_less_128(u32 word, f16) {
   u32 above = (word & 0x00ff00ff) | 0x64006400;  // 1024 + byte
