@@ -16,11 +16,13 @@ from longattn.gpu.hash_topk import hash_encode, hash_topk
 from longattn.gpu.host_kv_cache import HostKVCache
 from longattn.gpu.merge import merge
 from longattn.gpu.neighborhood_attention import generalized_neighborhood_attention
+from longattn.gpu.signatures import SignatureCodes, signatures_encode, signatures_topk
 
 __all__ = [
     "CodedRows",
     "Device",
     "HostKVCache",
+    "SignatureCodes",
     "View",
     "attention",
     "attention_varlen",
@@ -34,4 +36,6 @@ __all__ = [
     "index_sparse_attention",
     "is_on_gpu",
     "merge",
+    "signatures_encode",
+    "signatures_topk",
 ]

@@ -10,7 +10,7 @@ _FILES = {
     "codes": ("codes.cu",),
     "decode": ("attention.cuh", "decode.cuh", "decode.cu"),
     "decode_int8": ("attention.cuh", "decode.cuh", "decode_int8.cu"),
-    "hash": ("hash.cu",),
+    "hash": ("choice.cuh", "hash.cu"),
     "merge": ("merge.cu",),
     "neighbourhood": ("attention.cuh", "prefill.cuh", "neighbourhood.cuh", "neighbourhood.cu"),
     "neighbourhood_f32": ("attention.cuh", "prefill_f32.cuh", "neighbourhood.cuh", "neighbourhood_f32.cu"),
@@ -18,6 +18,7 @@ _FILES = {
     "prefill_f32": ("attention.cuh", "ranges.cuh", "prefill_f32.cuh", "prefill_f32.cu"),
     "recurrence": ("recurrence.cu",),
     "recurrence_f32": ("recurrence_f32.cu",),
+    "signatures": ("choice.cuh", "signatures.cu"),
 }
 #: Sources that are compiled a second time for options of scores, so that these cost nothing where there are none.
 _WITH_OPTIONS = ("decode", "decode_int8", "neighbourhood", "neighbourhood_f32", "prefill", "prefill_f32")

@@ -81,6 +81,18 @@ DEVICE u32 bytes_less_128(u32 word, bf16) {
   return static_cast<u32>(__float_as_int(low)) >> 16 | (__float_as_int(high) & 0xffff0000u);
 }
 
+// c + the sum of products of four signed bytes.
+DEVICE int dot_of_bytes(u32 a, u32 b, int c) {
+#ifdef LONGATTN_EMULATOR
+  for (int i = 0; i < 4; i++) c += static_cast<signed char>(a >> 8 * i) * static_cast<signed char>(b >> 8 * i);
+  return c;
+#else
+  int r;
+  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+#endif
+}
+
 // ---- vectors of 16 bytes ----
 template <class T>
 struct __align__(16) Vector16 {
