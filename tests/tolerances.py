@@ -91,8 +91,8 @@ def device_attention(q, k, v, *, scale=None, offset=0.0):
 def device_coded_attention(q, k, v, *, offset=0.0):
     """Tolerance of attention by the kernels of `longattn.gpu` over the keys and values that codes stand for.
 
-    As `coded_attention`; a value's scale times its weight is rounded to the queries' dtype, and multiplied by codes that
-    are at most half a range from the middle.
+    As `coded_attention`; a value's scale times its weight is rounded to the queries' dtype, and multiplied by codes
+    that are at most half a range from the middle.
     """
     on_cpu = coded_attention(q, k[0], v[0], offset=offset)
     weights = ROUNDOFF[q.dtype][0] * _largest(v)

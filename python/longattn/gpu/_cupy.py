@@ -124,6 +124,16 @@ class CupyDevice:
             torch = sys.modules["torch"]
             return torch.from_numpy(np.ascontiguousarray(x)).pin_memory().to(like.device, non_blocking=True)
 
+    def seconds(self, call: Callable[[], object]) -> float:
+        """By events on the caller's stream; work of the host between them counts as well."""
+        with self._callers_stream():
+            start, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+        return float(self._cupy.cuda.get_elapsed_time(start, end)) / 1e3
+
     def kernel(self, source_name: str, name: str) -> Launch:
         """A kernel, compiled at first use and kept by CuPy's own cache."""
         if source_name not in self._modules:
