@@ -1,4 +1,4 @@
-"""The back end of `longattn.gpu` that runs kernels in the emulator: numpy arrays, or torch's on the CPU, are its memory."""
+"""The back end of `longattn.gpu` that runs kernels in the emulator: arrays of numpy, or torch's on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decode step over rows in host memory costs, by the way they are read: measured once per device and kind of row."""
+"""What a decode step over rows in host memory costs, by the way they are read; measured once."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -112,6 +112,28 @@ class HostKVCache:
     def __len__(self) -> int:
         """Tokens in both memories."""
         return self._length
+
+    @property
+    def resident(self) -> int:
+        """Tokens on the device."""
+        return min(self._length, self.sinks + self.window)
+
+    def rows_on_device(self, like: Any, block: int) -> Iterator[tuple[Any, Any]]:
+        """All keys and values so far `[1, Hkv, n, D]` on the device, `block` rows of the host's at a time.
+
+        Their order is not that of the sequence. A block's arrays are copies that the caller may keep.
+        """
+        if self._length == 0:
+            return
+        device = self._device
+        assert device is not None
+        yield self._keys[:, :, : self.resident], self._values[:, :, : self.resident]
+        for first in range(0, len(self.store), block):
+            rows = slice(first, first + block)
+            yield (
+                device.upload(self.store.keys[None, :, rows], like),
+                device.upload(self.store.values[None, :, rows], like),
+            )
 
     def append(self, k: Any, v: Any) -> None:
         """Adds tokens: rows go to the device's window, and a copy of them starts on its way to the host.
@@ -224,11 +246,10 @@ class HostKVCache:
         gathers = self._gathers(q, top_k, bool(budget))
         arriving = None if gathers else device.download(q)
         chosen = self._chosen(q, top_k, scale) if gathers and top_k is not None else None
-        filled = min(self._length, self.sinks + self.window)
         here = attention(
             q,
-            self._keys[:, :, :filled],
-            self._values[:, :, :filled],
+            self._keys[:, :, : self.resident],
+            self._values[:, :, : self.resident],
             scale=scale,
             sinks=sink_logits,
             return_lse=True,

@@ -53,7 +53,8 @@ def longattn_attention(
 
     Args:
         module: the attention layer; its `is_causal` counts where neither a mask nor `is_causal` is given.
-        query: `[B, Hq, L, D]`, float32, float16 or bfloat16, on the CPU.
+        query: `[B, Hq, L, D]`, float32, float16 or bfloat16; on the CPU, or on a GPU with a
+            `LongAttnCache` that has a `DeviceConfig`.
         key: `[B, Hkv, Lk, D]`; from a `LongAttnCache` the new rows, which name the layer that holds all.
         value: `[B, Hkv, Lk, Dv]`.
         attention_mask: a `MaskSpec`; a 4-D bool mask (True = attend) or float bias `[B or 1, Hq or 1, L,
