@@ -229,11 +229,11 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
                 f"tokens_to_remove: got {tokens_to_remove}, expected at most {self._arrived} as in the cache"
             )
         if not all(s.can_crop(n) for s, n in zip(self.sequences, self._rows_of_last(-tokens_to_remove), strict=True)):
-            why = (
-                f"a layer with a sliding window of {self.sliding_window} has let go of the rows before"
-                if self.eviction is None and self.on_device is None
-                else "a layer with an eviction policy, or with rows on a device, cannot go back"
-            )
+            why = f"a layer with a sliding window of {self.sliding_window} has let go of the rows before"
+            if self.eviction is not None:
+                why = "a layer with an eviction policy cannot go back"
+            if self.on_device is not None:
+                why = "a layer with rows on a device cannot go back"
             raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, expected fewer: {why}")
 
     def crop(self, tokens_to_remove: int) -> None:
