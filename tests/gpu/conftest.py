@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 
 import numpy as np
@@ -20,6 +21,18 @@ def _has_gpu():
 
 
 BACK_ENDS = [*(["emulator"] if emulator.available() else []), *(["gpu"] if _has_gpu() else [])]
+_ONLY = os.environ.get("LONGATTN_TEST_DEVICE")  # one of them, and only tests that have one
+if _ONLY:
+    BACK_ENDS = [name for name in BACK_ENDS if name == _ONLY]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out tests without a device where one is asked for by name."""
+    if not _ONLY:
+        return
+    left_out = [item for item in items if "device" not in item.fixturenames]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if "device" in item.fixturenames]
 
 
 @pytest.fixture(params=BACK_ENDS)
