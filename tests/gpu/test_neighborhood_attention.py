@@ -1,8 +1,11 @@
 """Neighbourhood attention of `longattn.gpu` against the rule, one token at a time."""
 
+import sys
+
 import numpy as np
 import pytest
 
+import longattn as la
 import tolerances
 from emu import emulator
 from emu.device import EmulatorDevice
@@ -93,6 +96,20 @@ def test_thread_orders_give_the_same_bits(rng):
     ]
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)
+
+
+def test_the_public_function_sends_arrays_of_a_gpu_there(rng, monkeypatch):
+    seen = []
+    there = sys.modules["longattn.sparse.generalized_neighborhood_attention"]
+    monkeypatch.setattr(there, "is_on_gpu", lambda x: True)
+    monkeypatch.setattr(there, "on_gpu", lambda *arrays, **options: seen.append(options))
+    q, k, v = arrays(rng, F32, (9, 10))
+    la.sparse.generalized_neighborhood_attention(q, k, v, window=3, causal=(True, False), softcap=2.0, return_lse=True)
+    given = {"window": 3, "stride": 1, "dilation": 1, "causal": (True, False), "scale": None, "sinks": None}
+    assert seen == [{**given, "softcap": 2.0, "return_lse": True}]
+    for option in ("extra_k", "extra_v", "bias"):
+        with pytest.raises(ValueError, match=f"{option}: not offered for arrays of a GPU"):
+            la.sparse.generalized_neighborhood_attention(q, k, v, window=3, **{option: q})
 
 
 def test_bad_input(rng):

@@ -10,7 +10,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -339,7 +339,7 @@ def _with_torch(runner: Runner, q: Any, k: Any, v: Any, *, causal: bool) -> dict
     return calls
 
 
-def _times(bench: Bench, runner: Runner, calls: dict[str, Call]) -> dict[str, Times]:
+def _times(bench: Bench, runner: Runner, calls: Mapping[str, Call]) -> dict[str, Times]:
     """Median and least seconds of each call, in turns."""
     for call in calls.values():
         for _ in range(_WARM_UP if not bench.quick else 1):

@@ -85,8 +85,9 @@ class DeviceSequence:
         if window is None:
             store = la.KVStore(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, capacity=capacity)
             index = la.index.make(how.index, store, queries=None, **how.parameters)
-            sizes = {"sinks": how.sinks, "window": how.window}
-            self._cache = gpu.HostKVCache(store, index, reads=how.reads, device=how.device, **sizes)
+            self._cache = gpu.HostKVCache(
+                store, index, sinks=how.sinks, window=how.window, reads=how.reads, device=how.device
+            )
 
     def __len__(self) -> int:
         """Tokens of this sequence."""
