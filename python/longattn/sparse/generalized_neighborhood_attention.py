@@ -104,9 +104,19 @@ def generalized_neighborhood_attention(
         for name, value in (("extra_k", extra_k), ("extra_v", extra_v), ("bias", bias)):
             if value is not None:
                 raise ValueError(f"{name}: not offered for arrays of a GPU")
-        rule = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
-        options = {"scale": scale, "softcap": softcap, "sinks": sinks, "return_lse": return_lse}
-        return on_gpu(q, k, v, **rule, **options)
+        return on_gpu(
+            q,
+            k,
+            v,
+            window=window,
+            stride=stride,
+            dilation=dilation,
+            causal=causal,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            return_lse=return_lse,
+        )
     qn, kn, vn = grid_inputs(q, k, v)
     axes = window_axes(own_grid(qn, kn), window, stride, dilation, causal)
     sizes = per_axis(window, "window", len(axes), 1)
