@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ transformers = pytest.importorskip("transformers", minversion="5.19")
 
 from emu import emulator  # noqa: E402
 from emu.device import EmulatorDevice  # noqa: E402
+from longattn import gpu  # noqa: E402
 from longattn.transformers import DeviceConfig, EvictionConfig, LongAttnCache, RetrievalConfig  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
@@ -35,7 +37,7 @@ def cache_of(model: Any, **how: Any) -> tuple[LongAttnCache, EmulatorDevice]:
     return LongAttnCache(model.config, device=DeviceConfig(device=device, **sizes)), device
 
 
-def check(model: Any, generate: Any, cache: LongAttnCache, input_ids: Any, mask: Any = None, **arguments: Any) -> None:
+def check(model: Any, generate: Any, cache: Any, input_ids: Any, mask: Any = None, **arguments: Any) -> None:
     """As transformers' own attention and cache, to rounding."""
     steps = {"max_new_tokens": 4, **arguments}
     expected = generate(model, "eager", DynamicCache(config=model.config), input_ids, mask, **steps)
@@ -83,6 +85,22 @@ def test_a_small_budget_reads_a_part(model: Any, generate: Any) -> None:
     # Two steps of two layers with one KV head each: what the device holds, and the budget.
     assert stats.keys_read == 2 * 2 * (2 + 16 + 4)
     assert stats.keys_visible == 2 * (101 + 102)
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma2", "gpt_oss"], indirect=True)
+def test_without_a_cache_of_ours_masks_are_biases(model: Any, generate: Any, monkeypatch: Any) -> None:
+    """Tensors count as a GPU's: padded batches, windows, softcap and sinks through the kernels of `longattn.gpu`."""
+    device = EmulatorDevice()
+    there = sys.modules["longattn.transformers.attention"]
+    monkeypatch.setattr(there, "is_on_gpu", lambda x: True)
+    monkeypatch.setattr(
+        there.la, "attention", lambda *arrays, **options: gpu.attention(*arrays, device=device, **options)
+    )
+    input_ids = prompts(2, 21)
+    mask = torch.ones_like(input_ids)
+    mask[0, :6] = 0
+    check(model, generate, DynamicCache(config=model.config), input_ids, mask, max_new_tokens=2)
+    assert {name.split("_")[0] for name in device.started} == {"prefill", "decode", "merge"}
 
 
 @pytest.mark.parametrize("model", ["llama"], indirect=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import longattn as la
+from longattn.gpu import is_on_gpu
 from longattn.transformers.layer import HostKV
 from longattn.transformers.masks import MaskSpec
 from longattn.transformers.sequence import ScoreOptions
@@ -133,6 +134,8 @@ def _attend(  # one caller, which has them all by name
             bias = mask if bias is None else bias + mask
     if window is not None and not causal:
         raise ValueError(f"sliding_window: got {window} for non-causal attention without a mask, expected none")
+    if is_on_gpu(query):
+        return _attend_on_gpu(query, key, value, allowed, bias, options, causal=causal, window=window)
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
     la.attention(
         query,
@@ -146,3 +149,33 @@ def _attend(  # one caller, which has them all by name
         **options,
     )
     return out
+
+
+def _attend_on_gpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    options: ScoreOptions,
+    *,
+    causal: bool,
+    window: int | None,
+) -> torch.Tensor:
+    """The same where kernels take float32 biases in the place of masks."""
+    if allowed is not None:
+        hidden = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, float("-inf"))
+        bias = hidden if bias is None else bias + hidden
+    sinks = options["sinks"]
+    out: torch.Tensor = la.attention(
+        query,
+        key,
+        value,
+        causal=causal,
+        window=(-1, -1) if window is None else (window - 1, 0),
+        bias=None if bias is None else bias.float(),
+        scale=options["scale"],
+        softcap=options["softcap"],
+        sinks=None if sinks is None else sinks.float(),
+    )
+    return out.transpose(1, 2)
