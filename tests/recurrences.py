@@ -30,6 +30,7 @@ class Case:
         delta: whether the delta rule bounds errors.
         extra: columns of a state beyond those of values.
         features: rows of a state for a head_dim.
+        signed: whether features are positive by themselves, and signs of queries and keys matter.
         heads: whether query heads may outnumber those of keys.
         options: further arguments.
     """
@@ -42,6 +43,7 @@ class Case:
     delta: bool = False
     extra: int = 0
     features: Callable[[int], int] = lambda dim: dim
+    signed: bool = False
     heads: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -87,6 +89,8 @@ class Case:
             length = np.repeat(np.linalg.norm(q, axis=-1), readers // q.shape[1], axis=1)
             return length[..., None] * np.repeat(held, readers // heads, axis=1), held[:, :, -1:]
         positive = {n: x for n, x in zip(self.names, (q, k, v), strict=True) if n is not None}
+        if self.signed:
+            positive = {self.names[2]: v}
         given = {**arguments, **positive, **options}
         given |= {n: np.abs(arguments[n]) for n, (kind, _) in self.gates.items() if kind in ("key", "weight")}
         if "skip" in given:

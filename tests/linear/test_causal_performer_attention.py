@@ -10,31 +10,33 @@ from recurrences import Case, Recurrence
 FEATURES = 24
 
 
-def directed(function):
+def directed(function, make=lambda w: w):
     """With directions for the head_dim at hand."""
 
     def call(q, k, v, **options):
-        return function(q, k, v, random_directions(FEATURES, q.shape[-1], seed=3), **options)
+        return function(q, k, v, make(random_directions(FEATURES, q.shape[-1], seed=3)), **options)
 
     return call
 
 
 class TestCausalPerformerAttention(Recurrence):
-    """Features are positive, and errors of an exponent are its size times those of its sum."""
-
     case = Case(
         directed(causal_performer_attention),
         directed(reference.causal_performer_attention),
         extra=1,
         features=lambda dim: FEATURES,
+        signed=True,
         options={"shift": 1.0},
     )
 
 
 class TestRelu(Recurrence):
+    """Directions and keys are positive, so that features are no differences."""
+
     case = Case(
-        directed(causal_performer_attention),
-        directed(reference.causal_performer_attention),
+        directed(causal_performer_attention, np.abs),
+        directed(reference.causal_performer_attention, np.abs),
+        keys=lambda x: np.abs(x) + 0.1,
         extra=1,
         features=lambda dim: FEATURES,
         options={"kernel": "relu"},

@@ -158,7 +158,7 @@ def gate(x: Array, name: str, keys: NDArray[Any], *, high: float | None) -> Floa
     if not ((rows >= 0) & (rows <= (np.finfo(np.float32).max if high is None else high))).all():
         expected = "finite numbers of at least 0" if high is None else f"numbers from 0 to {high:g}"
         raise ValueError(f"{name}: got a number outside its range, expected {expected}")
-    return rows.reshape(-1, *keys.shape[-3:-1], 1)
+    return batched(rows, 3)[..., None]
 
 
 def _rows(x: Any, name: str, heads: int, width: int) -> Float32:
@@ -222,6 +222,6 @@ def _start(
             f"weights: got matrices {shapes}, expected {dims[0] + one} inputs, {dims[1]} outputs, and inputs of one "
             f"that are outputs of the one before{' and one more' if bias else ''}"
         )
-    live = np.concatenate(parts, axis=-1)
+    live = np.ascontiguousarray(np.concatenate(parts, axis=-1))
     step = np.zeros_like(live) if momentum else np.zeros(0, np.float32)
     return MemoryState(live=live, step=step, frozen=live.copy(), position=0, shapes=tuple(shapes))

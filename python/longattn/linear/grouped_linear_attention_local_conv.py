@@ -109,12 +109,12 @@ def grouped_linear_attention_local_conv(
     whole = (again + length) // size * size
     rows = np.empty((batch, q4.shape[1], again + length, value_dim), np.float32)
     sums = state.sums
-    for part in (slice(0, whole), slice(whole, again + length)):
+    for part, complete in ((slice(0, whole), True), (slice(whole, again + length), False)):
         _, after = recurrence(
             queries[:, :, part], keys[:, :, part], values[:, :, part], unit=1e-24, scale=1.0, chunk_size=size,
             squares=sim_local == "relu2", initial_state=sums, dtype=np.dtype(np.float32), out=rows[:, :, part],
         )  # fmt: skip
-        if part.start == 0:
+        if complete:
             sums = np.asarray(after, np.float32)
     rows = rows[:, :, again:]
     before = state.before
@@ -153,12 +153,13 @@ def _start(state: GroupState | None, keys: NDArray[Any], values: NDArray[Any], k
     if not isinstance(state, GroupState):
         raise TypeError(f"initial_state: got {type(state).__name__}, expected a GroupState")
     rows = state.keys.shape[2]
+    if rows >= size:
+        raise ValueError(f"initial_state: got keys of {rows} rows, expected fewer than the {size} of a group")
     for name, shape in shapes.items():
         expected = (*shape[:2], rows, shape[3]) if name in ("keys", "values") else shape
-        if getattr(state, name).shape != expected or rows >= size:
-            raise ValueError(
-                f"initial_state: got {name} {getattr(state, name).shape}, expected {expected} of one group"
-            )
+        got = getattr(state, name).shape
+        if got != expected:
+            raise ValueError(f"initial_state: got {name} {got}, expected {expected}")
     if state.keys.dtype != keys.dtype or state.values.dtype != values.dtype:
         raise TypeError(f"initial_state: got keys {state.keys.dtype}, expected {keys.dtype} as k")
     return state

@@ -91,10 +91,12 @@ def regla(
         raise ValueError("norm: got 'none' with gain or shift, expected a norm that they belong to")
     qn, vn = as_numpy(q, "q"), as_numpy(v, "v")
     gates = [_floats(x, name) for x, name in ((gate, "gate"), (refine, "refine"))]
-    if gates[0].ndim != vn.ndim or gates[0].ndim not in (3, 4):
-        raise ValueError(f"gate: got shape {gates[0].shape}, expected rank {vn.ndim} as v")
-    if gates[1].shape != gates[0].shape:
-        raise ValueError(f"refine: got shape {gates[1].shape}, expected {gates[0].shape} as gate")
+    if vn.ndim not in (3, 4) or qn.ndim != vn.ndim:
+        raise ValueError(f"v: got shape {vn.shape}, expected rank 3 or 4 as q, which has {qn.shape}")
+    shape = (*vn.shape[:-1], (qn if gate_axis == "key" else vn).shape[-1])
+    for x, name in zip(gates, ("gate", "refine"), strict=True):
+        if x.shape != shape:
+            raise ValueError(f"{name}: got shape {x.shape}, expected {shape}")
     logs = np.empty(gates[0].shape, np.float32)
     _core.refined_gates(batched(gates[0], 4), batched(gates[1], 4), FLOOR, batched(logs, 4))
     dim = max(qn.shape[-1], 1) if qn.ndim else 1

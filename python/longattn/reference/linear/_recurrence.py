@@ -86,7 +86,7 @@ def recurrence(
     out = np.zeros((batch, readers, length, values.shape[-1]))
     for n, (b, start, end) in enumerate(sequences):
         for t in range(start, end):
-            before = states[n]
+            before = states[n].copy()
             state = before * (decay[b, :, t, :, None] if columns is None else decay[b, :, t, None, :])
             if rule is not None:
                 state = state + np.einsum("hd,hf,hfe->hde", rule[1][b, :, t], rule[0][b, :, t], before)

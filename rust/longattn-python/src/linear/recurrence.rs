@@ -42,7 +42,9 @@ pub(crate) fn recurrence(
     let decay = match g {
         None => Decay::None,
         Some(x) if columns.is_some() => Decay::Value { g: view("g", x)?, fills: columns == Some(true) },
-        Some(x) if x.shape().last() == Some(&1) && k.is_some() => Decay::Token(view("g", x)?),
+        Some(x) if x.shape().last() == Some(&1) && k.is_some() && bonus.is_none() && pair.is_none() => {
+            Decay::Token(view("g", x)?)
+        }
         Some(x) => Decay::Channel(view("g", x)?),
     };
     let beta = beta.map(|x| view("beta", x)).transpose()?;
