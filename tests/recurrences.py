@@ -24,10 +24,13 @@ class Case:
         call: the function.
         reference: its oracle.
         names: names of what stands for queries, keys (`None`: made of gates) and values, in the order of the call.
-        gates: shapes of further arguments by name: "row", "channel" or "head", and what makes them of uniform numbers.
+        gates: shapes of further arguments by name: "row", "channel", "column", "head", "key" (like keys) or "weight"
+            (a number per head and channel), and what makes them of uniform numbers.
         keys: what makes keys and queries of normal numbers.
         delta: whether the delta rule bounds errors.
         extra: columns of a state beyond those of values.
+        features: rows of a state for a head_dim.
+        signed: whether features are positive by themselves, and signs of queries and keys matter.
         heads: whether query heads may outnumber those of keys.
         options: further arguments.
     """
@@ -39,6 +42,8 @@ class Case:
     keys: Callable[[Any], Any] = lambda x: x
     delta: bool = False
     extra: int = 0
+    features: Callable[[int], int] = lambda dim: dim
+    signed: bool = False
     heads: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -54,16 +59,21 @@ class Case:
                 x = rng.standard_normal((batch, n, length, width))
                 found[name] = lay((x if name == self.names[2] else self.keys(x)).astype(dtype), layout)
         for name, (kind, make) in self.gates.items():
-            shape = {"head": (v_heads,), "row": (batch, v_heads, length), "channel": (batch, v_heads, length, dim)}[
-                kind
-            ]
+            shape = {
+                "head": (v_heads,),
+                "weight": (v_heads, dim),
+                "row": (batch, v_heads, length),
+                "channel": (batch, v_heads, length, dim),
+                "column": (batch, v_heads, length, value_dim),
+                "key": (batch, k_heads, length, dim),
+            }[kind]
             found[name] = make(rng.random(shape)).astype(F32)
         return {**found, **self.options}
 
     def state(self, rng, arguments, sequences=None):
         """A random state that fits."""
         q, v = (arguments[self.names[i]] for i in (0, 2))
-        shape = (sequences or v.shape[0], v.shape[1], q.shape[-1], v.shape[-1] + self.extra)
+        shape = (sequences or v.shape[0], v.shape[1], self.features(q.shape[-1]), v.shape[-1] + self.extra)
         return np.abs(normal(rng, shape)) if self.extra else normal(rng, shape)
 
     def sizes(self, arguments, state, **options):
@@ -79,7 +89,10 @@ class Case:
             length = np.repeat(np.linalg.norm(q, axis=-1), readers // q.shape[1], axis=1)
             return length[..., None] * np.repeat(held, readers // heads, axis=1), held[:, :, -1:]
         positive = {n: x for n, x in zip(self.names, (q, k, v), strict=True) if n is not None}
+        if self.signed:
+            positive = {self.names[2]: v}
         given = {**arguments, **positive, **options}
+        given |= {n: np.abs(arguments[n]) for n, (kind, _) in self.gates.items() if kind in ("key", "weight")}
         if "skip" in given:
             given["skip"] = np.abs(given["skip"])
         out, last = self.reference(**given, initial_state=None if state is None else first)
@@ -110,7 +123,8 @@ class Recurrence:
         names = [n for n in self.case.names if n is not None]
         found = {name: arguments[name][:, :, rows] for name in names}
         kinds = {name: kind for name, (kind, _) in self.case.gates.items()}
-        found |= {n: arguments[n] if kind == "head" else arguments[n][:, :, rows] for n, kind in kinds.items()}
+        every = ("head", "weight")
+        found |= {n: arguments[n] if kind in every else arguments[n][:, :, rows] for n, kind in kinds.items()}
         return {**arguments, **found}
 
     @pytest.mark.parametrize("length", [1, 2, 13, 65, 150])
@@ -253,6 +267,7 @@ class Recurrence:
         bad("got head_dim 0|got shape", **{v: arguments[v][..., :0]})
         for name in self.case.gates:
             bad(f"{name}: got shape", **{name: arguments[name][..., :-1]})
-            wrong = arguments[name].copy()
-            wrong[(0,) * wrong.ndim] = np.nan
-            bad(f"{name}: got", **{name: wrong})
+            if self.case.gates[name][0] != "key":
+                wrong = arguments[name].copy()
+                wrong[(0,) * wrong.ndim] = np.nan
+                bad(f"{name}: got", **{name: wrong})

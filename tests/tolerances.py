@@ -72,13 +72,13 @@ def attention(q, k, v, *, scale=None, offset=0.0):
     return Tolerance(atol=atol, rtol=rtol, lse_atol=logit + summed, lse_rtol=2 * u)
 
 
-def device_attention(q, k, v, *, scale=None):
+def device_attention(q, k, v, *, scale=None, offset=0.0):
     """Tolerance of attention by the kernels of `longattn.gpu`.
 
     Beside what holds on a CPU: softmax weights of 16-bit inputs are rounded to that dtype for the matrix product, and
     the device's `exp2` and `log2` err by two units in the last place.
     """
-    on_cpu = attention(q, k, v, scale=scale)
+    on_cpu = attention(q, k, v, scale=scale, offset=offset)
     weights = ROUNDOFF[q.dtype][0] * _largest(v) if q.dtype.itemsize == 2 else 0.0
     return Tolerance(
         atol=on_cpu.atol + weights + 4 * U * _largest(v),
@@ -88,15 +88,32 @@ def device_attention(q, k, v, *, scale=None):
     )
 
 
+def device_coded_attention(q, k, v, *, offset=0.0):
+    """Tolerance of attention by the kernels of `longattn.gpu` over the keys and values that codes stand for.
+
+    As `coded_attention`; a value's scale times its weight is rounded to the queries' dtype, and multiplied by codes
+    that are at most half a range from the middle.
+    """
+    on_cpu = coded_attention(q, k[0], v[0], offset=offset)
+    weights = ROUNDOFF[q.dtype][0] * _largest(v)
+    return Tolerance(
+        atol=on_cpu.atol + weights + 4 * U * _largest(v), rtol=on_cpu.rtol, lse_atol=on_cpu.lse_atol + 4 * U
+    )
+
+
 def device_recurrence(actual, expected, actual_state, expected_state):
     """Assert that an output and a final state of `longattn.gpu.chunked_recurrence` are close.
 
     A state is a sum over the rows, of numbers of the size of its largest, each rounded to float32 some times on the way
-    (64 covers the solve of a chunk); outputs are read from states and rounded to their dtype.
+    (64 covers the solve of a chunk); outputs are read from states and rounded to their dtype. With 16-bit inputs what
+    goes into a product is rounded to that dtype before: the decayed keys twice, the update, the solve, the state as it
+    is read, of either sign in every chunk of 16 rows.
     """
     size = max(1.0, np.abs(expected_state).max())
-    allowed = 64 * U * np.sqrt(max(expected.shape[2], 1)) * size
     roundoff, smallest = ROUNDOFF[actual.dtype]
+    rows = max(expected.shape[2], 1)
+    products = 2 * roundoff * np.sqrt(-(-rows // 16)) if actual.dtype.itemsize == 2 else 0.0
+    allowed = (64 * U * np.sqrt(rows) + products) * size
     np.testing.assert_allclose(actual_state, expected_state, atol=allowed, err_msg="state")
     actual = np.asarray(actual, np.float64)
     np.testing.assert_allclose(actual, expected, rtol=roundoff, atol=allowed + smallest, err_msg="output")

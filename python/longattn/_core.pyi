@@ -755,6 +755,52 @@ def recurrence(
     chunk_size: int,
     out: NDArray[Any],
     out_state: NDArray[np.float32],
+    *,
+    columns: bool | None = None,
+    bonus: NDArray[np.float32] | None = None,
+    pair: list[NDArray[Any]] | None = None,
+    squares: bool = False,
+    maps: tuple[dict[str, Any] | None, dict[str, Any] | None] = (None, None),
+) -> None: ...
+def refined_gates(x: NDArray[Any], by: NDArray[Any], floor: float, out: NDArray[np.float32]) -> None: ...
+def decay_gates(
+    x: NDArray[Any],
+    rates: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    bound: float | None,
+    out: NDArray[np.float32],
+) -> None: ...
+def normalised_rows(
+    x: NDArray[Any],
+    centred: bool,
+    eps: float,
+    gain: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    out: NDArray[Any],
+) -> None: ...
+def fast_weight(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    rate: NDArray[np.float32],
+    keep: NDArray[np.float32] | None,
+    momentum: NDArray[np.float32] | None,
+    threshold: NDArray[np.float32] | None,
+    widths: list[int],
+    activation: str,
+    residual: tuple[NDArray[np.float32], NDArray[np.float32], float] | None,
+    loss: tuple[str, float, float],
+    retention: tuple[str, float, bool],
+    before: bool,
+    chunk: int,
+    position: int,
+    unit: float | None,
+    scale: float,
+    bias: bool,
+    out: NDArray[Any],
+    live: NDArray[np.float32],
+    step: NDArray[np.float32],
+    frozen: NDArray[np.float32],
 ) -> None: ...
 def key_statistics(
     k: NDArray[Any], v: NDArray[Any], map: dict[str, Any], keep: NDArray[np.bool_] | None

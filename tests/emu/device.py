@@ -1,4 +1,4 @@
-"""The back end of `longattn.gpu` that runs kernels in the emulator: numpy arrays are its device memory."""
+"""The back end of `longattn.gpu` that runs kernels in the emulator: arrays of numpy, or torch's on the CPU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ import ml_dtypes
 import numpy as np
 
 from emu import emulator
+from longattn._arrays import as_numpy, is_torch
 from longattn.gpu._device import Launch, View
 from longattn.gpu._sources import source
 
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def _as_torch(x: Any) -> Any:
+    """The same memory as a tensor on the CPU."""
+    import torch
+
+    return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if x.dtype == "bfloat16" else torch.from_numpy(x)
 
 
 @cache
@@ -26,6 +34,8 @@ class EmulatorDevice:
     Args:
         order: thread order of the launches, one of `emulator.ORDERS`.
         processors: how many the launching code sees, which decides about splits.
+
+    It has a clock of its own, `now`, which nothing but a test puts forward.
     """
 
     shared_limit = 227 << 10
@@ -36,16 +46,18 @@ class EmulatorDevice:
         self.started: list[str] = []
         #: 8 x 8 matrices loaded, and how often banks made a load wait.
         self.matrix_loads = (0, 0)
+        self.now = 0.0
 
     def view(self, x: Any, name: str) -> View:
-        if not isinstance(x, np.ndarray):
+        if not isinstance(x, np.ndarray) and not is_torch(x):
             raise TypeError(f"{name}: got {type(x).__name__}, expected a numpy array")
-        strides = tuple(stride // x.itemsize for stride in x.strides)
-        return View(x, x.shape, strides, str(x.dtype), x.itemsize, x.ctypes.data, x)
+        memory = x if isinstance(x, np.ndarray) else as_numpy(x, name, any_strides=True)
+        strides = tuple(stride // memory.itemsize for stride in memory.strides)
+        return View(memory, memory.shape, strides, str(memory.dtype), memory.itemsize, memory.ctypes.data, x)
 
     def contiguous(self, x: Any) -> Any:
         # As the allocators of a device do, at addresses that every load is aligned for.
-        made = self.empty(x.shape, str(x.dtype), x)
+        made = self.empty(tuple(x.shape), str(x.dtype).removeprefix("torch."), x)
         made[...] = x
         return made
 
@@ -54,17 +66,25 @@ class EmulatorDevice:
         size = int(np.prod(shape)) * kind.itemsize
         raw = np.full(size + 256, 0xFF, np.uint8)
         start = -raw.ctypes.data % 256
-        return raw[start : start + size].view(kind).reshape(shape)
+        made = raw[start : start + size].view(kind).reshape(shape)
+        return _as_torch(made) if is_torch(like) else made
 
     def integers(self, values: Any, like: Any) -> Any:
-        return np.ascontiguousarray(values, dtype=np.int32)
+        made = np.ascontiguousarray(values, dtype=np.int32)
+        return _as_torch(made) if is_torch(like) else made
 
     def download(self, x: Any) -> Any:
-        copied = np.array(x)
+        copied = np.array(x if isinstance(x, np.ndarray) else as_numpy(x, "x", any_strides=True))
         return lambda: copied
 
     def upload(self, x: Any, like: Any) -> Any:
-        return self.contiguous(x)
+        made = self.contiguous(x)
+        return _as_torch(made) if is_torch(like) else made
+
+    def seconds(self, call: Any) -> float:
+        start = self.now
+        call()
+        return self.now - start
 
     def kernel(self, source_name: str, name: str) -> Launch:
         kernel = _module(source_name).kernel(name)

@@ -45,7 +45,7 @@ def _run(*command: str) -> None:
         raise RuntimeError(f"{' '.join(command[:1])} failed:\n{done.stderr[-4000:]}")
 
 
-def _cached(key: str, make: Any) -> Path:
+def cached(key: str, make: Any) -> Path:
     """A file made once for a key, safe beside other processes."""
     folder = Path(
         os.environ.get("LONGATTN_EMULATOR_CACHE", Path(tempfile.gettempdir()) / f"longattn-emulator-{os.getuid()}")
@@ -65,7 +65,7 @@ def _runtime() -> tuple[Path, ...]:
     text = b"".join((HERE / name).read_bytes() for name in (*HEADERS, *PARTS))
     digest = hashlib.sha256(text).hexdigest()[:16]
     return tuple(
-        _cached(
+        cached(
             f"{Path(name).stem}-{digest}.o",
             lambda to, name=name: _run("g++", *_FLAGS, "-c", str(HERE / name), "-o", str(to)),
         )
@@ -88,7 +88,7 @@ class Module:
             _run("g++", *flags, "-x", "c++", "-c", str(source), "-o", str(compiled))
             _run("g++", "-shared", "-Wl,--no-undefined", str(compiled), *map(str, runtime), "-o", str(to))
 
-        self.path = _cached(f"kernels-{digest}.so", compile_to)
+        self.path = cached(f"kernels-{digest}.so", compile_to)
         self.library = ctypes.CDLL(str(self.path))
         self.library.emu_reports.restype = ctypes.c_char_p
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import re
 import subprocess
 import tempfile
@@ -10,6 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from emu.emulator import cached
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_120")
 
@@ -59,11 +63,26 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def compiled(name: str, text: str, architecture: str) -> dict[str, Compiled]:
-    """Every kernel of a source text, compiled as CuPy would for this architecture.
+    """Every kernel of a source text, compiled as CuPy would for this architecture; what was found is kept on disk.
 
     Raises:
         RuntimeError: NVRTC refuses the text; holds its log.
     """
+    library = next(iter((_folder() / "lib").glob("libnvrtc.so.13"))).stat()
+    key = "|".join((name, text, architecture, str((library.st_size, library.st_mtime_ns)), _tool_name()))
+
+    def write(to: Path) -> None:
+        made = _compile(name, text, architecture)
+        to.write_text(json.dumps({kernel: (c.registers, c.spilled, c.instructions) for kernel, c in made.items()}))
+
+    kept = cached(f"nvrtc-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json", write)
+    found = json.loads(kept.read_text())
+    return {
+        kernel: Compiled(registers, spilled, Counter(names)) for kernel, (registers, spilled, names) in found.items()
+    }
+
+
+def _compile(name: str, text: str, architecture: str) -> dict[str, Compiled]:
     library, program = _library(), ctypes.c_void_p()
     library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), f"{name}.cu".encode(), 0, None, None)
     options = [f"-arch={architecture}", "-std=c++17", "-ftz=true", "--ptxas-options=-v"]
@@ -94,16 +113,22 @@ def compiled(name: str, text: str, architecture: str) -> dict[str, Compiled]:
     }
 
 
-def _instructions(cubin: bytes) -> dict[str, Counter[str]]:
-    """Mnemonics of every function of a cubin; nothing where cuobjdump is not installed."""
+def _tool_name() -> str:
+    """Of cuobjdump, or nothing where it is not installed."""
     folder = _folder()
     tool = folder / "bin" / "cuobjdump" if folder else None
-    if tool is None or not tool.exists():
+    return "" if tool is None or not tool.exists() else str(tool)
+
+
+def _instructions(cubin: bytes) -> dict[str, Counter[str]]:
+    """Mnemonics of every function of a cubin; nothing where cuobjdump is not installed."""
+    tool = _tool_name()
+    if not tool:
         return {}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([str(tool), "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     found = {}
     for part in re.split(r"\n\s*Function : ", text)[1:]:
         name = part.split(None, 1)[0]

@@ -1,5 +1,7 @@
 """Attention of `longattn.gpu` against the float64 reference, in the emulator and on a GPU where there is one."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from emu import emulator
 from emu.device import EmulatorDevice
 from gpu.conftest import get, put
 from longattn import gpu
+from longattn.dense._options import ON_GPU
 from longattn.reference import dense as reference
 from random_arrays import BF16, DTYPES, F16, F32, qkv
 
@@ -190,7 +193,141 @@ def test_matrix_loads_meet_no_bank_twice(rng):
             assert loads > 0 and waits == 0
 
 
+OPTIONS = {
+    "softcap": lambda rng, b, h, n, m: {"softcap": 0.7},
+    "sinks": lambda rng, b, h, n, m: {"sinks": rng.standard_normal(h)},
+    "alibi": lambda rng, b, h, n, m: {"alibi_slopes": rng.uniform(0, 0.5, h)},
+    "alibi by sequence": lambda rng, b, h, n, m: {"alibi_slopes": rng.uniform(0, 0.5, (b, h))},
+    "bias": lambda rng, b, h, n, m: {"bias": rng.standard_normal((b, h, n, m))},
+    "bias by key": lambda rng, b, h, n, m: {"bias": rng.standard_normal((b, 1, 1, m))},
+    "bias that hides": lambda rng, b, h, n, m: {"bias": np.where(rng.random((h, n, m)) < 0.7, -np.inf, 0.5)},
+    "scale by head": lambda rng, b, h, n, m: {"scale": rng.uniform(0.05, 0.2, h)},
+    "scale by row": lambda rng, b, h, n, m: {"scale": rng.uniform(0.05, 0.2, (b, h, n))},
+    "all, in a window": lambda rng, b, h, n, m: {
+        "softcap": 2.0,
+        "sinks": rng.standard_normal(h),
+        "alibi_slopes": rng.uniform(0, 0.5, h),
+        "bias": rng.standard_normal((h, n, m)),
+        "scale": rng.uniform(0.05, 0.2, (h, n)),
+        "window": (60, 0),
+    },
+}
+
+
+def check_options(device, q, k, v, options, *, function=gpu.attention, oracle=reference.attention, bounds=()):
+    options = {name: x.astype(np.float32) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    placed = {name: put(device, x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    out, lse = function(*(put(device, x) for x in (q, k, v)), *bounds, return_lse=True, device=device, **placed)
+    expected, expected_lse = oracle(q, k, v, *bounds, return_lse=True, **options)
+    distance = np.max(options.get("alibi_slopes", 0.0)) * max(q.shape[-2], k.shape[-2], len(q), len(k))
+    bias = np.asarray(options.get("bias", 0.0))
+    offset = distance + np.abs(bias[np.isfinite(bias)]).max(initial=0.0) + np.max(options.get("sinks", 0.0))
+    scale = options.get("scale")
+    tolerance = tolerances.device_attention(
+        q, k, v, scale=None if scale is None else float(np.max(scale)), offset=offset
+    )
+    tolerance.check(get(out), expected, get(lse), expected_lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_scores(rng, device, dtype, rows, option):
+    q, k, v = arrays(rng, dtype, batch=2, heads=4, kv_heads=2, rows=rows, keys=90, dim=64)
+    check_options(device, q, k, v, OPTIONS[option](rng, 2, 4, rows, 90))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_options_with_other_head_sizes(rng, device, dtype, dim, rows):
+    q, k, v = arrays(rng, dtype, heads=2, kv_heads=1, rows=rows, keys=300, dim=dim)
+    check_options(device, q, k, v, OPTIONS["all, in a window"](rng, 1, 2, rows, 300))
+
+
+def test_a_bias_by_key_is_read_by_any_strides(rng, device):
+    q, k, v = arrays(rng, F32, heads=2, kv_heads=1, rows=1, keys=90, dim=64)
+    bias = rng.standard_normal((90, 2)).astype(np.float32)
+    there = put(device, bias).T[None, :, None]
+    out = gpu.attention(*(put(device, x) for x in (q, k, v)), bias=there, window=(50, 0), device=device)
+    expected = reference.attention(q, k, v, bias=bias.T[None, :, None], window=(50, 0))
+    tolerances.device_attention(q, k, v, offset=4.0).check(get(out), expected)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_sink_is_all_that_a_row_without_keys_sees(rng, device, dtype, rows):
+    q, k, v = arrays(rng, dtype, heads=2, kv_heads=1, rows=rows, keys=0, dim=64)
+    sinks = np.array([0.5, -2.0], np.float32)
+    out, lse = gpu.attention(
+        *(put(device, x) for x in (q, k, v)), sinks=put(device, sinks), return_lse=True, device=device
+    )
+    assert (get(out) == 0).all()
+    np.testing.assert_allclose(get(lse), np.broadcast_to(sinks[None, :, None], get(lse).shape), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [(-1, -1), (20, 3)])
+def test_packed_sequences(rng, device, dtype, window):
+    """Lengths from none to more than a block, fewer keys than rows among them."""
+    q_ends, k_ends = np.array([0, 1, 1, 71, 201, 206]), np.array([0, 90, 95, 165, 225, 225])
+    q = rng.standard_normal((206, 2, 64)).astype(dtype)
+    k, v = (rng.standard_normal((225, 1, 64)).astype(dtype) for _ in "kv")
+    for options in ({}, {"softcap": 3.0, "alibi_slopes": rng.uniform(0, 0.1, 2), "sinks": rng.standard_normal(2)}):
+        check_options(
+            device,
+            q,
+            k,
+            v,
+            {"causal": True, "window": window, **options},
+            function=gpu.attention_varlen,
+            oracle=reference.attention_varlen,
+            bounds=(q_ends, k_ends),
+        )
+
+
+def test_packed_sequences_of_one_length_are_a_batch(rng, device):
+    q, k, v = (put(device, x) for x in arrays(rng, BF16, batch=3, heads=2, kv_heads=2, rows=40, keys=40, dim=64))
+    packed = [put(device, np.ascontiguousarray(get(x).swapaxes(1, 2)).reshape(120, 2, 64)) for x in (q, k, v)]
+    ends = np.arange(4) * 40
+    out = get(gpu.attention_varlen(*packed, put(device, ends), ends, causal=True, device=device))
+    plain = get(gpu.attention(q, k, v, causal=True, device=device))
+    np.testing.assert_array_equal(out.reshape(3, 40, 2, 64).swapaxes(1, 2), plain)
+
+
+def test_a_window_is_not_read_beyond(rng):
+    """Of a decode step in a window, the blocks of keys before it are not started."""
+    device = EmulatorDevice(processors=64)
+    q, k, v = arrays(rng, F32, heads=2, kv_heads=2, rows=1, keys=3000, dim=64)
+    k[:, :, :2400], v[:, :, :2400] = np.nan, np.nan
+    assert np.isfinite(gpu.attention(q, k, v, window=(500, 0), device=device)).all()
+
+
 class TestBadInput:
+    def test_options(self, rng):
+        q, k, v = arrays(rng, F32, heads=2, kv_heads=2, rows=3, keys=8, dim=64)
+        device = EmulatorDevice()
+        for option, error, message in (
+            ({"softcap": -1.0}, ValueError, "softcap: got -1.0"),
+            ({"scale": np.zeros(3, np.float32)}, ValueError, r"scale: got shape \(3,\)"),
+            ({"scale": np.inf}, ValueError, "scale: got inf"),
+            ({"bias": np.zeros((2, 3, 7), np.float32)}, ValueError, r"bias: got shape \(2, 3, 7\)"),
+            ({"bias": np.zeros((3, 8))}, TypeError, "bias: got dtype float64"),
+            ({"alibi_slopes": np.zeros(3, np.float32)}, ValueError, "alibi_slopes: got shape"),
+            ({"sinks": np.zeros((1, 2), np.float32)}, ValueError, "sinks: got shape"),
+            ({"sinks": [0.0, 0.0]}, TypeError, "sinks: got list"),
+        ):
+            with pytest.raises(error, match=message):
+                gpu.attention(q, k, v, device=device, **option)
+        packed, ends = [x[0].swapaxes(0, 1) for x in (q, k, v)], (np.array([0, 3]), np.array([0, 8]))
+        with pytest.raises(ValueError, match="cu_seqlens_q: got bounds from 0 to 2"):
+            gpu.attention_varlen(*packed, np.array([0, 2]), ends[1], device=device)
+        with pytest.raises(ValueError, match="cu_seqlens_k: got 2 sequences"):
+            gpu.attention_varlen(*packed, ends[0], np.array([0, 4, 8]), device=device)
+        with pytest.raises(ValueError, match=r"scale: got shape \(2, 3\)"):
+            gpu.attention_varlen(*packed, *ends, scale=np.zeros((2, 3), np.float32), device=device)
+        assert not device.started
+
     def test_arrays_of_no_gpu(self, rng):
         q, k, v = arrays(rng, F32, heads=1, kv_heads=1, rows=1, keys=8, dim=64)
         with pytest.raises(TypeError, match=r"q: got numpy.ndarray, expected a CuPy array or a torch CUDA tensor"):
@@ -229,6 +366,58 @@ class TestBadInput:
         with pytest.raises(ValueError, match="parts: got none"):
             gpu.merge([], device=device)
         assert not device.started
+
+
+class TestPublicFunctions:
+    """`longattn.attention` on arrays of a GPU: the option table says what goes there."""
+
+    @pytest.fixture
+    def on_gpu(self, monkeypatch):
+        """Numpy arrays count as a GPU's; what reaches its functions."""
+        seen = []
+        for module, name in (("attention", "attention_on_gpu"), ("attention_varlen", "attention_varlen_on_gpu")):
+            there = f"longattn.dense.{module}"
+            monkeypatch.setattr(sys.modules[there], "is_on_gpu", lambda x: True)
+            monkeypatch.setattr(sys.modules[there], name, lambda *arrays, **options: seen.append(options))
+        return seen
+
+    def test_offered_options_are_passed_on(self, rng, on_gpu):
+        q, k, v = arrays(rng, F32, heads=2, kv_heads=2, rows=3, keys=8, dim=64)
+        bias, slopes, sinks = np.zeros((3, 8)), np.zeros(2), np.zeros(2)
+        options = {
+            "causal": True,
+            "window": (3, 0),
+            "scale": 0.3,
+            "softcap": 2.0,
+            "alibi_slopes": slopes,
+            "sinks": sinks,
+        }
+        la.attention(q, k, v, bias=bias, return_lse=True, **options)
+        la.attention_varlen(*(x[0].swapaxes(0, 1) for x in (q, k, v)), np.array([0, 3]), np.array([0, 8]), **options)
+        assert set(on_gpu[0]) == ON_GPU | {"return_lse"}
+        assert on_gpu[0] == {**options, "bias": bias, "return_lse": True}
+        assert on_gpu[1] == {**options, "return_lse": False}
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            {"mask": np.ones((3, 8), bool)},
+            {"relative_bias": np.zeros((2, 4))},
+            {"relative_zero": 1},
+            {"segments": (np.zeros(3, int), np.zeros(8, int))},
+            {"visible_until": np.full(8, 3)},
+            {"skip_threshold": 0.1},
+            {"qk_int8": True},
+            {"state": (np.zeros((1, 2, 3, 64)), np.zeros((1, 2, 3)))},
+            {"out": np.zeros((1, 2, 3, 64))},
+        ],
+        ids=lambda option: next(iter(option)),
+    )
+    def test_others_are_refused_by_name(self, rng, on_gpu, option):
+        q, k, v = arrays(rng, F32, heads=2, kv_heads=2, rows=3, keys=8, dim=64)
+        with pytest.raises(ValueError, match=f"{next(iter(option))}: not offered for arrays of a GPU"):
+            la.attention(q, k, v, **option)
+        assert not on_gpu
 
 
 def test_importing_needs_no_cupy():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import tolerances
+from emu import emulator
 from emu.device import EmulatorDevice
 from gpu.conftest import get, put
 from longattn import gpu
@@ -78,9 +79,10 @@ def test_a_sequence_in_pieces_and_in_steps_is_the_sequence(rng):
         np.testing.assert_allclose(state, final, atol=2e-5)
 
 
-def test_strong_gates_neither_overflow_nor_lose(rng, device):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strong_gates_neither_overflow_nor_lose(rng, device, dtype):
     """Channels that forget everything at once beside channels that forget nothing."""
-    q, k, v, g, beta = arrays(rng, F32, length=40)
+    q, k, v, g, beta = arrays(rng, dtype, length=40)
     g[..., ::3], g[..., 1::3] = -200.0, 0.0
     out, _ = check(device, q, k, v, g, beta)
     assert np.isfinite(out).all()
@@ -96,6 +98,30 @@ def test_gate_per_head_is_that_gate_in_every_channel(rng):
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_sizes_of_every_dtype(rng, device, dtype):
+    """Values in rows that are read in pieces of 16 bytes, and in rows that are not."""
+    for dim, value_dim in ((128, 64), (256, 65)):
+        check(device, *arrays(rng, dtype, heads=1, length=35, dim=dim, value_dim=value_dim))
+
+
+def test_matrix_loads_meet_no_bank_twice(rng):
+    for dim in (64, 128, 256):
+        device = EmulatorDevice()
+        gpu.chunked_recurrence(*arrays(rng, BF16, heads=1, length=20, dim=dim), device=device)
+        loads, waits = device.matrix_loads
+        assert loads > 0 and waits == 0
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_thread_orders_give_the_same_bits(rng, dtype):
+    given = arrays(rng, dtype, length=40)
+    first, *others = (gpu.chunked_recurrence(*given, device=EmulatorDevice(order)) for order in emulator.ORDERS)
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_bad_input(rng):

@@ -7,14 +7,16 @@ import longattn as la
 import tolerances
 from emu.device import EmulatorDevice
 from gpu.conftest import get, put
-from longattn.gpu import HostKVCache
+from longattn import gpu
+from longattn.gpu import Costs, HostKVCache, _costs
+from longattn.gpu._costs import Line
 from longattn.reference import dense as reference
 from random_arrays import BF16, F16, F32, qkv
 
 
-def cache_of(device, dtype, *, kv_heads=2, index=la.index.Flat, sinks=4, window=32, capacity=4096):
+def cache_of(device, dtype, *, kv_heads=2, index=la.index.Flat, sinks=4, window=32, capacity=4096, **how):
     store = la.KVStore(kv_heads=kv_heads, head_dim=64, dtype=str(dtype), capacity=capacity)
-    return HostKVCache(store, index(store), sinks=sinks, window=window, device=device)
+    return HostKVCache(store, index(store), sinks=sinks, window=window, device=device, **how)
 
 
 def arrays(rng, dtype, keys):
@@ -79,7 +81,100 @@ def test_retrieval_is_that_of_the_host(rng):
     here = la.attention(q, k[:, :, steady], v[:, :, steady], return_lse=True)
     expected, _ = la.merge([here, (there.out[None], there.lse[None])])
     np.testing.assert_allclose(out, expected, atol=1e-5)
-    np.testing.assert_array_equal(stats.keys_attended, there.stats.keys_attended)
+    assert stats.way == "host"
+    np.testing.assert_array_equal(stats.retrieval.keys_attended, there.stats.keys_attended)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_gathering_all_rows_is_exact_attention(rng, device, dtype):
+    """Before there are codes, with codes, and with rows since then that have none."""
+    q, k, v = arrays(rng, dtype, 700)
+    cache, at = cache_of(device, dtype, reads="gather"), 0
+    for n in (90, 640, 700):
+        cache.append(put(device, k[:, :, at:n]), put(device, v[:, :, at:n]))
+        at = n
+        check(device, cache, q, k[:, :, :n], v[:, :, :n], top_k=700)
+
+
+def test_gathered_rows_are_those_of_most_estimated_weight(rng):
+    device = EmulatorDevice()
+    q, k, v = arrays(rng, F32, 900)
+    cache = cache_of(device, F32, reads="gather")
+    cache.append(k, v)
+    out, stats = cache.attend(q, top_k=40, return_stats=True)
+    held = 900 - 36
+    assert stats.way == "gather" and stats.gathered == 40 + held % 16 and stats.retrieval is None
+    codes = gpu.signatures_encode(k[:, :, 4 : 4 + held // 16 * 16], device=device)
+    rows = gpu.signatures_topk(q.reshape(1, 2, 2, 64), codes, 40, device=device)[0] + 4
+    steady = np.r_[0:4, 4 + held // 16 * 16 : 900]
+    lists = np.concatenate([rows, np.tile(steady, (2, 1))], axis=1)[None]
+    expected = gpu.index_sparse_attention(q, k, v, lists, device=device)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_sink_logits_take_their_share_once(rng, device):
+    q, k, v = arrays(rng, F32, 150)
+    sinks = np.array([0.5, 2.0, -1.0, 1.0], np.float32)
+    for reads in ("host", "gather"):
+        cache = cache_of(device, F32, reads=reads)
+        cache.append(put(device, k), put(device, v))
+        out = get(cache.attend(put(device, q), top_k=150, sink_logits=put(device, sinks)))
+        expected = reference.attention(q, k, v, sinks=sinks)
+        tolerances.device_attention(q, k, v, offset=2.0).check(out, expected)
+
+
+class TestCosts:
+    def test_a_line_goes_through_both_points(self):
+        line = Line.through(1e3, 3e-6, 5e3, 7e-6)
+        assert line.start == pytest.approx(2e-6) and line.rate == pytest.approx(1e9)
+        assert line.seconds(9e3) == pytest.approx(11e-6)
+
+    @pytest.mark.parametrize("many", [3e-6, 1e-6, 0.0])
+    def test_noise_gives_no_negative_cost(self, many):
+        line = Line.through(1e3, 3e-6, 5e3, many)
+        assert line.start >= 0 and line.rate > 0 and line.seconds(1e9) > 0
+
+    def test_the_cheaper_way_is_taken(self, rng):
+        q, k, v = arrays(rng, F32, 900)
+        slow, fast = Line(1e-3, 1e9), Line(1e-6, 1e12)
+        for costs, way in ((Costs(slow, fast, fast), "gather"), (Costs(fast, slow, fast), "host")):
+            cache = cache_of(EmulatorDevice(), F32, reads="auto", costs=costs)
+            cache.append(k, v)
+            assert cache.attend(q, top_k=40, return_stats=True)[1].way == way
+            assert cache.attend(q, return_stats=True)[1].way == "host"  # without a number of rows there is no choice
+
+    def test_few_rows_are_gathered_and_many_are_not(self):
+        """A bus is slower than the host's memory, and a hand-over to the host costs more than one to the device."""
+        costs = Costs(host=Line(60e-6, 150e9), gather=Line(20e-6, 25e9), scan=Line(10e-6, 2000e9))
+        assert costs.prefers_gather(131072, 64, 4096, 528)
+        assert not costs.prefers_gather(131072, 4096, 4096, 528)
+        assert "host: 60.0 us + 150.00 GB/s" in str(costs)
+
+    def test_costs_are_measured_once_by_the_device(self, rng, monkeypatch):
+        monkeypatch.setattr(_costs, "_MANY", 1024)  # enough where the clock has no noise
+
+        class Clocked(EmulatorDevice):
+            """Uploads take a microsecond and a nanosecond a byte, launches five microseconds."""
+
+            def upload(self, x, like):
+                self.now += 1e-6 + 1e-9 * x.nbytes
+                return super().upload(x, like)
+
+            def kernel(self, source_name, name):
+                self.now += 5e-6
+                return super().kernel(source_name, name)
+
+        q, k, v = arrays(rng, F32, 200)
+        device = Clocked()
+        cache = cache_of(device, F32, reads="auto", window=16)
+        cache.append(k, v)
+        _, stats = cache.attend(q, top_k=20, return_stats=True)
+        costs = cache.costs
+        # A row of keys and values is 1024 bytes; two uploads and two launches, a decode and its merge.
+        assert costs.gather.rate == pytest.approx(1e9) and costs.gather.start == pytest.approx(12e-6)
+        assert costs.scan.start == pytest.approx(5e-6 * 9, rel=1e-3) and stats.way == "host"
+        cache.attend(q, top_k=20)
+        assert cache.costs is costs
 
 
 def test_bad_input(rng):
@@ -103,5 +198,12 @@ def test_bad_input(rng):
         HostKVCache(other, la.index.Flat(cache.store), device=device)
     with pytest.raises(ValueError, match="expected an empty store"):
         HostKVCache(cache.store, cache.index, device=device)
+    with pytest.raises(ValueError, match="reads: got 'bus'"):
+        HostKVCache(other, la.index.Flat(other), reads="bus", device=device)
+    gathering = cache_of(device, F32, reads="gather")
+    gathering.append(k, v)
+    for options in ({}, {"top_k": 4, "rest": "none"}):
+        with pytest.raises(ValueError, match="expected top_k alone"):
+            gathering.attend(q, **options)
     with pytest.raises(ValueError, match="sinks, window"):
         HostKVCache(other, la.index.Flat(other), window=0, device=device)

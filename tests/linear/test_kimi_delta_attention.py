@@ -1,9 +1,11 @@
 """`kimi_delta_attention`."""
 
 import numpy as np
+import pytest
 
-from longattn.linear import delta_rule_attention, kimi_delta_attention
+from longattn.linear import delta_rule_attention, kimi_delta_attention, kimi_delta_gates
 from longattn.reference import linear as reference
+from random_arrays import DTYPES
 from recurrences import Case, Recurrence
 
 
@@ -68,3 +70,32 @@ def test_large_gates(rng):
     arguments = TestKimiDeltaAttention.case.arguments(rng, length=100)
     arguments["g"] = 300 * arguments["g"]
     TestKimiDeltaAttention.case.check(arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [1, 16, 37])
+def test_gates(rng, isa, dtype, dim):
+    f = (3 * rng.standard_normal((2, 3, 300, dim))).astype(dtype)
+    a_log, bias = rng.standard_normal(3).astype(np.float32), rng.standard_normal((3, dim)).astype(np.float32)
+    x, rates = f.astype(np.float64) + bias[:, None], np.exp(a_log.astype(np.float64))[:, None, None]
+    g = kimi_delta_gates(f, a_log, bias)
+    assert g.dtype == np.float32
+    np.testing.assert_allclose(g, -rates * np.logaddexp(0, x), rtol=2e-5)
+    np.testing.assert_allclose(kimi_delta_gates(f[0], a_log, bias), g[0])
+    bounded = kimi_delta_gates(f, a_log, bias, lower_bound=-5.0)
+    np.testing.assert_allclose(bounded, -5 / (1 + np.exp(-rates * x)), rtol=2e-5, atol=1e-30)
+    assert (kimi_delta_gates(f, a_log) <= 0).all()
+
+
+def test_gates_that_do_not_fit(rng):
+    f = rng.standard_normal((2, 3, 10, 4)).astype(np.float32)
+    a_log = np.zeros(3, np.float32)
+    for match, given, options in (
+        ("f: got shape", (f[0, 0], a_log), {}),
+        ("a_log: got shape", (f, a_log[1:]), {}),
+        ("a_log: got numbers", (f, a_log + 200), {}),
+        ("dt_bias: got shape", (f, a_log, np.zeros((3, 5))), {}),
+        ("lower_bound: got 1", (f, a_log), {"lower_bound": 1.0}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            kimi_delta_gates(*given, **options)

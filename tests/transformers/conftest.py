@@ -65,9 +65,9 @@ _ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def _build(name: str) -> Any:
+def _build(name: str, **sizes: Any) -> Any:
     config_class, model_class, extra = _ARCHITECTURES[name]
-    config = getattr(transformers, config_class)(**{**_COMMON, **extra})
+    config = getattr(transformers, config_class)(**{**_COMMON, **extra, **sizes})
     torch.manual_seed(7)
     model = getattr(transformers, model_class)(config).eval()
     if name == "gpt_oss":  # large enough to take a visible part of the mass
@@ -87,7 +87,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="session")
-def build_model() -> Callable[[str], Any]:
+def build_model() -> Callable[..., Any]:
     return _build
 
 

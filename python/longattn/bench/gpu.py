@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from longattn import gpu
+from longattn.bench.gpu_checks import Budget, run_sanitizers, run_tests
 from longattn.bench.harness import Bench
 from longattn.bench.plots import Bars, Panel
 from longattn.bench.results import Result, Row
@@ -38,9 +40,12 @@ COLUMNS: tuple[Column, ...] = (
     Column("over density", "over_density", ".2f"),
     Column("torch ms", "torch_ms", ".4g"),
     Column("vs torch", "vs_torch", ".2f"),
+    Column("outcome", "outcome"),
 )
 _WARM_UP = 3
 _COPY_BYTES = 1 << 30
+_SECONDS = 480.0
+_PARTS = ("times", "tests", "sanitizer")
 _BITS = 128
 _CHOSEN = 1024
 _DENSITY = 0.1
@@ -79,26 +84,56 @@ class Shapes:
     copy_bytes: int = _COPY_BYTES
     bits: int = _BITS
     chosen: int = _CHOSEN
+    grid: tuple[int, int] = (128, 15)  # side and window
 
 
 QUICK = Shapes(
-    heads=((4, 2),), head_dim=64, decode_keys=(300,), prefill_keys=(100,), copy_bytes=1 << 12, bits=32, chosen=16
+    heads=((4, 2),),
+    head_dim=64,
+    decode_keys=(300,),
+    prefill_keys=(100,),
+    copy_bytes=1 << 12,
+    bits=32,
+    chosen=16,
+    grid=(10, 3),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the routine's options to `parser`: none of its own."""
+    """Adds the routine's options to `parser`."""
+    parser.add_argument(
+        "--parts",
+        default=",".join(_PARTS),
+        help="what to run, in order: times, tests (of the repository, on the device), sanitizer (compute-sanitizer)",
+    )
+    parser.add_argument("--seconds", type=float, default=_SECONDS, help="of all parts together (default: %(default)s)")
 
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """All cases on CuPy's current device.
+    """All cases on CuPy's current device, the tests there, and compute-sanitizer over small cases.
 
     Raises:
         ModuleNotFoundError: no CuPy, or no GPU; says what to do.
+        ValueError: an unknown part.
     """
-    del args
+    parts = args.parts.split(",")
+    unknown = sorted(set(parts) - set(_PARTS))
+    if unknown:
+        raise ValueError(f"--parts: got {', '.join(unknown)}, expected some of {', '.join(_PARTS)}")
+    budget = Budget(args.seconds)
+    rows: list[Row] = []
     runner = _on_gpu(bench)
-    return {"rows": cases(bench, runner, QUICK if bench.quick else Shapes()), "slopes": [], "device": _name()}
+    for part in parts:
+        if part == "times":
+            rows += cases(bench, runner, QUICK if bench.quick else Shapes(), budget)
+        elif part == "tests":
+            bench.say("tests on the device")
+            rows.append(run_tests(budget))
+        else:
+            bench.say("compute-sanitizer")
+            again = [sys.executable, "-m", "longattn.cli", "bench", "gpu", "--quick", "--no-peers", "--parts", "times"]
+            rows += run_sanitizers(budget, again)
+    return {"rows": rows, "slopes": [], "device": _name()}
 
 
 def _name() -> str:
@@ -153,18 +188,29 @@ def wall_seconds(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def cases(bench: Bench, runner: Runner, shapes: Shapes) -> list[Row]:
-    """Every case's row."""
+def cases(bench: Bench, runner: Runner, shapes: Shapes, budget: Budget | None = None) -> list[Row]:
+    """Every case's row, as long as half the budget is left."""
+    start = 0.0 if budget is None else budget.left
+
+    def out_of_time() -> bool:
+        return budget is not None and budget.left < start / 2
+
     rng = np.random.default_rng(0)
     copied, bandwidth = _copy(bench, runner, shapes.copy_bytes)
     rows = [{"case": "device copy", **_columns(copied), "gb_s": bandwidth, "of_copy": 1.0}]
     for (heads, kv_heads), keys in itertools.product(shapes.heads, shapes.decode_keys):
+        if out_of_time():
+            return [*rows, {"case": "others", "outcome": "not measured: no time left"}]
         bench.say(f"decode {heads}/{kv_heads}, {keys} keys")
         rows += _decode(bench, runner, rng, shapes, (heads, kv_heads, keys), bandwidth)
     for (heads, kv_heads), keys in itertools.product(shapes.heads[:1], shapes.prefill_keys):
+        if out_of_time():
+            return [*rows, {"case": "others", "outcome": "not measured: no time left"}]
         bench.say(f"prefill {heads}/{kv_heads}, {keys} keys")
         rows += _prefill(bench, runner, rng, (heads, kv_heads, keys), shapes.head_dim)
-    return rows
+        rows.append(_recurrence(bench, runner, rng, (heads, keys), shapes.head_dim))
+    bench.say("neighbourhood")
+    return [*rows, _neighbourhood(bench, runner, rng, shapes)]
 
 
 def _copy(bench: Bench, runner: Runner, size: int) -> tuple[Times, float]:
@@ -203,12 +249,21 @@ def _decode(
     found = _times(bench, runner, _with_torch(runner, q, k, v, causal=False))
     speed = 4 * kv_heads * keys * dim / found["ours"][0] / 1e9
     rows = [{"case": "decode", **row, **_against(found), "gb_s": speed, "of_copy": speed / bandwidth}]
+    coded = [gpu.encode_rows(x, device=device) for x in (k, v)]
+    of_codes = _times(bench, runner, {"int8": lambda: gpu.attention(q, *coded, device=device)})["int8"]
+    speed = 2 * kv_heads * keys * (dim + 8) / of_codes[0] / 1e9
+    rows.append({"case": "decode of int8", **row, **_columns(of_codes), "gb_s": speed, "of_copy": speed / bandwidth})
+    signatures = gpu.signatures_encode(k, device=device)
+    of_group = q.reshape(1, kv_heads, heads // kv_heads, dim)
     matrix = runner.put(rng.standard_normal((kv_heads, dim, shapes.bits)).astype(np.float32))
     codes = gpu.hash_encode(k, matrix, device=device)
-    asked = gpu.hash_encode(q.reshape(1, kv_heads, heads // kv_heads, dim), matrix, device=device)
+    asked = gpu.hash_encode(of_group, matrix, device=device)
     chosen = gpu.hash_topk(asked, codes, shapes.chosen, device=device)
     steps: dict[str, Call] = {
         "scan and top-k": lambda: gpu.hash_topk(asked, codes, shapes.chosen, device=device),
+        "scan of 4-bit codes and top-k": lambda: gpu.signatures_topk(
+            of_group, signatures, shapes.chosen, device=device
+        ),
         "attention to listed rows": lambda: gpu.index_sparse_attention(q, k, v, chosen, device=device),
     }
     return rows + [{"case": name, **row, **_columns(times)} for name, times in _times(bench, runner, steps).items()]
@@ -235,6 +290,35 @@ def _prefill(bench: Bench, runner: Runner, rng: np.random.Generator, case: tuple
     return [*rows, {"case": name, **row, **_columns(times["sparse"]), "over_density": ratio}]
 
 
+def _recurrence(bench: Bench, runner: Runner, rng: np.random.Generator, case: tuple[int, int], dim: int) -> Row:
+    """Kimi delta attention forward: a gate per channel, and the delta rule."""
+    heads, length = case
+    q, k, v = (_random(runner, rng, 1, heads, length, dim) for _ in "qkv")
+    gates = runner.put(-rng.exponential(0.05, (1, heads, length, dim)).astype(np.float32))
+    rates = runner.put(rng.uniform(0, 1, (1, heads, length)).astype(np.float32))
+    call = {"kda": lambda: gpu.chunked_recurrence(q, k, v, gates, rates, scale=1 / dim, device=runner.device)}
+    times = _times(bench, runner, call)["kda"]
+    flops = 2 * heads * length * dim * (3 * dim + 32)
+    row = {"case": "KDA forward", "heads": f"{heads}/{heads}", "head_dim": dim, "keys": length, "dtype": "bfloat16"}
+    return {**row, **_columns(times), "tflop_s": flops / times[0] / 1e12}
+
+
+def _neighbourhood(bench: Bench, runner: Runner, rng: np.random.Generator, shapes: Shapes) -> Row:
+    """A square of tokens, each seeing the square around it."""
+    heads, _ = shapes.heads[0]
+    side, window = shapes.grid
+    q, k, v = (_random(runner, rng, 1, heads, side, side, shapes.head_dim) for _ in "qkv")
+    device = runner.device
+    call = {
+        "grid": lambda: gpu.generalized_neighborhood_attention(q, k, v, window=window, device=device),
+    }
+    times = _times(bench, runner, call)["grid"]
+    flops = 4 * heads * side**2 * window**2 * shapes.head_dim
+    sizes = {"heads": f"{heads}/{heads}", "head_dim": shapes.head_dim, "keys": side**2, "dtype": "bfloat16"}
+    row = {"case": f"neighbourhood, window {window} x {window}", **sizes}
+    return {**row, **_columns(times), "tflop_s": flops / times[0] / 1e12}
+
+
 def random_blocks(
     rng: np.random.Generator, heads: int, length: int, query_block: int
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]:
@@ -255,7 +339,7 @@ def _with_torch(runner: Runner, q: Any, k: Any, v: Any, *, causal: bool) -> dict
     return calls
 
 
-def _times(bench: Bench, runner: Runner, calls: dict[str, Call]) -> dict[str, Times]:
+def _times(bench: Bench, runner: Runner, calls: Mapping[str, Call]) -> dict[str, Times]:
     """Median and least seconds of each call, in turns."""
     for call in calls.values():
         for _ in range(_WARM_UP if not bench.quick else 1):

@@ -48,6 +48,25 @@ class Options(TypedDict, total=False):
     state: tuple[NDArray[Any], NDArray[Any]]  # [B, Hq, Lq, Dv] and [B, Hq, Lq]; for float64 [B, Hq, Lq, 1]
 
 
+#: Options that `longattn.gpu` takes; all others must be as they are by default.
+ON_GPU = frozenset({"causal", "window", "scale", "softcap", "bias", "alibi_slopes", "sinks"})
+
+
+def gpu_options(**given: Any) -> dict[str, Any]:
+    """The options of a call on arrays of a GPU, for the function of `longattn.gpu` of the same name.
+
+    Raises:
+        ValueError: an option that is not offered there is not off.
+    """
+    taken = {name: value for name, value in given.items() if name in ON_GPU}
+    for name, value in given.items():
+        off = value is None or (isinstance(value, bool | int | float) and not value)
+        if name not in ON_GPU and not off:
+            offered = ", ".join(sorted(taken))
+            raise ValueError(f"{name}: not offered for arrays of a GPU, where options are {offered}")
+    return taken
+
+
 def is_array(x: object) -> bool:
     """Whether an argument that may be a number is an array."""
     return isinstance(x, np.ndarray) or hasattr(x, "__dlpack__")

@@ -16,7 +16,7 @@ import numpy as np
 from longattn import _core
 from longattn._arrays import FLOAT64, Array
 from longattn._checks import arithmetic, batched, carried_state, dense_inputs, flag, result_array, returned
-from longattn.dense._options import arrays_of, score_options
+from longattn.dense._options import arrays_of, gpu_options, score_options
 from longattn.gpu import attention as attention_on_gpu
 from longattn.gpu import is_on_gpu
 from longattn.methods import Method
@@ -117,6 +117,9 @@ def attention(
         `Hq * Lq * visible keys * (D + Dv)` multiply-adds; each K/V byte is read once per block of queries and
         once for a whole query group. Memory beyond the output: float32 partial results, no scores.
 
+    On arrays of a GPU, `bias`, `alibi_slopes`, `sinks` and an array for `scale` must be float32 arrays there; `mask`,
+    `relative_bias`, `segments`, `visible_until`, `skip_threshold`, `qk_int8`, `state` and `out` are not offered.
+
     Example:
         >>> import numpy as np, longattn as la
         >>> rng = np.random.default_rng(0)
@@ -127,24 +130,25 @@ def attention(
         ((1, 8, 1, 64), (1, 8, 1))
     """
     if is_on_gpu(q):
-        absent = {
-            "bias": bias,
-            "mask": mask,
-            "alibi_slopes": alibi_slopes,
-            "sinks": sinks,
-            "relative_bias": relative_bias,
-            "segments": segments,
-            "visible_until": visible_until,
-            "state": state,
-            "out": out,
-            "softcap": softcap or None,
-            "skip_threshold": skip_threshold or None,
-            "qk_int8": qk_int8 or None,
-        }
-        for name, value in absent.items():
-            if value is not None:
-                raise ValueError(f"{name}: not offered for arrays of a GPU")
-        return attention_on_gpu(q, k, v, causal=causal, window=window, scale=scale, return_lse=return_lse)
+        on_gpu = gpu_options(
+            causal=causal,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            bias=bias,
+            mask=mask,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            relative_bias=relative_bias,
+            relative_zero=relative_zero,
+            segments=segments,
+            visible_until=visible_until,
+            skip_threshold=skip_threshold,
+            qk_int8=qk_int8,
+            state=state,
+            out=out,
+        )
+        return attention_on_gpu(q, k, v, return_lse=return_lse, **on_gpu)
     qn, kn, vn = dense_inputs(q, k, v, codes=True)
     keys, dtype = kn.shape[-2], arithmetic(qn)
     options = score_options(

@@ -9,7 +9,9 @@ import numpy as np
 from longattn import _core
 from longattn._arrays import Array
 from longattn._checks import carried_state, flag, packed_inputs, result_array, returned
-from longattn.dense._options import arrays_of, packed_options
+from longattn.dense._options import arrays_of, gpu_options, packed_options
+from longattn.gpu import attention_varlen as attention_varlen_on_gpu
+from longattn.gpu import is_on_gpu
 from longattn.methods import Method
 from longattn.reference import dense as reference
 
@@ -77,6 +79,21 @@ def attention_varlen(
         >>> la.attention_varlen(q, k, v, np.array([0, 2, 5]), np.array([0, 2, 5]), causal=True).shape
         (5, 2, 4)
     """
+    if is_on_gpu(q):
+        on_gpu = gpu_options(
+            causal=causal,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            relative_bias=relative_bias,
+            relative_zero=relative_zero,
+            skip_threshold=skip_threshold,
+            state=state,
+            out=out,
+        )
+        return attention_varlen_on_gpu(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=return_lse, **on_gpu)
     qn, kn, vn, cu_q, cu_k = packed_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k)
     options = packed_options(
         qn.shape,

@@ -8,24 +8,37 @@ Storage is float32, float16 or bfloat16; softmax and sums are float32. Rows must
 64, 128 or 256.
 """
 
+from longattn.gpu._costs import Costs
 from longattn.gpu._device import Device, View, device_of, is_on_gpu
-from longattn.gpu.attention import attention, block_sparse_attention, index_sparse_attention
+from longattn.gpu.attention import attention, attention_varlen, block_sparse_attention, index_sparse_attention
 from longattn.gpu.chunked_recurrence import chunked_recurrence
+from longattn.gpu.coded_rows import CodedRows, encode_rows
 from longattn.gpu.hash_topk import hash_encode, hash_topk
-from longattn.gpu.host_kv_cache import HostKVCache
+from longattn.gpu.host_kv_cache import HostKVCache, StepStats
 from longattn.gpu.merge import merge
+from longattn.gpu.neighborhood_attention import generalized_neighborhood_attention
+from longattn.gpu.signatures import SignatureCodes, signatures_encode, signatures_topk
 
 __all__ = [
+    "CodedRows",
+    "Costs",
     "Device",
     "HostKVCache",
+    "SignatureCodes",
+    "StepStats",
     "View",
     "attention",
+    "attention_varlen",
     "block_sparse_attention",
     "chunked_recurrence",
     "device_of",
+    "encode_rows",
+    "generalized_neighborhood_attention",
     "hash_encode",
     "hash_topk",
     "index_sparse_attention",
     "is_on_gpu",
     "merge",
+    "signatures_encode",
+    "signatures_topk",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import as_numpy
+from longattn._arrays import BFLOAT16, as_numpy
 from longattn.gpu._device import Launch, View
 from longattn.gpu._sources import source
 
@@ -122,7 +122,20 @@ class CupyDevice:
                 made.set(pinned)
                 return made
             torch = sys.modules["torch"]
-            return torch.from_numpy(np.ascontiguousarray(x)).pin_memory().to(like.device, non_blocking=True)
+            rows, brain = np.ascontiguousarray(x), x.dtype == BFLOAT16  # which torch takes from no numpy array
+            pinned = torch.from_numpy(rows.view(np.int16) if brain else rows).pin_memory()
+            made = pinned.to(like.device, non_blocking=True)
+            return made.view(torch.bfloat16) if brain else made
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """By events on the caller's stream; work of the host between them counts as well."""
+        with self._callers_stream():
+            start, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+        return float(self._cupy.cuda.get_elapsed_time(start, end)) / 1e3
 
     def kernel(self, source_name: str, name: str) -> Launch:
         """A kernel, compiled at first use and kept by CuPy's own cache."""

@@ -67,6 +67,9 @@ class Device(Protocol):
     def upload(self, x: NDArray[Any], like: Any) -> Any:
         """Starts a copy of a host array into a new array of the kind of `like`."""
 
+    def seconds(self, call: Callable[[], object]) -> float:
+        """From before a call until the device has done what it started."""
+
     def kernel(self, source: str, name: str) -> Launch:
         """A compiled kernel of a source text of `longattn.gpu`."""
 

@@ -1,12 +1,36 @@
-"""Texts of the CUDA sources: `common.cuh` goes before each, so that compiling needs no include directory."""
+"""Texts of the CUDA sources: what a source needs goes before it, so that compiling needs no include directory."""
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.resources import files
 
+#: Files of each source, in order, after `common.cuh`.
+_FILES = {
+    "codes": ("codes.cu",),
+    "decode": ("attention.cuh", "decode.cuh", "decode.cu"),
+    "decode_int8": ("attention.cuh", "decode.cuh", "decode_int8.cu"),
+    "hash": ("choice.cuh", "hash.cu"),
+    "merge": ("merge.cu",),
+    "neighbourhood": ("attention.cuh", "prefill.cuh", "neighbourhood.cuh", "neighbourhood.cu"),
+    "neighbourhood_f32": ("attention.cuh", "prefill_f32.cuh", "neighbourhood.cuh", "neighbourhood_f32.cu"),
+    "prefill": ("attention.cuh", "ranges.cuh", "prefill.cuh", "prefill.cu"),
+    "prefill_f32": ("attention.cuh", "ranges.cuh", "prefill_f32.cuh", "prefill_f32.cu"),
+    "recurrence": ("recurrence.cu",),
+    "recurrence_f32": ("recurrence_f32.cu",),
+    "signatures": ("choice.cuh", "signatures.cu"),
+}
+#: Sources that are compiled a second time for options of scores, so that these cost nothing where there are none.
+_WITH_OPTIONS = ("decode", "decode_int8", "neighbourhood", "neighbourhood_f32", "prefill", "prefill_f32")
+_OPTIONS = "_options"
+
 #: Sources, each a translation unit of its own.
-NAMES = ("decode", "hash", "merge", "prefill", "prefill_f32", "recurrence")
+NAMES = (*_FILES, *(name + _OPTIONS for name in _WITH_OPTIONS))
+
+
+def with_options(name: str) -> str:
+    """The variant of a source whose kernels look at options of scores."""
+    return name + _OPTIONS
 
 
 @cache
@@ -18,5 +42,7 @@ def source(name: str) -> str:
     """
     if name not in NAMES:
         raise ValueError(f"name: got {name!r}, expected one of {NAMES}")
+    plain = name.removesuffix(_OPTIONS)
     folder = files("longattn.gpu") / "cuda"
-    return (folder / "common.cuh").read_text() + (folder / f"{name}.cu").read_text()
+    defines = "" if plain == name else "#define SCORE_OPTIONS 1\n"
+    return defines + "".join((folder / file).read_text() for file in ("common.cuh", *_FILES[plain]))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from longattn.gpu._checks import attention_views, window_ends
-from longattn.gpu._device import KERNEL_DTYPES, Device, View, device_of
+from longattn.gpu._checks import attention_views, check_fit, heads_view, packed_view, sequence_ends, window_ends
+from longattn.gpu._device import KERNEL_DTYPES, Device, Launch, View, device_of
+from longattn.gpu._scores import Scores, scores_of
+from longattn.gpu._sources import with_options
+from longattn.gpu.coded_rows import CodedRows, coded_views
 from longattn.gpu.merge import merge_splits
 
 #: Rows of a KV head (query heads times positions) up to which keys are split over blocks instead of rows.
@@ -16,9 +20,9 @@ DECODE_ROWS = 16
 #: Keys of a tile of a prefill, and of a block in its lists.
 BLOCK_KEYS = 64
 
-_LOG2_E = math.log2(math.e)
 _DECODE_THREADS = 128
 _DECODE_STAGES = 3
+_CODED_STAGES = 4
 _SPLIT_MULTIPLE = 64
 _SPLIT_LEAST = 256
 
@@ -30,7 +34,11 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
-    scale: float | None = None,
+    scale: Any = None,
+    softcap: float = 0.0,
+    bias: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
     return_lse: bool = False,
     out_dtype: str | None = None,
     device: Device | None = None,
@@ -40,45 +48,140 @@ def attention(
     Args:
         q: queries `[B, Hq, Lq, D]`, a CuPy array or a torch CUDA tensor; float32, float16 or bfloat16; D is 64, 128
             or 256.
-        k: keys `[B, Hkv, Lk, D]`, dtype of `q`.
-        v: values, the shape of `k`.
+        k: keys `[B, Hkv, Lk, D]`, dtype of `q`; or `CodedRows` for float16 or bfloat16 queries, of which a KV head has
+            at most 16 rows then.
+        v: values, the shape of `k`; `CodedRows` where the keys are.
         causal: a query sees only keys at its own position and before; the last query is at the last key.
         window: `(left, right)`, -1 unbounded.
-        scale: factor on the dot products; `None` is `D ** -0.5`.
-        return_lse: also return the log-sum-exp `[B, Hq, Lq]`, float32, natural log.
+        scale: factor on the dot products; `None` is `D ** -0.5`. A float32 array `[Hq]`, `[Hq, Lq]` or `[B, Hq, Lq]`
+            on the device has one factor per head or per query row.
+        softcap: `c > 0` turns each scaled logit `s` into `c * tanh(s / c)`; 0 is off.
+        bias: float32 array that broadcasts to `[B, Hq, Lq, Lk]`, added to the logits after `softcap`, by any strides.
+        alibi_slopes: float32 `[Hq]` or `[B, Hq]`; adds `-slope * |query position - key position|`.
+        sinks: float32 `[Hq]`: one more logit per head, which takes its share of the softmax.
+        return_lse: also return the log-sum-exp `[B, Hq, Lq]`, float32, natural log, sinks included.
         out_dtype: dtype of the output, "float32" for a part that is merged later; `None` is that of `q`, and the only
             one for more than 16 rows per KV head.
         device: the back end; `None` is that of `q`.
 
     Returns:
-        `out` in the kind and shape of `q`, or `(out, lse)`. A row that sees no key gives 0 and -inf. Unlike on
-        a CPU, a NaN in the values of a key that is masked, but in a tile that is not, spreads.
+        `out` in the kind and shape of `q`, or `(out, lse)`. A row that sees no key gives 0, and -inf without sinks.
+        Unlike on a CPU, a NaN in the values of a key that is masked, but in a tile that is not, spreads.
 
     Raises:
         TypeError: arrays of no GPU, or another dtype.
-        ValueError: shapes that do not fit, another head size, a window end below -1.
+        ValueError: shapes that do not fit, another head size, a number out of range.
         ImportError: CuPy is not installed.
 
-    Cost: with at most 16 rows per KV head one pass over keys and values, split over blocks; else `Lq * Lk * D * 2`
-        multiply-adds per head, less what causality and window leave out. Rows that are not aligned to 16 bytes cost
-        one copy.
+    Cost: with at most 16 rows per KV head one pass over the keys and values that any row sees, split over blocks; else
+        `Lq * Lk * D * 2` multiply-adds per head, less what causality and window leave out. Options of the scores
+        have kernels of their own, compiled when first used; without them they cost nothing. Rows that are not aligned
+        to 16 bytes cost one copy.
     """
     device = device or device_of(q, "q")
-    queries, keys, values = attention_views(device, q, k, v)
-    left, right = window_ends(causal, window)
-    positions, kv_heads = queries.shape[2], keys.shape[1]
-    few = queries.shape[1] // kv_heads * positions <= DECODE_ROWS
-    split = few and left < 0 and right <= 0 and keys.shape[2] > 0
+    coded = _coded(device, q, k, v) if isinstance(k, CodedRows) or isinstance(v, CodedRows) else None
+    queries, keys, values = coded[:3] if coded else attention_views(device, q, k, v)
+    rows, length = queries.shape[2], keys.shape[2]
+    ends = window_ends(causal, window, rows + length)
+    scores = scores_of(
+        device,
+        queries.shape,
+        length,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    split = queries.shape[1] // keys.shape[1] * rows <= DECODE_ROWS and length > 0
     if out_dtype not in ((None, *KERNEL_DTYPES) if split else (None, queries.dtype)):
         raise ValueError(f"out_dtype: got {out_dtype!r}, expected {queries.dtype} for these shapes")
+    if coded and not split and length:
+        raise ValueError(f"q: got {queries.shape} over coded keys, expected at most {DECODE_ROWS} rows per KV head")
     out, lse, results = _results(device, queries, out_dtype or queries.dtype)
-    factor = _factor(scale, queries)
     if math.prod(queries.shape) == 0:
         return (out, lse) if return_lse else out
     if split:
-        _decode(device, queries, keys, values, results, factor, causal=right == 0, listed=None, lengths=None)
+        first = max(length - rows - ends[0], 0) if ends[0] >= 0 else 0
+        parameters = None
+        if first and not coded:  # what no row sees is not read
+            keys, values = (device.view(x.owner[:, :, first:], "k") for x in (keys, values))
+        if coded:
+            (keys, of_keys), (values, of_values) = (coded_views(device, x.from_row(first), "k") for x in (k, v))
+            parameters = of_keys, of_values
+        ends = (-1 if rows == 1 else ends[0]), ends[1]
+        _decode(device, queries, keys, values, results, scores.from_key(device, first), ends, parameters=parameters)
     else:
-        _prefill(device, queries, keys, values, results, factor, (left, right), None, None)
+        _prefill(device, queries, keys, values, results, scores, ends)
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    scale: Any = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    return_lse: bool = False,
+    device: Device | None = None,
+) -> Any:
+    """Attention over packed sequences of different lengths on a GPU, as `longattn.attention_varlen`.
+
+    Args:
+        q: queries `[Tq, Hq, D]`, otherwise as of `attention`.
+        k: keys `[Tk, Hkv, D]`.
+        v: values, the shape of `k`.
+        cu_seqlens_q: integers `[sequences + 1]`, where each sequence's rows begin, and their end; on the host, or on
+            the device, from where they are copied, which waits for it.
+        cu_seqlens_k: the same for keys.
+        causal: as of `attention`, inside each sequence.
+        window: likewise.
+        scale: as of `attention`, an array being `[Hq]`.
+        softcap: as of `attention`.
+        alibi_slopes: float32 `[Hq]`, inside each sequence.
+        sinks: as of `attention`.
+        return_lse: also return the log-sum-exp `[Hq, Tq]`.
+        device: as of `attention`.
+
+    Returns:
+        The output `[Tq, Hq, D]` in the kind and dtype of `q`, or the pair with the log-sum-exp.
+
+    Raises:
+        TypeError: as of `attention`.
+        ValueError: as of `attention`; bounds that do not fit the arrays.
+
+    Cost: that of `attention` summed over the sequences; short sequences go through blocks of 64 rows or more.
+    """
+    device = device or device_of(q, "q")
+    queries, keys, values = attention_views(device, q, k, v, of=packed_view)
+    _, heads, total, dim = queries.shape
+    q_ends = sequence_ends(device, cu_seqlens_q, "cu_seqlens_q", total)
+    k_ends = sequence_ends(device, cu_seqlens_k, "cu_seqlens_k", keys.shape[2])
+    if len(q_ends) != len(k_ends):
+        raise ValueError(f"cu_seqlens_k: got {len(k_ends) - 1} sequences, expected {len(q_ends) - 1}")
+    if hasattr(scale, "shape") and len(scale.shape) > 1:
+        raise ValueError(f"scale: got shape {tuple(scale.shape)}, expected ({heads},)")
+    if alibi_slopes is not None and len(alibi_slopes.shape) != 1:
+        raise ValueError(f"alibi_slopes: got shape {tuple(alibi_slopes.shape)}, expected ({heads},)")
+    ends = window_ends(causal, window, total + keys.shape[2])
+    scores = scores_of(
+        device, queries.shape, keys.shape[2], scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks
+    )
+    out = device.empty((total, heads, dim), queries.dtype, q)
+    lse = device.empty((heads, total), "float32", q)
+    if math.prod(queries.shape):
+        whole = device.view(out, "out")
+        to = replace(whole, shape=queries.shape, strides=(0, dim, heads * dim, 1))
+        q_bounds, k_bounds = (device.view(device.integers(x, q), "cu_seqlens") for x in (q_ends, k_ends))
+        packed = q_bounds, k_bounds, int(np.diff(q_ends).max(initial=0))
+        _prefill(device, queries, keys, values, (to, device.view(lse, "lse")), scores, ends, packed=packed)
     return (out, lse) if return_lse else out
 
 
@@ -129,9 +232,9 @@ def index_sparse_attention(
     if counts is not None and counts.shape != (batch,):
         raise ValueError(f"lengths: got shape {counts.shape}, expected [{batch}]")
     out, lse, results = _results(device, queries, queries.dtype)
-    factor = _factor(scale, queries)
+    scores = scores_of(device, queries.shape, keys.shape[2], scale=scale)
     if math.prod(queries.shape):
-        _decode(device, queries, keys, values, results, factor, causal=False, listed=listed, lengths=counts)
+        _decode(device, queries, keys, values, results, scores, (-1, -1), listed=listed, lengths=counts)
     return (out, lse) if return_lse else out
 
 
@@ -183,17 +286,26 @@ def block_sparse_attention(
     if list_starts.shape != expected:
         raise ValueError(f"starts: got shape {list_starts.shape}, expected {expected}")
     list_blocks = device.view(device.integers(blocks, q), "blocks")
+    ends = window_ends(causal, window, length + keys.shape[2])
+    scores = scores_of(device, queries.shape, keys.shape[2], scale=scale)
     out, lse, results = _results(device, queries, queries.dtype)
-    factor = _factor(scale, queries)
     if math.prod(queries.shape):
-        ends = window_ends(causal, window)
-        _prefill(device, queries, keys, values, results, factor, ends, (list_starts, list_blocks), query_block)
+        lists = list_starts, list_blocks
+        _prefill(device, queries, keys, values, results, scores, ends, lists=lists, query_block=query_block)
     return (out, lse) if return_lse else out
 
 
-def _factor(scale: float | None, q: View) -> float:
-    """Factor of the scores in units of log 2."""
-    return (q.shape[3] ** -0.5 if scale is None else float(scale)) * _LOG2_E
+def _coded(device: Device, q: Any, k: Any, v: Any) -> tuple[View, View, View]:
+    """Queries, and codes of keys and values, that fit each other."""
+    for name, x in (("k", k), ("v", v)):
+        if not isinstance(x, CodedRows):
+            raise TypeError(f"{name}: got {type(x).__name__}, expected CodedRows, as the other of k and v is")
+    queries = heads_view(device, q, "q")
+    if queries.dtype == "float32":
+        raise TypeError("q: got dtype float32 over coded keys, expected float16 or bfloat16")
+    (keys, _), (values, _) = coded_views(device, k, "k"), coded_views(device, v, "v")
+    check_fit(queries, keys.shape, values.shape)
+    return queries, keys, values
 
 
 def _results(device: Device, q: View, dtype: str) -> tuple[Any, Any, tuple[View, View]]:
@@ -212,19 +324,21 @@ def _decode(
     k: View,
     v: View,
     results: tuple[View, View],
-    factor: float,
+    scores: Scores,
+    ends: tuple[int, int],
     *,
-    causal: bool,
-    listed: View | None,
-    lengths: View | None,
+    listed: View | None = None,
+    lengths: View | None = None,
+    parameters: tuple[View, View] | None = None,
 ) -> None:
     """Splits of the keys into partial results, then their merge."""
     batch, heads, positions, dim = q.shape
     kv_heads = k.shape[1]
     rows = heads // kv_heads * positions
     most = k.shape[2] if listed is None else listed.shape[2]
+    plain = scores.plain and ends[0] < 0
     if q.dtype == "float32":
-        block_rows = 1 if rows == 1 else 4
+        block_rows = 1 if rows == 1 and plain else 4
         name = f"decode_f32_{dim}_{block_rows}"
         parts = _DECODE_THREADS // min(dim // 4, 32)
         shared = 4 * block_rows * parts * (2 + dim)
@@ -232,6 +346,8 @@ def _decode(
         block_rows = DECODE_ROWS
         name = f"decode_{KERNEL_DTYPES[q.dtype]}_{dim}"
         tiles = 2 * 16 * dim * (1 + 4 * _DECODE_STAGES * 2)  # queries; keys and values of four warps
+        if parameters is not None:
+            name, tiles = f"decode_int8_{KERNEL_DTYPES[q.dtype]}_{dim}", 4 * _CODED_STAGES * 2 * 16 * (dim + 8)
         shared = max(tiles, 4 * 16 * 4 * (2 + dim))
     across = batch * kv_heads * -(-rows // block_rows)
     split = _split_keys(most, across, device.processors)
@@ -249,12 +365,16 @@ def _decode(
         partial.pointer,
         partial_lse.pointer,
         *_strides(k, v),
-        *(np.int32(n) for n in (most, split, rows, positions)),
-        np.float32(factor),
-        np.int32(causal),
+        *(np.int32(n) for n in (most, split, rows, positions, *ends)),
+        np.float32(scores.factor),
+        *scores.arguments(),
     )
+    for view in parameters or ():
+        arguments += (view.pointer, np.int64(view.strides[0]), np.int64(view.strides[1]))
     grid = (splits, kv_heads * -(-rows // block_rows), batch)
-    device.kernel("decode", name)(grid, (_DECODE_THREADS,), arguments, shared)
+    source = "decode" if parameters is None else "decode_int8"
+    source = source if plain else with_options(source)
+    device.kernel(source, name)(grid, (_DECODE_THREADS,), arguments, shared)
     merge_splits(device, partial, partial_lse, *results)
 
 
@@ -280,27 +400,18 @@ def _prefill(
     k: View,
     v: View,
     results: tuple[View, View],
-    factor: float,
+    scores: Scores,
     ends: tuple[int, int],
-    lists: tuple[View, View] | None,
-    query_block: int | None,
+    *,
+    lists: tuple[View, View] | None = None,
+    query_block: int | None = None,
+    packed: tuple[View, View, int] | None = None,
 ) -> None:
-    """Blocks of query rows over tiles of keys."""
+    """Blocks of query rows over tiles of keys; `packed`: where sequences begin, and the rows of the longest."""
     out, lse = results
-    batch, heads, length, dim = q.shape
-    rows = query_block or max(_prefill_rows(q))
-    if q.dtype == "float32":
-        source, name, threads = "prefill_f32", f"prefill_f32_{dim}", 128
-        shared = 4 * ((64 + 32 + 32) * (dim + 4) + 64 * (32 + 4))
-    else:
-        warps = rows // 16
-        source, name, threads = "prefill", f"prefill_{KERNEL_DTYPES[q.dtype]}_{dim}_{warps}", 32 * warps
-        shared = 2 * dim * (rows + 2 * BLOCK_KEYS)
-    if shared > device.shared_limit:
-        raise ValueError(
-            f"q: got head_dim {dim} of {q.dtype}, which needs {shared} bytes of shared memory a block; this device has "
-            f"{device.shared_limit}"
-        )
+    batch, heads, length, _ = q.shape
+    rows = query_block or (max(_prefill_rows(q)) if scores.plain else 64)
+    kernel, threads, shared = prefill_launch(device, "prefill", q, rows, options=not scores.plain)
     arguments = (
         q.pointer,
         k.pointer,
@@ -308,8 +419,33 @@ def _prefill(
         out.pointer,
         lse.pointer,
         *((None, None) if lists is None else (view.pointer for view in lists)),
+        *((None, None) if packed is None else (view.pointer for view in packed[:2])),
         *_strides(q, k, v, out),
         *(np.int32(n) for n in (heads // k.shape[1], length, k.shape[2], *ends)),
-        np.float32(factor),
+        np.float32(scores.factor),
+        *scores.arguments(),
     )
-    device.kernel(source, name)((-(-length // rows), heads, batch), (threads,), arguments, shared)
+    sequences, longest = (batch, length) if packed is None else (packed[0].shape[0] - 1, packed[2])
+    kernel((-(-longest // rows), heads, sequences), (threads,), arguments, shared)
+
+
+def prefill_launch(device: Device, source: str, q: View, rows: int, *, options: bool) -> tuple[Launch, int, int]:
+    """The kernel of a source for these queries in blocks of so many rows, its threads, and its bytes of shared memory.
+
+    Raises:
+        ValueError: more shared memory than the device has.
+    """
+    dim = q.shape[-1]
+    if q.dtype == "float32":
+        source, threads = f"{source}_f32", 128
+        name, shared = f"{source}_{dim}", 4 * ((64 + 32 + 32) * (dim + 4) + 64 * (32 + 4))
+    else:
+        warps = rows // 16
+        name, threads = f"{source}_{KERNEL_DTYPES[q.dtype]}_{dim}_{warps}", 32 * warps
+        shared = 2 * dim * (rows + 2 * BLOCK_KEYS)
+    if shared > device.shared_limit:
+        raise ValueError(
+            f"q: got head_dim {dim} of {q.dtype}, which needs {shared} bytes of shared memory a block; this device has "
+            f"{device.shared_limit}"
+        )
+    return device.kernel(with_options(source) if options else source, name), threads, shared

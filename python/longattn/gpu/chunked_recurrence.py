@@ -12,8 +12,10 @@ from longattn.gpu._device import KERNEL_DTYPES, Device, View, device_of
 
 _CHUNK = 16
 _THREADS = 128
-_COLUMNS = 32
+_COLUMNS = 64
+_COLUMNS_F32 = 32
 _WARPS = 4
+_ALIGNMENT = 16
 
 
 def chunked_recurrence(
@@ -54,8 +56,12 @@ def chunked_recurrence(
         TypeError: arrays of no GPU, or another dtype.
         ValueError: shapes that do not fit.
 
-    Cost: `L * Dv * (3 * D + 16)` multiply-adds per head and `L * 16 * D` exponentials; `L * (3 * D + 33) * 4` bytes of
-        parts per value head.
+    With float16 and bfloat16, products are those of tensor cores: what goes into them (decayed keys and queries, the
+    state as it is read) is rounded to that dtype once each; states, sums and the solve of a chunk are float32, as
+    everything is for float32 inputs.
+
+    Cost: `L * Dv * (3 * D + 16)` multiply-adds per head and `L * 7 * D` exponentials (16 for float32);
+        `L * (3 * D + 32) * 2` bytes of parts per value head, twice that for float32.
     """
     device = device or device_of(q, "q")
     queries = heads_view(device, q, "q")
@@ -78,11 +84,20 @@ def chunked_recurrence(
     if math.prod(shape) == 0:
         return out, state
     chunks = -(-length // _CHUNK)
-    size = 2 * _CHUNK * _CHUNK + dim + 3 * _CHUNK * dim
-    parts = device.view(device.empty((batch, value_heads, max(chunks, 1), size), "float32", q), "parts")
+    single = queries.dtype == "float32"
+    source, name = ("recurrence_f32" if single else "recurrence"), f"{KERNEL_DTYPES[queries.dtype]}_{dim}"
+    if single:
+        size = 4 * (2 * _CHUNK * _CHUNK + dim + 3 * _CHUNK * dim)
+        columns, to_prepare = _COLUMNS_F32, 4 * (3 * _CHUNK * (dim + 1) + _CHUNK * _CHUNK)
+        to_carry = 2 * size + 4 * (_WARPS * 2 * _CHUNK * columns + _CHUNK * columns)
+    else:
+        size = 2 * (2 * _CHUNK * _CHUNK + 3 * _CHUNK * dim) + 4 * dim
+        columns, to_prepare = _COLUMNS, 8 * _CHUNK * (dim + 8) + 8 * _CHUNK * _CHUNK
+        to_carry = 2 * (size + 2 * _CHUNK * columns)
+    parts = device.view(device.empty((batch, value_heads, max(chunks, 1), size // 4), "float32", q), "parts")
     none = np.int64(0)
     if chunks:
-        device.kernel("recurrence", f"recurrence_prepare_{KERNEL_DTYPES[queries.dtype]}_{dim}")(
+        device.kernel(source, f"recurrence_prepare_{name}")(
             (chunks, value_heads, batch),
             (_THREADS,),
             (
@@ -98,11 +113,11 @@ def chunked_recurrence(
                 np.int32(length),
                 np.float32(dim**-0.5 if scale is None else scale),
             ),
-            4 * (3 * _CHUNK * (dim + 1) + _CHUNK * _CHUNK),
+            to_prepare,
         )
     result = device.view(out, "out")
-    device.kernel("recurrence", f"recurrence_carry_{KERNEL_DTYPES[queries.dtype]}_{dim}")(
-        (-(-value_dim // _COLUMNS), value_heads, batch),
+    device.kernel(source, f"recurrence_carry_{name}")(
+        (-(-value_dim // columns), value_heads, batch),
         (_THREADS,),
         (
             parts.pointer,
@@ -114,14 +129,21 @@ def chunked_recurrence(
             np.int32(length),
             np.int32(value_dim),
             np.int32(rates is not None),
+            *(() if single else (np.int32(_by_pieces(values)),)),
         ),
-        4 * (2 * size + _WARPS * 2 * _CHUNK * _COLUMNS + _CHUNK * _COLUMNS),
+        to_carry,
     )
     return out, state
 
 
 def _strides(*views: View) -> tuple[np.int64, ...]:
     return tuple(np.int64(stride) for view in views for stride in view.strides[:3])
+
+
+def _by_pieces(v: View) -> bool:
+    """Whether rows can be copied in pieces of 16 bytes."""
+    starts = [stride for stride, n in zip(v.strides[:3], v.shape[:3], strict=True) if n > 1]
+    return not any(n * v.itemsize % _ALIGNMENT for n in (*starts, v.shape[3])) and v.address % _ALIGNMENT == 0
 
 
 def _rows_view(device: Device, x: Any, name: str, dtype: str) -> View:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from longattn.gpu._checks import heads_view
+from longattn.gpu._choice import ROWS, rows_above, threshold_step
 from longattn.gpu._device import KERNEL_DTYPES, Device, device_of
 
 #: Words of 32 bits that a code may have.
 WORDS = (1, 2, 4, 8)
 
 _THREADS = 256
-_ROWS = 2048  # of a block of the scan
 _MOST_BINS = 8192  # counts of a block, in shared memory
 
 
@@ -93,14 +93,11 @@ def hash_topk(queries: Any, codes: Any, k: int, *, device: Device | None = None)
     if kept.strides[2:] != (words, 1):
         kept = device.view(device.contiguous(codes), "codes")
     asked = device.view(device.contiguous(queries), "queries")
-    blocks = -(-rows // _ROWS)
     scores = device.view(device.empty((batch, heads, rows), "uint16", codes), "scores")
     counts = device.view(device.integers(np.zeros((batch, heads, bins), np.int32), codes), "counts")
     threshold = device.view(device.empty((batch, heads, 2), "int32", codes), "threshold")
-    found = device.view(device.empty((batch, heads, blocks, 2), "int32", codes), "found")
-    chosen = device.empty((batch, heads, k), "int32", codes)
     device.kernel("hash", f"hash_scan_{words}")(
-        (blocks, heads, batch),
+        (-(-rows // ROWS), heads, batch),
         (_THREADS,),
         (
             asked.pointer,
@@ -113,24 +110,5 @@ def hash_topk(queries: Any, codes: Any, k: int, *, device: Device | None = None)
         ),
         4 * (group * words + bins),
     )
-    device.kernel("hash", "hash_threshold_of")(
-        (batch * heads,), (_THREADS,), (counts.pointer, threshold.pointer, np.int32(bins), np.int32(k)), 4 * _THREADS
-    )
-    across = (blocks, batch * heads)
-    device.kernel("hash", "hash_counts_of")(
-        across, (_THREADS,), (scores.pointer, threshold.pointer, found.pointer, np.int32(rows)), 8
-    )
-    device.kernel("hash", "hash_rows_of")(
-        across,
-        (_THREADS,),
-        (
-            scores.pointer,
-            threshold.pointer,
-            found.pointer,
-            device.view(chosen, "chosen").pointer,
-            np.int32(rows),
-            np.int32(k),
-        ),
-        8 * (_THREADS // 32),
-    )
-    return chosen
+    threshold_step(device, "hash", "u16", counts, threshold, k)
+    return rows_above(device, "hash", "u16", scores, threshold, k)

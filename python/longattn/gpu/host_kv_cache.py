@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longattn.gpu._checks import heads_view
+from longattn.gpu._costs import Costs, measure
 from longattn.gpu._device import Device, device_of
 from longattn.gpu.attention import attention
 from longattn.gpu.merge import merge
+from longattn.gpu.signatures import BLOCK, SignatureCodes, signatures_encode, signatures_topk
 
 if TYPE_CHECKING:
     from longattn.index import Index
     from longattn.kv import KVStore
+    from longattn.retrieval import RetrievalStats
+
+#: Rows that the store must have before the first codes are made on the device; fewer are all gathered.
+_FIRST_FIT = 512
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What a decode step read.
+
+    Attributes:
+        way: where rows in host memory were read: "host", "gather" for their way over the bus, "device" where there
+            were none.
+        gathered: rows per KV head that went over the bus.
+        retrieval: what the host read.
+    """
+
+    way: Literal["host", "gather", "device"]
+    gathered: int
+    retrieval: RetrievalStats | None
 
 
 @dataclass(slots=True)
@@ -40,19 +62,34 @@ class HostKVCache:
     A token is copied to the host when it is appended and enters the store when it leaves the window, so that no token
     is counted twice.
 
+    Or rows go over the bus: codes of 4 bits of the rows in host memory stay on the device (`gather`), which chooses
+    rows by them; the host collects these and copies them to the device, which attends to them. That takes a budget
+    `top_k` and leaves the other rows out. Which of the two ways is faster depends on the machine: with `"auto"` each
+    step takes the one that `Costs` say, which are measured at the first step that has a choice.
+
     Args:
         store: host store of the layer, empty; what it holds later is read through `index`.
         index: an index of that store.
         sinks: first tokens that stay on the device, at least 0.
         window: last tokens that are on the device, at least 1.
+        reads: how rows in host memory are read: `"host"`, `"gather"` or `"auto"`.
+        costs: of both ways, for `"auto"`; `None` measures them.
         device: the back end; `None` is that of the first arrays.
 
     Raises:
-        ValueError: a store that is not empty, an index of another store, counts out of range.
+        ValueError: a store that is not empty, an index of another store, counts out of range, an unknown way.
     """
 
     def __init__(
-        self, store: KVStore, index: Index, *, sinks: int = 4, window: int = 512, device: Device | None = None
+        self,
+        store: KVStore,
+        index: Index,
+        *,
+        sinks: int = 4,
+        window: int = 512,
+        reads: Literal["host", "gather", "auto"] = "host",
+        costs: Costs | None = None,
+        device: Device | None = None,
     ) -> None:
         if len(store):
             raise ValueError(f"store: got {len(store)} rows, expected an empty store")
@@ -60,7 +97,12 @@ class HostKVCache:
             raise ValueError("index: got the index of another store")
         if sinks < 0 or window < 1:
             raise ValueError(f"sinks, window: got {sinks} and {window}, expected at least 0 and 1")
+        if reads not in ("host", "gather", "auto"):
+            raise ValueError(f"reads: got {reads!r}, expected 'host', 'gather' or 'auto'")
         self.store, self.index, self.sinks, self.window = store, index, sinks, window
+        self.reads, self.costs = reads, costs
+        self._codes: SignatureCodes | None = None
+        self._coded = 0  # rows of the store with codes on the device
         self._device = device
         self._keys: Any = None
         self._values: Any = None
@@ -70,6 +112,28 @@ class HostKVCache:
     def __len__(self) -> int:
         """Tokens in both memories."""
         return self._length
+
+    @property
+    def resident(self) -> int:
+        """Tokens on the device."""
+        return min(self._length, self.sinks + self.window)
+
+    def rows_on_device(self, like: Any, block: int) -> Iterator[tuple[Any, Any]]:
+        """All keys and values so far `[1, Hkv, n, D]` on the device, `block` rows of the host's at a time.
+
+        Their order is not that of the sequence. A block's arrays are copies that the caller may keep.
+        """
+        if self._length == 0:
+            return
+        device = self._device
+        assert device is not None
+        yield self._keys[:, :, : self.resident], self._values[:, :, : self.resident]
+        for first in range(0, len(self.store), block):
+            rows = slice(first, first + block)
+            yield (
+                device.upload(self.store.keys[None, :, rows], like),
+                device.upload(self.store.values[None, :, rows], like),
+            )
 
     def append(self, k: Any, v: Any) -> None:
         """Adds tokens: rows go to the device's window, and a copy of them starts on its way to the host.
@@ -139,26 +203,36 @@ class HostKVCache:
             self._arriving.popleft()
 
     def attend(
-        self, q: Any, *, top_k: int | None = None, scale: float | None = None, return_stats: bool = False, **budget: Any
+        self,
+        q: Any,
+        *,
+        top_k: int | None = None,
+        scale: float | None = None,
+        sink_logits: Any = None,
+        return_stats: bool = False,
+        **budget: Any,
     ) -> Any:
         """Attention of the newest token.
 
         Args:
             q: queries `[1, Hq, 1, D]` on the device.
-            top_k: rows that the index selects on the host, as of `longattn.retrieval_attention`.
+            top_k: rows that are selected on the host, as of `longattn.retrieval_attention`.
             scale: factor on the dot products; `None` is `D ** -0.5`.
-            return_stats: also return what the host read.
-            **budget: further arguments of `longattn.retrieval_attention`, such as `top_p` or `epsilon`.
+            sink_logits: float32 `[Hq]` on the device: an extra logit per head, which takes its share of the softmax.
+            return_stats: also return what was read.
+            **budget: further arguments of `longattn.retrieval_attention`, such as `top_p` or `epsilon`; the host reads
+                then, whatever `reads` says.
 
         Returns:
-            The output `[1, Hq, 1, D]` in the kind and dtype of `q`, or the pair with `RetrievalStats`, which are `None`
-            as long as all tokens are on the device.
+            The output `[1, Hq, 1, D]` in the kind and dtype of `q`, or the pair with `StepStats`.
 
         Raises:
             TypeError: as of `append`.
-            ValueError: no token yet; shapes that do not fit; what `retrieval_attention` refuses.
+            ValueError: no token yet; shapes that do not fit; what `retrieval_attention` refuses; `reads="gather"`
+                without `top_k`.
 
         Cost: the longer of the device's pass over `sinks + window` rows and the host's retrieval, and a merge.
+            Gathered: a scan of the codes on the device, the chosen rows' way over the bus, and attention to them.
         """
         if self._length == 0:
             raise ValueError("attend: got a cache without tokens")
@@ -167,19 +241,36 @@ class HostKVCache:
         queries = heads_view(device, q, "q", str(self.store.dtype))
         if queries.shape[0] != 1 or queries.shape[2] != 1:
             raise ValueError(f"q: got shape {queries.shape}, expected [1, heads, 1, {self.store.head_dim}]")
-        arriving = device.download(q)
-        filled = min(self._length, self.sinks + self.window)
+        if self.reads == "gather" and (top_k is None or budget):
+            raise ValueError(f"top_k: got {top_k} with {sorted(budget)}, expected top_k alone where rows are gathered")
+        gathers = self._gathers(q, top_k, bool(budget))
+        arriving = None if gathers else device.download(q)
+        chosen = self._chosen(q, top_k, scale) if gathers and top_k is not None else None
         here = attention(
             q,
-            self._keys[:, :, :filled],
-            self._values[:, :, :filled],
+            self._keys[:, :, : self.resident],
+            self._values[:, :, : self.resident],
             scale=scale,
+            sinks=sink_logits,
             return_lse=True,
             out_dtype="float32",
             device=device,
         )
-        parts, stats = [here], None
-        if len(self.store):
+        parts, stats = [here], StepStats("device", 0, None)
+        if chosen is not None:
+            k, v = self._gathered(chosen())
+            out, lse = attention(
+                q,
+                device.upload(k, q),
+                device.upload(v, q),
+                scale=scale,
+                return_lse=True,
+                out_dtype="float32",
+                device=device,
+            )
+            parts.append((out, lse))
+            stats = StepStats("gather", k.shape[2], None)
+        elif arriving is not None and len(self.store):
             from longattn.retrieval import retrieval_attention
 
             # In float32, as a part of a sum should be. The rows between sinks and window are all that the store holds.
@@ -195,6 +286,59 @@ class HostKVCache:
                 **budget,
             )
             parts.append((device.upload(found.out[None], q), device.upload(found.lse[None], q)))
-            stats = found.stats
+            stats = StepStats("host", 0, found.stats)
         out, _ = merge(parts, dtype=queries.dtype, device=device)
         return (out, stats) if return_stats else out
+
+    def _gathers(self, q: Any, top_k: int | None, other_budget: bool) -> bool:
+        """Whether this step's rows go over the bus."""
+        rows = len(self.store)
+        if self.reads == "host" or rows == 0 or top_k is None or other_budget:
+            return False
+        if self.reads == "gather":
+            return True
+        assert self._device is not None
+        if self.costs is None:
+            self.costs = measure(self._device, q, self._keys)
+        heads, dim = self.store.kv_heads, self.store.head_dim
+        row_bytes = 2 * heads * dim * np.dtype(self.store.dtype).itemsize
+        return self.costs.prefers_gather(rows, min(top_k, rows), row_bytes, heads * (dim / 2 + 2))
+
+    def _chosen(self, q: Any, top_k: int, scale: float | None) -> Callable[[], NDArray[Any]]:
+        """Starts the choice of rows by codes on the device; gives their numbers `[Hkv, n]`."""
+        device = self._device
+        assert device is not None
+        self._code_rows(q)
+        left = np.arange(self._coded, len(self.store))  # without codes, and so read in any case
+        heads = self.store.kv_heads
+        if self._codes is None or self._coded == 0:
+            return lambda: np.tile(left, (heads, 1))
+        blocks = self._coded // BLOCK
+        codes = replace(self._codes, codes=self._codes.codes[:, :, :blocks])
+        asked = q.reshape(1, heads, -1, q.shape[3])
+        rows = signatures_topk(asked, codes, min(top_k, self._coded), scale=scale, device=device)
+        arriving = device.download(rows)
+        return lambda: np.concatenate([arriving()[0], np.tile(left, (heads, 1))], axis=1)
+
+    def _code_rows(self, like: Any) -> None:
+        """Codes for whole blocks of rows that the store has got since; the first ones give the mean key."""
+        device, rows = self._device, len(self.store)
+        assert device is not None
+        blocks = rows // BLOCK
+        if blocks * BLOCK == self._coded or (self._codes is None and rows < _FIRST_FIT):
+            return
+        new = device.upload(self.store.keys[None, :, self._coded : blocks * BLOCK], like)
+        made = signatures_encode(new, fitted=self._codes, device=device)
+        if self._codes is None or self._codes.codes.shape[2] < blocks:
+            _, heads, _, size = made.codes.shape
+            room = device.empty((1, heads, max(2 * blocks, 64), size), "uint8", like)
+            if self._codes is not None:
+                room[:, :, : self._coded // BLOCK] = self._codes.codes[:, :, : self._coded // BLOCK]
+            self._codes = replace(made, codes=room)
+        self._codes.codes[:, :, self._coded // BLOCK : blocks] = made.codes
+        self._coded = blocks * BLOCK
+
+    def _gathered(self, rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Keys and values `[1, Hkv, n, D]` of rows `[Hkv, n]`."""
+        k, v = (np.take_along_axis(x, rows[..., None], axis=1)[None] for x in (self.store.keys, self.store.values))
+        return k, v

@@ -1,10 +1,13 @@
 """Linear attention: states of fixed size in place of a cache that grows."""
 
+from longattn.linear._fast_weight import MemoryState
 from longattn.linear.adaptive_frequency_filter import adaptive_frequency_filter
 from longattn.linear.agent_attention import agent_attention, agent_biases
+from longattn.linear.based import based
 from longattn.linear.bidirectional_gated_ssm import DiagonalSsm, bidirectional_gated_ssm
 from longattn.linear.bidirectional_mamba import bidirectional_mamba
 from longattn.linear.blended_softmax_linear_attention import blended_softmax_linear_attention
+from longattn.linear.causal_performer_attention import causal_performer_attention
 from longattn.linear.convolution import causal_conv1d, depthwise_conv1d, depthwise_conv2d, dynamic_conv
 from longattn.linear.delta_rule_attention import delta_rule_attention
 from longattn.linear.diagonal_scan import diagonal_scan
@@ -16,12 +19,14 @@ from longattn.linear.focused_linear_attention import focused_linear_attention
 from longattn.linear.gated_associative_memory import gated_associative_memory
 from longattn.linear.gated_delta_rule import gated_delta_rule
 from longattn.linear.gated_linear_attention import gated_linear_attention
+from longattn.linear.gated_slot_attention import gated_slot_attention
+from longattn.linear.grouped_linear_attention_local_conv import GroupState, grouped_linear_attention_local_conv
 from longattn.linear.hgrn2 import hgrn2
 from longattn.linear.hyena_pixel_conv import hyena_pixel_conv, hyena_pixel_kernel
 from longattn.linear.inline_attention import inline_attention, inline_local_weights
 from longattn.linear.kernelized_rpe_attention import kernelized_rpe_attention
 from longattn.linear.key_statistics import KeyStatistics, key_statistics, read_statistics
-from longattn.linear.kimi_delta_attention import kimi_delta_attention
+from longattn.linear.kimi_delta_attention import kimi_delta_attention, kimi_delta_gates
 from longattn.linear.l2vit_linear_attention import l2vit_linear_attention
 from longattn.linear.lasp2_linear_attention import (
     LaspStats,
@@ -36,10 +41,14 @@ from longattn.linear.local_linear_attention import LocalLinearStats, local_linea
 from longattn.linear.magnitude_aware_linear_attention import magnitude_aware_linear_attention, rope_2d_angles
 from longattn.linear.mamba_mixer import MambaState, MambaWeights, mamba_mixer
 from longattn.linear.mega_gated_attention import MegaWeights, mega_gated_attention
+from longattn.linear.miras_memory import miras_memory
 from longattn.linear.multi_dim_damped_ema import multi_dim_damped_ema
 from longattn.linear.performer_attention import performer_attention, random_directions
+from longattn.linear.regla import regla
 from longattn.linear.retention import retention
 from longattn.linear.reverse_attention_gate import reverse_attention_gate, tri_plane_scan
+from longattn.linear.rwkv6 import rwkv6
+from longattn.linear.rwkv7 import rwkv7
 from longattn.linear.selective_scan import selective_scan
 from longattn.linear.selective_token_channel_mixer import selective_token_channel_mixer
 from longattn.linear.shared_time_frequency_attention import shared_time_frequency_attention
@@ -47,24 +56,30 @@ from longattn.linear.simplified_linear_attention import fold_rep_batch_norm, rep
 from longattn.linear.span_dynamic_convolution import span_dynamic_convolution
 from longattn.linear.state_space_duality import state_space_duality
 from longattn.linear.taipan_selective_attention import taipan_selective_attention
+from longattn.linear.titans_neural_memory import titans_neural_memory
 from longattn.linear.toeplitz import toeplitz, toeplitz2d
+from longattn.linear.ttt_linear import ttt_linear
 
 __all__ = [
     "DiagonalSsm",
     "FeatureMap",
+    "GroupState",
     "KeyStatistics",
     "LaspStats",
     "LocalLinearStats",
     "MambaState",
     "MambaWeights",
     "MegaWeights",
+    "MemoryState",
     "adaptive_frequency_filter",
     "agent_attention",
     "agent_biases",
+    "based",
     "bidirectional_gated_ssm",
     "bidirectional_mamba",
     "blended_softmax_linear_attention",
     "causal_conv1d",
+    "causal_performer_attention",
     "delta_rule_attention",
     "depthwise_conv1d",
     "depthwise_conv2d",
@@ -79,6 +94,8 @@ __all__ = [
     "gated_associative_memory",
     "gated_delta_rule",
     "gated_linear_attention",
+    "gated_slot_attention",
+    "grouped_linear_attention_local_conv",
     "hgrn2",
     "hyena_pixel_conv",
     "hyena_pixel_kernel",
@@ -87,6 +104,7 @@ __all__ = [
     "kernelized_rpe_attention",
     "key_statistics",
     "kimi_delta_attention",
+    "kimi_delta_gates",
     "l2vit_linear_attention",
     "lasp2_hybrid_attention",
     "lasp2_linear_attention",
@@ -99,15 +117,19 @@ __all__ = [
     "magnitude_aware_linear_attention",
     "mamba_mixer",
     "mega_gated_attention",
+    "miras_memory",
     "multi_dim_damped_ema",
     "performer_attention",
     "random_directions",
     "read_statistics",
     "refine_matches",
+    "regla",
     "rep_batch_norm",
     "retention",
     "reverse_attention_gate",
     "rope_2d_angles",
+    "rwkv6",
+    "rwkv7",
     "selective_scan",
     "selective_token_channel_mixer",
     "shared_time_frequency_attention",
@@ -115,7 +137,9 @@ __all__ = [
     "span_dynamic_convolution",
     "state_space_duality",
     "taipan_selective_attention",
+    "titans_neural_memory",
     "toeplitz",
     "toeplitz2d",
     "tri_plane_scan",
+    "ttt_linear",
 ]

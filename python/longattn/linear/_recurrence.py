@@ -18,6 +18,7 @@ from longattn._checks import (
     result_array,
     sequence_bounds,
 )
+from longattn.linear.feature_map import FeatureMap, parts
 
 #: Rows that are computed at once where nothing else is said: whole tiles of the matrix kernel of every instruction set.
 CHUNK = 48
@@ -41,6 +42,12 @@ def recurrence(
     unit: float | None = None,
     normaliser: float | None = None,
     skip: NDArray[np.float32] | None = None,
+    columns: bool | None = None,
+    bonus: Array | None = None,
+    pair: tuple[Array, Array] | None = None,
+    squares: bool = False,
+    maps: tuple[FeatureMap | None, FeatureMap | None] = (None, None),
+    dtype: np.dtype[Any] | None = None,
     initial_state: Array | None = None,
     out_state: Array | None = None,
     chunk_size: object = CHUNK,
@@ -64,6 +71,12 @@ def recurrence(
         unit: rows of `q` and `k` are divided by the root of their sum of squares and this.
         normaliser: outputs are divided by the same of a value of 1, plus this.
         skip: float32 `[H]`, factors of values that are added to outputs.
+        columns: `g` is `[B, H, L, Dv]`, decays of the columns of states; True: values are multiplied by `1 - e^g`.
+        bonus: floating `[H, D]`, called "u": queries read the state before their row and the row's key times this.
+        pair: `a` and `b` like `k`: `b_t (a_t^T S_(t-1))` is added to states.
+        squares: scores of rows of a chunk with each other are `max(s, 0) ** 2`.
+        maps: what makes features of queries and of keys, which `D` then counts.
+        dtype: of the output; `None` is that of `q`.
         initial_state: `[N, H, D, Dv]`, with a normaliser `[N, H, D, Dv + 1]`.
         out_state: float32 array for the final states; may be `initial_state`.
         chunk_size: rows computed at once.
@@ -105,7 +118,9 @@ def recurrence(
         )
     batch = qn.shape[0] if qn.ndim == 4 else 1
     gates = (batch, heads, length)
-    decays = None if g is None else _gate(g, g_name, gates, (*gates, dim) if channels else None, qn.ndim)
+    axis = vn.shape[-1] if columns is not None else dim
+    by_axis = channels or columns is not None
+    decays = None if g is None else _gate(g, g_name, gates, (*gates, axis) if by_axis else None, qn.ndim)
     factors = None if beta is None else _gate(beta, beta_name, gates, None, qn.ndim)
     bounds = None
     if cu_seqlens is not None:
@@ -117,9 +132,26 @@ def recurrence(
     if not abs(factor) <= float(np.finfo(np.float32).max):
         raise ValueError(f"scale: got {scale}, expected a finite float32")
 
+    boost, second = None, None
+    if bonus is not None:
+        boost = as_numpy(bonus, "u", any_strides=True)
+        check_floating(boost, "u")
+        if boost.shape != (heads, dim):
+            raise ValueError(f"u: got shape {boost.shape}, expected {(heads, dim)}")
+        boost = np.ascontiguousarray(boost, np.float32).ravel()
+        if not np.isfinite(boost).all():
+            raise ValueError("u: got numbers that are not finite, expected finite ones")
+    if pair is not None:
+        assert kn is not None
+        second = [_like_keys(x, name, kn) for x, name in zip(pair, ("a", "b"), strict=True)]
+    sides = zip(maps, (q_heads, k_heads), (False, True), strict=True)
+    made = [None if phi is None else parts(phi, n, dim, keys=keys) for phi, n, keys in sides]
+    if maps[0] is not None:
+        dim = maps[0].features(dim)
+
     inputs = {**given, g_name: decays, beta_name: factors}
     shape = (*qn.shape[:-3], max(q_heads, heads), length, vn.shape[-1])
-    result = result_array(out, q, shape, qn.dtype, inputs)
+    result = result_array(out, q, shape, qn.dtype if dtype is None else dtype, inputs)
     sequences = batch if bounds is None else len(bounds) - 1
     # Packed sequences each have a state, whatever the rank of their rows.
     front = qn.shape[:-3] if bounds is None else (sequences,)
@@ -164,8 +196,22 @@ def recurrence(
         chunk,
         batched(result, 4),
         last4,
+        columns=columns,
+        bonus=boost,
+        pair=second,
+        squares=squares,
+        maps=(made[0], made[1]),
     )
     return like(q, result) if out is None else out, like(q, last) if out_state is None else out_state
+
+
+def _like_keys(x: Array, name: str, keys: NDArray[Any]) -> NDArray[Any]:
+    """Rows that come in the shape of keys."""
+    rows = as_numpy(x, name)
+    check_float_storage(rows, name)
+    if rows.shape != keys.shape:
+        raise ValueError(f"{name}: got shape {rows.shape}, expected {keys.shape} as k")
+    return batched(rows, 4)
 
 
 def _gate(x: Array, name: str, rows: tuple[int, int, int], channels: tuple[int, ...] | None, rank: int) -> NDArray[Any]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from longattn._arrays import Array
-from longattn._checks import flag
+from typing import Any
+
+import numpy as np
+
+from longattn import _core
+from longattn._arrays import FLOATS, Array, as_numpy, like
+from longattn._checks import batched, check_floating, flag, result_array
 from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear.feature_map import finite
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -77,6 +83,63 @@ def kimi_delta_attention(
         cu_seqlens=cu_seqlens,
         out=out,
     )
+
+
+def kimi_delta_gates(
+    f: Array,
+    a_log: Array,
+    dt_bias: Array | None = None,
+    *,
+    lower_bound: float | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Log decays of KDA, `g = -e^a_log * softplus(f + dt_bias)`, or `lower_bound * sigmoid(e^a_log * (f + dt_bias))`.
+
+    Args:
+        f: what a token's gates are, `[B, H, L, D]` or `[H, L, D]`, floating: in the paper a projection of low rank.
+        a_log: logarithms of the heads' rates, floating `[H]`.
+        dt_bias: added to `f`, floating `[H, D]`; `None` is 0.
+        lower_bound: what a log decay is at least, at most 0; `None` is no bound, and the first formula.
+        out: float32 array of the shape of `f` for the result.
+
+    Returns:
+        `g`, float32, in the shape and kind of `f`: at most 0, as `kimi_delta_attention` takes it.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes or values that do not fit.
+
+    Cost:
+        One exponential per number.
+    """
+    fn = as_numpy(f, "f")
+    check_floating(fn, "f")
+    if fn.ndim not in (3, 4):
+        raise ValueError(f"f: got shape {fn.shape}, expected rank 3 or 4")
+    fn = fn if fn.dtype in FLOATS else fn.astype(np.float32)
+    heads, dim = fn.shape[-3], fn.shape[-1]
+    rates = as_numpy(a_log, "a_log", any_strides=True)
+    check_floating(rates, "a_log")
+    if rates.shape != (heads,):
+        raise ValueError(f"a_log: got shape {rates.shape}, expected ({heads},)")
+    with np.errstate(over="ignore"):
+        rates = np.exp(rates.astype(np.float32))
+    if not np.isfinite(rates).all():
+        raise ValueError("a_log: got numbers whose exponential is not finite, expected smaller ones")
+    bias = np.zeros(0, np.float32)
+    if dt_bias is not None:
+        given = as_numpy(dt_bias, "dt_bias", any_strides=True)
+        check_floating(given, "dt_bias")
+        if given.shape != (heads, dim):
+            raise ValueError(f"dt_bias: got shape {given.shape}, expected {(heads, dim)}")
+        bias = np.ascontiguousarray(given, np.float32).ravel()
+    bound = None if lower_bound is None else finite(lower_bound, "lower_bound")
+    if bound is not None and bound > 0:
+        raise ValueError(f"lower_bound: got {lower_bound}, expected at most 0")
+    result = result_array(out, f, fn.shape, np.dtype(np.float32), {"f": fn})
+    _core.decay_gates(batched(fn, 4), rates, bias, bound, batched(result, 4))
+    returned: Any = like(f, result) if out is None else out
+    return returned
 
 
 METHOD = Method(

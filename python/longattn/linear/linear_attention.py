@@ -5,6 +5,8 @@ from __future__ import annotations
 from longattn._arrays import Array
 from longattn._checks import flag, real
 from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear.feature_map import FeatureMap
+from longattn.linear.feature_map import feature_map as named
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -14,6 +16,7 @@ def linear_attention(
     k: Array,
     v: Array,
     *,
+    feature_map: str | FeatureMap | None = None,
     normalize: bool = True,
     eps: float = 1e-6,
     scale: float = 1.0,
@@ -25,14 +28,17 @@ def linear_attention(
 ) -> tuple[Array, Array]:
     """Causal linear attention, `o_t = scale * q_t^T S_t / (scale * q_t^T z_t + eps)`.
 
-    `S_t` is the sum of `k_j v_j^T`, `z_t` that of `k_j`, over rows up to `t`. Queries and keys come mapped
-    (`elu(x) + 1` in the paper). Without `normalize` there is no divisor.
+    `S_t` is the sum of `k_j v_j^T`, `z_t` that of `k_j`, over rows up to `t`, `k` and `q` being features: mapped by
+    `feature_map` as they are read (`elu(x) + 1`, "elu1", in the paper), or before. Without `normalize` there is no
+    divisor. This is the causal form of the methods that differ in their map alone.
 
     Args:
-        q: mapped queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
-        k: mapped keys `[B, Hk, L, D]`, or `[Hk, L, D]`; any of the three dtypes.
+        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
+        k: keys `[B, Hk, L, D]`, or `[Hk, L, D]`; any of the three dtypes.
         v: values `[B, H, L, Dv]`, or `[H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes. There is a state
             per head of `v`. `Hq` is a multiple of `H`, whose states are read by groups of query heads, or divides it.
+        feature_map: name of a map or a `FeatureMap`, whose features `D` counts in states; `None`: `q` and `k` come
+            mapped. Exponents of "gaussian" are less their largest for queries, and for keys taken as they are.
         normalize: divide outputs by the sum of their weights. A row whose divisor is 0 gives 0.
         eps: added to the divisor.
         scale: factor on products of queries and keys.
@@ -68,6 +74,7 @@ def linear_attention(
         k,
         v,
         scale=scale,
+        maps=(None, None) if feature_map is None else (named(feature_map, "feature_map"),) * 2,
         normaliser=real(eps, "eps") if flag(normalize, "normalize") else None,
         initial_state=initial_state,
         out_state=out_state,
@@ -92,6 +99,7 @@ METHOD = Method(
         "Chunks of any size and steps give the rows of the recurrence.",
         "It is the lower triangle of `q k^T`, divided by its row sums, times the values.",
         "The final state of a part is the initial state of the rest.",
+        "A map gives what queries and keys that come mapped give.",
     ),
     tests="tests/linear/test_linear_attention.py",
     cost="`2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with "

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from longattn._arrays import Array
 from longattn._checks import flag, integer, returned
+from longattn.gpu import generalized_neighborhood_attention as on_gpu
+from longattn.gpu import is_on_gpu
 from longattn.methods import Method
 from longattn.reference import sparse as reference
 from longattn.sparse._grid import (
@@ -90,12 +92,31 @@ def generalized_neighborhood_attention(
         through the matrix kernel together see windows that do not quite agree. Memory is that of the output. An array
         whose axes no single step walks (a crop of a larger grid) costs a copy.
 
+    Arrays of a GPU go to `longattn.gpu`; `extra_k`, `extra_v` and `bias` are not offered there.
+
     Example:
         >>> import numpy as np, longattn as la
         >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 8, 8, 16), dtype=np.float32)
         >>> la.sparse.generalized_neighborhood_attention(q, k, v, window=3).shape
         (1, 2, 8, 8, 16)
     """
+    if is_on_gpu(q):
+        for name, value in (("extra_k", extra_k), ("extra_v", extra_v), ("bias", bias)):
+            if value is not None:
+                raise ValueError(f"{name}: not offered for arrays of a GPU")
+        return on_gpu(
+            q,
+            k,
+            v,
+            window=window,
+            stride=stride,
+            dilation=dilation,
+            causal=causal,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            return_lse=return_lse,
+        )
     qn, kn, vn = grid_inputs(q, k, v)
     axes = window_axes(own_grid(qn, kn), window, stride, dilation, causal)
     sizes = per_axis(window, "window", len(axes), 1)

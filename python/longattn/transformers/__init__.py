@@ -34,6 +34,7 @@ if tuple(int(part) for part in _transformers.__version__.split(".")[:2]) < (5, 1
 
 from longattn.transformers.attention import longattn_attention
 from longattn.transformers.cache import CacheStats, LayerStats, LongAttnCache
+from longattn.transformers.device import DeviceConfig
 from longattn.transformers.eviction import EvictionConfig
 from longattn.transformers.layer import HostLayer
 from longattn.transformers.masks import MaskSpec, longattn_mask
@@ -47,6 +48,7 @@ _transformers.AttentionMaskInterface.register("longattn", longattn_mask)
 
 __all__ = [
     "CacheStats",
+    "DeviceConfig",
     "EvictionConfig",
     "HostLayer",
     "LayerStats",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import longattn as la
+from longattn.gpu import is_on_gpu
 from longattn.transformers.layer import HostKV
 from longattn.transformers.masks import MaskSpec
 from longattn.transformers.sequence import ScoreOptions
@@ -53,7 +54,8 @@ def longattn_attention(
 
     Args:
         module: the attention layer; its `is_causal` counts where neither a mask nor `is_causal` is given.
-        query: `[B, Hq, L, D]`, float32, float16 or bfloat16, on the CPU.
+        query: `[B, Hq, L, D]`, float32, float16 or bfloat16; on the CPU, or on a GPU with a
+            `LongAttnCache` that has a `DeviceConfig`.
         key: `[B, Hkv, Lk, D]`; from a `LongAttnCache` the new rows, which name the layer that holds all.
         value: `[B, Hkv, Lk, Dv]`.
         attention_mask: a `MaskSpec`; a 4-D bool mask (True = attend) or float bias `[B or 1, Hq or 1, L,
@@ -132,6 +134,8 @@ def _attend(  # one caller, which has them all by name
             bias = mask if bias is None else bias + mask
     if window is not None and not causal:
         raise ValueError(f"sliding_window: got {window} for non-causal attention without a mask, expected none")
+    if is_on_gpu(query):
+        return _attend_on_gpu(query, key, value, allowed, bias, options, causal=causal, window=window)
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
     la.attention(
         query,
@@ -145,3 +149,33 @@ def _attend(  # one caller, which has them all by name
         **options,
     )
     return out
+
+
+def _attend_on_gpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    options: ScoreOptions,
+    *,
+    causal: bool,
+    window: int | None,
+) -> torch.Tensor:
+    """The same where kernels take float32 biases in the place of masks."""
+    if allowed is not None:
+        hidden = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, float("-inf"))
+        bias = hidden if bias is None else bias + hidden
+    sinks = options["sinks"]
+    out: torch.Tensor = la.attention(
+        query,
+        key,
+        value,
+        causal=causal,
+        window=(-1, -1) if window is None else (window - 1, 0),
+        bias=None if bias is None else bias.float(),
+        scale=options["scale"],
+        softcap=options["softcap"],
+        sinks=None if sinks is None else sinks.float(),
+    )
+    return out.transpose(1, 2)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
+from longattn.transformers.device import DeviceConfig
 from longattn.transformers.eviction import EvictionConfig
 from longattn.transformers.layer import HostLayer
 from longattn.transformers.retrieval import RetrievalConfig
@@ -121,6 +122,9 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
             of assisted decoding are several).
         prefill: one `SparsePrefill` for all full-attention layers, or a mapping from layer number to `SparsePrefill`
             or `None`; layers left out, and all by default, attend from prompts to all keys.
+        device: a `DeviceConfig` for a model on a GPU, whose full-attention layers keep sinks and window there and all
+            other rows in host memory, and whose sliding layers stay there; excludes the three above. Such a cache
+            cannot go back or be copied. `None` for a model on the CPU.
 
     Raises:
         ValueError: an argument out of range, or a model this cache cannot hold: encoder-decoder, chunked
@@ -138,6 +142,7 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
         eviction: EvictionConfig | Mapping[int, EvictionConfig | None] | None = None,
         decode_length: int = 16,
         prefill: SparsePrefill | Mapping[int, SparsePrefill | None] | None = None,
+        device: DeviceConfig | None = None,
     ) -> None:
         for name, count in (("capacity", capacity), ("decode_length", decode_length)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -157,6 +162,12 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
         both = [i for i, how in sparse.items() if how is not None and evicting.get(i) is not None]
         if both:
             raise ValueError(f"prefill: got layers {both} with eviction as well, expected one of the two")
+        if device is not None and not isinstance(device, DeviceConfig):
+            raise TypeError(f"device: got {type(device).__name__}, expected a DeviceConfig or None")
+        others = {"retrieval": retrieval, "eviction": eviction, "prefill": prefill}
+        given = [name for name, value in others.items() if value is not None]
+        if device is not None and given:
+            raise ValueError(f"device: got {' and '.join(given)} as well, expected neither with rows on a device")
         layers = []
         for layer_idx, (kind, kwargs) in enumerate(zip(kinds, arguments, strict=True)):
             if kind in ("full_attention", "sliding_attention"):
@@ -168,6 +179,7 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
                     eviction=evicting.get(layer_idx),
                     decode_length=decode_length,
                     prefill=sparse.get(layer_idx),
+                    on_device=device,
                 )
                 layers.append(layer)
             else:

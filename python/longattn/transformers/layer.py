@@ -25,6 +25,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 import longattn as la
+from longattn.transformers.device import DeviceConfig, DeviceSequence
 from longattn.transformers.eviction import EvictedSequence, EvictionConfig
 from longattn.transformers.masks import MaskSpec
 from longattn.transformers.retrieval import RetrievalConfig
@@ -87,6 +88,7 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         eviction: how a part of the keys is kept; `None` to keep all.
         decode_length: new tokens per forward pass up to which it counts as a decoding step.
         prefill: how prompts attend to a part of the keys; `None` to all.
+        on_device: how a model on a GPU keeps its keys; `None` for a model on the CPU.
     """
 
     is_compileable = False
@@ -103,6 +105,7 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         eviction: EvictionConfig | None = None,
         decode_length: int,
         prefill: SparsePrefill | None = None,
+        on_device: DeviceConfig | None = None,
     ) -> None:
         super().__init__()
         self.is_sliding = sliding_window is not None
@@ -113,11 +116,12 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         self.eviction = eviction
         self.decode_length = decode_length
         self.prefill = prefill
+        self.on_device = on_device
         self.reset()
 
     def reset(self) -> None:
         """Forgets all sequences and returns their memory."""
-        self.sequences: list[Sequence | EvictedSequence] = []
+        self.sequences: list[Sequence | EvictedSequence | DeviceSequence] = []
         self.counts = ReadCounts()
         self._arrived = 0
         # bool [B, arrived], False for padding; None when nothing is padded
@@ -135,6 +139,19 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
             heads = {"kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_states.shape[-1]}
             dtype = _STORE_DTYPES[self.store_dtype or self.dtype]
             self.sequences = [EvictedSequence(self.eviction, dtype=dtype, **heads) for _ in range(batch)]
+            self.is_initialized = True
+            return
+        if self.on_device is not None:
+            if value_states.shape[-1] != head_dim or self.store_dtype not in (None, self.dtype):
+                raise ValueError(
+                    f"device: got values of width {value_states.shape[-1]} and dtype {self.store_dtype or self.dtype}, "
+                    f"expected those of the keys, {head_dim} and {self.dtype}"
+                )
+            heads = {"kv_heads": kv_heads, "head_dim": head_dim, "capacity": self.capacity}
+            name = _STORE_DTYPES[self.dtype]
+            self.sequences = [
+                DeviceSequence(self.on_device, self.sliding_window, dtype=name, **heads) for _ in range(batch)
+            ]
             self.is_initialized = True
             return
         self.sequences = [
@@ -165,8 +182,11 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
             ValueError: not on the CPU, not float32, float16 or bfloat16, or another batch size than the cache
                 holds.
         """
-        if key_states.device.type != "cpu" or value_states.device.type != "cpu":
-            raise ValueError(f"key_states: got a tensor on {key_states.device}, expected a model on the CPU")
+        if self.on_device is None and {key_states.device.type, value_states.device.type} != {"cpu"}:
+            raise ValueError(
+                f"key_states: got a tensor on {key_states.device}, expected a model on the CPU, or a cache with a "
+                "DeviceConfig"
+            )
         if key_states.dtype not in _STORE_DTYPES or value_states.dtype != key_states.dtype:
             raise ValueError(
                 f"key_states, value_states: got dtypes {key_states.dtype} and {value_states.dtype}, expected "
@@ -209,11 +229,11 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
                 f"tokens_to_remove: got {tokens_to_remove}, expected at most {self._arrived} as in the cache"
             )
         if not all(s.can_crop(n) for s, n in zip(self.sequences, self._rows_of_last(-tokens_to_remove), strict=True)):
-            why = (
-                f"a layer with a sliding window of {self.sliding_window} has let go of the rows before"
-                if self.eviction is None
-                else "a layer with an eviction policy cannot go back"
-            )
+            why = f"a layer with a sliding window of {self.sliding_window} has let go of the rows before"
+            if self.eviction is not None:
+                why = "a layer with an eviction policy cannot go back"
+            if self.on_device is not None:
+                why = "a layer with rows on a device cannot go back"
             raise ValueError(f"tokens_to_remove: got {tokens_to_remove}, expected fewer: {why}")
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -311,8 +331,9 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
                     f"attention_mask: got shape {tuple(mask.shape)}, expected {total} keys: {self._arrived} "
                     f"in the cache and {new} new ones"
                 )
-            if mask is not None and self.eviction is not None:
-                raise ValueError("attention_mask: got a 4-D mask, expected a 2-D one: eviction selects its own keys")
+            if mask is not None and (self.eviction is not None or self.on_device is not None):
+                why = "eviction selects its own keys" if self.on_device is None else "rows lie in two memories"
+                raise ValueError(f"attention_mask: got a 4-D mask, expected a 2-D one: {why}")
             if mask is not None and self.retrieval is not None and self._arrived and new <= self.decode_length:
                 raise ValueError("attention_mask: got a 4-D mask, expected a 2-D one: retrieval selects its own keys")
             return None
@@ -339,7 +360,7 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         return padding
 
     def _store(self, key: torch.Tensor, value: torch.Tensor, tokens: list[torch.Tensor | None]) -> None:
-        appended: list[tuple[Sequence | EvictedSequence, int]] = []
+        appended: list[tuple[Sequence | EvictedSequence | DeviceSequence, int]] = []
         try:
             if not self.is_initialized:
                 self.lazy_initialization(key, value)
@@ -368,7 +389,7 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
     def _select(self, sources: list[int]) -> None:
         """Sequence `i` becomes the present `sources[i]`: moved at its first use, copied at later ones."""
         used: set[int] = set()
-        chosen: list[Sequence | EvictedSequence] = []
+        chosen: list[Sequence | EvictedSequence | DeviceSequence] = []
         for source in sources:
             chosen.append(self.sequences[source].fork() if source in used else self.sequences[source])
             used.add(source)

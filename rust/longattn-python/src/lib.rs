@@ -64,7 +64,11 @@ mod _core {
         depthwise, dynamic_convolution, neighbour_means, pointwise_function, toeplitz, toeplitz_attention,
     };
     #[pymodule_export]
+    use super::linear::fast_weight::fast_weight;
+    #[pymodule_export]
     use super::linear::recurrence::recurrence;
+    #[pymodule_export]
+    use super::linear::row_maps::{decay_gates, normalised_rows, refined_gates};
     #[pymodule_export]
     use super::linear::scan::{diagonal_scan, selective_scan};
     #[pymodule_export]

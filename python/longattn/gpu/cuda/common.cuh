@@ -54,6 +54,45 @@ DEVICE u32 pair_of(float low, float high) {
   return a.bits | static_cast<u32>(b.bits) << 16;
 }
 
+// The numbers of such a register.
+template <class T>
+DEVICE float low_of(u32 pair) {
+  return to_float(T{static_cast<u16>(pair)});
+}
+template <class T>
+DEVICE float high_of(u32 pair) {
+  return to_float(T{static_cast<u16>(pair >> 16)});
+}
+
+// Bytes 0 and 2 of a word, less 128, as two numbers in a register; both dtypes hold them exactly.
+DEVICE u32 bytes_less_128(u32 word, f16) {
+  u32 above = (word & 0x00ff00ff) | 0x64006400;  // 1024 + byte
+#ifdef LONGATTN_EMULATOR
+  return pair_of<f16>(to_float(f16{static_cast<u16>(above)}) - 1152.f, to_float(f16{static_cast<u16>(above >> 16)}) - 1152.f);
+#else
+  u32 r;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(above), "r"(0x64806480));
+  return r;
+#endif
+}
+DEVICE u32 bytes_less_128(u32 word, bf16) {
+  constexpr int ABOVE = 0x4b000000;  // 2^23 + byte
+  float low = __int_as_float(ABOVE | (word & 0xff)) - 8388736.f, high = __int_as_float(ABOVE | (word >> 16 & 0xff)) - 8388736.f;
+  return static_cast<u32>(__float_as_int(low)) >> 16 | (__float_as_int(high) & 0xffff0000u);
+}
+
+// c + the sum of products of four signed bytes.
+DEVICE int dot_of_bytes(u32 a, u32 b, int c) {
+#ifdef LONGATTN_EMULATOR
+  for (int i = 0; i < 4; i++) c += static_cast<signed char>(a >> 8 * i) * static_cast<signed char>(b >> 8 * i);
+  return c;
+#else
+  int r;
+  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+#endif
+}
+
 // ---- vectors of 16 bytes ----
 template <class T>
 struct __align__(16) Vector16 {
@@ -84,9 +123,10 @@ DEVICE float lanes_sum(float x) {
   return x;
 }
 
-// ---- asynchronous copies to shared memory, 16 bytes each; zeros where `valid` is false ----
+// ---- asynchronous copies to shared memory, 16 bytes each, or 8; zeros where `valid` is false ----
 #ifdef LONGATTN_EMULATOR
 DEVICE void copy_async(void* shared, const void* global, bool valid) { emu::async_copy(shared, global, 16, valid ? 16 : 0); }
+DEVICE void copy8_async(void* shared, const void* global, bool valid) { emu::async_copy(shared, global, 8, valid ? 8 : 0); }
 DEVICE void commit_async() { emu::async_commit(); }
 template <int LEFT>
 DEVICE void wait_async() {
@@ -97,6 +137,10 @@ DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generi
 DEVICE void copy_async(void* shared, const void* global, bool valid) {
   int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes));
+}
+DEVICE void copy8_async(void* shared, const void* global, bool valid) {
+  int bytes = valid ? 8 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes));
 }
 DEVICE void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT>
@@ -162,33 +206,3 @@ struct Tile {
 struct Strides {
   i64 batch, head, row;
 };
-
-// ---- tiles of keys that a block of query rows goes over ----
-constexpr int LISTED_KEYS = 64;  // of a tile
-
-// Tiles `at(from)` .. `at(until - 1)`; keys from `to` on no row of the block sees.
-struct Tiles {
-  const int* listed;
-  int from, until, to, offset;
-
-  DEVICE int at(int i) const { return listed ? listed[i] : i; }
-};
-
-// Tiles of rows `first .. first + count`. A row at i sees keys from i + offset - left to i + offset + right, ends below 0 being open;
-// `starts`: the lists of this block are at [row_block] and [row_block + 1] of the head's; null for all tiles.
-DEVICE Tiles tiles_of(int first, int count, int rows, int keys, int left, int right, const int* starts, const int* blocks, int row_block) {
-  Tiles tiles{nullptr, 0, 0, keys, keys - rows};
-  if (right >= 0) tiles.to = max(min(keys, min(first + count, rows) + tiles.offset + right), 0);
-  if (left >= 0) tiles.from = max(first + tiles.offset - left, 0) / LISTED_KEYS;
-  tiles.until = (tiles.to + LISTED_KEYS - 1) / LISTED_KEYS;
-  if (starts) {
-    const int* of_block = starts + (static_cast<i64>(blockIdx.z) * gridDim.y + blockIdx.y) * (gridDim.x + 1) + row_block;
-    int begin = of_block[0], end = of_block[1];
-    while (begin < end && blocks[begin] < tiles.from) begin++;
-    while (begin < end && blocks[end - 1] >= tiles.until) end--;
-    tiles.listed = blocks;
-    tiles.from = begin;
-    tiles.until = end;
-  }
-  return tiles;
-}

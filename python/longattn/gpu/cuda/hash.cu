@@ -1,10 +1,9 @@
-// Sign codes of keys: making them, scanning them for a group of queries, and the best rows of what the scan gives.
+// Sign codes of keys: making them, and scanning them for a group of queries; choice.cuh finds the best rows.
 //
 // A code is WORDS words of 32 bits; bit t of word w is set where (x W)[32 w + t] > 0. A row's score is the number of bits that agree,
 // summed over the queries of a group, so at most 32 WORDS G: an integer, of which the largest are found by counting.
 
 constexpr int HASH_THREADS = 256;
-constexpr int HASH_ROWS = 2048;  // of a block of the scan and of the choice
 
 // ---- codes ----
 // x [B, H, n, D] by strides, weights [H, D, 32 words] in float32, codes [B, H, n, words]. A warp a row. Grid: rows / 8, heads, batch.
@@ -31,7 +30,7 @@ DEVICE void hash_encode(const T* x, const float* weights, u32* codes, i64 by_bat
 
 // ---- scan ----
 // queries [B, H, G, words], codes [B, H, rows, words] by strides of batch and head; scores [B, H, rows]; counts [B, H, bins], zeroed, gets
-// how many rows have each score. Grid: rows / HASH_ROWS, heads, batch.
+// how many rows have each score. Grid: rows / CHOICE_ROWS, heads, batch.
 template <int WORDS>
 DEVICE void hash_scan(const u32* queries, const u32* codes, u16* scores, int* counts, i64 by_batch, i64 by_head, int group, int rows,
                       int bins) {
@@ -43,7 +42,7 @@ DEVICE void hash_scan(const u32* queries, const u32* codes, u16* scores, int* co
   for (int i = threadIdx.x; i < bins; i += HASH_THREADS) histogram[i] = 0;
   __syncthreads();
   const u32* from = codes + blockIdx.z * by_batch + blockIdx.y * by_head;
-  int first = blockIdx.x * HASH_ROWS, end = min(first + HASH_ROWS, rows);
+  int first = blockIdx.x * CHOICE_ROWS, end = min(first + CHOICE_ROWS, rows);
   for (int row = first + threadIdx.x; row < end; row += HASH_THREADS) {
     u32 code[WORDS];
     if (WORDS % 4 == 0) {
@@ -70,89 +69,6 @@ DEVICE void hash_scan(const u32* queries, const u32* codes, u16* scores, int* co
     if (histogram[i]) atomicAdd(counts + head * bins + i, histogram[i]);
 }
 
-// ---- choice ----
-// The score from which on rows are chosen, and how many rows of just that score. threshold [B, H, 2]. Grid: heads of all batches.
-DEVICE void hash_threshold(const int* counts, int* threshold, int bins, int k) {
-  DYNAMIC_SHARED(shared);
-  int* sums = reinterpret_cast<int*>(shared);  // rows in the bins of each thread
-  i64 head = blockIdx.x;
-  int each = (bins + HASH_THREADS - 1) / HASH_THREADS, first = threadIdx.x * each, end = min(first + each, bins), sum = 0;
-  for (int i = first; i < end; i++) sum += counts[head * bins + i];
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  int above = 0;
-  for (int t = threadIdx.x + 1; t < HASH_THREADS; t++) above += sums[t];
-  // One thread finds the k-th largest among its bins.
-  if (above >= k || above + sum < k) return;
-  for (int i = end - 1; i >= first; i--) {
-    int here = counts[head * bins + i];
-    if (above + here >= k) {
-      threshold[2 * head] = i;
-      threshold[2 * head + 1] = k - above;
-      return;
-    }
-    above += here;
-  }
-}
-
-// How many rows of each block of rows are above the threshold, and how many at it: found [B, H, blocks, 2].
-// Grid: rows / HASH_ROWS, heads of all batches.
-DEVICE void hash_count(const u16* scores, const int* threshold, int* found, int rows) {
-  DYNAMIC_SHARED(shared);
-  int* sums = reinterpret_cast<int*>(shared);
-  i64 head = blockIdx.y;
-  if (threadIdx.x < 2) sums[threadIdx.x] = 0;
-  __syncthreads();
-  int at = threshold[2 * head], above = 0, equal = 0;
-  int first = blockIdx.x * HASH_ROWS, end = min(first + HASH_ROWS, rows);
-  for (int row = first + threadIdx.x; row < end; row += HASH_THREADS) {
-    int score = scores[head * rows + row];
-    above += score > at;
-    equal += score == at;
-  }
-  atomicAdd(sums, above);
-  atomicAdd(sums + 1, equal);
-  __syncthreads();
-  if (threadIdx.x < 2) found[(head * gridDim.x + blockIdx.x) * 2 + threadIdx.x] = sums[threadIdx.x];
-}
-
-// The chosen rows, ascending; of rows at the threshold the first. chosen [B, H, k]. Grid as of hash_count.
-DEVICE void hash_collect(const u16* scores, const int* threshold, const int* found, int* chosen, int rows, int k) {
-  DYNAMIC_SHARED(shared);
-  int* per_warp = reinterpret_cast<int*>(shared);  // [warps, 2]
-  constexpr int WARPS = HASH_THREADS / WARP;
-  i64 head = blockIdx.y;
-  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  int at = threshold[2 * head], wanted = threshold[2 * head + 1], above = 0, equal = 0;
-  for (int b = 0; b < static_cast<int>(blockIdx.x); b++) {
-    above += found[(head * gridDim.x + b) * 2];
-    equal += found[(head * gridDim.x + b) * 2 + 1];
-  }
-  int first = blockIdx.x * HASH_ROWS, end = min(first + HASH_ROWS, rows);
-  u32 before = (1u << lane) - 1;
-  for (int base = first; base < end; base += HASH_THREADS) {
-    int row = base + threadIdx.x, score = row < end ? scores[head * rows + row] : -1;
-    u32 is_above = __ballot_sync(ALL_LANES, score > at), is_equal = __ballot_sync(ALL_LANES, score == at);
-    if (lane == 0) {
-      per_warp[2 * warp] = __popc(is_above);
-      per_warp[2 * warp + 1] = __popc(is_equal);
-    }
-    __syncthreads();
-    int warp_above = above, warp_equal = equal;
-    for (int w = 0; w < WARPS; w++) {
-      above += per_warp[2 * w];
-      equal += per_warp[2 * w + 1];
-      if (w < warp) {
-        warp_above += per_warp[2 * w];
-        warp_equal += per_warp[2 * w + 1];
-      }
-    }
-    int my_above = warp_above + __popc(is_above & before), my_equal = warp_equal + __popc(is_equal & before);
-    if (score > at || (score == at && my_equal < wanted)) chosen[head * k + my_above + min(my_equal, wanted)] = row;
-    __syncthreads();
-  }
-}
-
 #define HASH_ENCODE(T, NAME, D)                                                                                                \
   extern "C" __global__ void __launch_bounds__(HASH_THREADS) hash_encode_##NAME##_##D(                                         \
       const T* x, const float* weights, u32* codes, i64 by_batch, i64 by_head, i64 by_row, int rows, int words) { \
@@ -176,16 +92,4 @@ HASH_SCAN(2)
 HASH_SCAN(4)
 HASH_SCAN(8)
 
-extern "C" __global__ void __launch_bounds__(HASH_THREADS) hash_threshold_of(const int* counts, int* threshold, int bins, int k) {
-  hash_threshold(counts, threshold, bins, k);
-}
-KERNEL(hash_threshold_of)
-extern "C" __global__ void __launch_bounds__(HASH_THREADS) hash_counts_of(const u16* scores, const int* threshold, int* found, int rows) {
-  hash_count(scores, threshold, found, rows);
-}
-KERNEL(hash_counts_of)
-extern "C" __global__ void __launch_bounds__(HASH_THREADS)
-    hash_rows_of(const u16* scores, const int* threshold, const int* found, int* chosen, int rows, int k) {
-  hash_collect(scores, threshold, found, chosen, rows, k);
-}
-KERNEL(hash_rows_of)
+CHOICE(u16, u16)

@@ -12,6 +12,7 @@ def linear_attention(
     k: Any,
     v: Any,
     *,
+    feature_map: Any = None,
     normalize: bool = True,
     eps: float = 1e-6,
     scale: float = 1.0,
@@ -23,6 +24,7 @@ def linear_attention(
         k,
         v,
         scale=scale,
+        maps=(feature_map, feature_map),
         normaliser=eps if normalize else None,
         **options,
     )

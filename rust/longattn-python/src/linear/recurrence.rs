@@ -1,17 +1,19 @@
 //! Recurrences of matrix states.
 
+use super::statistics::Given;
 use crate::arrays::{view, view_mut};
 use crate::dense::offsets;
 use crate::running;
 use longattn::linear::recurrence::{self as engine, Decay, Recurrence, Start};
 use numpy::{PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 /// Products of a state's size per row: update, read, and what rows have to do with each other.
 const PRODUCTS: f64 = 4.0;
 
 #[pyfunction]
-#[pyo3(signature = (q, k, v, g, beta, delta, scale, unit, normaliser, skip, initial_state, cu_seqlens, chunk_size, out, out_state))]
+#[pyo3(signature = (q, k, v, g, beta, delta, scale, unit, normaliser, skip, initial_state, cu_seqlens, chunk_size, out, out_state, *, columns=None, bonus=None, pair=None, squares=false, maps=(None, None)))]
 pub(crate) fn recurrence(
     py: Python<'_>,
     q: &Bound<'_, PyUntypedArray>,
@@ -29,12 +31,20 @@ pub(crate) fn recurrence(
     chunk_size: usize,
     out: &Bound<'_, PyUntypedArray>,
     out_state: &Bound<'_, PyUntypedArray>,
+    columns: Option<bool>,
+    bonus: Option<PyReadonlyArray1<'_, f32>>,
+    pair: Option<[Bound<'_, PyUntypedArray>; 2]>,
+    squares: bool,
+    maps: (Option<Bound<'_, PyDict>>, Option<Bound<'_, PyDict>>),
 ) -> PyResult<()> {
     let k = k.map(|k| view("k", k)).transpose()?;
     let (q, v) = (view("q", q)?, view("v", v)?);
     let decay = match g {
         None => Decay::None,
-        Some(x) if x.shape().last() == Some(&1) && k.is_some() => Decay::Token(view("g", x)?),
+        Some(x) if columns.is_some() => Decay::Value { g: view("g", x)?, fills: columns == Some(true) },
+        Some(x) if x.shape().last() == Some(&1) && k.is_some() && bonus.is_none() && pair.is_none() => {
+            Decay::Token(view("g", x)?)
+        }
         Some(x) => Decay::Channel(view("g", x)?),
     };
     let beta = beta.map(|x| view("beta", x)).transpose()?;
@@ -45,8 +55,18 @@ pub(crate) fn recurrence(
     };
     let ends = cu_seqlens.map(|x| offsets("cu_seqlens", &x)).transpose()?;
     let skip = skip.as_ref().map(|x| x.as_slice()).transpose()?;
+    let bonus = bonus.as_ref().map(|x| x.as_slice()).transpose()?;
+    let pair = match &pair {
+        Some([a, b]) => Some([view("a", a)?, view("b", b)?]),
+        None => None,
+    };
+    let given = [maps.0, maps.1].map(|parts| parts.map(|parts| Given::new(&parts)).transpose());
+    let [of_q, of_k] = given;
+    let (of_q, of_k) = (of_q?, of_k?);
+    let map_q = of_q.as_ref().map(Given::map).transpose()?;
+    let map_k = of_k.as_ref().map(Given::map).transpose()?;
     let (mut out, mut state) = (view_mut("out", out)?, view_mut("out_state", out_state)?);
-    let [b, h, l, d] = [v.shape()[0], v.shape()[1], v.shape()[2], v.shape()[3] * q.shape()[3]];
+    let [b, h, l, d] = [v.shape()[0], v.shape()[1], v.shape()[2], v.shape()[3] * state.shape()[2]];
     let operations = PRODUCTS * [b, h, l, d].iter().map(|&n| n as f64).product::<f64>();
     let of = Recurrence {
         q,
@@ -59,6 +79,10 @@ pub(crate) fn recurrence(
         unit,
         normaliser,
         skip,
+        bonus,
+        pair,
+        squares,
+        maps: [map_q.as_ref(), map_k.as_ref()],
         start,
         ends: ends.as_deref(),
         chunk: chunk_size,

@@ -12,7 +12,7 @@ use pyo3::types::{PyDict, PyString};
 type Floats<'py> = Bound<'py, PyArray1<f32>>;
 
 /// What a dict that describes a feature map holds; keeps its arrays alive while [`Given::map`] looks at them.
-struct Given<'py> {
+pub(super) struct Given<'py> {
     map: String,
     scale: f32,
     norm: String,
@@ -30,7 +30,7 @@ struct Given<'py> {
 
 impl<'py> Given<'py> {
     /// Reads the dict; a name that is no part of a map is an error.
-    fn new(parts: &Bound<'py, PyDict>) -> PyResult<Self> {
+    pub(super) fn new(parts: &Bound<'py, PyDict>) -> PyResult<Self> {
         let mut given = Self {
             map: "identity".into(),
             scale: 1.0,
@@ -69,7 +69,7 @@ impl<'py> Given<'py> {
     }
 
     /// The map as the core takes it, over the arrays held here.
-    fn map(&self) -> PyResult<FeatureMap<'_>> {
+    pub(super) fn map(&self) -> PyResult<FeatureMap<'_>> {
         fn slice<'a>(array: &'a Option<PyReadonlyArrayDyn<'_, f32>>) -> PyResult<Option<&'a [f32]>> {
             Ok(array.as_ref().map(|a| a.as_slice()).transpose()?)
         }

@@ -2,11 +2,13 @@
 
 pub mod convolution;
 pub mod dynamic;
+pub mod fast_weight;
 mod features;
 pub mod neighbours;
 pub mod pointwise;
 pub mod recurrence;
 pub mod scan;
+pub mod row_maps;
 mod statistics;
 mod tiles;
 pub mod toeplitz;

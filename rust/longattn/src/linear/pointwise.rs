@@ -178,9 +178,16 @@ fn erf<S: Simd>(s: S, x: S::F32) -> S::F32 {
     s.select_less(x, zero, s.sub(zero, y), y)
 }
 
+/// `Phi(x)`, the normal distribution.
+#[inline(always)]
+pub(super) fn normal<S: Simd>(s: S, x: S::F32) -> S::F32 {
+    let half = s.splat(0.5);
+    s.fma(erf(s, s.mul(x, s.splat(std::f32::consts::FRAC_1_SQRT_2))), half, half)
+}
+
 /// `x Phi(x)`.
 #[inline(always)]
-fn gelu<S: Simd>(s: S, x: S::F32) -> S::F32 {
+pub(super) fn gelu<S: Simd>(s: S, x: S::F32) -> S::F32 {
     let zero = s.zero();
     let tail = erfc(s, s.mul(s.max(x, s.sub(zero, x)), s.splat(std::f32::consts::FRAC_1_SQRT_2)));
     // Half of x times erfc, which is missing from x where x is positive, and all there is where it is not.

@@ -1,7 +1,8 @@
 //! One state head of one sequence, chunk by chunk, for some of its value columns.
 
-use super::rows::{forgotten, load, load_numbers, multiply_rows, scale_row};
-use super::scores::{BLOCK, Chunk, Sizes, add_up, dot, product};
+use super::columns::Fade;
+use super::rows::{Mapped, forgotten, load, load_numbers, multiply_rows, scale_row};
+use super::scores::{BLOCK, Chunk, Pair, Sizes, add_up, dot, product};
 use super::{Decay, Job};
 use crate::dense::rows::{Strided, is_finite};
 use crate::dense::scratch::Scratch;
@@ -74,16 +75,44 @@ impl Kernel for Body<'_, '_> {
             Decay::Channel(_) => (room * padded, sizes.channel_room()),
             _ => (0, 0),
         };
-        let [q, k, turned, scores, own, inverse, values, updates, states, out, g, working, decay, beta, sums, wide] =
-            scratch.extra.carve([
+        let solves = delta || of.pair.is_some();
+        // Sizes of what only a pair of keys has.
+        let second = |n: usize| if of.pair.is_some() { n } else { 0 };
+        let fades = if matches!(of.decay, Decay::Value { .. }) { panels * KEYS * panel } else { 0 };
+        let [
+            q,
+            k,
+            turned,
+            scores,
+            own,
+            inverse,
+            values,
+            updates,
+            states,
+            out,
+            g,
+            working,
+            decay,
+            beta,
+            sums,
+            wide,
+            reads,
+            b,
+            b_turned,
+            b_scores,
+            b_own,
+            gathered,
+            fading,
+            bonus,
+        ] = scratch.extra.carve([
                 group * room * padded,
                 room * padded,
                 sizes.channels::<S>() * across,
                 group * room * across,
-                if delta { room * across } else { 0 },
-                if delta { room * across } else { 0 },
+                if solves { room * across } else { 0 },
+                if solves { room * across } else { 0 },
                 panels * KEYS * panel,
-                if delta { room * panel } else { 0 },
+                if solves { room * panel } else { 0 },
                 panels * state_rows * panel,
                 group * room * width,
                 by_channel,
@@ -92,8 +121,31 @@ impl Kernel for Body<'_, '_> {
                 across,
                 padded,
                 width,
+                second(room * padded),
+                second(room * padded),
+                second(sizes.channels::<S>() * across),
+                second(group * room * across),
+                second(room * across),
+                second(room * panel),
+                fades,
+                padded,
             ]);
         turned.fill(0.0);
+        b_turned.fill(0.0);
+        if let Some(given) = of.bonus {
+            bonus[..dim].copy_from_slice(&given[head * dim..][..dim]);
+            bonus[dim..].fill(0.0);
+        }
+        let mut map_k = match (of.maps[1], of.k) {
+            (Some(map), Some(k)) => Some(Mapped::new(s, map, k, [batch, job.key_head(head)], false)),
+            _ => None,
+        };
+        let mut maps_q = vec![];
+        if let Some(map) = of.maps[0] {
+            for reader in readers.clone() {
+                maps_q.push(Mapped::new(s, map, of.q, [batch, reader], true));
+            }
+        }
         states.fill(0.0);
         if let Some(first) = &job.first {
             for d in 0..dim {
@@ -123,7 +175,10 @@ impl Kernel for Body<'_, '_> {
             let mut finite = true;
             for (i, reader) in readers.clone().enumerate() {
                 let to = &mut q[i * room * padded..][..room * padded];
-                finite &= load(s, &of.q, [batch, reader], now.clone(), to, padded, of.unit, of.scale);
+                finite &= match maps_q.get_mut(i) {
+                    Some(map) => map.load(s, now.clone(), to, padded, of.scale),
+                    None => load(s, &of.q, [batch, reader], now.clone(), to, padded, of.unit, of.scale),
+                };
                 to[n * padded..tiles * padded].fill(0.0);
             }
             if let Decay::Channel(view) = &of.decay {
@@ -131,21 +186,34 @@ impl Kernel for Body<'_, '_> {
             }
             match &of.k {
                 Some(view) => {
-                    finite &= load(s, view, [batch, job.key_head(head)], now.clone(), k, padded, of.unit, 1.0);
+                    finite &= match &mut map_k {
+                        Some(map) => map.load(s, now.clone(), k, padded, 1.0),
+                        None => load(s, view, [batch, job.key_head(head)], now.clone(), k, padded, of.unit, 1.0),
+                    };
                 }
                 None => forgotten(s, &g[..n * padded], &mut k[..n * padded]),
             }
             k[n * padded..(tiles + MAX_LANES) * padded].fill(0.0);
-            with_element!(of.v.dtype(), T => {
-                let base = of.v.head::<T>(batch, head).wrapping_add(columns.start);
-                let from = Strided { base, stride: of.v.row_stride() };
-                let (wide, to) = (wide.as_mut_ptr(), values.as_mut_ptr());
-                s.call(Values { from, rows: now.clone(), dim: columns.len(), padded: width, wide, to });
-            });
+            if let Some(views) = &of.pair {
+                for (view, to) in views.iter().zip([&mut *reads, &mut *b]) {
+                    finite &= load(s, view, [batch, job.key_head(head)], now.clone(), to, padded, None, 1.0);
+                    to[n * padded..(tiles + MAX_LANES) * padded].fill(0.0);
+                }
+            }
+            let panels_of = [(Some(of.v), &mut *values), (of.decay.of_values(), &mut *fading)];
+            for (view, to) in panels_of {
+                let Some(view) = view else { continue };
+                with_element!(view.dtype(), T => {
+                    let base = view.head::<T>(batch, head).wrapping_add(columns.start);
+                    let from = Strided { base, stride: view.row_stride() };
+                    let (wide, to) = (wide.as_mut_ptr(), to.as_mut_ptr());
+                    s.call(Values { from, rows: now.clone(), dim: columns.len(), padded: width, wide, to });
+                });
+            }
             for p in 0..panels {
                 finite &= is_finite(s, &values[p * KEYS * panel..][..n * panel]);
             }
-            if n > 1 && !finite {
+            if n > 1 && !finite && !of.squares {
                 one_by_one = at + n;
                 continue;
             }
@@ -162,11 +230,22 @@ impl Kernel for Body<'_, '_> {
                 }
             }
 
-            let mut rows_of = Chunk { sizes, n, q, k, turned, scores, delta, inverse, own, beta };
+            let bonus = of.bonus.map(|_| &*bonus);
+            let pair = of.pair.map(|_| Pair {
+                reads: &mut *reads,
+                b: &mut *b,
+                turned: &mut *b_turned,
+                scores: &mut *b_scores,
+                own: &mut *b_own,
+            });
+            let mut rows_of = Chunk { sizes, n, q, k, turned, scores, delta, inverse, own, beta, bonus, pair };
             let mut total = 1.0;
             match &of.decay {
-                Decay::None => {
+                Decay::None | Decay::Value { .. } => {
                     rows_of.by_tokens(s, None);
+                    if of.squares {
+                        rows_of.square(s);
+                    }
                 }
                 Decay::Token(view) => {
                     load_numbers(view, [batch, head], now.clone(), &mut decay[..n]);
@@ -182,6 +261,18 @@ impl Kernel for Body<'_, '_> {
                     product(s, [0, n], dim, false, k, padded, state, panel, value, panel, true);
                     product(s, [0, n], n, true, inverse, across, value, panel, updates, panel, false);
                 }
+                if let Decay::Value { fills, .. } = of.decay {
+                    let logs = &mut fading[p * KEYS * panel..][..KEYS * panel];
+                    let fade = Fade { sizes, n, width, fills, q, scores, turned, logs };
+                    fade.panel(s, value, state, &mut out[p * panel..]);
+                    continue;
+                }
+                if of.pair.is_some() {
+                    // What is read of the state, by the state before the chunk, its own keys, and what is read for rows before.
+                    product(s, [0, n], dim, false, reads, padded, state, panel, gathered, panel, false);
+                    product(s, [0, n], n, true, own, across, value, panel, gathered, panel, true);
+                    product(s, [0, n], n, true, inverse, across, gathered, panel, updates, panel, false);
+                }
                 let value = if delta { &*updates } else { &*value };
                 for i in 0..group {
                     let out = &mut out[i * room * width + p * panel..];
@@ -196,9 +287,13 @@ impl Kernel for Body<'_, '_> {
                     product(s, [0, n], dim, false, q, padded, state, panel, out, width, of.skip.is_some());
                     let scores = &scores[i * room * across..];
                     product(s, [0, n], n, true, scores, across, value, panel, out, width, true);
+                    if of.pair.is_some() {
+                        let scores = &b_scores[i * room * across..];
+                        product(s, [0, n], n, true, scores, across, updates, panel, out, width, true);
+                    }
                 }
                 match of.decay {
-                    Decay::None => {}
+                    Decay::None | Decay::Value { .. } => {}
                     Decay::Token(_) => scale_row(s, &mut state[..dim * panel], total),
                     Decay::Channel(_) => {
                         for (row, &factor) in state.chunks_exact_mut(panel).zip(&working[..dim]) {
@@ -207,6 +302,9 @@ impl Kernel for Body<'_, '_> {
                     }
                 }
                 product(s, [0, dim], n, false, turned, across, value, panel, state, panel, true);
+                if of.pair.is_some() {
+                    product(s, [0, dim], n, false, b_turned, across, updates, panel, state, panel, true);
+                }
             }
             if let Some(eps) = of.normaliser {
                 for i in 0..group {
@@ -219,7 +317,7 @@ impl Kernel for Body<'_, '_> {
                     }
                 }
                 match of.decay {
-                    Decay::None => {}
+                    Decay::None | Decay::Value { .. } => {}
                     Decay::Token(_) => scale_row(s, sums, total),
                     Decay::Channel(_) => multiply_rows(s, sums, &working[..padded]),
                 }

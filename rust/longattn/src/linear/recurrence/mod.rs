@@ -1,8 +1,8 @@
 //! Recurrences of matrix states, `S_t = A_t S_(t-1) + k_t u_t^T`, `o_t = scale q_t^T S_t`, computed chunk by chunk.
 //!
 //! ```text
-//! A_t      identity, a decay e^g of the whole state, or one of each of its rows (channels of the keys)
-//! u_t      beta_t v_t, or by the delta rule beta_t (v_t - k_t^T A_t S_(t-1))
+//! A_t      identity, a decay e^g of the whole state, or one of each of its rows (channels of the keys) or of its columns
+//! u_t      beta_t v_t, or by the delta rule beta_t (v_t - k_t^T A_t S_(t-1)); besides k_t u_t^T perhaps b_t (a_t^T S_(t-1))
 //! chunk    P = (Q K^T) * decays, lower triangle                               scores.rs
 //!          X = V, or (I + A)^-1 diag(beta) (V - K' S), A like P but of the keys with themselves, strictly lower
 //!          O = Q' S + P X,   S = decay S + K''^T X                            chunk.rs; Q', K', K'': rows times decays
@@ -13,10 +13,15 @@
 //! chunk are f64. No exponential of a positive number is ever formed: decays between rows are products of numbers of at most 1.
 
 mod chunk;
+mod columns;
 mod rows;
 mod scores;
 mod step;
 
+pub(super) use rows::{load, load_numbers, multiply_rows, scale_row};
+pub(super) use scores::{add_up, dot, product, turn};
+
+use super::features::{FeatureMap, Map};
 use crate::dense::scratch::with_scratch;
 use crate::parallel::{Execution, for_each, num_threads};
 use crate::simd::{self, Isa, dispatch};
@@ -41,6 +46,20 @@ pub enum Decay<'a> {
     Token(TensorView<'a>),
     /// Its rows are multiplied by `e^g` each; `g` is `[batch, heads, length, dim]`.
     Channel(TensorView<'a>),
+    /// Its columns are multiplied by `e^g` each; `g` is `[batch, heads, length, value_dim]`. Only the plain recurrence has it.
+    Value {
+        /// Logarithms.
+        g: TensorView<'a>,
+        /// Multiply values by `1 - e^g`.
+        fills: bool,
+    },
+}
+
+impl<'a> Decay<'a> {
+    /// Logarithms of decays per column.
+    fn of_values(&self) -> Option<TensorView<'a>> {
+        if let Decay::Value { g, .. } = self { Some(*g) } else { None }
+    }
 }
 
 /// Where states begin.
@@ -79,6 +98,16 @@ pub struct Recurrence<'a> {
     pub normaliser: Option<f32>,
     /// `skip[h] v_t` is added to the outputs of head h. Not with `delta` or `normaliser`.
     pub skip: Option<&'a [f32]>,
+    /// `o_t = scale q_t^T (S_(t-1) + Diag(bonus) k_t v_t^T)`, numbers `[heads, dim]`. With decays per channel, and nothing else.
+    pub bonus: Option<&'a [f32]>,
+    /// `S_t = A_t S_(t-1) + b_t (a_t^T S_(t-1)) + k_t v_t^T`: `a` and `b`, in the shape of `k`. With decays per channel, and nothing
+    /// else.
+    pub pair: Option<[TensorView<'a>; 2]>,
+    /// Scores of rows of a chunk with each other are `max(s, 0)^2`, which makes chunks a part of what is computed. The plain recurrence
+    /// without decays alone has it. A row that is not finite spoils its chunk.
+    pub squares: bool,
+    /// What makes features of rows of `q` and of `k`, whose dims are then theirs. Not with `unit`.
+    pub maps: [Option<&'a FeatureMap<'a>>; 2],
     /// States before the first row.
     pub start: Start<'a>,
     /// Sequences packed along the length of a batch of 1: the bounds of each, beginning with 0.
@@ -139,9 +168,19 @@ fn expect(name: &'static str, got: [usize; 4], expected: [usize; 4]) -> Result<(
 
 fn check<'a>(of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMut) -> Result<Job<'a>> {
     let [batch, heads, length, value_dim] = of.v.shape();
-    let [_, query_heads, _, dim] = of.q.shape();
+    let [_, query_heads, _, q_dim] = of.q.shape();
+    for (map, x, name) in [(of.maps[0], Some(of.q), "q"), (of.maps[1], of.k, "k")] {
+        let Some(map) = map else { continue };
+        let Some(x) = x else { return Err(Error::value("k", "none", "keys to make features of")) };
+        map.check(name, &x)?;
+        if of.unit.is_some() || map.map == Map::PositionSoftmax || map.rotation.is_some() {
+            return Err(Error::value("map", format!("{:?}", map.map), "one of rows by themselves, which it may normalise"));
+        }
+    }
+    let features = |map: Option<&FeatureMap>, dim| map.map_or(dim, |map| map.features(dim));
+    let dim = features(of.maps[0], q_dim);
     let key_heads = of.k.map_or(heads, |k| k.shape()[1]);
-    expect("q", of.q.shape(), [batch, query_heads, length, dim])?;
+    expect("q", of.q.shape(), [batch, query_heads, length, q_dim])?;
     if heads == 0 || key_heads == 0 || query_heads == 0 || heads % key_heads != 0 {
         let expected = format!("a divisor of the {heads} heads of v");
         return Err(Error::value("k", format!("{key_heads} heads"), expected));
@@ -155,7 +194,11 @@ fn check<'a>(of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMu
         return Err(Error::value("v", format!("head_dim {dim} and {value_dim}"), "at least 1"));
     }
     if let Some(k) = of.k {
-        expect("k", k.shape(), [batch, key_heads, length, dim])?;
+        let k_dim = k.shape()[3];
+        expect("k", k.shape(), [batch, key_heads, length, k_dim])?;
+        if features(of.maps[1], k_dim) != dim {
+            return Err(Error::value("k", format!("{} features", features(of.maps[1], k_dim)), format!("{dim} as q")));
+        }
     } else if !matches!(of.decay, Decay::Channel(_)) {
         return Err(Error::value("k", "none", "keys, or a decay per channel to make them of"));
     }
@@ -163,6 +206,23 @@ fn check<'a>(of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMu
         Decay::None => {}
         Decay::Token(g) => expect("g", g.shape(), [batch, heads, length, 1])?,
         Decay::Channel(g) => expect("g", g.shape(), [batch, heads, length, dim])?,
+        Decay::Value { g, .. } => expect("g", g.shape(), [batch, heads, length, value_dim])?,
+    }
+    for (x, name) in of.pair.iter().flatten().zip(["a", "b"]) {
+        expect(name, x.shape(), [batch, key_heads, length, dim])?;
+    }
+    if let Some(bonus) = of.bonus
+        && bonus.len() != heads * dim
+    {
+        return Err(Error::value("bonus", format!("{} numbers", bonus.len()), heads * dim));
+    }
+    let plain = !of.delta && of.normaliser.is_none() && of.skip.is_none();
+    let by_channel = matches!(of.decay, Decay::Channel(_));
+    let by_column = matches!(of.decay, Decay::Value { .. });
+    let squares = of.squares && !matches!(of.decay, Decay::None);
+    let alone = [of.bonus.is_some(), of.pair.is_some(), by_column, of.squares, squares].map(usize::from);
+    if alone.iter().sum::<usize>() > usize::from(plain) || (of.bonus.is_some() || of.pair.is_some()) && !by_channel {
+        return Err(Error::value("decay", "a combination that is not defined", "one rule of update and read-out"));
     }
     if let Some(beta) = of.beta {
         expect("beta", beta.shape(), [batch, heads, length, 1])?;
@@ -281,7 +341,7 @@ fn run(
     execution: &Execution,
 ) -> Result<()> {
     let job = check(of, out, state)?;
-    if let Decay::Token(g) | Decay::Channel(g) = of.decay {
+    if let Decay::Token(g) | Decay::Channel(g) | Decay::Value { g, .. } = of.decay {
         check_gate(isa, "g", g, false, execution)?;
     }
     if let Some(beta) = of.beta {
@@ -289,7 +349,7 @@ fn run(
     }
     let [sequences, heads, dim, value_dim] = job.state.shape();
     let pairs = sequences * heads;
-    let is_step = (0..sequences).all(|n| job.sequence(n).1.len() <= 1);
+    let is_step = !of.squares && (0..sequences).all(|n| job.sequence(n).1.len() <= 1);
     let step = |i: usize| {
         with_scratch(|scratch| dispatch(isa, step::Step { job: &job, sequence: i / heads, head: i % heads, scratch }))
     };
@@ -309,7 +369,7 @@ fn run(
     for_each(execution, pairs * cuts, |i| {
         let (sequence, head) = (order[i / cuts / heads], i / cuts % heads);
         let columns = (i % cuts * width).min(job.value_dim)..((i % cuts + 1) * width).min(job.value_dim);
-        if job.sequence(sequence).1.len() <= 1 {
+        if !of.squares && job.sequence(sequence).1.len() <= 1 {
             if i % cuts == 0 {
                 step(sequence * heads + head);
             }

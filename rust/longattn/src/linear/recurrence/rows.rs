@@ -1,6 +1,7 @@
 //! Rows of inputs as floats, and the check of gates.
 
 use crate::dense::rows::{Rows, Strided, is_finite, widen_row};
+use crate::linear::features::{FeatureMap, Map, Mapper, exponential};
 use crate::simd::{Kernel, Simd};
 use crate::tensor::{Element, TensorView, with_element};
 use std::marker::PhantomData;
@@ -53,7 +54,7 @@ impl<T: Element> Kernel for Widen<T> {
 
 /// `row *= factor`; the length is a multiple of `LANES`.
 #[inline(always)]
-pub(super) fn scale_row<S: Simd>(s: S, row: &mut [f32], factor: f32) {
+pub(in crate::linear) fn scale_row<S: Simd>(s: S, row: &mut [f32], factor: f32) {
     let factor = s.splat(factor);
     for chunk in row.chunks_exact_mut(S::LANES) {
         // SAFETY: the chunk has LANES floats.
@@ -63,7 +64,7 @@ pub(super) fn scale_row<S: Simd>(s: S, row: &mut [f32], factor: f32) {
 
 /// `row *= factors` number by number; the length is a multiple of `LANES`.
 #[inline(always)]
-pub(super) fn multiply_rows<S: Simd>(s: S, row: &mut [f32], factors: &[f32]) {
+pub(in crate::linear) fn multiply_rows<S: Simd>(s: S, row: &mut [f32], factors: &[f32]) {
     for (chunk, factor) in row.chunks_exact_mut(S::LANES).zip(factors.chunks_exact(S::LANES)) {
         // SAFETY: both chunks have LANES floats.
         unsafe { s.store(chunk.as_mut_ptr(), s.mul(s.load(chunk.as_ptr()), s.load(factor.as_ptr()))) };
@@ -102,7 +103,7 @@ pub(super) fn forgotten<S: Simd>(s: S, g: &[f32], to: &mut [f32]) {
 /// Rows `rows` of a head of `view` as floats times `scale`, each divided by its length where `unit` says so. `to` holds the rows,
 /// `stride >= dim` floats apart, a multiple of `LANES`. Returns whether all are finite.
 #[inline(always)]
-pub(super) fn load<S: Simd>(
+pub(in crate::linear) fn load<S: Simd>(
     s: S,
     view: &TensorView,
     [batch, head]: [usize; 2],
@@ -121,8 +122,96 @@ pub(super) fn load<S: Simd>(
     })
 }
 
+/// Rows of a head that become features as they are read.
+pub(super) struct Mapped<'a> {
+    mapper: Mapper<'a>,
+    /// Exponents of a row of queries are taken less their largest.
+    queries: bool,
+    exponentials: bool,
+    features: Vec<f32>,
+}
+
+impl<'a> Mapped<'a> {
+    #[inline(always)]
+    pub(super) fn new<S: Simd>(
+        s: S,
+        map: &'a FeatureMap<'a>,
+        x: TensorView<'a>,
+        [batch, head]: [usize; 2],
+        queries: bool,
+    ) -> Self {
+        let mapper = s.call(Make { map, x, batch, head });
+        Self { mapper, queries, exponentials: map.map == Map::Gaussian, features: vec![] }
+    }
+
+    /// As [`load`].
+    #[inline(always)]
+    pub(super) fn load<S: Simd>(
+        &mut self,
+        s: S,
+        rows: Range<usize>,
+        to: &mut [f32],
+        stride: usize,
+        scale: f32,
+    ) -> bool {
+        s.call(Apply { mapped: self, rows, to, stride, scale })
+    }
+}
+
+struct Make<'a> {
+    map: &'a FeatureMap<'a>,
+    x: TensorView<'a>,
+    batch: usize,
+    head: usize,
+}
+
+impl<'a> Kernel for Make<'a> {
+    type Output = Mapper<'a>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Mapper<'a> {
+        Mapper::new(s, self.map, self.x, self.batch, self.head)
+    }
+}
+
+struct Apply<'m, 'a, 't> {
+    mapped: &'m mut Mapped<'a>,
+    rows: Range<usize>,
+    to: &'t mut [f32],
+    stride: usize,
+    scale: f32,
+}
+
+impl Kernel for Apply<'_, '_, '_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> bool {
+        let Self { mapped, rows, to, stride, scale } = self;
+        let Mapped { mapper, queries, exponentials, features } = mapped;
+        let (n, width) = (rows.len(), mapper.width);
+        features.resize(n * width, 0.0);
+        mapper.apply(s, rows, features);
+        let mut finite = true;
+        for (row, to) in features.chunks_exact_mut(width).zip(to.chunks_exact_mut(stride)).take(n) {
+            if *exponentials && *queries {
+                mapper.exponentials_by_row(s, row);
+            } else if *exponentials {
+                exponential(s, row, 0.0);
+                row[mapper.features..].fill(0.0);
+            }
+            to.copy_from_slice(&row[..stride]);
+            if scale != 1.0 {
+                scale_row(s, to, scale);
+            }
+            finite &= is_finite(s, to);
+        }
+        finite
+    }
+}
+
 /// The numbers of rows `rows` of a head of a view `[batch, heads, length, 1]`.
-pub(super) fn load_numbers(view: &TensorView, [batch, head]: [usize; 2], rows: Range<usize>, to: &mut [f32]) {
+pub(in crate::linear) fn load_numbers(view: &TensorView, [batch, head]: [usize; 2], rows: Range<usize>, to: &mut [f32]) {
     with_element!(view.dtype(), T => {
         for (row, to) in rows.zip(to) {
             *to = view.row::<T>(batch, head, row)[0].to_f32();

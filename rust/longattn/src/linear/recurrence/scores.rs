@@ -4,6 +4,7 @@
 use super::rows::{exp_row, multiply_rows, scale_row};
 use crate::dense::tile::{multiply_strided, panel};
 use crate::simd::{MAX_LANES, PANEL_VECTORS, Simd};
+use std::ops::Range;
 
 /// Rows of a chunk between which decays of channels are multiplied row by row; between others, sums of products of rows times decays
 /// up to the borders of these blocks. A multiple of every instruction set's `ROWS`.
@@ -35,7 +36,7 @@ impl Sizes {
     /// Floats that [`Chunk::by_channels`] works in.
     #[inline(always)]
     pub(super) fn channel_room(&self) -> usize {
-        (4 + TAIL) * self.padded + (self.group + 1) * BLOCK * BLOCK
+        (4 + TAIL) * self.padded + 2 * (self.group + 1) * BLOCK * BLOCK
     }
 
     /// Rows of transposed keys.
@@ -66,12 +67,30 @@ pub(super) struct Chunk<'a> {
     pub(super) own: &'a mut [f32],
     /// Factors of updates, where there are any.
     pub(super) beta: Option<&'a [f32]>,
+    /// Queries read the state before their own row and the row's key times this.
+    pub(super) bonus: Option<&'a [f32]>,
+    /// Second keys, written with what is read of the state.
+    pub(super) pair: Option<Pair<'a>>,
+}
+
+/// Rows `a` that read the state before each row, and the keys `b` with which that is written.
+pub(super) struct Pair<'a> {
+    /// `a`, `[rows, padded]`; afterwards times the decay from before the chunk.
+    pub(super) reads: &'a mut [f32],
+    /// `b`, `[rows, padded]`.
+    pub(super) b: &'a mut [f32],
+    /// Transposed `b`, as [`Chunk::turned`].
+    pub(super) turned: &'a mut [f32],
+    /// Scores of queries and `b`, as [`Chunk::scores`].
+    pub(super) scores: &'a mut [f32],
+    /// Room for scores of `a` and `b`; those of `a` and the keys are [`Chunk::own`].
+    pub(super) own: &'a mut [f32],
 }
 
 /// `c (+)= a b` for the tiles from `first` on of `rows` rows and the first panel of columns of `b` and `c`, sums over `depth` numbers;
 /// `lower`: `a` is 0 right of its diagonal, so that a tile's sums end with its last row.
 #[inline(always)]
-pub(super) fn product<S: Simd>(
+pub(in crate::linear) fn product<S: Simd>(
     s: S,
     [first, rows]: [usize; 2],
     depth: usize,
@@ -100,10 +119,17 @@ pub(super) fn product<S: Simd>(
     }
 }
 
-/// Writes rows of `from`, which are `padded` floats apart, as columns from `column` on of `to`. `LANES` columns at a time are written.
+/// Writes rows of `from`, which are `padded` floats apart, as columns from `column` on of `to`, whose rows are `across` floats apart.
+/// `LANES` columns at a time are written.
 #[inline(always)]
-fn turn<S: Simd>(s: S, sizes: Sizes, from: &[f32], rows: usize, to: &mut [f32], column: usize) {
-    let (padded, across) = (sizes.padded, sizes.across);
+pub(in crate::linear) fn turn<S: Simd>(
+    s: S,
+    [padded, across]: [usize; 2],
+    from: &[f32],
+    rows: usize,
+    to: &mut [f32],
+    column: usize,
+) {
     let whole = rows.next_multiple_of(S::LANES);
     assert!(from.len() >= whole * padded && to.len() >= padded * across && column + whole <= across);
     for d in (0..padded).step_by(S::LANES) {
@@ -171,7 +197,7 @@ impl Chunk<'_> {
     pub(super) fn by_tokens<S: Simd>(&mut self, s: S, decay: Option<&mut [f32]>) -> f32 {
         let Self { sizes, n, .. } = *self;
         let Sizes { padded, across, rows, group, .. } = sizes;
-        turn(s, sizes, self.k, n, self.turned, 0);
+        turn(s, [padded, across], self.k, n, self.turned, 0);
         for g in 0..group {
             dots(s, sizes, n, &self.q[g * rows * padded..], self.turned, &mut self.scores[g * rows * across..]);
         }
@@ -219,24 +245,42 @@ impl Chunk<'_> {
             }
         }
         if self.delta {
-            self.invert(s);
+            invert(s, sizes, n, self.own, self.inverse, self.beta);
         }
         factors.map_or(1.0, |x| x.before[n - 1])
+    }
+
+    /// Makes scores the squares of what they are above 0.
+    #[inline(always)]
+    pub(super) fn square<S: Simd>(&mut self, s: S) {
+        let Sizes { rows, across, group, .. } = self.sizes;
+        for g in 0..group {
+            for row in self.scores[g * rows * across..].chunks_exact_mut(across).take(self.n) {
+                for chunk in row.chunks_exact_mut(S::LANES) {
+                    // SAFETY: the chunk has LANES floats.
+                    unsafe {
+                        let x = s.max(s.load(chunk.as_ptr()), s.zero());
+                        s.store(chunk.as_mut_ptr(), s.mul(x, x));
+                    }
+                }
+            }
+        }
     }
 
     /// Scores and inverse where each channel decays by itself. `g` holds the log decays `[rows, padded]`, `room` is of
     /// [`Sizes::channel_room`]. Leaves the decays of the state's rows at the start of `room`.
     #[inline(always)]
     pub(super) fn by_channels<S: Simd>(&mut self, s: S, g: &mut [f32], room: &mut [f32]) {
-        let Self { sizes, n, .. } = *self;
+        let Self { sizes, n, delta, bonus, .. } = *self;
+        let Self { q, k, turned, scores, own, pair, .. } = self;
         let Sizes { dim, padded, across, rows, group } = sizes;
-        let delta = self.delta;
         // Decay from before the chunk to the block; its logarithm; a product along the block; the block's decay.
         let (before, rest) = room.split_at_mut(padded);
         let (sum, rest) = rest.split_at_mut(padded);
         let (along, rest) = rest.split_at_mut(padded);
         let (whole, rest) = rest.split_at_mut(padded);
         let (tail, pairs) = rest.split_at_mut(TAIL * padded);
+        let sets = 1 + usize::from(pair.is_some());
         before.fill(1.0);
         sum.fill(0.0);
         for start in (0..n).step_by(BLOCK) {
@@ -249,131 +293,201 @@ impl Chunk<'_> {
             }
             add_row(s, sum, whole);
             exp_row(s, whole);
-            // Pairs of rows of the block: a key's row is multiplied by the decays of one row after the other.
-            for j in start..end {
-                along.copy_from_slice(&self.k[j * padded..][..padded]);
-                for i in j..end {
-                    if i > j {
-                        multiply_rows(s, along, &g[i * padded..][..padded]);
-                    }
-                    for head in 0..group {
-                        let q = &self.q[(head * rows + i) * padded..][..padded];
-                        pairs[(head * BLOCK + i - start) * BLOCK + j - start] = dot(s, q, along);
-                    }
-                    if delta && i > j {
-                        let k = &self.k[i * padded..][..padded];
-                        pairs[(group * BLOCK + i - start) * BLOCK + j - start] = dot(s, k, along);
+            // Pairs of rows of the block: a key's row is multiplied by the decays of one row after the other. Who reads the state
+            // before a row does so before that row's decay.
+            for set in 0..sets {
+                let pairs = &mut pairs[set * (group + 1) * BLOCK * BLOCK..];
+                let keys = pair.as_ref().filter(|_| set == 1).map_or(&**k, |pair| &*pair.b);
+                for j in start..end {
+                    along.copy_from_slice(&keys[j * padded..][..padded]);
+                    for i in j..end {
+                        let at = |reader: usize| (reader * BLOCK + i - start) * BLOCK + j - start;
+                        if i > j {
+                            if let Some(pair) = &*pair {
+                                pairs[at(group)] = dot(s, &pair.reads[i * padded..][..padded], along);
+                            }
+                            if bonus.is_some() {
+                                for head in 0..group {
+                                    pairs[at(head)] = dot(s, &q[(head * rows + i) * padded..][..padded], along);
+                                }
+                            }
+                            multiply_rows(s, along, &g[i * padded..][..padded]);
+                        }
+                        for head in 0..group {
+                            let q = &q[(head * rows + i) * padded..][..padded];
+                            match bonus {
+                                None => pairs[at(head)] = dot(s, q, along),
+                                Some(bonus) if i == j => pairs[at(head)] = dot3(s, q, along, &bonus[..padded]),
+                                Some(_) => {}
+                            }
+                        }
+                        if delta && i > j {
+                            pairs[at(group)] = dot(s, &k[i * padded..][..padded], along);
+                        }
                     }
                 }
             }
             // Keys times the decay to the block's end.
-            along.fill(1.0);
-            for i in (start..end).rev() {
-                let to = &mut tail[(i - start) * padded..][..padded];
-                to.copy_from_slice(&self.k[i * padded..][..padded]);
-                multiply_rows(s, to, along);
-                multiply_rows(s, along, &g[i * padded..][..padded]);
-            }
+            to_end(s, padded, start..end, k, g, along, tail);
             // Rows times the decay since the block's start, with the keys before it times the decay up to there.
             along.fill(1.0);
             for i in start..end {
-                multiply_rows(s, along, &g[i * padded..][..padded]);
+                let here = &g[i * padded..][..padded];
+                if let Some(pair) = pair {
+                    multiply_rows(s, &mut pair.reads[i * padded..][..padded], along);
+                }
+                if bonus.is_none() {
+                    multiply_rows(s, along, here);
+                }
                 for head in 0..group {
-                    multiply_rows(s, &mut self.q[(head * rows + i) * padded..][..padded], along);
+                    multiply_rows(s, &mut q[(head * rows + i) * padded..][..padded], along);
+                }
+                if bonus.is_some() {
+                    multiply_rows(s, along, here);
                 }
                 if delta {
-                    multiply_rows(s, &mut self.k[i * padded..][..padded], along);
+                    multiply_rows(s, &mut k[i * padded..][..padded], along);
                 }
             }
-            for column in (0..start).step_by(panel::<S>()) {
-                let b = &self.turned[column..];
-                for head in 0..group {
-                    let at = head * rows + start;
-                    let (a, c) = (&self.q[at * padded..], &mut self.scores[at * across + column..]);
-                    product(s, [0, end - start], dim, false, a, padded, b, across, c, across, false);
+            for set in 0..sets {
+                let (turned, scores, own, reads) = match pair {
+                    Some(pair) if set == 1 => (&*pair.turned, &mut *pair.scores, &mut *pair.own, &*pair.reads),
+                    Some(pair) => (&**turned, &mut **scores, &mut **own, &*pair.reads),
+                    None => (&**turned, &mut **scores, &mut **own, &**k),
+                };
+                for column in (0..start).step_by(panel::<S>()) {
+                    let b = &turned[column..];
+                    for head in 0..group {
+                        let at = head * rows + start;
+                        let (a, c) = (&q[at * padded..], &mut scores[at * across + column..]);
+                        product(s, [0, end - start], dim, false, a, padded, b, across, c, across, false);
+                    }
+                    if delta || sets == 2 {
+                        let (a, c) = (&reads[start * padded..], &mut own[start * across + column..]);
+                        product(s, [0, end - start], dim, false, a, padded, b, across, c, across, false);
+                    }
                 }
-                if delta {
-                    let (a, c) = (&self.k[start * padded..], &mut self.own[start * across + column..]);
-                    product(s, [0, end - start], dim, false, a, padded, b, across, c, across, false);
+                let pairs = &pairs[set * (group + 1) * BLOCK * BLOCK..];
+                for i in start..end {
+                    let tile = ((i / S::ROWS + 1) * S::ROWS).min(across);
+                    for head in 0..group {
+                        let row = &mut scores[(head * rows + i) * across..][..across];
+                        let from = &pairs[(head * BLOCK + i - start) * BLOCK..];
+                        row[start..=i].copy_from_slice(&from[..=i - start]);
+                        row[i + 1..tile].fill(0.0);
+                    }
+                    if delta || sets == 2 {
+                        let row = &mut own[i * across..][..across];
+                        let from = &pairs[(group * BLOCK + i - start) * BLOCK..];
+                        row[start..i].copy_from_slice(&from[..i - start]);
+                        row[i..tile].fill(0.0);
+                    }
                 }
             }
             for i in start..end {
-                let tile = ((i / S::ROWS + 1) * S::ROWS).min(across);
                 for head in 0..group {
-                    let row = &mut self.scores[(head * rows + i) * across..][..across];
-                    let from = &pairs[(head * BLOCK + i - start) * BLOCK..];
-                    row[start..=i].copy_from_slice(&from[..=i - start]);
-                    row[i + 1..tile].fill(0.0);
-                    multiply_rows(s, &mut self.q[(head * rows + i) * padded..][..padded], before);
+                    multiply_rows(s, &mut q[(head * rows + i) * padded..][..padded], before);
                 }
                 if delta {
-                    let row = &mut self.own[i * across..][..across];
-                    let from = &pairs[(group * BLOCK + i - start) * BLOCK..];
-                    row[start..i].copy_from_slice(&from[..i - start]);
-                    let key = &mut self.k[i * padded..][..padded];
+                    let key = &mut k[i * padded..][..padded];
                     multiply_rows(s, key, before);
                     scale_row(s, key, -1.0);
+                }
+                if let Some(pair) = pair {
+                    multiply_rows(s, &mut pair.reads[i * padded..][..padded], before);
+                    // What is read is added, where the delta rule takes it away.
+                    scale_row(s, &mut pair.own[i * across..][..i.next_multiple_of(S::LANES)], -1.0);
                 }
             }
             // All keys so far times the decay to the block's end.
             let columns = start.next_multiple_of(S::LANES);
-            for (d, &factor) in whole.iter().enumerate().take(dim) {
-                scale_row(s, &mut self.turned[d * across..][..columns], factor);
+            for set in 0..sets {
+                let turned = match pair {
+                    Some(pair) if set == 1 => {
+                        to_end(s, padded, start..end, pair.b, g, along, tail);
+                        &mut *pair.turned
+                    }
+                    _ => &mut **turned,
+                };
+                for (d, &factor) in whole.iter().enumerate().take(dim) {
+                    scale_row(s, &mut turned[d * across..][..columns], factor);
+                }
+                turn(s, [padded, across], tail, end - start, turned, start);
             }
-            turn(s, sizes, tail, end - start, self.turned, start);
             before.copy_from_slice(sum);
             exp_row(s, before);
         }
-        if delta {
-            self.invert(s);
+        match &mut self.pair {
+            Some(pair) => invert(s, sizes, n, pair.own, self.inverse, None),
+            None if delta => invert(s, sizes, n, self.own, self.inverse, self.beta),
+            None => {}
         }
     }
+}
 
-    /// `(I + A)^-1 diag(beta)` of the products `own` of keys, row after row.
-    #[inline(always)]
-    fn invert<S: Simd>(&mut self, s: S) {
-        let (across, n) = (self.sizes.across, self.n);
-        let inverse = &mut *self.inverse;
-        assert!(inverse.len() >= n * across && self.own.len() >= n * across);
-        for i in 0..n {
-            let own = &mut self.own[i * across..][..across];
-            if let Some(beta) = self.beta {
-                scale_row(s, &mut own[..i.next_multiple_of(S::LANES)], beta[i]);
-            }
-            inverse[i * across..][..across].fill(0.0);
-            for column in (0..i).step_by(panel::<S>()) {
-                // Row j is 0 right of its column j.
-                let mut acc = [[s.zero(); PANEL_VECTORS]; UNROLL];
-                let mut j = column;
-                while j < i {
-                    for (u, acc) in acc.iter_mut().enumerate().take(i - j) {
-                        let x = s.splat(own[j + u]);
-                        for (v, acc) in acc.iter_mut().enumerate() {
-                            // SAFETY: row j + u < i <= n has `across` numbers, which hold the panel at `column`.
-                            let row = unsafe { s.load(inverse.as_ptr().add((j + u) * across + column + v * S::LANES)) };
-                            *acc = s.fma(x, row, *acc);
-                        }
-                    }
-                    j += UNROLL;
-                }
-                let mut total = [s.zero(); PANEL_VECTORS];
-                for acc in acc {
-                    for (total, acc) in total.iter_mut().zip(acc) {
-                        *total = s.sub(*total, acc);
-                    }
-                }
-                for (v, &total) in total.iter().enumerate() {
-                    // SAFETY: as above, of row i.
-                    unsafe { s.store(inverse.as_mut_ptr().add(i * across + column + v * S::LANES), total) };
-                }
-            }
-            inverse[i * across + i] = 1.0;
+/// Rows of a block times the decay from each to the block's end.
+#[inline(always)]
+fn to_end<S: Simd>(
+    s: S,
+    padded: usize,
+    block: Range<usize>,
+    keys: &[f32],
+    g: &[f32],
+    along: &mut [f32],
+    to: &mut [f32],
+) {
+    along.fill(1.0);
+    for i in block.clone().rev() {
+        let to = &mut to[(i - block.start) * padded..][..padded];
+        to.copy_from_slice(&keys[i * padded..][..padded]);
+        multiply_rows(s, to, along);
+        multiply_rows(s, along, &g[i * padded..][..padded]);
+    }
+}
+
+/// `(I + A)^-1 diag(beta)` of the products `own` of rows, row after row.
+#[inline(always)]
+fn invert<S: Simd>(s: S, sizes: Sizes, n: usize, own: &mut [f32], inverse: &mut [f32], beta: Option<&[f32]>) {
+    let across = sizes.across;
+    assert!(inverse.len() >= n * across && own.len() >= n * across);
+    for i in 0..n {
+        let own = &mut own[i * across..][..across];
+        if let Some(beta) = beta {
+            scale_row(s, &mut own[..i.next_multiple_of(S::LANES)], beta[i]);
         }
-        if let Some(beta) = self.beta {
-            let columns = n.next_multiple_of(S::LANES);
-            for row in inverse.chunks_exact_mut(across).take(n) {
-                multiply_rows(s, &mut row[..columns], &beta[..columns]);
+        inverse[i * across..][..across].fill(0.0);
+        for column in (0..i).step_by(panel::<S>()) {
+            // Row j is 0 right of its column j.
+            let mut acc = [[s.zero(); PANEL_VECTORS]; UNROLL];
+            let mut j = column;
+            while j < i {
+                for (u, acc) in acc.iter_mut().enumerate().take(i - j) {
+                    let x = s.splat(own[j + u]);
+                    for (v, acc) in acc.iter_mut().enumerate() {
+                        // SAFETY: row j + u < i <= n has `across` numbers, which hold the panel at `column`.
+                        let row = unsafe { s.load(inverse.as_ptr().add((j + u) * across + column + v * S::LANES)) };
+                        *acc = s.fma(x, row, *acc);
+                    }
+                }
+                j += UNROLL;
             }
+            let mut total = [s.zero(); PANEL_VECTORS];
+            for acc in acc {
+                for (total, acc) in total.iter_mut().zip(acc) {
+                    *total = s.sub(*total, acc);
+                }
+            }
+            for (v, &total) in total.iter().enumerate() {
+                // SAFETY: as above, of row i.
+                unsafe { s.store(inverse.as_mut_ptr().add(i * across + column + v * S::LANES), total) };
+            }
+        }
+        inverse[i * across + i] = 1.0;
+    }
+    if let Some(beta) = beta {
+        let columns = n.next_multiple_of(S::LANES);
+        for row in inverse.chunks_exact_mut(across).take(n) {
+            multiply_rows(s, &mut row[..columns], &beta[..columns]);
         }
     }
 }
@@ -395,7 +509,7 @@ fn add_row<S: Simd>(s: S, to: &mut [f32], row: &[f32]) {
 
 /// Sum of products; the length is a multiple of `LANES`.
 #[inline(always)]
-pub(super) fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
+pub(in crate::linear) fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
     let mut sum = s.zero();
     for (a, b) in a.chunks_exact(S::LANES).zip(b.chunks_exact(S::LANES)) {
         // SAFETY: both chunks have LANES floats.
@@ -404,9 +518,20 @@ pub(super) fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
     s.sum(sum)
 }
 
+/// Sum of products of three; the length is a multiple of `LANES`.
+#[inline(always)]
+pub(super) fn dot3<S: Simd>(s: S, a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+    let mut sum = s.zero();
+    for ((a, b), c) in a.chunks_exact(S::LANES).zip(b.chunks_exact(S::LANES)).zip(c.chunks_exact(S::LANES)) {
+        // SAFETY: the chunks have LANES floats.
+        sum = unsafe { s.fma(s.mul(s.load(a.as_ptr()), s.load(b.as_ptr())), s.load(c.as_ptr()), sum) };
+    }
+    s.sum(sum)
+}
+
 /// Sum of numbers.
 #[inline(always)]
-pub(super) fn add_up<S: Simd>(s: S, row: &[f32]) -> f32 {
+pub(in crate::linear) fn add_up<S: Simd>(s: S, row: &[f32]) -> f32 {
     let mut sum = s.zero();
     let chunks = row.chunks_exact(S::LANES);
     let rest = chunks.remainder();

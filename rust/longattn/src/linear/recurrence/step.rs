@@ -1,6 +1,6 @@
 //! One row of one head: a decode step, in one pass over the state (two with the delta rule, the second from the cache).
 
-use super::rows::{exp_row, forgotten, load, load_numbers, scale_row};
+use super::rows::{Mapped, exp_row, forgotten, load, load_numbers, multiply_rows, scale_row};
 use super::{Decay, Job};
 use crate::dense::scratch::Scratch;
 use crate::kv::convert::narrow;
@@ -48,8 +48,17 @@ impl Kernel for Body<'_, '_> {
         let (readers, dim) = (job.readers(head), job.dim);
         let columns = job.state.shape()[3];
         let (padded, width) = (dim.next_multiple_of(S::LANES), columns.next_multiple_of(S::LANES));
-        let [q, k, alpha, v, out, zeros] =
-            scratch.extra.carve([readers.len() * padded, padded, padded, width, width, width]);
+        let [q, k, alpha, v, out, zeros, reads, b, fading] = scratch.extra.carve([
+            readers.len() * padded,
+            padded,
+            padded,
+            width,
+            width,
+            width,
+            padded,
+            padded,
+            width,
+        ]);
         let (from, from_stride) = match &job.first {
             Some(first) => (first.head::<f32>(sequence, head), first.row_stride()),
             None => {
@@ -75,7 +84,7 @@ impl Kernel for Body<'_, '_> {
             return;
         }
         match &of.decay {
-            Decay::None => alpha.fill(1.0),
+            Decay::None | Decay::Value { .. } => alpha.fill(1.0),
             Decay::Token(view) => {
                 let mut log = [0f32];
                 load_numbers(view, [batch, head], rows.clone(), &mut log);
@@ -90,7 +99,11 @@ impl Kernel for Body<'_, '_> {
             }
         }
         if let Some(view) = &of.k {
-            load(s, view, [batch, job.key_head(head)], rows.clone(), k, padded, of.unit, 1.0);
+            let at = [batch, job.key_head(head)];
+            match of.maps[1] {
+                Some(map) => Mapped::new(s, map, *view, at, false).load(s, rows.clone(), k, padded, 1.0),
+                None => load(s, view, at, rows.clone(), k, padded, of.unit, 1.0),
+            };
         }
         let mut beta = [1f32];
         if let Some(view) = &of.beta {
@@ -104,32 +117,62 @@ impl Kernel for Body<'_, '_> {
             v[job.value_dim] = 1.0;
         }
         for (i, reader) in readers.clone().enumerate() {
-            load(s, &of.q, [batch, reader], rows.clone(), &mut q[i * padded..], padded, of.unit, of.scale);
+            let (at, to) = ([batch, reader], &mut q[i * padded..][..padded]);
+            match of.maps[0] {
+                Some(map) => Mapped::new(s, map, of.q, at, true).load(s, rows.clone(), to, padded, of.scale),
+                None => load(s, &of.q, at, rows.clone(), to, padded, of.unit, of.scale),
+            };
         }
-        let beta = of.delta.then_some(beta[0]);
+        if let Decay::Value { g, fills } = &of.decay {
+            load(s, g, [batch, head], rows.clone(), fading, width, None, 1.0);
+            if *fills {
+                forgotten(s, fading, zeros);
+                multiply_rows(s, &mut v[..width], zeros);
+                zeros.fill(0.0);
+            }
+            exp_row(s, &mut fading[..width]);
+        }
+        let at = [batch, job.key_head(head)];
+        if let Some([a, by]) = &of.pair {
+            load(s, a, at, rows.clone(), reads, padded, None, 1.0);
+            load(s, by, at, rows.clone(), b, padded, None, 1.0);
+        } else if of.delta {
+            reads[..padded].copy_from_slice(&k[..padded]);
+            multiply_rows(s, &mut reads[..padded], &alpha[..padded]);
+        }
+        let update = Update {
+            k: &k[..dim],
+            alpha: &alpha[..dim],
+            reads: (of.delta || of.pair.is_some()).then_some(&reads[..dim]),
+            beta: of.delta.then_some(beta[0]),
+            b: of.pair.is_some().then_some(&b[..dim]),
+            fading: of.decay.of_values().map(|_| &fading[..columns]),
+            before: of.bonus.is_some(),
+        };
+        // The first reader updates the state, others read what it left; or, where the state before the row is read, the last one.
         for i in 0..readers.len() {
+            let i = if update.before { readers.len() - 1 - i } else { i };
             let q = &q[i * padded..][..dim];
-            // The first reader updates the state, others read what it left.
-            let update = (i == 0).then_some((&k[..dim], &alpha[..dim]));
+            let update = if i == 0 { Ok(&update) } else { Err(update.before) };
             // SAFETY: the state's rows have `columns` numbers, and so have `v` and `out`.
             unsafe {
                 let mut at = 0;
                 if S::LANES == 16 {
                     while at + 8 * S::LANES <= columns {
-                        vectors::<S, 8>(s, state, at, q, update, beta, v, out);
+                        vectors::<S, 8>(s, state, at, q, update, v, out);
                         at += 8 * S::LANES;
                     }
                 }
                 while at + 4 * S::LANES <= columns {
-                    vectors::<S, 4>(s, state, at, q, update, beta, v, out);
+                    vectors::<S, 4>(s, state, at, q, update, v, out);
                     at += 4 * S::LANES;
                 }
                 while at + S::LANES <= columns {
-                    vectors::<S, 1>(s, state, at, q, update, beta, v, out);
+                    vectors::<S, 1>(s, state, at, q, update, v, out);
                     at += S::LANES;
                 }
                 for at in at..columns {
-                    single(state, at, q, update, beta, v, out);
+                    single(state, at, q, update, v, out);
                 }
             }
             let mut factor = 1.0;
@@ -137,10 +180,15 @@ impl Kernel for Body<'_, '_> {
                 let mass = out[job.value_dim] + eps;
                 factor = if mass == 0.0 { 0.0 } else { 1.0 / mass };
             }
-            let skip = of.skip.map_or(0.0, |skip| skip[head]);
+            let mut skip = of.skip.map_or(0.0, |skip| skip[head]);
+            if let Some(bonus) = of.bonus {
+                for ((q, k), u) in q.iter().zip(&k[..dim]).zip(&bonus[head * dim..]) {
+                    skip += q * k * u;
+                }
+            }
             for (out, v) in out[..job.value_dim].iter_mut().zip(&v[..job.value_dim]) {
                 // Without a skip, values that are not finite must not meet it.
-                *out = if skip == 0.0 { *out * factor } else { *out + skip * v };
+                *out = if skip == 0.0 && of.bonus.is_none() { *out * factor } else { *out + skip * v };
             }
             with_element!(job.out.dtype(), T => {
                 let to = job.out.row_ptr::<T>(batch, job.out_head(head, i), rows.start);
@@ -151,57 +199,89 @@ impl Kernel for Body<'_, '_> {
     }
 }
 
-/// Columns `at..at + N * LANES` of the state: the update, if there is one, and `out = q^T S`.
+/// What a row does to the state.
+struct Update<'a> {
+    k: &'a [f32],
+    /// Decays of the state's rows.
+    alpha: &'a [f32],
+    /// What the state before the row is multiplied by, where that is needed.
+    reads: Option<&'a [f32]>,
+    /// By the delta rule, values are less what is read, times this.
+    beta: Option<f32>,
+    /// What is read is written with these keys.
+    b: Option<&'a [f32]>,
+    /// Decays of the state's columns.
+    fading: Option<&'a [f32]>,
+    /// Queries read the state before the row.
+    before: bool,
+}
+
+/// Columns `at..at + N * LANES` of the state: the update, if there is one, and `out = q^T S`. Without one, whether the state before
+/// the row is read.
 ///
 /// # Safety
-/// The state's rows, `v` and `out` have these columns; `q`, keys and decays have a number for each row.
+/// The state's rows, `v`, `out` and decays of columns have these columns; `q` and what the update holds have a number for each row.
 #[inline(always)]
 unsafe fn vectors<S: Simd, const N: usize>(
     s: S,
     state: Rows,
     at: usize,
     q: &[f32],
-    update: Option<(&[f32], &[f32])>,
-    beta: Option<f32>,
+    update: Result<&Update, bool>,
     v: &[f32],
     out: &mut [f32],
 ) {
     let mut sum = [s.zero(); N];
     // SAFETY: the caller's promise.
     unsafe {
-        if let Some((k, alpha)) = update {
-            let mut new = [s.zero(); N];
-            for (n, new) in new.iter_mut().enumerate() {
-                *new = s.load(v.as_ptr().add(at + n * S::LANES));
-            }
-            if let Some(beta) = beta {
+        match update {
+            Ok(&Update { k, alpha, reads, beta, b, fading, before }) => {
+                let mut new = [s.zero(); N];
+                for (n, new) in new.iter_mut().enumerate() {
+                    *new = s.load(v.as_ptr().add(at + n * S::LANES));
+                }
                 let mut held = [s.zero(); N];
-                for d in 0..state.dim {
-                    let row = state.from.offset(d as isize * state.from_stride).add(at);
-                    let factor = s.splat(k[d] * alpha[d]);
-                    for (n, held) in held.iter_mut().enumerate() {
-                        *held = s.fma(factor, s.load(row.add(n * S::LANES)), *held);
+                if let Some(reads) = reads {
+                    for (d, &read) in reads.iter().enumerate().take(state.dim) {
+                        let row = state.from.offset(d as isize * state.from_stride).add(at);
+                        let factor = s.splat(read);
+                        for (n, held) in held.iter_mut().enumerate() {
+                            *held = s.fma(factor, s.load(row.add(n * S::LANES)), *held);
+                        }
+                    }
+                    if let Some(beta) = beta {
+                        for (new, &held) in new.iter_mut().zip(&held) {
+                            *new = s.mul(s.splat(beta), s.sub(*new, held));
+                        }
                     }
                 }
-                for (new, held) in new.iter_mut().zip(held) {
-                    *new = s.mul(s.splat(beta), s.sub(*new, held));
+                for d in 0..state.dim {
+                    let row = state.from.offset(d as isize * state.from_stride).add(at);
+                    let to = state.to.offset(d as isize * state.to_stride).add(at);
+                    let (alpha, k, q) = (s.splat(alpha[d]), s.splat(k[d]), s.splat(q[d]));
+                    for n in 0..N {
+                        let old = s.load(row.add(n * S::LANES));
+                        let mut kept = old;
+                        if let Some(fading) = fading {
+                            kept = s.mul(old, s.load(fading.as_ptr().add(at + n * S::LANES)));
+                        }
+                        let mut x = s.fma(alpha, kept, s.mul(k, new[n]));
+                        if let Some(b) = b {
+                            x = s.fma(s.splat(b[d]), held[n], x);
+                        }
+                        s.store(to.add(n * S::LANES), x);
+                        sum[n] = s.fma(q, if before { old } else { x }, sum[n]);
+                    }
                 }
             }
-            for d in 0..state.dim {
-                let row = state.from.offset(d as isize * state.from_stride).add(at);
-                let to = state.to.offset(d as isize * state.to_stride).add(at);
-                let (alpha, k, q) = (s.splat(alpha[d]), s.splat(k[d]), s.splat(q[d]));
-                for n in 0..N {
-                    let x = s.fma(alpha, s.load(row.add(n * S::LANES)), s.mul(k, new[n]));
-                    s.store(to.add(n * S::LANES), x);
-                    sum[n] = s.fma(q, x, sum[n]);
-                }
-            }
-        } else {
-            for (d, &q) in q.iter().enumerate() {
-                let row = state.to.offset(d as isize * state.to_stride).add(at);
-                for (n, sum) in sum.iter_mut().enumerate() {
-                    *sum = s.fma(s.splat(q), s.load(row.add(n * S::LANES)), *sum);
+            Err(before) => {
+                let (base, stride) =
+                    if before { (state.from, state.from_stride) } else { (state.to.cast_const(), state.to_stride) };
+                for (d, &q) in q.iter().enumerate() {
+                    let row = base.offset(d as isize * stride).add(at);
+                    for (n, sum) in sum.iter_mut().enumerate() {
+                        *sum = s.fma(s.splat(q), s.load(row.add(n * S::LANES)), *sum);
+                    }
                 }
             }
         }
@@ -220,8 +300,7 @@ unsafe fn single(
     state: Rows,
     at: usize,
     q: &[f32],
-    update: Option<(&[f32], &[f32])>,
-    beta: Option<f32>,
+    update: Result<&Update, bool>,
     v: &[f32],
     out: &mut [f32],
 ) {
@@ -230,23 +309,27 @@ unsafe fn single(
     unsafe {
         let from = |d: usize| *state.from.offset(d as isize * state.from_stride).add(at);
         let to = |d: usize| state.to.offset(d as isize * state.to_stride).add(at);
-        if let Some((k, alpha)) = update {
-            let mut new = v[at];
-            if let Some(beta) = beta {
+        match update {
+            Ok(&Update { k, alpha, reads, beta, b, fading, before }) => {
                 let mut held = 0.0;
-                for d in 0..state.dim {
-                    held += k[d] * alpha[d] * from(d);
+                if let Some(reads) = reads {
+                    for (d, read) in reads.iter().enumerate().take(state.dim) {
+                        held += read * from(d);
+                    }
                 }
-                new = beta * (new - held);
+                let new = beta.map_or(v[at], |beta| beta * (v[at] - held));
+                let fade = fading.map_or(1.0, |fading| fading[at]);
+                for d in 0..state.dim {
+                    let old = from(d);
+                    let x = alpha[d] * fade * old + k[d] * new + b.map_or(0.0, |b| b[d] * held);
+                    *to(d) = x;
+                    sum += q[d] * if before { old } else { x };
+                }
             }
-            for d in 0..state.dim {
-                let x = alpha[d] * from(d) + k[d] * new;
-                *to(d) = x;
-                sum += q[d] * x;
-            }
-        } else {
-            for (d, q) in q.iter().enumerate() {
-                sum += q * *to(d);
+            Err(before) => {
+                for (d, q) in q.iter().enumerate() {
+                    sum += q * if before { from(d) } else { *to(d) };
+                }
             }
         }
     }
