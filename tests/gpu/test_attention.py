@@ -153,6 +153,14 @@ def test_block_sparse_is_masked_attention(rng, device, dtype, query_block, causa
     tolerances.device_attention(q, k, v).check(get(out), expected, get(lse), expected_lse)
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_block_sparse_with_wide_heads(rng, device, dtype):
+    q, k, v = arrays(rng, dtype, heads=2, kv_heads=1, rows=70, keys=200, dim=128)
+    starts, blocks, mask = block_lists(rng, 2, 70, 200, 64, 0.5)
+    out = gpu.block_sparse_attention(*(put(device, x) for x in (q, k, v, starts, blocks)), device=device)
+    tolerances.device_attention(q, k, v).check(get(out), reference.attention(q, k, v, mask=mask))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merge_of_disjoint_sets_is_attention_over_all(rng, device, dtype):
     q, k, v = arrays(rng, dtype, heads=4, kv_heads=2, rows=1, keys=150, dim=64)

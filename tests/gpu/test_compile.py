@@ -1,6 +1,7 @@
 """Kernels compile for every architecture within the limits of a table: registers, spills, needed instructions."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def limits_of(name, kernel):
 
 
 def cases():
-    """Every source for every architecture; variants with options, which take long, for one."""
+    """Every source for every architecture; variants with options, which take longest, for one."""
     for name in NAMES:
         for architecture in nvrtc.ARCHITECTURES:
             if architecture == "sm_90" or not name.endswith("_options"):
@@ -34,6 +35,8 @@ def cases():
 @pytest.mark.parametrize(("name", "architecture"), list(cases()))
 def test_kernels_keep_their_limits(name, architecture):
     text = source(name)
+    if architecture != "sm_90":  # float16 takes the registers that bfloat16 takes: once is enough
+        text = re.sub(r"^[A-Z_]+\(f16, \d+\)\n|^[A-Z_]+\(f16(, f16)?\)\n", "", text, flags=re.MULTILINE)
     kernels = nvrtc.compiled(name, text, architecture)
     assert kernels
     for kernel, made in kernels.items():

@@ -20,8 +20,16 @@ _FILES = {
     "recurrence_f32": ("recurrence_f32.cu",),
     "signatures": ("choice.cuh", "signatures.cu"),
 }
-#: Sources that are compiled a second time for options of scores, so that these cost nothing where there are none.
-_WITH_OPTIONS = ("decode", "decode_int8", "neighbourhood", "neighbourhood_f32", "prefill", "prefill_f32")
+#: Sources that are compiled a second time for options of scores, so that these cost nothing where there are none, and
+#: what `SCORE_OPTIONS` is then (attention.cuh).
+_WITH_OPTIONS = {
+    "decode": 1,
+    "decode_int8": 1,
+    "neighbourhood": 2,
+    "neighbourhood_f32": 2,
+    "prefill": 1,
+    "prefill_f32": 1,
+}
 _OPTIONS = "_options"
 
 #: Sources, each a translation unit of its own.
@@ -44,5 +52,5 @@ def source(name: str) -> str:
         raise ValueError(f"name: got {name!r}, expected one of {NAMES}")
     plain = name.removesuffix(_OPTIONS)
     folder = files("longattn.gpu") / "cuda"
-    defines = "" if plain == name else "#define SCORE_OPTIONS 1\n"
+    defines = "" if plain == name else f"#define SCORE_OPTIONS {_WITH_OPTIONS[plain]}\n"
     return defines + "".join((folder / file).read_text() for file in ("common.cuh", *_FILES[plain]))

@@ -1,6 +1,7 @@
 // What kernels of softmax attention share: options of the scores, and the softmax of a row as its scores come in.
 //
-// Scores are in units of log 2. Only texts compiled with SCORE_OPTIONS look at the options; in the others they cost nothing.
+// Scores are in units of log 2. Only texts compiled with SCORE_OPTIONS look at the options; in the others they cost nothing. With 2 they
+// do not look at those that depend on the key, its bias and its distance.
 #ifndef SCORE_OPTIONS
 #define SCORE_OPTIONS 0
 #endif
@@ -45,6 +46,8 @@ DEVICE float score_of(const ScoreOptions& options, const ScoreRow& row, float pr
   float x = product * row.scale;
   if (SCORE_OPTIONS) {
     if (options.softcap > 0.f) x = options.softcap * tanhf(x / options.softcap);
+  }
+  if (SCORE_OPTIONS == 1) {
     if (row.bias) x += row.bias[key * options.bias_key] * LOG2_E;
     x -= row.slope * static_cast<float>(max(row.position - key, key - row.position));
   }

@@ -45,6 +45,7 @@ DEVICE void encode(const T* x, const float* centre, const float* turned, u8* cod
     int d = threadIdx.x % ACROSS + c * ACROSS;
 #pragma unroll
     for (int key = 0; key < KEYS; key++) made[c][key] = 0.f;
+#pragma unroll 4
     for (int e = 0; e < DIM; e++) {
       float weight = turned[e * DIM + d];
 #pragma unroll
@@ -122,6 +123,7 @@ DEVICE void prepare(const T* q, const float* centre, const float* turned, u32* q
   query[d] = own;
   __syncthreads();
   float sum = 0.f;
+#pragma unroll 4
   for (int e = 0; e < DIM; e++) sum += turned[e * DIM + d] * query[e];
   float largest = lanes_max<WARP>(fabsf(sum)), base = lanes_sum<WARP>(own * centre[head * DIM + d]);
   if (lane == 0) {
