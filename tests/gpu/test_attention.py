@@ -376,6 +376,22 @@ class TestBadInput:
         assert not device.started
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_head_sizes_and_shared_memory(rng, dtype, rows):
+    """A device with 99 KB a block, as consumer cards have, takes heads of 128; what it cannot take it refuses first."""
+    device = EmulatorDevice()
+    device.shared_limit = 99 << 10
+    gpu.attention(*arrays(rng, dtype, heads=1, kv_heads=1, rows=rows, keys=20, dim=128), device=device)
+    if (dtype, rows) == (F32, 1):  # needs little
+        return
+    device = EmulatorDevice()
+    device.shared_limit = 50 << 10
+    with pytest.raises(ValueError, match="bytes of shared memory a block; this device has 51200"):
+        gpu.attention(*arrays(rng, dtype, heads=1, kv_heads=1, rows=rows, keys=20, dim=256), device=device)
+    assert not device.started
+
+
 class TestPublicFunctions:
     """`longattn.attention` on arrays of a GPU: the option table says what goes there."""
 

@@ -21,6 +21,7 @@ DECODE_ROWS = 16
 BLOCK_KEYS = 64
 
 _DECODE_THREADS = 128
+_WIDE = 128  # wider rows have two stages of copies
 _DECODE_STAGES = 3
 _CODED_STAGES = 4
 _SPLIT_MULTIPLE = 64
@@ -345,10 +346,12 @@ def _decode(
     else:
         block_rows = DECODE_ROWS
         name = f"decode_{KERNEL_DTYPES[q.dtype]}_{dim}"
-        tiles = 2 * 16 * dim * (1 + 4 * _DECODE_STAGES * 2)  # queries; keys and values of four warps
+        stages, row_bytes = _DECODE_STAGES, 2 * dim
         if parameters is not None:
-            name, tiles = f"decode_int8_{KERNEL_DTYPES[q.dtype]}_{dim}", 4 * _CODED_STAGES * 2 * 16 * (dim + 8)
+            name, stages, row_bytes = f"decode_int8_{KERNEL_DTYPES[q.dtype]}_{dim}", _CODED_STAGES, dim + 8
+        tiles = 4 * (2 if dim > _WIDE else stages) * 2 * 16 * row_bytes  # keys and values of four warps
         shared = max(tiles, 4 * 16 * 4 * (2 + dim))
+    _check_shared(device, q, shared)
     across = batch * kv_heads * -(-rows // block_rows)
     split = _split_keys(most, across, device.processors)
     splits = max(1, -(-most // split))
@@ -443,9 +446,13 @@ def prefill_launch(device: Device, source: str, q: View, rows: int, *, options: 
         warps = rows // 16
         name, threads = f"{source}_{KERNEL_DTYPES[q.dtype]}_{dim}_{warps}", 32 * warps
         shared = 2 * dim * (rows + 2 * BLOCK_KEYS)
+    _check_shared(device, q, shared)
+    return device.kernel(with_options(source) if options else source, name), threads, shared
+
+
+def _check_shared(device: Device, q: View, shared: int) -> None:
     if shared > device.shared_limit:
         raise ValueError(
-            f"q: got head_dim {dim} of {q.dtype}, which needs {shared} bytes of shared memory a block; this device has "
-            f"{device.shared_limit}"
+            f"q: got head_dim {q.shape[-1]} of {q.dtype}, which needs {shared} bytes of shared memory a block; this "
+            f"device has {device.shared_limit}"
         )
-    return device.kernel(with_options(source) if options else source, name), threads, shared

@@ -2,7 +2,9 @@
 // own stands in its loop; the four warps' results are merged at the end.
 
 // ---- matrix products: 16-bit numbers, up to 16 rows ----
-constexpr int DECODE_STAGES = 3;
+// Of copies; wide rows have fewer, for devices with less shared memory.
+template <int DIM>
+constexpr int DECODE_STAGES = DIM > 128 ? 2 : 3;
 constexpr int DECODE_KEYS = 16;  // of a warp at a time
 
 template <class T, int DIM>
@@ -30,22 +32,33 @@ DEVICE void decode_matrices(const T* q, const T* k, const T* v, const int* liste
   const T* queries = q + part.first_row * DIM;
   const int* list = listed ? listed + part.batch_head * most : nullptr;
 
+  // The queries lie where the first warp's last stage will be, whose copies start in the loop.
   DYNAMIC_SHARED(shared);
-  Tile<T, DIM> q_tile{reinterpret_cast<T*>(shared)};
-  T* stages = q_tile.base + 16 * DIM + warp * (DECODE_STAGES * 2 * DECODE_KEYS * DIM);
-  constexpr int STAGE = 2 * DECODE_KEYS * DIM;
-
+  constexpr int STAGES = DECODE_STAGES<DIM>, STAGE = 2 * DECODE_KEYS * DIM, STRIDE = DECODE_WARPS * DECODE_KEYS;
+  T* stages = reinterpret_cast<T*>(shared) + warp * STAGES * STAGE;
+  Tile<T, DIM> q_tile{reinterpret_cast<T*>(shared) + (STAGES - 1) * STAGE};
   for (int i = threadIdx.x; i < 16 * (DIM / 8); i += DECODE_THREADS) {
     int row = i / (DIM / 8), piece = i % (DIM / 8);
     bool valid = row < part.rows;
     copy_async(q_tile.piece(row, piece), queries + (valid ? row * DIM + piece * 8 : 0), valid);
   }
   commit_async();
-  wait_async<0>();
-  __syncthreads();
+  auto fetch = [&](int stage, int at) {
+    if (at < part.to) {
+      decode_load(Tile<T, DIM>{stages + stage * STAGE}, keys, k_by.row, list, at, part.to, lane);
+      decode_load(Tile<T, DIM>{stages + stage * STAGE + DECODE_KEYS * DIM}, values, v_by.row, list, at, part.to, lane);
+    }
+    commit_async();
+  };
+  int first = part.from + warp * DECODE_KEYS;
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; s++) fetch(s, first + s * STRIDE);
+  wait_async<STAGES - 1>();
+  __syncthreads();  // the queries are there
   u32 q_parts[STEPS][4];
 #pragma unroll
   for (int s = 0; s < STEPS; s++) load_matrices(q_parts[s], q_tile.piece(lane & 15, 2 * s + (lane >> 4)));
+  __syncthreads();  // and in registers
 
   float o[DIM / 8][4], maxima[2] = {-infinity(), -infinity()}, sums[2] = {0.f, 0.f};
 #pragma unroll
@@ -61,26 +74,10 @@ DEVICE void decode_matrices(const T* q, const T* k, const T* v, const int* liste
     of_row[i] = part.scores(options, scale, group + 8 * i);
   }
 
-  int first = part.from + warp * DECODE_KEYS;
-  constexpr int STRIDE = DECODE_WARPS * DECODE_KEYS;
-#pragma unroll
-  for (int s = 0; s < DECODE_STAGES - 1; s++) {
-    int at = first + s * STRIDE;
-    if (at < part.to) {
-      decode_load(Tile<T, DIM>{stages + s * STAGE}, keys, k_by.row, list, at, part.to, lane);
-      decode_load(Tile<T, DIM>{stages + s * STAGE + DECODE_KEYS * DIM}, values, v_by.row, list, at, part.to, lane);
-    }
-    commit_async();
-  }
   int stage = 0;
   for (int at = first; at < part.to; at += STRIDE) {
-    int ahead = at + (DECODE_STAGES - 1) * STRIDE, next = stage == 0 ? DECODE_STAGES - 1 : stage - 1;
-    if (ahead < part.to) {
-      decode_load(Tile<T, DIM>{stages + next * STAGE}, keys, k_by.row, list, ahead, part.to, lane);
-      decode_load(Tile<T, DIM>{stages + next * STAGE + DECODE_KEYS * DIM}, values, v_by.row, list, ahead, part.to, lane);
-    }
-    commit_async();
-    wait_async<DECODE_STAGES - 1>();
+    fetch(stage == 0 ? STAGES - 1 : stage - 1, at + (STAGES - 1) * STRIDE);
+    wait_async<STAGES - 1>();
     __syncwarp();
     Tile<T, DIM> k_tile{stages + stage * STAGE}, v_tile{stages + stage * STAGE + DECODE_KEYS * DIM};
 
@@ -120,7 +117,7 @@ DEVICE void decode_matrices(const T* q, const T* k, const T* v, const int* liste
       multiply(o[2 * d + 1], weights, loaded[2], loaded[3], T{});
     }
     __syncwarp();  // the stage is free
-    stage = stage == DECODE_STAGES - 1 ? 0 : stage + 1;
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
   }
   wait_async<0>();
   __syncthreads();  // results take the stages' place

@@ -6,7 +6,8 @@
 //
 // Arguments beside those of decode.cuh: scale and offset of each key and value, [B, Hkv, most, 2], by strides of batch and head.
 
-constexpr int CODED_STAGES = 4;
+template <int DIM>
+constexpr int CODED_STAGES = DIM > 128 ? 2 : 4;  // fewer of wide rows, for devices with less shared memory
 constexpr int CODED_KEYS = 16;  // of a warp at a time
 
 struct CodedBy {
@@ -77,8 +78,8 @@ DEVICE void decode_codes(const T* q, const u8* k, const u8* v, const int* listed
   }
 
   DYNAMIC_SHARED(shared);
-  constexpr int STAGE = 2 * CodedRows<DIM>::BYTES;
-  u8* stages = shared + warp * CODED_STAGES * STAGE;
+  constexpr int STAGE = 2 * CodedRows<DIM>::BYTES, STAGES = CODED_STAGES<DIM>;
+  u8* stages = shared + warp * STAGES * STAGE;
   auto fetch = [&](int stage, int at) {
     if (at < part.to) {
       coded_load<DIM, true>({stages + stage * STAGE}, keys, k_by.row, of_keys, list, at, part.to, lane);
@@ -105,11 +106,11 @@ DEVICE void decode_codes(const T* q, const u8* k, const u8* v, const int* listed
   int first = part.from + warp * CODED_KEYS;
   constexpr int STRIDE = DECODE_WARPS * CODED_KEYS;
 #pragma unroll
-  for (int s = 0; s < CODED_STAGES - 1; s++) fetch(s, first + s * STRIDE);
+  for (int s = 0; s < STAGES - 1; s++) fetch(s, first + s * STRIDE);
   int stage = 0;
   for (int at = first; at < part.to; at += STRIDE) {
-    fetch((stage + CODED_STAGES - 1) % CODED_STAGES, at + (CODED_STAGES - 1) * STRIDE);
-    wait_async<CODED_STAGES - 1>();
+    fetch((stage + STAGES - 1) % STAGES, at + (STAGES - 1) * STRIDE);
+    wait_async<STAGES - 1>();
     __syncwarp();
     CodedRows<DIM> k_rows{stages + stage * STAGE}, v_rows{stages + stage * STAGE + STAGE / 2};
 
@@ -171,7 +172,7 @@ DEVICE void decode_codes(const T* q, const u8* k, const u8* v, const int* listed
                    bytes_less_128(loaded[2 * p + 1] >> 8 * odd, T{}), T{});
     }
     __syncwarp();  // the stage is free
-    stage = (stage + 1) % CODED_STAGES;
+    stage = (stage + 1) % STAGES;
   }
   wait_async<0>();
   __syncthreads();  // results take the stages' place
