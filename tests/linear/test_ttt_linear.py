@@ -63,3 +63,17 @@ def test_values_must_be_as_wide_as_keys(rng):
         ttt_linear(**{**arguments, "gain": arguments["gain"][:, 1:]})
     with pytest.raises(ValueError, match="eps: got -1"):
         ttt_linear(**{**arguments, "eps": -1.0})
+
+
+def test_a_call_may_end_in_a_mini_batch(rng):
+    """The gradients of its other rows are taken at the weights with which it began."""
+    arguments = TestTttLinear.case.arguments(rng, length=20)
+    _, last = ttt_linear(**arguments, chunk_size=20)
+    _, state = ttt_linear(**TestTttLinear.case.rows(arguments, slice(0, 7)), chunk_size=20)
+    assert state.position == 7
+    np.testing.assert_array_equal(state.frozen.reshape(2, 9, 8), arguments["weights"])
+    rest = TestTttLinear.case.rows(arguments, slice(7, None))
+    del rest["weights"]
+    _, after = ttt_linear(**rest, chunk_size=20, initial_state=state)
+    np.testing.assert_allclose(after.live, last.live, atol=1e-5)
+    assert after.position == 0

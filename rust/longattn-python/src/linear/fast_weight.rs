@@ -85,7 +85,6 @@ pub(crate) fn fast_weight(
     let [b, h, l, _] = of.k.shape();
     let operations = PRODUCTS * (b * h * l) as f64 * of.weights() as f64;
     let mut out = view_mut("out", out)?;
-    let memory =
-        Memory { live: live.as_slice_mut()?, step: step.as_slice_mut()?, frozen: frozen.as_slice_mut()? };
+    let memory = Memory { live: live.as_slice_mut()?, step: step.as_slice_mut()?, frozen: frozen.as_slice_mut()? };
     running::run(py, operations, |execution| engine::fast_weight(of, &mut out, memory, execution))
 }

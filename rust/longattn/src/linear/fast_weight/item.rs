@@ -76,12 +76,7 @@ impl Kernel for Body<'_, '_> {
             gates: Gates::new(),
             scores: vec![0.0; ROOM * ACROSS],
             errors: vec![],
-            numbers: Numbers {
-                rate: [0.0; TILE],
-                keep: [1.0; TILE],
-                momentum: [0.0; TILE],
-                threshold: [0.0; TILE],
-            },
+            numbers: Numbers { rate: [0.0; TILE], keep: [1.0; TILE], momentum: [0.0; TILE], threshold: [0.0; TILE] },
         };
         worker.prepare(s);
         let group = of.q.shape()[1] / heads;

@@ -155,17 +155,17 @@ impl FastWeight<'_> {
             }
         };
         if heads == 0 || query_heads == 0 || query_heads % heads != 0 {
-            return Err(Error::value(
-                "q",
-                format!("{query_heads} heads"),
-                format!("a multiple of the {heads} of k"),
-            ));
+            return Err(Error::value("q", format!("{query_heads} heads"), format!("a multiple of the {heads} of k")));
         }
         expect("q", self.q.shape(), [batch, query_heads, length, dim])?;
         expect("v", self.v.shape(), [batch, heads, length, value_dim])?;
         expect("out", out.shape(), [batch, query_heads, length, value_dim])?;
-        let gates =
-            [("rate", Some(self.rate)), ("keep", self.keep), ("momentum", self.momentum), ("threshold", self.threshold)];
+        let gates = [
+            ("rate", Some(self.rate)),
+            ("keep", self.keep),
+            ("momentum", self.momentum),
+            ("threshold", self.threshold),
+        ];
         for (name, gate) in gates {
             if let Some(gate) = gate {
                 expect(name, gate.shape(), [batch, heads, length, 1])?;
@@ -181,7 +181,11 @@ impl FastWeight<'_> {
         if let Some(Residual { gain, shift, .. }) = self.residual
             && (dim != value_dim || gain.len() != heads * value_dim || shift.len() != heads * value_dim)
         {
-            return Err(Error::value("residual", format!("{} factors", gain.len()), "values as wide as keys, and factors"));
+            return Err(Error::value(
+                "residual",
+                format!("{} factors", gain.len()),
+                "values as wide as keys, and factors",
+            ));
         }
         if self.chunk == 0 || self.position >= self.chunk {
             let got = format!("{} at {}", self.chunk, self.position);

@@ -17,7 +17,8 @@ fn run(length: usize, chunk: usize, split: usize) -> Result<(Vec<f32>, Vec<f32>)
     let (dim, value_dim) = (6, 9);
     let (q, k, v) = (numbers(length * dim, 1), numbers(length * dim, 2), numbers(length * value_dim, 3));
     let gate = |seed| -> Vec<f32> { numbers(length, seed).into_iter().map(|x| 0.25 * (x + 1.0)).collect() };
-    let (rate, momentum) = (gate(4), gate(5));
+    // Small rates, so that the weights of a long chunk do not grow.
+    let (rate, momentum): (Vec<f32>, _) = (gate(4).into_iter().map(|x| 0.1 * x).collect(), gate(5));
     let keep: Vec<f32> = gate(6).into_iter().map(|x| 1.0 - 0.2 * x).collect();
     let mut live = numbers(dim * value_dim, 7);
     let (mut frozen, mut step, mut out) = (live.clone(), vec![0f32; live.len()], vec![0f32; length * value_dim]);

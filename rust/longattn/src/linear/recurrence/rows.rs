@@ -211,7 +211,12 @@ impl Kernel for Apply<'_, '_, '_> {
 }
 
 /// The numbers of rows `rows` of a head of a view `[batch, heads, length, 1]`.
-pub(in crate::linear) fn load_numbers(view: &TensorView, [batch, head]: [usize; 2], rows: Range<usize>, to: &mut [f32]) {
+pub(in crate::linear) fn load_numbers(
+    view: &TensorView,
+    [batch, head]: [usize; 2],
+    rows: Range<usize>,
+    to: &mut [f32],
+) {
     with_element!(view.dtype(), T => {
         for (row, to) in rows.zip(to) {
             *to = view.row::<T>(batch, head, row)[0].to_f32();

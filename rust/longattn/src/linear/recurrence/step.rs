@@ -48,17 +48,8 @@ impl Kernel for Body<'_, '_> {
         let (readers, dim) = (job.readers(head), job.dim);
         let columns = job.state.shape()[3];
         let (padded, width) = (dim.next_multiple_of(S::LANES), columns.next_multiple_of(S::LANES));
-        let [q, k, alpha, v, out, zeros, reads, b, fading] = scratch.extra.carve([
-            readers.len() * padded,
-            padded,
-            padded,
-            width,
-            width,
-            width,
-            padded,
-            padded,
-            width,
-        ]);
+        let [q, k, alpha, v, out, zeros, reads, b, fading] =
+            scratch.extra.carve([readers.len() * padded, padded, padded, width, width, width, padded, padded, width]);
         let (from, from_stride) = match &job.first {
             Some(first) => (first.head::<f32>(sequence, head), first.row_stride()),
             None => {
@@ -296,14 +287,7 @@ unsafe fn vectors<S: Simd, const N: usize>(
 /// # Safety
 /// As there.
 #[inline(always)]
-unsafe fn single(
-    state: Rows,
-    at: usize,
-    q: &[f32],
-    update: Result<&Update, bool>,
-    v: &[f32],
-    out: &mut [f32],
-) {
+unsafe fn single(state: Rows, at: usize, q: &[f32], update: Result<&Update, bool>, v: &[f32], out: &mut [f32]) {
     let mut sum = 0.0;
     // SAFETY: the caller's promise.
     unsafe {
