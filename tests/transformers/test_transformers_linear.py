@@ -182,7 +182,7 @@ def test_bfloat16(name: str) -> None:
 
 
 def test_float64_goes_where_it_went_before() -> None:
-    model, input_ids = build("qwen3_next").double(), prompts(1, 20)
+    model, input_ids = build("olmo_hybrid").double(), prompts(1, 20)
     expected = model(input_ids).logits
     with use_linear_kernels(model):
         assert torch.equal(model(input_ids).logits, expected)

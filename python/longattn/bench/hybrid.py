@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from longattn.bench.harness import Bench, Candidate, rows_of
 from longattn.bench.options import Grid, add_grid, chosen_grid
 from longattn.bench.plots import Bars, Panel
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import Column
+from longattn.bench.sections import Section, all_rows, titled, values_of
+from longattn.bench.tables import Column, table
 
 SUMMARY = "transformers' hybrid and state space models: prompts, tokens and training steps, on our kernels and theirs"
 OURS = "longattn.transformers.use_linear_kernels"
@@ -202,3 +203,23 @@ def _call(model: Any, form: str, tokens: Any, ours: bool) -> Callable[[], Any]:
 def panels(result: Result) -> list[Panel | Bars]:
     """Nothing: a table says it."""
     return []
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = all_rows(found, "hybrid")
+    lines: list[str] = []
+    for threads in values_of(rows, "threads"):
+        lines += titled(threads, table([row for row in rows if row["threads"] == threads], COLUMNS[1:]))
+    return lines
+
+
+SECTIONS = (
+    Section(
+        "linear",
+        "hybrid",
+        "Hybrid and state space models",
+        "Random weights in four layers, three of them linear where layers differ; `tokens` are single ones after the "
+        "prompt, `training step` forward and backward. `difference`: largest of the last row of logits from ours.",
+        _tables,
+    ),
+)

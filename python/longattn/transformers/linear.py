@@ -7,14 +7,16 @@ modules have; the model's own code, its cache and its weights stay as they are.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 import longattn.torch as ops
+from longattn import linear
 
 Function = Callable[..., Any]
 
@@ -112,10 +114,22 @@ def _on_cpu(ours: Function, before: Function) -> Function:
     return call
 
 
+def _library() -> Any:
+    """Operators where torch looks on, the functions themselves, which take less time to call, where it does not."""
+    return ops if torch.is_grad_enabled() or torch.compiler.is_compiling() else linear
+
+
+def _in_place(state: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+    """The array for the state after a single token: that before it, which its cache would copy it to anyway."""
+    alone = rows == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return state if alone and state is not None and state.dtype == torch.float32 and state.is_contiguous() else None
+
+
 # Tensors come as `[B, L, H, D]`, and go so.
 
 
-def _gated_delta_rule(
+def _delta_rule(
+    name: str,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -128,35 +142,19 @@ def _gated_delta_rule(
     cu_seqlens: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    out, state = ops.gated_delta_rule(
+    after = _in_place(initial_state, query.shape[1])
+    out, state = getattr(_library(), name)(
         *(x.transpose(1, 2) for x in (query, key, value, g, beta)),
         normalize_qk=use_qk_l2norm_in_kernel,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
+        **({} if after is None else {"out_state": after}),
     )
     return out.transpose(1, 2), state if output_final_state else None
 
 
-def _kimi_delta_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    chunk_size: int = 64,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    out, state = ops.kimi_delta_attention(
-        *(x.transpose(1, 2) for x in (query, key, value, g, beta)),
-        normalize_qk=use_qk_l2norm_in_kernel,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-    )
-    return out.transpose(1, 2), state if output_final_state else None
+_gated_delta_rule = functools.partial(_delta_rule, "gated_delta_rule")
+_kimi_delta_attention = functools.partial(_delta_rule, "kimi_delta_attention")
 
 
 def _selective_scan(
@@ -173,7 +171,7 @@ def _selective_scan(
     **_: Any,
 ) -> Any:
     """Channels come before rows here."""
-    out, state = ops.selective_scan(
+    out, state = _library().selective_scan(
         hidden_states.transpose(1, 2),
         dt.transpose(1, 2),
         A,
@@ -184,7 +182,7 @@ def _selective_scan(
         softplus=delta_softplus,
         z=None if z is None else z.transpose(1, 2),
     )
-    return (out.transpose(1, 2), state) if return_last_state else out.transpose(1, 2)
+    return (out.transpose(1, 2), torch.as_tensor(state)) if return_last_state else out.transpose(1, 2)
 
 
 def _selective_step(
@@ -201,7 +199,8 @@ def _selective_step(
     **_: Any,
 ) -> torch.Tensor:
     """One token; the state is updated in place."""
-    out, after = ops.selective_scan(
+    in_place = _in_place(state, 1)
+    out, after = _library().selective_scan(
         hidden_states[:, None],
         dt[:, None],
         A,
@@ -212,9 +211,11 @@ def _selective_step(
         softplus=dt_softplus,
         z=None if z is None else z[:, None],
         initial_state=state,
+        **({} if in_place is None else {"out_state": in_place.detach().numpy()}),
     )
-    state.copy_(after)
-    return out[:, 0]
+    if in_place is None:
+        state.copy_(torch.as_tensor(after))
+    return cast(torch.Tensor, out[:, 0])
 
 
 def _state_space_duality(
@@ -240,7 +241,7 @@ def _state_space_duality(
         dt = torch.nn.functional.softplus(dt)
     dt = dt.clamp(*dt_limit).float()
     values = hidden_states.float()
-    out, state = ops.state_space_duality(
+    out, state = _library().state_space_duality(
         values.transpose(1, 2),
         dt.transpose(1, 2),
         A.float(),
@@ -282,8 +283,17 @@ def _state_space_step(
     weights, reads = (x.float().repeat_interleave(heads // groups, 1) for x in (B, C))
     written = (hidden_states.float() * step[..., None])[:, :, None]
     decay = (step * A[:, 0, 0].float())[..., None, None].expand(written.shape)
-    after = ops.gated_linear_attention(written, written, weights[:, :, None], decay, initial_state=state)[1]
-    state.copy_(after)
+    in_place = _in_place(state, 1)
+    after = _library().gated_linear_attention(
+        written,
+        written,
+        weights[:, :, None],
+        decay,
+        initial_state=state,
+        **({} if in_place is None else {"out_state": in_place}),
+    )[1]
+    if in_place is None:
+        state.copy_(after)
     out = torch.matmul(after, reads[..., None])[..., 0]
     if D is not None:
         out = out + hidden_states * D
