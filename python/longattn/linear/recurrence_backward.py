@@ -98,8 +98,9 @@ def recurrence_backward(
         ValueError: shapes or gates that do not fit, or `normalize` without `out`.
 
     Cost:
-        Twice to three times the forward call's arithmetic; float32 gradients, and per thread one state per chunk of a
-        sequence, at most 32 MiB or, where that is not enough, twice the root of the number of chunks.
+        Three to four times the forward call, most with decays per channel. Memory beyond the gradients, which are made
+        in float32: per thread the states at the starts of a sequence's chunks, at most 32 MiB or, where that is not
+        enough, twice the root of their number.
     """
     delta, unit, divided = flag(delta, "delta"), flag(normalize_qk, "normalize_qk"), flag(normalize, "normalize")
     if divided and delta:
