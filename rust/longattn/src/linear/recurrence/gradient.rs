@@ -172,9 +172,9 @@ impl Kernel for Prepare<'_, '_, '_> {
         if let Some(beta) = beta
             && !of.delta
         {
-            for i in 0..n {
+            for (i, &beta) in beta.iter().enumerate().take(n) {
                 let row = &mut work.k[i * padded..][..padded];
-                scale_row(s, row, beta[i]);
+                scale_row(s, row, beta);
                 work.scaled[i * wide..][..padded].copy_from_slice(row);
             }
         }
