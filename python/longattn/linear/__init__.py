@@ -45,8 +45,8 @@ from longattn.linear.mega_gated_attention import MegaWeights, mega_gated_attenti
 from longattn.linear.miras_memory import miras_memory
 from longattn.linear.multi_dim_damped_ema import multi_dim_damped_ema
 from longattn.linear.performer_attention import performer_attention, random_directions
-from longattn.linear.regla import regla
 from longattn.linear.recurrence_backward import RecurrenceGradients, recurrence_backward
+from longattn.linear.regla import regla
 from longattn.linear.retention import retention
 from longattn.linear.reverse_attention_gate import reverse_attention_gate, tri_plane_scan
 from longattn.linear.rwkv6 import rwkv6

@@ -34,8 +34,8 @@ from longattn.reference.linear.mamba_mixer import bidirectional_mamba, mamba_mix
 from longattn.reference.linear.mega_gated_attention import mega_gated_attention, multi_dim_damped_ema
 from longattn.reference.linear.miras_memory import miras_memory
 from longattn.reference.linear.performer_attention import performer_attention
-from longattn.reference.linear.regla import regla
 from longattn.reference.linear.recurrence_backward import recurrence_backward
+from longattn.reference.linear.regla import regla
 from longattn.reference.linear.retention import retention
 from longattn.reference.linear.reverse_attention_gate import reverse_attention_gate
 from longattn.reference.linear.rwkv6 import rwkv6

@@ -136,6 +136,10 @@ pub(crate) fn recurrence_backward(
         unit,
         normaliser,
         skip: None,
+        bonus: None,
+        pair: None,
+        squares: false,
+        maps: [None, None],
         start: match initial_state {
             None => Start::Zero,
             Some(x) => Start::From(view("initial_state", x)?),

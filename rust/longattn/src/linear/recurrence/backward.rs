@@ -56,6 +56,11 @@ fn check<'a>(of: Recurrence<'a>, given: Gradients<'a>, to: &'a Outputs<'a>) -> R
     if of.skip.is_some() {
         return Err(Error::value("skip", "factors", "none: their part of the outputs is a product outside"));
     }
+    let by_column = matches!(of.decay, Decay::Value { .. });
+    if by_column || of.bonus.is_some() || of.pair.is_some() || of.squares || of.maps.iter().any(Option::is_some) {
+        let expected = "decays per row or channel of the keys, and nothing between queries, keys and states";
+        return Err(Error::value("decay", "a rule whose gradients are not known", expected));
+    }
     let [batch, _, length, _] = of.v.shape();
     let outputs = [batch, query_heads.max(heads), length, value_dim];
     let states = [sequences, heads, dim, value_dim + usize::from(of.normaliser.is_some())];
@@ -82,7 +87,7 @@ fn check<'a>(of: Recurrence<'a>, given: Gradients<'a>, to: &'a Outputs<'a>) -> R
     expect_f32("dv", &to.v.as_view(), of.v.shape())?;
     expect_f32("d_initial_state", &to.state.as_view(), states)?;
     let g = match of.decay {
-        Decay::None => None,
+        Decay::None | Decay::Value { .. } => None,
         Decay::Token(g) | Decay::Channel(g) => Some(g),
     };
     for (name, argument, gradient) in [("dg", &g, &to.g), ("d_beta", &of.beta, &to.beta)] {
@@ -164,6 +169,10 @@ mod tests {
                     unit: None,
                     normaliser: None,
                     skip: None,
+                    bonus: None,
+                    pair: None,
+                    squares: false,
+                    maps: [None, None],
                     start: Start::From(view(&first, d, e)),
                     ends: None,
                     chunk: 48,

@@ -180,9 +180,10 @@ impl Kernel for Prepare<'_, '_, '_> {
         }
         let (q, k, turned, scores) = (&mut *work.q, &mut *work.k, &mut *work.turned, &mut *work.scores);
         let (inverse, own) = (&mut *work.inverse, &mut *work.own);
-        let mut rows_of = Chunk { sizes, n, q, k, turned, scores, delta: of.delta, inverse, own, beta };
+        let mut rows_of =
+            Chunk { sizes, n, q, k, turned, scores, delta: of.delta, inverse, own, beta, bonus: None, pair: None };
         let total = match &of.decay {
-            Decay::None => rows_of.by_tokens(s, None),
+            Decay::None | Decay::Value { .. } => rows_of.by_tokens(s, None),
             Decay::Token(view) => {
                 load_numbers(view, at, now, &mut work.decay[..n]);
                 rows_of.by_tokens(s, Some(&mut *work.decay))
@@ -254,7 +255,7 @@ impl Kernel for Advance<'_, '_, '_> {
 fn decayed<S: Simd>(s: S, decay: &Decay, state: &mut [f32], pitch: usize, dim: usize, total: f32, channels: &[f32]) {
     for (d, row) in state.chunks_exact_mut(pitch).take(dim).enumerate() {
         match decay {
-            Decay::None => {}
+            Decay::None | Decay::Value { .. } => {}
             Decay::Token(_) => scale_row(s, row, total),
             Decay::Channel(_) => scale_row(s, row, channels[d]),
         }
@@ -368,7 +369,7 @@ impl Kernel for Back<'_, '_, '_> {
         for d in 0..dim {
             let sum = dot(s, &work.state[d * pitch..][..pitch], &work.d_state[d * pitch..][..pitch]);
             match of.decay {
-                Decay::None => {}
+                Decay::None | Decay::Value { .. } => {}
                 Decay::Token(_) => whole += f64::from(total) * f64::from(sum),
                 Decay::Channel(_) => work.channels[d] = sum * work.working[d],
             }

@@ -196,7 +196,11 @@ fn check_inputs(of: Recurrence) -> Result<Inputs> {
         let Some(x) = x else { return Err(Error::value("k", "none", "keys to make features of")) };
         map.check(name, &x)?;
         if of.unit.is_some() || map.map == Map::PositionSoftmax || map.rotation.is_some() {
-            return Err(Error::value("map", format!("{:?}", map.map), "one of rows by themselves, which it may normalise"));
+            return Err(Error::value(
+                "map",
+                format!("{:?}", map.map),
+                "one of rows by themselves, which it may normalise",
+            ));
         }
     }
     let features = |map: Option<&FeatureMap>, dim| map.map_or(dim, |map| map.features(dim));
