@@ -621,3 +621,24 @@ def perturbed(reference, arguments, options, dtype, terms=64):
     roundoff, smallest = ROUNDOFF[np.dtype(dtype)]
     own = roundoff + SAFETY * U * np.sqrt(terms)
     return expected, SAFETY * change + own * np.abs(expected) + SAFETY * U * _largest(expected) + smallest
+
+
+def check_gradients(actual, expected, terms, of=None):
+    """Assert that gradients of a recurrence are close.
+
+    Each is a sum of about `terms` products, some of which are sums themselves, and errs by `U` of the largest of them,
+    whose size is that of the largest gradient of its kind; `SAFETY` times 32 of those leaves room for sums that cancel.
+
+    Args:
+        actual: a gradient in any storage dtype.
+        expected: its reference.
+        terms: how many numbers are added one after another.
+        of: gradients whose largest number counts as well; a sum of numbers that cancel says little about them.
+    """
+    actual = np.asarray(actual)
+    roundoff, smallest = ROUNDOFF[actual.dtype]
+    assert actual.shape == expected.shape
+    largest = max(_largest(expected), 0.0 if of is None else _largest(of))
+    allowed = SAFETY * U * (np.sqrt(terms) + 32) * largest + roundoff * np.abs(expected) + smallest
+    error = np.abs(actual.astype(np.float64) - expected)
+    assert (error <= allowed).all(), f"{(error / np.maximum(allowed, 1e-300)).max():.2f} times the error allowed"

@@ -7,9 +7,13 @@
 enable_gqa=True)` for CPU tensors. What differs: masks of booleans go to `mask`, masks to add to `bias`; grouped
 heads need no flag; with fewer queries than keys `causal` aligns at the end; there is no dropout.
 
+With states of fixed size there are `linear_attention`, `lightning_attention`, `retention`, `gated_linear_attention`,
+`delta_rule_attention`, `gated_delta_rule`, `kimi_delta_attention`, `state_space_duality` and `selective_scan`, as in
+`longattn.linear`.
+
 The operators behind the functions are `torch.ops.longattn.attention`, `.attention_varlen`, `.merge`,
-`.neighborhood_attention` and `.block_sparse_attention`, each with its gradient and the shapes of its results, so
-that `torch.compile(fullgraph=True)` keeps them whole.
+`.neighborhood_attention`, `.block_sparse_attention`, `.recurrence` and `.selective_scan`, each with its gradient and
+the shapes of its results, so that `torch.compile(fullgraph=True)` keeps them whole.
 """
 
 from __future__ import annotations
@@ -20,6 +24,17 @@ from typing import Any, cast
 import torch
 
 import longattn as la
+from longattn._torch_linear import (
+    delta_rule_attention,
+    gated_delta_rule,
+    gated_linear_attention,
+    kimi_delta_attention,
+    lightning_attention,
+    linear_attention,
+    retention,
+    selective_scan,
+    state_space_duality,
+)
 from longattn._torch_sparse import (
     block_sparse_attention,
     check_tensors,
@@ -29,7 +44,22 @@ from longattn._torch_sparse import (
     saved,
 )
 
-__all__ = ["attention", "attention_varlen", "block_sparse_attention", "merge", "neighborhood_attention"]
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "block_sparse_attention",
+    "delta_rule_attention",
+    "gated_delta_rule",
+    "gated_linear_attention",
+    "kimi_delta_attention",
+    "lightning_attention",
+    "linear_attention",
+    "merge",
+    "neighborhood_attention",
+    "retention",
+    "selective_scan",
+    "state_space_duality",
+]
 
 
 def attention(

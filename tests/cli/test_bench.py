@@ -110,6 +110,13 @@ def test_linear(tmp_path):
     assert sum("is faster than longattn.attention" in note for note in result["notes"]) == 5
 
 
+def test_hybrid(tmp_path):
+    """Four models and three kinds of calls; that logits are the same is tested with the models."""
+    pytest.importorskip("transformers")
+    result = run("hybrid", tmp_path, "--threads", "1", "--keys", "20", "--no-peers")
+    assert len(result["rows"]) == 12 and all(row["tokens_s"] > 0 for row in result["rows"])
+
+
 def test_prefill(tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "prefill.png"

@@ -34,6 +34,7 @@ from longattn.linear.lasp2_linear_attention import (
     lasp2_linear_attention,
     lasp2_linear_attention_backward,
 )
+from longattn.linear.lasp2_shards import exclusive_states, shard_state
 from longattn.linear.lightning_attention import lightning_attention, lightning_slopes
 from longattn.linear.linear_attention import linear_attention
 from longattn.linear.linear_match_attention import dual_softmax_matches, linear_match_attention, refine_matches
@@ -44,12 +45,14 @@ from longattn.linear.mega_gated_attention import MegaWeights, mega_gated_attenti
 from longattn.linear.miras_memory import miras_memory
 from longattn.linear.multi_dim_damped_ema import multi_dim_damped_ema
 from longattn.linear.performer_attention import performer_attention, random_directions
+from longattn.linear.recurrence_backward import RecurrenceGradients, recurrence_backward
 from longattn.linear.regla import regla
 from longattn.linear.retention import retention
 from longattn.linear.reverse_attention_gate import reverse_attention_gate, tri_plane_scan
 from longattn.linear.rwkv6 import rwkv6
 from longattn.linear.rwkv7 import rwkv7
 from longattn.linear.selective_scan import selective_scan
+from longattn.linear.selective_scan_backward import SelectiveScanGradients, selective_scan_backward
 from longattn.linear.selective_token_channel_mixer import selective_token_channel_mixer
 from longattn.linear.shared_time_frequency_attention import shared_time_frequency_attention
 from longattn.linear.simplified_linear_attention import fold_rep_batch_norm, rep_batch_norm, simplified_linear_attention
@@ -71,6 +74,8 @@ __all__ = [
     "MambaWeights",
     "MegaWeights",
     "MemoryState",
+    "RecurrenceGradients",
+    "SelectiveScanGradients",
     "adaptive_frequency_filter",
     "agent_attention",
     "agent_biases",
@@ -87,6 +92,7 @@ __all__ = [
     "dual_softmax_matches",
     "dynamic_conv",
     "efficient_attention",
+    "exclusive_states",
     "fastmax_attention",
     "flare_attention",
     "focused_linear_attention",
@@ -122,6 +128,7 @@ __all__ = [
     "performer_attention",
     "random_directions",
     "read_statistics",
+    "recurrence_backward",
     "refine_matches",
     "regla",
     "rep_batch_norm",
@@ -131,7 +138,9 @@ __all__ = [
     "rwkv6",
     "rwkv7",
     "selective_scan",
+    "selective_scan_backward",
     "selective_token_channel_mixer",
+    "shard_state",
     "shared_time_frequency_attention",
     "simplified_linear_attention",
     "span_dynamic_convolution",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,119 @@ from longattn.linear.feature_map import FeatureMap, parts
 CHUNK = 48
 #: The most that the core computes at once; a larger `chunk_size` means this.
 LARGEST_CHUNK = 252
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Checked arguments of a recurrence.
+
+    Attributes:
+        q: queries, of rank 3 or 4 as they came.
+        k: keys, or `None`.
+        v: values.
+        g: log decays `[B, H, L, 1]` or `[B, H, L, D]`, or `None`.
+        beta: factors of updates `[B, H, L, 1]`, or `None`.
+        scale: factor of outputs.
+        chunk: rows computed at once.
+        bounds: bounds of packed sequences, or `None`.
+        outputs: shape of the output.
+        states: shape of the states.
+    """
+
+    q: NDArray[Any]
+    k: NDArray[Any] | None
+    v: NDArray[Any]
+    g: NDArray[Any] | None
+    beta: NDArray[Any] | None
+    scale: float
+    chunk: int
+    bounds: NDArray[np.int64] | None
+    outputs: tuple[int, ...]
+    states: tuple[int, ...]
+
+
+def checked(
+    q: Array,
+    k: Array | None,
+    v: Array,
+    *,
+    names: tuple[str, str, str] = ("q", "k", "v"),
+    g: Array | None = None,
+    g_name: str = "g",
+    channels: bool = False,
+    columns: bool = False,
+    beta: Array | None = None,
+    beta_name: str = "beta",
+    scale: object = None,
+    extra: int = 0,
+    chunk_size: object = CHUNK,
+    cu_seqlens: Array | None = None,
+) -> Inputs:
+    """Arguments of `recurrence`, checked; `extra` is what states have in columns beyond those of values.
+
+    With `columns`, `g` is `[B, H, L, Dv]`.
+    """
+    given = {name: None if x is None else as_numpy(x, name) for name, x in zip(names, (q, k, v), strict=True)}
+    for name, x in given.items():
+        if x is not None:
+            check_float_storage(x, name)
+    qn, kn, vn = given.values()
+    assert qn is not None and vn is not None
+    if qn.ndim not in (3, 4):
+        raise ValueError(f"{names[0]}: got shape {qn.shape}, expected rank 3 or 4")
+    length, heads, dim = qn.shape[-2], vn.shape[-3] if vn.ndim == qn.ndim else 0, qn.shape[-1]
+    for name, x in given.items():
+        if x is None:
+            continue
+        if x.ndim != qn.ndim:
+            raise ValueError(f"{name}: got shape {x.shape}, expected rank {qn.ndim} as {names[0]}")
+        if x.shape[:-3] != qn.shape[:-3]:
+            raise ValueError(f"{name}: got batch {x.shape[0]}, expected {qn.shape[0]} as in {names[0]}")
+        if x.shape[-2] != length:
+            raise ValueError(f"{name}: got length {x.shape[-2]}, expected {length} as in {names[0]}")
+        if x.shape[-1] == 0:
+            raise ValueError(f"{name}: got head_dim 0 in shape {x.shape}, expected at least 1")
+    if kn is not None and kn.shape[-1] != dim:
+        raise ValueError(f"{names[1]}: got head_dim {kn.shape[-1]}, expected {dim} as in {names[0]}")
+    q_heads, k_heads = qn.shape[-3], heads if kn is None else kn.shape[-3]
+    if k_heads == 0 or heads == 0 or heads % k_heads:
+        raise ValueError(f"{names[2]}: got {heads} heads, expected a positive multiple of the {k_heads} of {names[1]}")
+    if q_heads == 0 or q_heads % k_heads or (q_heads % heads and heads % q_heads):
+        raise ValueError(
+            f"{names[0]}: got {q_heads} heads, expected a multiple of the {k_heads} of {names[1]} that divides the "
+            f"{heads} of {names[2]}, or a multiple of these"
+        )
+    batch = qn.shape[0] if qn.ndim == 4 else 1
+    gates = (batch, heads, length)
+    axes = (*gates, vn.shape[-1] if columns else dim) if channels or columns else None
+    decays = None if g is None else _gate(g, g_name, gates, axes, qn.ndim)
+    factors = None if beta is None else _gate(beta, beta_name, gates, None, qn.ndim)
+    bounds = None
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seqlens: got it with a batch of {batch}, expected one: sequences lie along its rows")
+        bounds = sequence_bounds(cu_seqlens, "cu_seqlens", length)
+    chunk = min(integer(chunk_size, "chunk_size", 1), LARGEST_CHUNK)
+    factor = dim**-0.5 if scale is None else real(scale, "scale")
+    if not abs(factor) <= float(np.finfo(np.float32).max):
+        raise ValueError(f"scale: got {scale}, expected a finite float32")
+    sequences = batch if bounds is None else len(bounds) - 1
+    # Packed sequences each have a state, whatever the rank of their rows.
+    front = qn.shape[:-3] if bounds is None else (sequences,)
+    states = (*front, heads, dim, vn.shape[-1] + extra)
+    outputs = (*qn.shape[:-3], max(q_heads, heads), length, vn.shape[-1])
+    return Inputs(qn, kn, vn, decays, factors, factor, chunk, bounds, outputs, states)
+
+
+def states_before(initial_state: Array | None, states: tuple[int, ...]) -> NDArray[np.float32] | None:
+    """States before the first row, as float32."""
+    if initial_state is None:
+        return None
+    first = as_numpy(initial_state, "initial_state")
+    check_floating(first, "initial_state")
+    if first.shape != states:
+        raise ValueError(f"initial_state: got shape {first.shape}, expected {states}")
+    return first if first.dtype == np.float32 else first.astype(np.float32)
 
 
 def recurrence(
@@ -86,52 +200,24 @@ def recurrence(
     Returns:
         `(output, states)` in the kind of `q`.
     """
-    given = {name: None if x is None else as_numpy(x, name) for name, x in zip(names, (q, k, v), strict=True)}
-    for name, x in given.items():
-        if x is not None:
-            check_float_storage(x, name)
-    qn, kn, vn = given.values()
-    assert qn is not None and vn is not None
-    if qn.ndim not in (3, 4):
-        raise ValueError(f"{names[0]}: got shape {qn.shape}, expected rank 3 or 4")
-    length, heads, dim = qn.shape[-2], vn.shape[-3] if vn.ndim == qn.ndim else 0, qn.shape[-1]
-    for name, x in given.items():
-        if x is None:
-            continue
-        if x.ndim != qn.ndim:
-            raise ValueError(f"{name}: got shape {x.shape}, expected rank {qn.ndim} as {names[0]}")
-        if x.shape[:-3] != qn.shape[:-3]:
-            raise ValueError(f"{name}: got batch {x.shape[0]}, expected {qn.shape[0]} as in {names[0]}")
-        if x.shape[-2] != length:
-            raise ValueError(f"{name}: got length {x.shape[-2]}, expected {length} as in {names[0]}")
-        if x.shape[-1] == 0:
-            raise ValueError(f"{name}: got head_dim 0 in shape {x.shape}, expected at least 1")
-    if kn is not None and kn.shape[-1] != dim:
-        raise ValueError(f"{names[1]}: got head_dim {kn.shape[-1]}, expected {dim} as in {names[0]}")
-    q_heads, k_heads = qn.shape[-3], heads if kn is None else kn.shape[-3]
-    if k_heads == 0 or heads == 0 or heads % k_heads:
-        raise ValueError(f"{names[2]}: got {heads} heads, expected a positive multiple of the {k_heads} of {names[1]}")
-    if q_heads == 0 or q_heads % k_heads or (q_heads % heads and heads % q_heads):
-        raise ValueError(
-            f"{names[0]}: got {q_heads} heads, expected a multiple of the {k_heads} of {names[1]} that divides the "
-            f"{heads} of {names[2]}, or a multiple of these"
-        )
-    batch = qn.shape[0] if qn.ndim == 4 else 1
-    gates = (batch, heads, length)
-    axis = vn.shape[-1] if columns is not None else dim
-    by_axis = channels or columns is not None
-    decays = None if g is None else _gate(g, g_name, gates, (*gates, axis) if by_axis else None, qn.ndim)
-    factors = None if beta is None else _gate(beta, beta_name, gates, None, qn.ndim)
-    bounds = None
-    if cu_seqlens is not None:
-        if batch != 1:
-            raise ValueError(f"cu_seqlens: got it with a batch of {batch}, expected one: sequences lie along its rows")
-        bounds = sequence_bounds(cu_seqlens, "cu_seqlens", length)
-    chunk = min(integer(chunk_size, "chunk_size", 1), LARGEST_CHUNK)
-    factor = dim**-0.5 if scale is None else real(scale, "scale")
-    if not abs(factor) <= float(np.finfo(np.float32).max):
-        raise ValueError(f"scale: got {scale}, expected a finite float32")
-
+    x = checked(
+        q,
+        k,
+        v,
+        names=names,
+        g=g,
+        g_name=g_name,
+        channels=channels,
+        columns=columns is not None,
+        beta=beta,
+        beta_name=beta_name,
+        scale=scale,
+        extra=int(normaliser is not None),
+        chunk_size=chunk_size,
+        cu_seqlens=cu_seqlens,
+    )
+    q_heads, k_heads, heads = x.q.shape[-3], x.k.shape[-3] if x.k is not None else x.v.shape[-3], x.v.shape[-3]
+    dim, states = x.q.shape[-1], x.states
     boost, second = None, None
     if bonus is not None:
         boost = as_numpy(bonus, "u", any_strides=True)
@@ -142,28 +228,16 @@ def recurrence(
         if not np.isfinite(boost).all():
             raise ValueError("u: got numbers that are not finite, expected finite ones")
     if pair is not None:
-        assert kn is not None
-        second = [_like_keys(x, name, kn) for x, name in zip(pair, ("a", "b"), strict=True)]
+        assert x.k is not None
+        second = [_like_keys(y, name, x.k) for y, name in zip(pair, ("a", "b"), strict=True)]
     sides = zip(maps, (q_heads, k_heads), (False, True), strict=True)
     made = [None if phi is None else parts(phi, n, dim, keys=keys) for phi, n, keys in sides]
     if maps[0] is not None:
-        dim = maps[0].features(dim)
+        states = (*states[:-2], maps[0].features(dim), states[-1])
 
-    inputs = {**given, g_name: decays, beta_name: factors}
-    shape = (*qn.shape[:-3], max(q_heads, heads), length, vn.shape[-1])
-    result = result_array(out, q, shape, qn.dtype if dtype is None else dtype, inputs)
-    sequences = batch if bounds is None else len(bounds) - 1
-    # Packed sequences each have a state, whatever the rank of their rows.
-    front = qn.shape[:-3] if bounds is None else (sequences,)
-    states = (*front, heads, dim, vn.shape[-1] + (normaliser is not None))
-    first = None
-    if initial_state is not None:
-        first = as_numpy(initial_state, "initial_state")
-        check_floating(first, "initial_state")
-        if first.shape != states:
-            raise ValueError(f"initial_state: got shape {first.shape}, expected {states}")
-        if first.dtype != np.float32:
-            first = first.astype(np.float32)
+    inputs = {**dict(zip(names, (x.q, x.k, x.v), strict=True)), g_name: x.g, beta_name: x.beta}
+    result = result_array(out, q, x.outputs, x.q.dtype if dtype is None else dtype, inputs)
+    first = states_before(initial_state, states)
     if out_state is None:
         last = np.empty(states, np.float32)
     else:
@@ -181,19 +255,19 @@ def recurrence(
             first = last
     last4 = batched(last, 4)
     _core.recurrence(
-        batched(qn, 4),
-        None if kn is None else batched(kn, 4),
-        batched(vn, 4),
-        decays,
-        factors,
+        batched(x.q, 4),
+        None if x.k is None else batched(x.k, 4),
+        batched(x.v, 4),
+        x.g,
+        x.beta,
         delta,
-        factor,
+        x.scale,
         unit,
         normaliser,
         skip,
         None if first is None else last4 if first is last else batched(first, 4),
-        bounds,
-        chunk,
+        x.bounds,
+        x.chunk,
         batched(result, 4),
         last4,
         columns=columns,

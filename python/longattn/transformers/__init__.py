@@ -15,8 +15,9 @@ How a forward pass flows: transformers asks `masks.longattn_mask` once per kind 
 `MaskSpec`, never an L x L matrix; every attention layer hands its new keys and values to
 `layer.HostLayer.update`, which gives them back as `HostKV` tensors that name their layer;
 `attention.longattn_attention` receives queries, `HostKV` and `MaskSpec`, stores the rows and attends to the
-store. Without a `LongAttnCache` (no cache, or one of transformers' own) the same function runs
-`longattn.attention` on the tensors it is given.
+store. Layers with states of fixed size have no such hook: `linear.use_linear_kernels(model)` puts our kernels in the
+place of the functions that transformers computes them with. Without a `LongAttnCache` (no cache, or one of
+transformers' own) the same function runs `longattn.attention` on the tensors it is given.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from longattn.transformers.cache import CacheStats, LayerStats, LongAttnCache
 from longattn.transformers.device import DeviceConfig
 from longattn.transformers.eviction import EvictionConfig
 from longattn.transformers.layer import HostLayer
+from longattn.transformers.linear import LinearKernels, use_linear_kernels
 from longattn.transformers.masks import MaskSpec, longattn_mask
 from longattn.transformers.retrieval import RetrievalConfig
 from longattn.transformers.sparse import SparsePrefill
@@ -52,10 +54,12 @@ __all__ = [
     "EvictionConfig",
     "HostLayer",
     "LayerStats",
+    "LinearKernels",
     "LongAttnCache",
     "MaskSpec",
     "RetrievalConfig",
     "SparsePrefill",
     "longattn_attention",
     "longattn_mask",
+    "use_linear_kernels",
 ]

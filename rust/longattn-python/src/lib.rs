@@ -66,11 +66,11 @@ mod _core {
     #[pymodule_export]
     use super::linear::fast_weight::fast_weight;
     #[pymodule_export]
-    use super::linear::recurrence::recurrence;
+    use super::linear::recurrence::{recurrence, recurrence_backward};
     #[pymodule_export]
     use super::linear::row_maps::{decay_gates, normalised_rows, refined_gates};
     #[pymodule_export]
-    use super::linear::scan::{diagonal_scan, selective_scan};
+    use super::linear::scan::{diagonal_scan, selective_scan, selective_scan_backward};
     #[pymodule_export]
     use super::linear::statistics::{feature_norms, key_statistics, read_statistics};
     #[pymodule_export]

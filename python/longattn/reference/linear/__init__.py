@@ -34,12 +34,14 @@ from longattn.reference.linear.mamba_mixer import bidirectional_mamba, mamba_mix
 from longattn.reference.linear.mega_gated_attention import mega_gated_attention, multi_dim_damped_ema
 from longattn.reference.linear.miras_memory import miras_memory
 from longattn.reference.linear.performer_attention import performer_attention
+from longattn.reference.linear.recurrence_backward import recurrence_backward
 from longattn.reference.linear.regla import regla
 from longattn.reference.linear.retention import retention
 from longattn.reference.linear.reverse_attention_gate import reverse_attention_gate
 from longattn.reference.linear.rwkv6 import rwkv6
 from longattn.reference.linear.rwkv7 import rwkv7
 from longattn.reference.linear.selective_scan import selective_scan
+from longattn.reference.linear.selective_scan_backward import selective_scan_backward
 from longattn.reference.linear.shared_time_frequency_attention import shared_time_frequency_attention
 from longattn.reference.linear.simplified_linear_attention import rep_batch_norm, simplified_linear_attention
 from longattn.reference.linear.span_dynamic_convolution import span_dynamic_convolution
@@ -89,6 +91,7 @@ __all__ = [
     "miras_memory",
     "multi_dim_damped_ema",
     "performer_attention",
+    "recurrence_backward",
     "regla",
     "rep_batch_norm",
     "retention",
@@ -96,6 +99,7 @@ __all__ = [
     "rwkv6",
     "rwkv7",
     "selective_scan",
+    "selective_scan_backward",
     "selective_token_channel_mixer",
     "shared_time_frequency_attention",
     "simplified_linear_attention",

@@ -4,7 +4,7 @@ use super::statistics::Given;
 use crate::arrays::{view, view_mut};
 use crate::dense::offsets;
 use crate::running;
-use longattn::linear::recurrence::{self as engine, Decay, Recurrence, Start};
+use longattn::linear::recurrence::{self as engine, Decay, Gradients, Outputs, Recurrence, Start};
 use numpy::{PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -88,4 +88,79 @@ pub(crate) fn recurrence(
         chunk: chunk_size,
     };
     running::run(py, operations, |execution| engine::recurrence(of, &mut out, &mut state, execution))
+}
+
+/// What a backward pass takes of the products of a forward pass.
+const BACKWARD: f64 = 3.0;
+
+#[pyfunction]
+#[pyo3(signature = (q, k, v, g, beta, delta, scale, unit, normaliser, initial_state, cu_seqlens, chunk_size, d_out, d_state, out, dq, dk, dv, dg, d_beta, d_initial_state))]
+pub(crate) fn recurrence_backward(
+    py: Python<'_>,
+    q: &Bound<'_, PyUntypedArray>,
+    k: &Bound<'_, PyUntypedArray>,
+    v: &Bound<'_, PyUntypedArray>,
+    g: Option<&Bound<'_, PyUntypedArray>>,
+    beta: Option<&Bound<'_, PyUntypedArray>>,
+    delta: bool,
+    scale: f32,
+    unit: Option<f32>,
+    normaliser: Option<f32>,
+    initial_state: Option<&Bound<'_, PyUntypedArray>>,
+    cu_seqlens: Option<PyReadonlyArray1<'_, i64>>,
+    chunk_size: usize,
+    d_out: &Bound<'_, PyUntypedArray>,
+    d_state: Option<&Bound<'_, PyUntypedArray>>,
+    out: Option<&Bound<'_, PyUntypedArray>>,
+    dq: &Bound<'_, PyUntypedArray>,
+    dk: &Bound<'_, PyUntypedArray>,
+    dv: &Bound<'_, PyUntypedArray>,
+    dg: Option<&Bound<'_, PyUntypedArray>>,
+    d_beta: Option<&Bound<'_, PyUntypedArray>>,
+    d_initial_state: &Bound<'_, PyUntypedArray>,
+) -> PyResult<()> {
+    let (q, k, v) = (view("q", q)?, view("k", k)?, view("v", v)?);
+    let ends = cu_seqlens.map(|x| offsets("cu_seqlens", &x)).transpose()?;
+    let of = Recurrence {
+        q,
+        k: Some(k),
+        v,
+        decay: match g {
+            None => Decay::None,
+            Some(x) if x.shape().last() == Some(&1) => Decay::Token(view("g", x)?),
+            Some(x) => Decay::Channel(view("g", x)?),
+        },
+        beta: beta.map(|x| view("beta", x)).transpose()?,
+        delta,
+        scale,
+        unit,
+        normaliser,
+        skip: None,
+        bonus: None,
+        pair: None,
+        squares: false,
+        maps: [None, None],
+        start: match initial_state {
+            None => Start::Zero,
+            Some(x) => Start::From(view("initial_state", x)?),
+        },
+        ends: ends.as_deref(),
+        chunk: chunk_size,
+    };
+    let given = Gradients {
+        d_out: view("d_out", d_out)?,
+        d_state: d_state.map(|x| view("d_state", x)).transpose()?,
+        out: out.map(|x| view("out", x)).transpose()?,
+    };
+    let mut to = Outputs {
+        q: view_mut("dq", dq)?,
+        k: view_mut("dk", dk)?,
+        v: view_mut("dv", dv)?,
+        g: dg.map(|x| view_mut("dg", x)).transpose()?,
+        beta: d_beta.map(|x| view_mut("d_beta", x)).transpose()?,
+        state: view_mut("d_initial_state", d_initial_state)?,
+    };
+    let size: f64 = v.shape().iter().map(|&n| n as f64).product();
+    let operations = BACKWARD * PRODUCTS * size * q.shape()[3] as f64;
+    running::run(py, operations, |execution| engine::recurrence_backward(of, given, &mut to, execution))
 }

@@ -7,16 +7,22 @@
 //!          X = V, or (I + A)^-1 diag(beta) (V - K' S), A like P but of the keys with themselves, strictly lower
 //!          O = Q' S + P X,   S = decay S + K''^T X                            chunk.rs; Q', K', K'': rows times decays
 //! one row  straight from the formula, in one pass over the state             step.rs
+//! gradients, in reverse, from the states at the chunks' starts                 backward.rs and on
 //! ```
 //! States of different value columns know nothing of each other: work is cut into sequences, heads and, where these are fewer than
 //! threads, columns. What is computed for a column does not depend on the cut. All arithmetic is f32; sums of log decays along a
 //! chunk are f64. No exponential of a positive number is ever formed: decays between rows are products of numbers of at most 1.
 
+mod backward;
 mod chunk;
 mod columns;
+mod decays;
+mod gradient;
+mod products;
 mod rows;
 mod scores;
 mod step;
+mod work;
 
 pub(super) use rows::{load, load_numbers, multiply_rows, scale_row};
 pub(super) use scores::{add_up, dot, product, turn};
@@ -26,7 +32,9 @@ use crate::dense::scratch::with_scratch;
 use crate::parallel::{Execution, for_each, num_threads};
 use crate::simd::{self, Isa, dispatch};
 use crate::tensor::{DType, Error, Result, TensorView, TensorViewMut, with_element};
-use std::ops::Range;
+use std::ops::{Deref, Range};
+
+pub use backward::{Gradients, Outputs, recurrence_backward};
 
 /// Most rows of a chunk: fewer than the rows of a packed panel of values, and a multiple of every instruction set's `ROWS`.
 pub const MAX_CHUNK: usize = 252;
@@ -116,14 +124,20 @@ pub struct Recurrence<'a> {
     pub chunk: usize,
 }
 
-/// A checked call.
-struct Job<'a> {
+/// Checked inputs.
+struct Inputs<'a> {
     of: Recurrence<'a>,
+    sequences: usize,
     heads: usize,
     query_heads: usize,
     key_heads: usize,
     dim: usize,
     value_dim: usize,
+}
+
+/// A checked call.
+struct Job<'a> {
+    inputs: Inputs<'a>,
     out: &'a TensorViewMut<'a>,
     state: &'a TensorViewMut<'a>,
     /// States that are read first, where they do not begin at zero.
@@ -132,7 +146,15 @@ struct Job<'a> {
     sums: Vec<f32>,
 }
 
-impl Job<'_> {
+impl<'a> Deref for Job<'a> {
+    type Target = Inputs<'a>;
+
+    fn deref(&self) -> &Inputs<'a> {
+        &self.inputs
+    }
+}
+
+impl Inputs<'_> {
     /// Entry of the batch and rows of a sequence.
     fn sequence(&self, n: usize) -> (usize, Range<usize>) {
         match self.of.ends {
@@ -166,7 +188,7 @@ fn expect(name: &'static str, got: [usize; 4], expected: [usize; 4]) -> Result<(
     if got == expected { Ok(()) } else { Err(Error::value(name, format!("shape {got:?}"), format!("{expected:?}"))) }
 }
 
-fn check<'a>(of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMut) -> Result<Job<'a>> {
+fn check_inputs(of: Recurrence) -> Result<Inputs> {
     let [batch, heads, length, value_dim] = of.v.shape();
     let [_, query_heads, _, q_dim] = of.q.shape();
     for (map, x, name) in [(of.maps[0], Some(of.q), "q"), (of.maps[1], of.k, "k")] {
@@ -261,6 +283,13 @@ fn check<'a>(of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMu
             ends.len() - 1
         }
     };
+    Ok(Inputs { of, sequences, heads, query_heads, key_heads, dim, value_dim })
+}
+
+fn check<'a>(of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMut) -> Result<Job<'a>> {
+    let inputs = check_inputs(of)?;
+    let Inputs { sequences, heads, query_heads, dim, value_dim, .. } = inputs;
+    let [batch, _, length, _] = of.v.shape();
     expect("out", out.shape(), [batch, query_heads.max(heads), length, value_dim])?;
     let states = [sequences, heads, dim, value_dim + usize::from(of.normaliser.is_some())];
     expect("out_state", state.shape(), states)?;
@@ -286,7 +315,7 @@ fn check<'a>(of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMu
             }
         }
     }
-    Ok(Job { of, heads, query_heads, key_heads, dim, value_dim, out, state, first, sums })
+    Ok(Job { inputs, out, state, first, sums })
 }
 
 /// An error where a number of a gate is above 0 or NaN, or not finite where it is `signed`.
@@ -319,6 +348,17 @@ fn check_gate(isa: Isa, name: &'static str, gate: TensorView, signed: bool, exec
     Ok(())
 }
 
+/// An error where a decay or a factor of updates is outside its range.
+fn check_gates(isa: Isa, of: &Recurrence, execution: &Execution) -> Result<()> {
+    if let Decay::Token(g) | Decay::Channel(g) | Decay::Value { g, .. } = of.decay {
+        check_gate(isa, "g", g, false, execution)?;
+    }
+    if let Some(beta) = of.beta {
+        check_gate(isa, "beta", beta, true, execution)?;
+    }
+    Ok(())
+}
+
 /// Rows of a gate that are checked as one item.
 const GATE_ROWS: usize = 4096;
 
@@ -345,12 +385,7 @@ fn run(
     execution: &Execution,
 ) -> Result<()> {
     let job = check(of, out, state)?;
-    if let Decay::Token(g) | Decay::Channel(g) | Decay::Value { g, .. } = of.decay {
-        check_gate(isa, "g", g, false, execution)?;
-    }
-    if let Some(beta) = of.beta {
-        check_gate(isa, "beta", beta, true, execution)?;
-    }
+    check_gates(isa, &of, execution)?;
     let [sequences, heads, dim, value_dim] = job.state.shape();
     let pairs = sequences * heads;
     let is_step = !of.squares && (0..sequences).all(|n| job.sequence(n).1.len() <= 1);

@@ -10,7 +10,7 @@ use crate::simd::{self, Kernel, Simd, dispatch};
 use crate::tensor::{Element, Error, Result, TensorView, TensorViewMut, with_element};
 
 /// Tokens of one tile: inputs, outputs and states of a block of channels stay in the first cache.
-const TOKENS: usize = 16;
+pub(super) const TOKENS: usize = 16;
 
 /// What [`selective_scan`] reads. Tensors are `[1, batch, length, ...]`.
 #[derive(Clone, Copy)]
@@ -46,25 +46,12 @@ pub fn selective_scan(
     out: &mut TensorViewMut,
     execution: &Execution,
 ) -> Result<()> {
-    let [one, entries, len, channels] = given.x.shape();
+    check_scan(&given, execution)?;
+    let [_, entries, len, channels] = given.x.shape();
     let states = given.b.shape()[3];
-    check_shape("x", given.x.shape(), [1, entries, len, channels])?;
-    check_shape("dt", given.dt.shape(), given.x.shape())?;
-    check_shape("b", given.b.shape(), [one, entries, len, states])?;
-    check_shape("c", given.c.shape(), given.b.shape())?;
     check_shape("out", out.shape(), given.x.shape())?;
-    if let Some(gate) = given.gate {
-        check_shape("z", gate.shape(), given.x.shape())?;
-    }
-    check_len("a", given.a.len(), channels * states)?;
-    for (name, values) in [("skip", given.skip), ("dt_bias", given.dt_bias)] {
-        check_len(name, values.map_or(channels, <[f32]>::len), channels)?;
-    }
     let all = sequences(entries, len, bounds)?;
     check_len("state", state.len(), all.len() * channels * states)?;
-    if !given.softplus {
-        check_steps(&given, execution)?;
-    }
     let blocks = channels.div_ceil(WIDTH);
     let (isa, out, to) = (simd::current(), &*out, state.as_mut_ptr() as usize);
     for_each(execution, all.len() * blocks, |i| {
@@ -80,6 +67,24 @@ pub fn selective_scan(
             dispatch(isa, Run { item, rows, padded, buffer });
         });
     })
+}
+
+/// Shapes that agree, and step sizes that do.
+pub(super) fn check_scan(given: &SelectiveScan, execution: &Execution) -> Result<()> {
+    let [one, entries, len, channels] = given.x.shape();
+    let states = given.b.shape()[3];
+    check_shape("x", given.x.shape(), [1, entries, len, channels])?;
+    check_shape("dt", given.dt.shape(), given.x.shape())?;
+    check_shape("b", given.b.shape(), [one, entries, len, states])?;
+    check_shape("c", given.c.shape(), given.b.shape())?;
+    if let Some(gate) = given.gate {
+        check_shape("z", gate.shape(), given.x.shape())?;
+    }
+    check_len("a", given.a.len(), channels * states)?;
+    for (name, values) in [("skip", given.skip), ("dt_bias", given.dt_bias)] {
+        check_len(name, values.map_or(channels, <[f32]>::len), channels)?;
+    }
+    if given.softplus { Ok(()) } else { check_steps(given, execution) }
 }
 
 /// Steps of at least 0, or NaN, which goes where it goes.
@@ -195,7 +200,7 @@ impl Kernel for Run<'_> {
 
 /// Step sizes: bias added, through the softplus where asked for.
 #[inline(always)]
-fn steps<S: Simd>(s: S, dt: &mut [f32], bias: &[f32], through: bool) {
+pub(super) fn steps<S: Simd>(s: S, dt: &mut [f32], bias: &[f32], through: bool) {
     for row in dt.chunks_exact_mut(WIDTH) {
         for at in (0..WIDTH).step_by(S::LANES) {
             // SAFETY: rows and `bias` have WIDTH floats, a multiple of LANES.
@@ -226,25 +231,25 @@ fn finish<S: Simd>(s: S, y: &mut [f32], x: &[f32], skip: &[f32], z: Option<&[f32
     }
 }
 
-struct Tile<'a> {
-    x: &'a [f32],
-    dt: &'a [f32],
-    b: &'a [f32],
-    c: &'a [f32],
-    padded: usize,
+pub(super) struct Tile<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) dt: &'a [f32],
+    pub(super) b: &'a [f32],
+    pub(super) c: &'a [f32],
+    pub(super) padded: usize,
     /// Rates times the logarithm of e to base 2, `[states, WIDTH]`.
-    a: &'a [f32],
-    h: &'a mut [f32],
-    states: usize,
+    pub(super) a: &'a [f32],
+    pub(super) h: &'a mut [f32],
+    pub(super) states: usize,
     /// The first channel.
-    at: usize,
-    rows: usize,
-    y: &'a mut [f32],
+    pub(super) at: usize,
+    pub(super) rows: usize,
+    pub(super) y: &'a mut [f32],
 }
 
 /// A vector of channels, row after row.
 #[inline(always)]
-fn tile<S: Simd>(s: S, tile: Tile) {
+pub(super) fn tile<S: Simd>(s: S, tile: Tile) {
     let Tile { x, dt, b, c, padded, a, h, states, at, rows, y } = tile;
     assert!(x.len() >= rows * WIDTH && dt.len() >= rows * WIDTH && y.len() >= rows * WIDTH && at + S::LANES <= WIDTH);
     assert!(b.len() >= rows * padded && c.len() >= rows * padded && padded >= states);
