@@ -115,7 +115,7 @@ def shared_prefix_attention(
         ends = (np.stack([out for out, _ in own]), np.stack([lse for _, lse in own]))
     else:
         several = retrieval_attention_batch(
-            wide,
+            list(wide),
             tails,
             tail_indexes,
             top_k=tail_top_k,
