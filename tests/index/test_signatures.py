@@ -1,6 +1,7 @@
 """Codes of keys against their specification, what an index costs, and what it refuses."""
 
 import gc
+import json
 import re
 import sys
 
@@ -196,3 +197,18 @@ def test_bad_arguments(change, error, message):
     arguments = {"store": STORE} | change
     with pytest.raises(error, match=re.escape(message)):
         la.index.Signatures(**arguments)
+
+
+def test_clusters_hold_rows_of_like_weight(rng, tmp_path):
+    """Values of noise say nothing; rows of one key weigh alike and belong together."""
+    kinds = rng.integers(0, 8, 4096)
+    s = store_of(rows(rng, 1, 8, 32)[0][:, kinds], rows(rng, 1, 4096, 32)[1])
+    index = la.index.Signatures(s)
+    index.update()
+    index.save(tmp_path / "index")
+    data = (tmp_path / "index").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    start, end = json.loads(data[8 : 8 + size])["value_ids.0"]["data_offsets"]
+    clusters = np.frombuffer(data[8 + size + start : 8 + size + end], np.uint8)
+    alike = sum(np.bincount(kinds[clusters == c]).max() for c in np.unique(clusters))
+    assert alike > 0.97 * len(kinds)

@@ -43,7 +43,8 @@ def estimates_of(s, index, path):
     for h in range(s.kv_heads):
         keys = np.asarray(s.keys[h], np.float64)[: len(index)]
         sums, counts = saved[f"members_sums.{h}"], saved[f"members_counts.{h}"]
-        means = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], saved[f"centroids.{h}"])
+        centroids = saved[f"centroids.{h}"][:, : s.value_dim]
+        means = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centroids)
         rows = saved[f"member_rows.{h}"][0]
         norm = float(np.sqrt((np.asarray(s.values[h], np.float64)[:rows] ** 2).sum(axis=-1).mean()))
         codes = encode(keys, made["bits"], made["seed"])

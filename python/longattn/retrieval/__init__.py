@@ -24,6 +24,7 @@ from longattn.retrieval.s3_feature_retrieve import (
     sae_topk_features,
     select_spans,
 )
+from longattn.retrieval.shared_prefix_attention import SharedPrefixResult, shared_prefix_attention
 from longattn.retrieval.span_discovery import discover_spans, span_representatives, triangle_scores
 from longattn.retrieval.verified_sparse_attention import verified_sparse_attention
 
@@ -35,6 +36,7 @@ __all__ = [
     "RetrievalResult",
     "RetrievalStats",
     "RetrievedSpans",
+    "SharedPrefixResult",
     "SpanStats",
     "bm25",
     "discover_spans",
@@ -54,6 +56,7 @@ __all__ = [
     "s3_feature_retrieve",
     "sae_topk_features",
     "select_spans",
+    "shared_prefix_attention",
     "span_representatives",
     "triangle_scores",
     "verified_sparse_attention",

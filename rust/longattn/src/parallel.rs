@@ -4,7 +4,6 @@
 //! a child. Work is split by the caller into items whose number does not depend on the number of threads, so results do not either.
 
 use crate::tensor::{Error, Result};
-use rayon::prelude::*;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -92,7 +91,8 @@ pub struct Execution {
     pub cancel: Cancel,
 }
 
-/// Runs `work` on items `0..n`, each once, on the pool (on the calling thread when there is just one item or thread).
+/// Runs `work` on items `0..n`, each once, on the calling thread and the pool (on the calling thread alone where there is just one item
+/// or thread).
 /// Items start in order, so callers put the heavy ones first.
 pub(crate) fn for_each<F: Fn(usize) + Sync>(execution: &Execution, n: usize, work: F) -> Result<()> {
     let run = |i: usize| {
@@ -108,16 +108,21 @@ pub(crate) fn for_each<F: Fn(usize) + Sync>(execution: &Execution, n: usize, wor
             (0..n).for_each(run);
         } else {
             let next = std::sync::atomic::AtomicUsize::new(0);
-            pool.install(|| {
-                (0..threads.min(n)).into_par_iter().with_max_len(1).for_each(|_| {
-                    loop {
-                        let i = next.fetch_add(1, Ordering::Relaxed);
-                        if i >= n {
-                            break;
-                        }
-                        run(i);
+            let take = || {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    if i >= n {
+                        break;
                     }
-                });
+                    run(i);
+                }
+            };
+            // This thread is one of them: it starts while the others wake up, and short calls are done before they all have.
+            pool.in_place_scope(|scope| {
+                for _ in 1..threads.min(n) {
+                    scope.spawn(|_| take());
+                }
+                take();
             });
         }
     }

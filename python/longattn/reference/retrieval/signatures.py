@@ -106,13 +106,13 @@ def estimate(q: ArrayLike, codes: Codes) -> Float64:
 def unread_log_weights(logits: ArrayLike, sigma: float) -> Float64:
     """Log of what a row that is not read weighs, from the estimated logits `[n]` of all candidates.
 
-    With an error `sigma` below a third of a nat it is `s - sigma^2 / 2`. Above that it is the logarithm of the
+    With an error `sigma` below half a nat it is `s - sigma^2 / 2`. Above that it is the logarithm of the
     mean of `exp(true logit)` given the estimate, the true logits being normal with the estimates' mean and their
     variance less `sigma^2`: rows are unread because their estimate is low, which does not bias this mean.
     """
     s = np.asarray(logits, np.float64)
     noise = sigma**2
-    if noise < 0.11:
+    if noise < 0.25:
         return s - noise / 2
     signal = max(s.var() - noise, 0.05 * s.var())
     slope = signal / (signal + noise)

@@ -1,10 +1,15 @@
-//! Clusters of a head's values: what rows that are not read contribute is their weight times their cluster's mean value.
+//! Clusters of a head's rows: what rows that are not read contribute is their weight times their cluster's mean value.
+//!
+//! That is right where the values of a cluster are alike, and where their weights are, which differences from the mean then cancel in.
+//! So rows are clustered by their value and their key together, each as spread as the other.
 
-use crate::dense::rows::{Rows, Strided};
+use crate::dense::rows::{Rows, Strided, widen_row};
+use crate::dense::scratch::Buffer;
 use crate::index::kmeans;
 use crate::index::snapshot::Saved;
-use crate::simd::{Isa, dispatch};
-use crate::tensor::{Element, Error, Result};
+use crate::index::units::padded;
+use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::tensor::{Element, Error, Result, TensorView};
 use std::ops::Range;
 
 /// The most clusters: a row's cluster is one byte.
@@ -16,15 +21,93 @@ const ROWS_PER_CLUSTER: usize = 32;
 const SAMPLE: usize = 64 * MAX_CLUSTERS;
 const ITERATIONS: usize = 6;
 
+/// Rows that are assigned at a time: what is made of them stays in the cache.
+const ROWS: usize = 512;
+
 /// Rows that join the means at a time, and that settle at a time.
 const SUM_STEP: usize = 4096;
+
+/// Keys and values of some rows of a head.
+#[derive(Clone, Copy)]
+pub(crate) struct Pairs<T> {
+    keys: Strided<T>,
+    key_dim: usize,
+    values: Strided<T>,
+    value_dim: usize,
+}
+
+impl<T: Element> Pairs<T> {
+    /// The rows of a head of a store.
+    pub(crate) fn of(keys: &TensorView, values: &TensorView, head: usize) -> Self {
+        Self {
+            keys: Strided { base: keys.head::<T>(0, head), stride: keys.row_stride() },
+            key_dim: keys.shape()[3],
+            values: Strided { base: values.head::<T>(0, head), stride: values.row_stride() },
+            value_dim: values.shape()[3],
+        }
+    }
+
+    /// Numbers of a value and a key together.
+    fn width(self) -> usize {
+        padded(self.value_dim) + padded(self.key_dim)
+    }
+}
+
+/// Values of rows with their keys, times a scale, behind them: `[rows, width]`.
+struct Join<'a, T> {
+    pairs: Pairs<T>,
+    /// Readable, as whoever makes this vouches.
+    rows: &'a [usize],
+    scale: f32,
+    to: &'a mut [f32],
+}
+
+impl<T: Element> Kernel for Join<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { pairs: Pairs { keys, key_dim, values, value_dim }, rows, scale, to } = self;
+        let (first, width) = (padded(value_dim), padded(value_dim) + padded(key_dim));
+        assert!(to.len() == rows.len() * width);
+        for (&j, to) in rows.iter().zip(to.chunks_exact_mut(width)) {
+            let (value, key) = to.split_at_mut(first);
+            // SAFETY: whoever made this vouches for the row; the parts have the padded lengths.
+            unsafe {
+                widen_row(s, values.row(j), value_dim, value.as_mut_ptr(), value.len());
+                widen_row(s, keys.row(j), key_dim, key.as_mut_ptr(), key.len());
+            }
+            key.iter_mut().for_each(|x| *x *= scale);
+        }
+    }
+}
+
+/// Sum over the columns of their variance.
+fn spread(rows: &[f32], width: usize, columns: Range<usize>) -> f64 {
+    let n = (rows.len() / width).max(1) as f64;
+    let (mut sums, mut squares) = (vec![0f64; columns.len()], vec![0f64; columns.len()]);
+    for row in rows.chunks_exact(width) {
+        for ((sum, square), &x) in sums.iter_mut().zip(&mut squares).zip(&row[columns.clone()]) {
+            *sum += f64::from(x);
+            *square += f64::from(x) * f64::from(x);
+        }
+    }
+    // What is left of a constant is rounding.
+    let variance = |(sum, square): (&f64, &f64)| {
+        let variance = square / n - (sum / n).powi(2);
+        if variance > 1e-9 * square / n { variance } else { 0.0 }
+    };
+    sums.iter().zip(&squares).map(variance).sum()
+}
 
 /// Centroids by k-means, and means of the members.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Clusters {
     dim: usize,
-    /// `[clusters, dim]`, what rows are assigned by; fixed until the next fit.
+    /// Of values and keys, what rows are assigned by; fixed until the next fit.
     centroids: Vec<f32>,
+    /// What keys are multiplied by.
+    key_scale: f32,
     /// All members, and those of the rows that are old enough not to be truncated any more.
     members: Members,
     settled: Members,
@@ -91,29 +174,43 @@ impl Clusters {
     /// k-means on an evenly spaced sample of the rows `0..n`; the sums are empty afterwards.
     ///
     /// # Safety
-    /// `rows` yields `dim` readable elements for every row of `0..n`.
-    pub(crate) unsafe fn fit<T: Element>(isa: Isa, rows: Strided<T>, n: usize, dim: usize, seed: u64) -> Self {
+    /// Every row of `0..n` is readable.
+    pub(crate) unsafe fn fit<T: Element>(isa: Isa, pairs: Pairs<T>, n: usize, seed: u64) -> Self {
         let k = (n / ROWS_PER_CLUSTER).clamp(1, MAX_CLUSTERS);
         let size = n.min(SAMPLE);
-        let mut sample = Vec::with_capacity(size * dim);
-        for i in 0..size {
-            let row = rows.row(i * n / size);
-            // SAFETY: i * n / size < n.
-            let row = unsafe { std::slice::from_raw_parts(row, dim) };
-            sample.extend(row.iter().map(|x| x.to_f32()));
-        }
-        let centroids = kmeans::fit(isa, &sample, dim, k, ITERATIONS, false, seed).centroids;
+        let (dim, width) = (pairs.value_dim, pairs.width());
+        // i * n / size < n.
+        let rows: Vec<usize> = (0..size).map(|i| i * n / size).collect();
+        let mut sample = vec![0f32; size * width];
+        dispatch(isa, Join { pairs, rows: &rows, scale: 1.0, to: &mut sample });
+        let key_scale = (spread(&sample, width, 0..dim) / spread(&sample, width, padded(dim)..width)).sqrt() as f32;
+        // Keys that are all the same, or whose squares overflow, say nothing.
+        let key_scale = if key_scale.is_finite() { key_scale } else { 0.0 };
+        sample.chunks_exact_mut(width).for_each(|row| row[padded(dim)..].iter_mut().for_each(|x| *x *= key_scale));
+        let centroids = kmeans::fit(isa, &sample, width, k, ITERATIONS, false, seed).centroids;
         let members = Members::none(k, dim);
-        Self { dim, settled: members.clone(), members, means: centroids.clone(), centroids }
+        let means = vec![0.0; k * dim];
+        let mut clusters = Self { dim, settled: members.clone(), members, means, centroids, key_scale };
+        clusters.renew();
+        clusters
     }
 
     /// The nearest centroid of each row of the range.
     ///
     /// # Safety
-    /// `rows` yields `dim` readable elements for every row of the range.
-    pub(crate) unsafe fn assign<T: Element>(&self, isa: Isa, rows: Strided<T>, range: Range<usize>) -> Vec<u8> {
-        let nearest = dispatch(isa, kmeans::Assign { centroids: &self.centroids, dim: self.dim, rows, range });
-        nearest.into_iter().map(|id| id as u8).collect()
+    /// Every row of the range is readable.
+    pub(crate) unsafe fn assign<T: Element>(&self, isa: Isa, pairs: Pairs<T>, range: Range<usize>) -> Vec<u8> {
+        let (dim, mut joined, mut ids) = (pairs.width(), Buffer::default(), Vec::with_capacity(range.len()));
+        let rows: Vec<usize> = range.collect();
+        for rows in rows.chunks(ROWS) {
+            let to = &mut joined.take(ROWS * dim)[..rows.len() * dim];
+            dispatch(isa, Join { pairs, rows, scale: self.key_scale, to });
+            let rows = Strided { base: to.as_ptr(), stride: dim as isize };
+            let range = 0..to.len() / dim;
+            let nearest = dispatch(isa, kmeans::Assign { centroids: &self.centroids, dim, rows, range });
+            ids.extend(nearest.into_iter().map(|id| id as u8));
+        }
+        ids
     }
 
     /// Whether the means lack `step` of the rows `0..rows`, or were taken back and not renewed since.
@@ -164,7 +261,12 @@ impl Clusters {
     pub(crate) fn save(&self, saved: Saved, suffix: &str) -> Saved {
         let (n, dim) = (self.len(), self.dim);
         let name = |part: &str| format!("{part}.{suffix}");
-        let saved = saved.tensor(name("centroids"), &[n, dim], self.centroids.clone());
+        let width = self.centroids.len() / n.max(1);
+        let saved = saved.tensor(name("centroids"), &[n, width], self.centroids.clone()).tensor(
+            name("key_scale"),
+            &[1],
+            vec![self.key_scale],
+        );
         let rows = vec![self.members.rows as u64, self.settled.rows as u64];
         let squares = vec![self.members.squares, self.settled.squares];
         let saved = saved.tensor(name("member_rows"), &[2], rows).tensor(name("member_squares"), &[2], squares);
@@ -177,8 +279,8 @@ impl Clusters {
         })
     }
 
-    /// What [`Self::save`] saved: at most 256 clusters of width `dim`.
-    pub(crate) fn load(saved: &mut Saved, suffix: &str, dim: usize) -> Result<Self> {
+    /// What [`Self::save`] saved: at most 256 clusters of keys of `key_dim` and values of `dim` numbers.
+    pub(crate) fn load(saved: &mut Saved, suffix: &str, key_dim: usize, dim: usize) -> Result<Self> {
         let name = |part: &str| format!("{part}.{suffix}");
         let member_rows: Vec<u64> = saved.take(&name("member_rows"), &[2])?;
         let member_squares: Vec<f64> = saved.take(&name("member_squares"), &[2])?;
@@ -193,8 +295,10 @@ impl Clusters {
         if n > MAX_CLUSTERS || settled.counts.len() != n || settled.rows > members.rows {
             return Err(Error::value("path", format!("{n} value clusters"), "clusters as they are saved"));
         }
-        let centroids: Vec<f32> = saved.take(&name("centroids"), &[n, dim])?;
-        let mut clusters = Self { dim, means: centroids.clone(), centroids, members, settled };
+        let centroids: Vec<f32> = saved.take(&name("centroids"), &[n, padded(dim) + padded(key_dim)])?;
+        let key_scale: Vec<f32> = saved.take(&name("key_scale"), &[1])?;
+        let means = vec![0.0; n * dim];
+        let mut clusters = Self { dim, means, centroids, key_scale: key_scale[0], members, settled };
         if n > 0 {
             clusters.renew();
         }
@@ -203,10 +307,11 @@ impl Clusters {
 
     fn renew(&mut self) {
         let Members { sums, counts, .. } = &self.members;
-        let means = self.means.chunks_exact_mut(self.dim).zip(self.centroids.chunks_exact(self.dim));
+        let width = self.centroids.len() / counts.len();
+        let means = self.means.chunks_exact_mut(self.dim).zip(self.centroids.chunks_exact(width));
         for (((mean, centroid), sum), &count) in means.zip(sums.chunks_exact(self.dim)).zip(counts) {
             if count == 0 {
-                mean.copy_from_slice(centroid);
+                mean.copy_from_slice(&centroid[..self.dim]);
             } else {
                 mean.iter_mut().zip(sum).for_each(|(mean, sum)| *mean = (sum / f64::from(count)) as f32);
             }
@@ -228,11 +333,15 @@ mod tests {
             .flat_map(|i| (0..dim).map(|d| centre(i % 16, d) + 0.1 * random.normal() as f32).collect::<Vec<_>>())
             .collect();
         let strided = Strided { base: rows.as_ptr(), stride: dim as isize };
+        // Keys that tell nothing.
+        let keys = vec![1f32; n];
+        let pairs =
+            Pairs { keys: Strided { base: keys.as_ptr(), stride: 1 }, key_dim: 1, values: strided, value_dim: dim };
         for isa in Isa::available() {
             // SAFETY: n rows of dim floats.
             let (clusters, ids) = unsafe {
-                let mut clusters = Clusters::fit(isa, strided, n, dim, 5);
-                let ids = clusters.assign(isa, strided, 0..n);
+                let mut clusters = Clusters::fit(isa, pairs, n, 5);
+                let ids = clusters.assign(isa, pairs, 0..n);
                 clusters.add(strided, &ids, 0);
                 (clusters, ids)
             };

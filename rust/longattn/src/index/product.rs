@@ -11,7 +11,7 @@
 //! `sigma^2 = sum_j q_j^T C_j q_j`, `C_j` the covariance of subvector j's residuals, one for all cells. The mean of `e^logit` in a cell
 //! is then `e^(score + sigma^2 / 2)` as far as residuals are Gaussian.
 
-use super::clusters::Clusters;
+use super::clusters::{Clusters, Pairs};
 use super::kmeans;
 use super::snapshot::{Parameters, Saved};
 use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_store, not_finite, numbers};
@@ -198,7 +198,7 @@ impl ProductQuantisation {
                 residuals: saved.take(&format!("residuals.{h}"), &[m, width, width])?,
                 codes: saved.take(&format!("codes.{h}"), &[coded / BLOCK * state.block_bytes])?,
                 value_ids: saved.take(&format!("value_ids.{h}"), &[coded])?,
-                values: Clusters::load(&mut saved, &h.to_string(), value_dim)?,
+                values: Clusters::load(&mut saved, &h.to_string(), dim, value_dim)?,
             };
             if head.value_ids.iter().any(|&id| usize::from(id) >= head.values.len()) {
                 return Err(Error::value("path", "a row of a value cluster that is not there", "clusters as saved"));
@@ -224,9 +224,8 @@ impl ProductQuantisation {
             let range = start..(start + CHUNK).min(target);
             let codes = self.code(isa, &state.heads[h], &keys, h, range.clone())?;
             let ids = with_element!(values.dtype(), T => {
-                let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
                 // SAFETY: the range lies inside the reader's rows.
-                unsafe { state.heads[h].values.assign(isa, rows, range) }
+                unsafe { state.heads[h].values.assign(isa, Pairs::<T>::of(&keys, &values, h), range) }
             });
             Ok((codes, ids))
         });
@@ -281,9 +280,8 @@ impl ProductQuantisation {
             }
             let sample = self.mapped(keys, h, rows.into_iter(), &centre)?;
             let values = with_element!(values.dtype(), T => {
-                let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
-                // SAFETY: the view has n or more rows of value_dim elements.
-                unsafe { Clusters::fit(isa, rows, n, values.shape()[3], seed(h)) }
+                // SAFETY: the views have n or more rows.
+                unsafe { Clusters::fit(isa, Pairs::<T>::of(keys, values, h), n, seed(h)) }
             });
             Ok((Head { centre, values, ..Head::default() }, sample))
         })?;

@@ -1,6 +1,6 @@
 //! Signatures: a few bits per dimension of every key, which grow with the store.
 
-use super::clusters::Clusters;
+use super::clusters::{Clusters, Pairs};
 use super::codes::{BLOCK, Encode, Format, Scan, ScanQuery};
 use super::project::Multiply;
 use super::rotation::orthogonal;
@@ -195,7 +195,7 @@ impl Signatures {
                     largest: deviations[2] as f32,
                 },
                 value_ids: saved.take(&format!("value_ids.{h}"), &[coded])?,
-                values: Clusters::load(&mut saved, &h.to_string(), value_dim)?,
+                values: Clusters::load(&mut saved, &h.to_string(), dim, value_dim)?,
             };
             if head.value_ids.iter().any(|&id| usize::from(id) >= head.values.len()) {
                 return Err(Error::value("path", "a row of a value cluster that is not there", "clusters as saved"));
@@ -260,9 +260,9 @@ impl Signatures {
                     .fold(0.0, f64::max)
                     .sqrt();
                 let unit = if longest.is_finite() { (longest / UNITS).log2().round().clamp(-100.0, 100.0).exp2() } else { 1.0 };
-                let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
-                // SAFETY: the view has n or more rows of value_dim elements.
-                let values = unsafe { Clusters::fit(isa, rows, n, values.shape()[3], self.options.seed ^ h as u64) };
+                let pairs = Pairs::<T>::of(&keys, &values, h);
+                // SAFETY: the views have n or more rows.
+                let values = unsafe { Clusters::fit(isa, pairs, n, self.options.seed ^ h as u64) };
                 Ok(HeadCodes {
                     codes: Vec::new(),
                     centre,
@@ -309,9 +309,8 @@ impl Signatures {
                 let rows = Strided { base: keys.head::<T>(0, h), stride: keys.row_stride() };
                 let coded = dispatch(isa, CodeRows { index: self, head: h, state, rows, range: range.clone() })?;
                 let Some(coded) = coded else { return Ok(None) };
-                let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
                 // SAFETY: the range lies inside the reader's rows.
-                let ids = unsafe { state.heads[h].values.assign(isa, rows, range) };
+                let ids = unsafe { state.heads[h].values.assign(isa, Pairs::<T>::of(&keys, &values, h), range) };
                 Ok(Some((coded, ids)))
             })
         })?

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::Xxh3;
 
 const FORMAT: &str = "longattn.index";
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 
 /// What an index was made with, by name.
 pub type Parameters = Map<String, Value>;

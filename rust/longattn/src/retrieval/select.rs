@@ -134,13 +134,23 @@ pub(crate) fn select(isa: Isa, weights: &[f32], totals: &Weights, range: Range<u
         reached = single.reached(rows);
     }
     let mut picked = heavy(isa, weights, range, least(reached));
-    if rows < picked.len() {
-        let order = |&a: &u32, &b: &u32| weights[b as usize].total_cmp(&weights[a as usize]).then(a.cmp(&b));
-        picked.select_nth_unstable_by(rows, order);
-        picked.truncate(rows);
-        picked.sort_unstable();
+    if rows == 0 {
+        picked.clear();
+    } else if rows < picked.len() {
+        // The last of the best, then all that come before it: they stay in the order of the rows.
+        let key = |row: u32| u64::from(!ascending(weights[row as usize])) << 32 | u64::from(row);
+        let mut keys: Vec<u64> = picked.iter().map(|&row| key(row)).collect();
+        let (_, &mut last, _) = keys.select_nth_unstable(rows - 1);
+        picked.retain(|&row| key(row) <= last);
     }
     picked
+}
+
+/// An integer for each float, in the same order.
+#[inline(always)]
+fn ascending(x: f32) -> u32 {
+    let bits = x.to_bits();
+    bits ^ if bits >> 31 == 0 { 1 << 31 } else { u32::MAX }
 }
 
 /// Rows in `range` of at least some weight, ascending.

@@ -54,9 +54,9 @@ impl CodeError {
         self.variance.sqrt() as f32
     }
 
-    /// Whether one factor corrects all weights: those of means, and where noise below a third of a nat hardly moves them.
+    /// Whether one factor corrects all weights: those of means, and where noise below half a nat hardly moves them.
     fn is_one_factor(self) -> bool {
-        self.mean || self.variance < 0.11
+        self.mean || self.variance < 0.25
     }
 }
 
