@@ -27,9 +27,17 @@ from longattn._torch_sparse import (
     no_second_derivative,
     save,
     saved,
+    windowed_attention,
 )
 
-__all__ = ["attention", "attention_varlen", "block_sparse_attention", "merge", "neighborhood_attention"]
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "block_sparse_attention",
+    "merge",
+    "neighborhood_attention",
+    "windowed_attention",
+]
 
 
 def attention(
