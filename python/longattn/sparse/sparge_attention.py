@@ -196,5 +196,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_sparge_attention.py",
     cost="`(Lq / block_q) (Lk / block_k) D` multiply-adds per query head to predict, one pass over queries and keys.",
-    mask=lambda: seen(sparge_attention, *example(), theta=0.3, cdf=0.7, block_q=8, block_k=8, causal=True),
+    mask=lambda: seen(sparge_attention, *example(), theta=0.3, cdf=0.9, sink=True, block_q=8, block_k=8, causal=True),
 )
