@@ -1,5 +1,6 @@
 """The compiled core. Arguments are numpy arrays that the public functions have already checked."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,31 +43,26 @@ def merge(
     out: NDArray[Any],
     lse: NDArray[np.float32],
 ) -> None: ...
+
+# gradient of the output; queries, keys, values; output, log-sum-exp, the gradient of this; and where gradients go
+
+_Forward = tuple[
+    NDArray[Any],
+    NDArray[Any],
+    NDArray[Any],
+    NDArray[Any],
+    NDArray[Any],
+    NDArray[np.float32],
+    NDArray[np.float32] | None,
+]
+_Gradients = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+
 def attention_backward(
-    d_out: NDArray[Any],
-    q: NDArray[Any],
-    k: NDArray[Any],
-    v: NDArray[Any],
-    out: NDArray[Any],
-    lse: NDArray[np.float32],
-    d_lse: NDArray[np.float32] | None,
-    dq: NDArray[Any],
-    dk: NDArray[Any],
-    dv: NDArray[Any],
-    d_sinks: NDArray[np.float32] | None,
-    options: Options,
+    arrays: _Forward, results: _Gradients, d_sinks: NDArray[np.float32] | None, options: Options
 ) -> None: ...
 def attention_varlen_backward(
-    d_out: NDArray[Any],
-    q: NDArray[Any],
-    k: NDArray[Any],
-    v: NDArray[Any],
-    out: NDArray[Any],
-    lse: NDArray[np.float32],
-    d_lse: NDArray[np.float32] | None,
-    dq: NDArray[Any],
-    dk: NDArray[Any],
-    dv: NDArray[Any],
+    arrays: _Forward,
+    results: _Gradients,
     d_sinks: NDArray[np.float32] | None,
     cu_seqlens_q: NDArray[np.int64],
     cu_seqlens_k: NDArray[np.int64],
@@ -128,6 +124,16 @@ def selective_attention(
     protect_first: int,
     scale: float,
     softcap: float,
+) -> None: ...
+def weighted_attention(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    options: Options,
+    *,
+    signed: tuple[float, float, bool, bool] | None = None,
+    contrast: float = 1.0,
 ) -> None: ...
 
 # key-value stores
@@ -448,7 +454,9 @@ def retrieval_attention(
 def read_bandwidth(bytes: int, threads: int) -> float: ...
 def fma_peak(threads: int) -> float: ...
 
-# sparse attention: lists of all heads one after another, their (batch, heads), and where blocks begin
+# sparse attention: where lists of all heads begin, their numbers, (batch, heads), and where blocks of queries begin
+
+_HeadLists = tuple[NDArray[np.int64], NDArray[np.uint32], tuple[int, int], NDArray[np.int64]]
 
 def block_sparse(
     q: NDArray[Any],
@@ -456,36 +464,19 @@ def block_sparse(
     v: NDArray[Any],
     out: NDArray[Any],
     lse: NDArray[np.float32],
-    indptr: NDArray[np.int64],
-    indices: NDArray[np.uint32],
-    shape: tuple[int, int],
-    query_bounds: NDArray[np.int64],
+    lists: _HeadLists,
     key_bounds: NDArray[np.int64],
     options: Options,
 ) -> None: ...
 def block_sparse_backward(
-    d_out: NDArray[Any],
-    q: NDArray[Any],
-    k: NDArray[Any],
-    v: NDArray[Any],
-    out: NDArray[Any],
-    lse: NDArray[np.float32],
-    d_lse: NDArray[np.float32] | None,
-    dq: NDArray[Any],
-    dk: NDArray[Any],
-    dv: NDArray[Any],
-    indptr: NDArray[np.int64],
-    indices: NDArray[np.uint32],
-    shape: tuple[int, int],
-    query_bounds: NDArray[np.int64],
-    key_bounds: NDArray[np.int64],
-    options: Options,
+    arrays: _Forward, results: _Gradients, lists: _HeadLists, key_bounds: NDArray[np.int64], options: Options
 ) -> None: ...
 
 # keys, dilation, step and uint32 [n, 4] of three axes; sizes, zeros, table and numbers by axis of a bias
 
 _GridAxes = list[tuple[int, int, int, NDArray[np.uint32]]]
 _GridBias = tuple[Any, ...] | None
+_Ranges = tuple[list[NDArray[np.uint32]], NDArray[np.uint32]]
 
 def neighbourhood(
     q: NDArray[Any],
@@ -503,10 +494,10 @@ def windowed(
     v: NDArray[Any],
     out: NDArray[Any],
     lse: NDArray[np.float32],
-    ranges: list[NDArray[np.uint32]],
-    of_heads: NDArray[np.uint32],
+    ranges: _Ranges,
     options: Options,
 ) -> None: ...
+def windowed_backward(arrays: _Forward, results: _Gradients, ranges: _Ranges, options: Options) -> None: ...
 def neighbourhood_scores(
     q: NDArray[Any],
     k: NDArray[Any],
@@ -520,16 +511,8 @@ def neighbourhood_values(
     weights: NDArray[Any], v: NDArray[Any], out: NDArray[Any], axes: _GridAxes, sizes: list[int]
 ) -> None: ...
 def neighbourhood_backward(
-    d_out: NDArray[Any],
-    q: NDArray[Any],
-    k: NDArray[Any],
-    v: NDArray[Any],
-    out: NDArray[Any],
-    lse: NDArray[np.float32],
-    d_lse: NDArray[np.float32] | None,
-    dq: NDArray[Any],
-    dk: NDArray[Any],
-    dv: NDArray[Any],
+    arrays: _Forward,
+    results: _Gradients,
     d_bias: NDArray[np.float32] | None,
     axes: _GridAxes,
     bias: _GridBias,
@@ -541,11 +524,8 @@ def index_sparse(
     v: NDArray[Any],
     out: NDArray[Any],
     lse: NDArray[np.float32],
-    indptr: NDArray[np.int64],
-    indices: NDArray[np.uint32],
+    lists: _HeadLists,
     bias: NDArray[np.float32] | None,
-    shape: tuple[int, int],
-    query_bounds: NDArray[np.int64],
     max: NDArray[np.float32] | None,
     options: Options,
 ) -> None: ...
@@ -695,13 +675,15 @@ def diagonal_scan(
 def depthwise(
     x: NDArray[Any],
     weights: NDArray[np.float32],
-    centre: tuple[int, int],
+    centre: Sequence[int],
     out: NDArray[Any],
     *,
     bias: NDArray[np.float32] | None = None,
     before: NDArray[Any] | None = None,
     silu: bool = False,
     cu_seqlens: NDArray[np.int64] | None = None,
+    stride: Sequence[int] = (1, 1),
+    depth: Sequence[int] = (1, 1, 1, 0, 1),
 ) -> None: ...
 def dynamic_convolution(
     v: NDArray[Any],
@@ -740,16 +722,6 @@ def sample(
     unit: bool,
     align_corners: bool,
     border: bool,
-    out: NDArray[np.float32],
-) -> None: ...
-def grid_depthwise(
-    x: NDArray[Any],
-    extent: list[int],
-    kernel: NDArray[np.float32],
-    taps: list[int],
-    stride: list[int],
-    padding: list[int],
-    outputs: list[int],
     out: NDArray[np.float32],
 ) -> None: ...
 def path_bias(

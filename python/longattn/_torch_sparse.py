@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import longattn as la
+from longattn._checks import integer
 from longattn.sparse import BlockMask
 
 
@@ -107,6 +108,60 @@ def block_sparse_attention(
     shape = [*block_mask.lengths, block_mask.block_q, block_mask.first_q or block_mask.block_q, block_mask.block_k]
     out, lse = _block_sparse(q, k, v, *lists, shape, causal, window[0], window[1], scale, softcap)
     return (out, lse) if return_lse else out
+
+
+def windowed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    radius: int | tuple[int, int] | torch.Tensor,
+    centre: torch.Tensor | None = None,
+    causal: bool = False,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> Any:
+    """`longattn.sparse.windowed_attention` for torch's autograd and `torch.compile`.
+
+    Args:
+        q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16. May require grad.
+        k: keys `[B, Hkv, Lk, D]`, or `[Hkv, Lk, D]`; any of the three dtypes. May require grad.
+        v: values `[B, Hkv, Lk, Dv]`, or `[Hkv, Lk, Dv]`; dtype of `k`. May require grad.
+        radius: keys seen on both sides of the centre: a number, a pair `(left, right)`, or integers `[Hq]` or
+            `[Hq, 2]`; a constant, as are the next four.
+        centre: integers `[Lq]`, `[Hq, Lq]` or `[B, Hq, Lq]`; `None` is each query's own position.
+        causal: a query sees no key behind its own position.
+        cu_seqlens_q: bounds `[S + 1]` of sequences that a batch of 1 holds one after another.
+        cu_seqlens_k: bounds of their keys; `None` are those of the queries.
+        scale: factor on the dot products; `None` is `D ** -0.5`.
+        softcap: `c > 0` turns each scaled logit `s` into `c * tanh(s / c)`; 0 is off.
+        return_lse: also return the log-sum-exp of the logits, differentiable as well.
+
+    Returns:
+        The output `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`) in the dtype of `q`; with `return_lse`, the pair with the lse,
+        float32 without the last axis.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes or values that do not fit, or a tensor outside CPU memory.
+        RuntimeError: from a second backward pass: gradients of gradients are not computed.
+
+    Cost:
+        Forward and backward as the functions of `longattn.sparse`; what a query sees is computed anew.
+    """
+    given = {"centre": centre, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    check_tensors({"q": q, "k": k, "v": v, **given})
+    sides = radius if isinstance(radius, torch.Tensor) else torch.tensor(_pair(radius)).expand(q.shape[-3], 2)
+    out, lse = _windowed(q, k, v, sides.contiguous(), *given.values(), causal, scale, softcap)
+    return (out, lse) if return_lse else out
+
+
+def _pair(radius: Any) -> tuple[int, int]:
+    pair = radius if isinstance(radius, tuple) and len(radius) == 2 else (radius, radius)
+    return integer(pair[0], "radius", 0), integer(pair[1], "radius", 0)
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor | None]) -> None:
@@ -261,6 +316,70 @@ def _block_sparse_backward(
     )
 
 
+@torch.library.custom_op("longattn::windowed_attention", mutates_args=(), device_types="cpu")
+def _windowed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    radius: torch.Tensor,
+    centre: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = la.sparse.windowed_attention(
+        q,
+        k,
+        v,
+        radius=radius,
+        centre=centre,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        causal=causal,
+        scale=scale,
+        softcap=softcap,
+        return_lse=True,
+    )
+    return out, lse
+
+
+@torch.library.custom_op("longattn::windowed_attention_backward", mutates_args=(), device_types="cpu")
+def _windowed_backward(
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    radius: torch.Tensor,
+    centre: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return la.sparse.windowed_attention_backward(
+        d_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        radius=radius,
+        centre=centre,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        d_lse=d_lse,
+        causal=causal,
+        scale=scale,
+        softcap=softcap,
+    )
+
+
 # Shapes and dtypes of the results, for tensors without memory.
 
 
@@ -270,6 +389,7 @@ def _fake_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) 
 
 _neighborhood.register_fake(_fake_attention)
 _block_sparse.register_fake(_fake_attention)
+_windowed.register_fake(_fake_attention)
 
 
 @_neighborhood_backward.register_fake
@@ -281,6 +401,7 @@ def _(
 
 
 @_block_sparse_backward.register_fake
+@_windowed_backward.register_fake
 def _(
     d_out: torch.Tensor, d_lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -324,7 +445,14 @@ def _backward_of_block_sparse(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor
     return *_block_sparse_backward(d_out, d_lse, *given), *(None,) * (len(given) - 5)
 
 
+def _backward_of_windowed(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[Any, ...]:
+    given = saved(ctx)
+    return *_windowed_backward(d_out, d_lse, *given), *(None,) * (len(given) - 5)
+
+
 torch.library.register_autograd("longattn::neighborhood_attention", _backward_of_neighborhood, setup_context=save)
 torch.library.register_autograd("longattn::block_sparse_attention", _backward_of_block_sparse, setup_context=save)
+torch.library.register_autograd("longattn::windowed_attention", _backward_of_windowed, setup_context=save)
 torch.library.register_autograd("longattn::neighborhood_attention_backward", no_second_derivative)
 torch.library.register_autograd("longattn::block_sparse_attention_backward", no_second_derivative)
+torch.library.register_autograd("longattn::windowed_attention_backward", no_second_derivative)

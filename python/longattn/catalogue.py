@@ -10,10 +10,15 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from longattn.methods import MODES, Method, methods
+from longattn.pictures import Mask, digest, png
+
+#: The folder of the pictures, beside the pages.
+MASKS = "masks"
 
 #: Sections of a docstring whose lines are `name: text`.
 _LISTS = ("Args", "Raises", "Attributes")
@@ -124,8 +129,10 @@ def as_text(method: Method) -> str:
 
 
 def write_pages(folder: Path) -> None:
-    """Writes `index.md` and one page per method into `folder`, which is made where it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes `index.md`, one page per method and pictures of masks into `folder`, which is made where it is missing."""
+    (folder / MASKS).mkdir(parents=True, exist_ok=True)
+    for name, mask in masks().items():
+        (folder / MASKS / f"{name}.png").write_bytes(png(mask))
     for name, text in pages().items():
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -134,6 +141,12 @@ def pages() -> dict[str, str]:
     """Texts of the documentation pages, by file name."""
     every = methods()
     return {"index.md": _index(every)} | {f"{method.name}.md": _page(method) for method in every}
+
+
+@cache
+def masks() -> dict[str, Mask]:
+    """Example masks of the methods that have one, by name."""
+    return {method.name: method.mask() for method in methods() if method.mask is not None}
 
 
 def _index(every: Sequence[Method]) -> str:
@@ -169,7 +182,10 @@ def _page(method: Method) -> str:
         paper = f"[{paper}](https://arxiv.org/abs/{method.arxiv})"
     lines = [f"# {method.name}", "", f"{paper} · family: {method.family}", ""]
     body, sections = _docstring(method.function)
-    lines += ["## What is computed", "", body, "", "## Use", "", "```python", _signature(method.function, path), "```"]
+    lines += ["## What is computed", "", body, ""]
+    if method.mask is not None:
+        lines += [*_picture(method.name), ""]
+    lines += ["## Use", "", "```python", _signature(method.function, path), "```"]
     sections.setdefault("Cost", method.cost)
     for title, text in sections.items():
         lines += ["", f"### {title}", "", text]
@@ -191,6 +207,17 @@ def _page(method: Method) -> str:
         f"Source: {' · '.join(links)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _picture(name: str) -> list[str]:
+    mask = masks()[name]
+    rows, keys = mask.shape
+    return [
+        f"![mask of {name}]({MASKS}/{name}.png)",
+        "",
+        f"Example: which of {keys} keys (from left to right) {rows} queries (from top to bottom) see; "
+        f"{mask.mean():.0%} of the pairs. Mask `{digest(mask)}`.",
+    ]
 
 
 def _docstring(function: Callable[..., Any] | type[Any]) -> tuple[str, dict[str, str]]:

@@ -14,6 +14,9 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 #: Modules and packages that are searched for entries; a package with all that is below it.
 FAMILY_PACKAGES = (
     "longattn.dense",
@@ -54,6 +57,8 @@ class Method:
         checks: identities that it satisfies and that its tests check, a sentence each.
         tests: its test file's path in the repository.
         cost: what a call costs.
+        mask: makes an example of what queries see, booleans `[queries, keys]`, that its page shows (`pictures.py`);
+            `None` where there is nothing to see.
 
     Raises:
         ValueError: an unknown mode, or no identity check.
@@ -76,6 +81,7 @@ class Method:
     checks: tuple[str, ...]
     tests: str
     cost: str
+    mask: Callable[[], NDArray[np.bool_]] | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted(self.modes.difference(MODES))

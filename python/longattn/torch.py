@@ -42,6 +42,7 @@ from longattn._torch_sparse import (
     no_second_derivative,
     save,
     saved,
+    windowed_attention,
 )
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "retention",
     "selective_scan",
     "state_space_duality",
+    "windowed_attention",
 ]
 
 

@@ -22,6 +22,8 @@ from longattn.bench import (
     prefill,
     quality,
     sparse,
+    vision,
+    vision_torch,
 )
 from longattn.bench.harness import Bench, Candidate, Outcome
 
@@ -257,6 +259,48 @@ def test_sparse(tmp_path):
         assert row["of_dense"] == pytest.approx(row["per_density"] * row["density"])
     windows = [row for row in rows if row["mask"].startswith("window")]
     assert [round(row["density"], 1) for row in windows] == [0.1, 0.5]
+
+
+def test_sparse_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    file, options = tmp_path / "result.json", ("--no-peers", "--dtypes", "float32")
+    case, stop_at = sparse._case, [1]
+
+    def interrupted(*given):
+        stop_at[0] -= 1
+        if stop_at[0] < 0:
+            raise KeyboardInterrupt
+        return case(*given)
+
+    monkeypatch.setattr(sparse, "_case", interrupted)
+    assert cli.main(["bench", "sparse", "--quick", "--rounds", "2", "--json", str(file), *options]) == 130
+    partly = json.loads(file.read_text())["rows"]
+    assert {row["asked"] for row in partly} == {0.1}
+    monkeypatch.setattr(sparse, "_case", case)
+    rows = run("sparse", tmp_path, *options)["rows"]
+    assert rows[: len(partly)] == partly, "what was there is not run again"
+    assert {row["asked"] for row in rows} == set(sparse.QUICK_DENSITIES)
+    assert run("sparse", tmp_path, *options)["rows"] == rows
+
+
+def test_vision_has_a_row_for_every_method(tmp_path):
+    pytest.importorskip("torch")
+    result = run("vision", tmp_path, "--threads", "1")
+    ours = [row for row in result["rows"] if row["ours"]]
+    assert [row["name"] for row in ours] == [method.name for method in la.methods("vision")]
+    assert set(vision.CASES) == {row["name"] for row in ours}
+    plain = {row["name"]: row for row in result["rows"] if not row["ours"]}
+    assert set(plain) == set(vision_torch.PLAIN)
+    for name, row in plain.items():
+        assert row["ms"] > 0 and row["error"] < 1e-4, name
+    assert len(vision.panels(result)) == 1 and vision.SECTIONS[0].tables([result])
+    assert run("vision", tmp_path, "--threads", "1")["rows"] == result["rows"]
+
+
+def test_vision_of_some_methods(tmp_path, capsys):
+    rows = run("vision", tmp_path, "--no-peers", "--only", "strip,focal")["rows"]
+    assert {row["name"] for row in rows} == {"strip_self_attention", "focal_modulation"}
+    assert cli.main(["bench", "vision", "--quick", "--only", "none"]) == 2
+    assert "--only: got 'none'" in capsys.readouterr().err
 
 
 def test_sparse_peers_compute_the_same(rng):

@@ -40,10 +40,10 @@ def run(*arguments):
 
 
 def test_the_readme_shows_each_way_of_use():
-    assert [IMPORT.findall(block) for block in README] == [[], ["torch"], ["torch"], ["torch", "transformers"]]
+    assert [IMPORT.findall(block) for block in README] == [[], [], ["torch"], ["torch"], ["torch", "transformers"]]
 
 
-@pytest.mark.parametrize("block", README, ids=["numpy", "torch", "training", "transformers"])
+@pytest.mark.parametrize("block", README, ids=["numpy", "recurrence", "torch", "training", "transformers"])
 def test_readme(block):
     need(block)
     run("-c", block)

@@ -2,16 +2,20 @@
 
 import inspect
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 import longattn as la
 from longattn import catalogue
 from longattn.methods import FAMILY_PACKAGES, Method, collect, methods
+from longattn.pictures import digest, png
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "methods"
@@ -146,9 +150,38 @@ def test_every_module_with_an_entry_is_searched():
 def test_the_pages_are_current():
     """If this fails: longattn methods --docs docs/methods."""
     expected = catalogue.pages()
-    assert {path.name for path in PAGES.iterdir()} == set(expected)
+    assert {path.name for path in PAGES.iterdir()} == {*expected, catalogue.MASKS}
     stale = [name for name, text in expected.items() if (PAGES / name).read_text(encoding="utf-8") != text]
     assert stale == []
+
+
+def test_the_pictures_are_current():
+    """If this fails: longattn methods --docs docs/methods."""
+    pictures = {path.stem: path.read_bytes() for path in (PAGES / catalogue.MASKS).iterdir()}
+    expected = {name: digest(mask) for name, mask in catalogue.masks().items()}
+    assert set(pictures) == set(expected)
+    assert [name for name, picture in pictures.items() if expected[name].encode() not in picture] == []
+    assert sum(map(len, pictures.values())) < 1 << 20
+
+
+@pytest.mark.parametrize("method", [m for m in methods() if m.mask is not None], ids=lambda method: method.name)
+def test_masks_are_those_of_every_instruction_set(method, isa):
+    mask = method.mask()
+    assert mask.ndim == 2 and mask.dtype == bool and 0 < mask.mean() < 1
+    assert digest(mask) == digest(catalogue.masks()[method.name])
+
+
+def test_a_picture_is_its_mask():
+    mask = np.random.default_rng(0).random((50, 90)) < 0.3
+    data = png(mask)
+    width, height = struct.unpack(">II", data[16:24])
+    start = data.index(b"IDAT")
+    length = int.from_bytes(data[start - 4 : start])
+    rows = np.frombuffer(zlib.decompress(data[start + 4 : start + 4 + length]), np.uint8).reshape(height, -1)
+    assert not rows[:, 0].any()
+    pixels = np.unpackbits(rows[:, 1:], axis=1)[:, :width].reshape(50, height // 50, 90, width // 90)
+    assert (pixels == mask[:, None, :, None]).all()
+    assert zlib.crc32(data[start : start + 4 + length]) == int.from_bytes(data[start + 4 + length : start + 8 + length])
 
 
 @pytest.mark.parametrize("name", sorted(catalogue.pages()))

@@ -117,6 +117,39 @@ def test_hidden_nan_stays_hidden(rng, isa):
     assert np.isnan(out[:, :, ~rows]).all()
 
 
+@pytest.mark.parametrize(
+    ("heads", "block_q", "dtype"), [(1, 1, F32), (2, 1, BF16), (4, 1, F16), (4, 5, F32), (2, 11, BF16)]
+)
+def test_lists_of_few_queries(rng, isa, heads, block_q, dtype):
+    q, k, v = qkv(rng, batch=2, rows=140, keys=150, dim=24, value_dim=20, q_dtype=dtype)
+    mask = random_mask(rng, heads=heads, lengths=(140, 150), block_q=block_q, block_k=30)
+    check(q, k, v, mask)
+    check(q, k, v, mask, causal=True, softcap=2.0)
+    check(q, k, v, random_mask(rng, batch=2, lengths=(140, 150), block_q=1, block_k=7), window=(90, 40))
+
+
+def test_lists_of_few_queries_hide_nan(rng, isa):
+    q, k, v = qkv(rng, rows=64, keys=64)
+    mask = random_mask(rng, lengths=(64, 64), block_q=1, block_k=8, density=0.6)
+    clean = la.block_sparse_attention(q, k, v, mask, causal=True)
+    v[:, :, 40] = np.nan
+    out = la.block_sparse_attention(q, k, v, mask, causal=True)
+    sees = mask.to_dense_mask()[0, 0, :, 40] & (np.arange(64) >= 40)
+    assert np.isnan(out[:, :, sees]).all() and sees.any()
+    tolerances.same_storage(q, k, np.nan_to_num(v)).check(out[:, :, ~sees], clean[:, :, ~sees])
+
+
+def test_lists_of_few_queries_on_any_number_of_threads(rng):
+    q, k, v = qkv(rng, rows=3000, keys=3000)
+    mask = random_mask(rng, lengths=(3000, 3000), block_q=1, block_k=100)
+    before, found = la.get_num_threads(), []
+    for threads in (1, 2):
+        la.set_num_threads(threads)
+        found.append(la.block_sparse_attention(q, k, v, mask, causal=True))
+    la.set_num_threads(before)
+    np.testing.assert_array_equal(*found)
+
+
 def test_any_number_of_threads(rng):
     q, k, v = qkv(rng, heads=2, kv_heads=1, rows=20, keys=9000, dim=32)
     mask = random_mask(rng, heads=2, lengths=(20, 9000), block_q=20, block_k=100)

@@ -1,12 +1,14 @@
 """Windows with a radius per head and a centre per query."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 import longattn as la
 import tolerances
 from longattn.reference import dense as reference
-from random_arrays import DTYPES, LAYOUTS, qkv
+from random_arrays import DTYPES, LAYOUTS, normal, qkv
 
 windowed = la.sparse.windowed_attention
 
@@ -21,6 +23,16 @@ def mask_of(q, k, radius, centre=None, causal=False):
     offset = np.arange(keys) - centre[..., None]
     seen = (offset >= -sides[:, 0, None, None]) & (offset <= sides[:, 1, None, None])
     return seen & (np.arange(keys) <= position[:, None]) if causal else seen
+
+
+def sequences_mask(q, k, bounds_q, bounds_k, radius, centre=None, causal=False):
+    """As `mask_of`, of sequences one after another; `centre` is `[Lq]`."""
+    mask = np.zeros((1, q.shape[1], q.shape[2], k.shape[2]), bool)
+    for own, seen in zip(itertools.pairwise(bounds_q), itertools.pairwise(bounds_k), strict=True):
+        rows, keys = slice(*own), slice(*seen)
+        centres = None if centre is None else centre[rows]
+        mask[:, :, rows, keys] = mask_of(q[:, :, rows], k[:, :, keys], radius, centres, causal)
+    return mask
 
 
 def check(q, k, v, *, causal=False, **given):
@@ -68,6 +80,91 @@ def test_one_query(rng, isa):
     check(q, k, v, radius=np.array([1, 20, 300, 5]), centre=np.array([150]))
 
 
+BOUNDS_Q, BOUNDS_K = np.array([0, 40, 40, 41, 150]), np.array([0, 45, 50, 60, 170])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("with_centre", [False, True])
+def test_packed_sequences(rng, isa, causal, with_centre):
+    q, k, v = qkv(rng, rows=150, keys=170)
+    radius, centre = np.array([0, 7, 3, 40]), rng.integers(-5, 60, 150) if with_centre else None
+    given = {"radius": radius, "centre": centre, "causal": causal}
+    out, lse = windowed(q, k, v, **given, cu_seqlens_q=BOUNDS_Q, cu_seqlens_k=BOUNDS_K, return_lse=True)
+    mask = sequences_mask(q, k, BOUNDS_Q, BOUNDS_K, radius, centre, causal)
+    expected, expected_lse = reference.attention(q, k, v, mask=mask, return_lse=True)
+    tolerances.attention(q, k, v).check(out, expected, lse, expected_lse)
+
+
+def test_packed_sequences_are_sequences_by_themselves(rng):
+    q, k, v = (x[0] for x in qkv(rng, rows=150, keys=150))
+    out = windowed(q, k, v, radius=(9, 4), cu_seqlens_q=BOUNDS_Q)
+    for first, last in itertools.pairwise(BOUNDS_Q):
+        if last > first:
+            own = (x[:, first:last] for x in (q, k, v))
+            tolerances.same_storage(q, k, v).check(out[:, first:last], windowed(*own, radius=(9, 4)))
+
+
+def check_gradients(rng, q, k, v, mask, *, scale=None, softcap=0.0, with_lse=True, **given):
+    out, lse = windowed(q, k, v, scale=scale, softcap=softcap, return_lse=True, **given)
+    d_out = normal(rng, out.shape, out.dtype)
+    options = {"scale": scale, "softcap": softcap, "d_lse": normal(rng, lse.shape) if with_lse else None}
+    found = la.sparse.windowed_attention_backward(d_out, q, k, v, out, lse, **options, **given)
+    expected = reference.attention(q, k, v, mask=mask, scale=scale, softcap=softcap, return_lse=True)
+    theirs = reference.attention_backward(d_out, q, k, v, *expected, mask=mask, **options)
+    eyes = np.broadcast_to(np.eye(k.shape[-2]), (*k.shape[:-1], k.shape[-2]))
+    weights = reference.attention(q, k, eyes, mask=mask, scale=scale, softcap=softcap)
+    allowed = tolerances.attention_backward(q, k, v, d_out, weights=weights, d_lse=options["d_lse"], scale=scale)
+    assert [x.dtype for x in found] == [x.dtype for x in (q, k, v)]
+    allowed.check(found, theirs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("per", ["one", "head", "both"])
+def test_gradients(rng, isa, causal, per):
+    q, k, v = qkv(rng, batch=2, heads=4, kv_heads=2, rows=60, keys=75, dim=24, value_dim=20)
+    # Around the query's own place, so that every query sees a key: without one the lse has no gradient.
+    own = np.arange(15, 75)
+    centre = {"one": own, "head": own - np.arange(4)[:, None], "both": own - np.arange(8).reshape(2, 4, 1)}[per]
+    radius = np.array([[9, 12], [9, 9], [20, 7], [9, 30]])
+    given = {"radius": radius, "centre": centre, "causal": causal}
+    check_gradients(rng, q, k, v, mask_of(q, k, **given), **given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_dtypes_and_layouts(rng, dtype, layout):
+    q, k, v = qkv(rng, batch=2, rows=40, keys=45, dim=16, q_dtype=dtype, layout=layout)
+    radius = np.array([3, 8, 1, 0])
+    check_gradients(rng, q, k, v, mask_of(q, k, radius), radius=radius)
+
+
+def test_gradients_of_packed_sequences(rng, isa):
+    q, k, v = qkv(rng, rows=150, keys=170, spread=2)
+    radius = np.array([0, 7, 3, 40])
+    mask = sequences_mask(q, k, BOUNDS_Q, BOUNDS_K, radius)
+    given = {"radius": radius, "cu_seqlens_q": BOUNDS_Q, "cu_seqlens_k": BOUNDS_K}
+    check_gradients(rng, q, k, v, mask, scale=0.3, softcap=1.5, **given)
+
+
+def test_gradients_without_keys_are_zeros(rng, isa):
+    q, k, v = qkv(rng, rows=20, keys=30)
+    centre = np.where(np.arange(20) % 3 == 0, 1000, np.arange(20))
+    given = {"radius": 2, "centre": centre}
+    check_gradients(rng, q, k, v, mask_of(q, k, 2, centre), with_lse=False, **given)
+
+
+def test_gradients_on_any_number_of_threads(rng):
+    q, k, v = qkv(rng, batch=2, rows=300, keys=300)
+    out, lse = windowed(q, k, v, radius=np.array([3, 30, 30, 9]), return_lse=True)
+    before, found = la.get_num_threads(), []
+    for threads in (1, 2):
+        la.set_num_threads(threads)
+        options = {"radius": np.array([3, 30, 30, 9])}
+        found.append(la.sparse.windowed_attention_backward(out, q, k, v, out, lse, **options))
+    la.set_num_threads(before)
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
@@ -77,8 +174,20 @@ def test_one_query(rng, isa):
         ({"radius": np.array([1.0] * 4)}, TypeError, "radius: got dtype float64"),
         ({"radius": 1, "centre": np.zeros(4, int)}, ValueError, "centre: got shape"),
         ({"radius": 1, "centre": np.zeros(5)}, TypeError, "centre: got dtype float64"),
+        ({"radius": 1, "cu_seqlens_k": np.array([0, 37])}, ValueError, "cu_seqlens_k: got bounds without"),
+        ({"radius": 1, "cu_seqlens_q": np.array([0, 5])}, ValueError, "cu_seqlens_k: got bounds from 0 to 5"),
+        (
+            {"radius": 1, "cu_seqlens_q": np.array([0, 2, 5]), "cu_seqlens_k": np.array([0, 37])},
+            ValueError,
+            "cu_seqlens_k: got 1 sequences, expected 2",
+        ),
     ],
 )
 def test_bad_input(rng, given, error, words):
     with pytest.raises(error, match=words):
         windowed(*qkv(rng), **given)
+
+
+def test_a_batch_of_packed_sequences(rng):
+    with pytest.raises(ValueError, match="cu_seqlens_q: got a batch of 2"):
+        windowed(*qkv(rng, batch=2), radius=1, cu_seqlens_q=np.array([0, 5]), cu_seqlens_k=np.array([0, 37]))

@@ -15,6 +15,7 @@ import longattn.torch  # noqa: E402
 
 neighborhood = longattn.torch.neighborhood_attention
 block_sparse = longattn.torch.block_sparse_attention
+windowed = longattn.torch.windowed_attention
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +188,36 @@ def test_gradients_of_blocks_with_options(rng):
     )
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("radius", [6, (9, 2), torch.tensor([0, 3, 3, 50]), torch.tensor([[4, 0]] * 4)])
+def test_gradients_of_windows(rng, isa, radius, causal):
+    q, k, v = (torch.from_numpy(x) for x in qkv(rng, batch=2, rows=50, keys=60, dim=12, value_dim=9))
+    sides = radius if isinstance(radius, torch.Tensor) else torch.tensor(radius).expand(4, 2)
+    sides = sides.reshape(4, -1).expand(4, 2)
+    distance = torch.arange(60) - torch.arange(10, 60)[:, None]
+    seen = (distance >= -sides[:, 0, None, None]) & (distance <= sides[:, 1, None, None])
+    compare(
+        lambda *x: windowed(*x, radius=radius, causal=causal, scale=0.3, softcap=2.0, return_lse=True),
+        lambda *x: dense(*x, seen & (distance <= 0) if causal else seen, scale=0.3, softcap=2.0),
+        (q, k, v),
+        2e-5,
+    )
+
+
+def test_gradients_of_packed_windows(rng):
+    q, k, v = (torch.from_numpy(x) for x in qkv(rng, rows=50, keys=50))
+    bounds, centre = torch.tensor([0, 20, 50]), torch.arange(50) % 20
+    place = torch.where(torch.arange(50) < 20, 0, 20)
+    distance = torch.arange(50) - (centre + place)[:, None]
+    seen = (distance.abs() <= 5) & (place == place[:, None])
+    compare(
+        lambda *x: windowed(*x, radius=5, centre=centre, cu_seqlens_q=bounds, return_lse=True),
+        lambda *x: dense(*x, seen),
+        (q, k, v),
+        2e-5,
+    )
+
+
 def test_same_numbers_as_without_autograd(rng):
     q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (9, 10))[:3])
     out = neighborhood(q, k, v, window=3)
@@ -200,15 +231,20 @@ def test_opcheck(rng):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     operator = torch.ops.longattn.neighborhood_attention.default
     torch.library.opcheck(operator, (q, k, v, *rule, None, None, None, None, 0.0), test_utils=checks)
+    q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (9,), dim=3, value_dim=2)[:3])
+    given = (torch.ones(4, 2, dtype=torch.int64), None, None, None, True, None, 0.0)
+    torch.library.opcheck(torch.ops.longattn.windowed_attention.default, (q, k, v, *given), test_utils=checks)
 
 
-@pytest.mark.parametrize("kind", ["neighborhood", "blocks"])
+@pytest.mark.parametrize("kind", ["neighborhood", "blocks", "windows"])
 def test_whole_graphs(rng, kind):
     mask = la.BlockMask.from_blocks(np.eye(4, dtype=bool), lengths=(20, 20), block_q=5, block_k=5)
 
     def function(q, k, v):
         if kind == "blocks":
             return block_sparse(q, k, v, mask, causal=True).sin()
+        if kind == "windows":
+            return windowed(q, k, v, radius=(3, 1)).sin()
         return neighborhood(q, k, v, window=3, dilation=2).sin()
 
     q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (20,))[:3])
@@ -245,6 +281,8 @@ def test_nan_reaches_only_what_sees_it(rng):
         (lambda x: neighborhood(x, x.numpy(), x, window=3), TypeError, "k: got ndarray"),
         (lambda x: neighborhood(x, x.to("meta"), x, window=3), ValueError, "k: got a tensor on device meta"),
         (lambda x: block_sparse(x, x, x, None), TypeError, "block_mask: got NoneType"),
+        (lambda x: windowed(x, x, x, radius=-1), ValueError, "radius: got -1"),
+        (lambda x: windowed(x, x, x, radius=1, centre=3), TypeError, "centre: got int"),
     ],
 )
 def test_bad_input(call, error, words):

@@ -8,7 +8,6 @@ was stopped. What was not run says why.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +15,10 @@ import numpy as np
 
 import longattn as la
 from longattn import vectors
-from longattn.bench import results
 from longattn.bench.arrays import DTYPES
 from longattn.bench.asked import Asked, Built
 from longattn.bench.harness import Bench, Candidate, slopes
+from longattn.bench.kept import Kept
 from longattn.bench.options import integers
 from longattn.bench.plots import Bars, Panel, Scatter
 from longattn.bench.results import Result, Row
@@ -97,15 +96,8 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     if not 0 < args.most <= 1:
         raise ValueError(f"--most: got {args.most}, expected a share, above 0 and at most 1")
     ways = chosen(args.ways)
-    rows = _earlier(args)
-    command = " ".join(["longattn", *sys.argv[1:]])
-
-    def keep(row: Row) -> None:
-        rows.append(row)
-        if args.json:
-            partly = bench.describe(ROUTINE, command, vars(args)) | _figures(rows)
-            results.write(partly | {"limits": bench.limits(), "notes": bench.notes}, args.json)
-
+    kept = Kept(bench, args, ROUTINE, SAME, _figures)
+    rows = kept.rows
     for name in prepared(bench, args.vectors.split(","), asked=args.vectors != ",".join(SETS)):
         recorded = vectors.RECORDED[name].open() if name in vectors.RECORDED else None
         most = recorded.keys.shape[1] if recorded else None
@@ -120,30 +112,14 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
                 continue
             if most and length > most:
                 for threads, way in wanted:
-                    keep(_not_run(threads, name, length, way.name, f"{most} keys were recorded"))
+                    kept.keep(_not_run(threads, name, length, way.name, f"{most} keys were recorded"))
                 continue
             bench.say(f"growth on {name}, {length} keys: loading")
             groups = 3 if bench.quick else args.groups
             data = vectors.load(name, length=length, groups=groups, heads=heads)
-            _Case(bench, args, data, rows, keep).measure(wanted)
+            _Case(bench, args, data, rows, kept.keep).measure(wanted)
     bench.notes += [f"time grows as length^{line['slope']:.2f}: {line['of']}" for line in _slopes(rows)]
     return _figures(rows)
-
-
-def _earlier(args: argparse.Namespace) -> list[Row]:
-    """Rows of the same command in the file that will be written.
-
-    Raises:
-        ValueError: the file holds something else, or a run with other settings.
-    """
-    if not args.json or not args.json.exists():
-        return []
-    found = results.read(args.json)
-    settings = found.get("settings", {})
-    wanted = {name: getattr(args, name) for name in SAME if getattr(args, name) is not None}
-    if found["routine"] != ROUTINE or any(settings.get(name) != value for name, value in wanted.items()):
-        raise ValueError(f"--json: {args.json} holds a run with other settings, expected none or one to go on with")
-    return list(found["rows"])
 
 
 def _of(rows: Sequence[Row], name: str, length: int) -> list[Row]:

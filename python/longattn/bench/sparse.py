@@ -1,7 +1,8 @@
 """Attention over random blocks of keys and over windows: time against the share of the pairs that is computed.
 
 `time / density` is the time over that of dense attention, divided by the density: 1 where time goes with density.
-Time of choosing is not in it: masks are given.
+Time of choosing is not in it: masks are given. With `--json` the rows of a density are written as soon as they are
+there, and the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import longattn as la
 from longattn.bench import peers
 from longattn.bench.arrays import DTYPES, gaussian
 from longattn.bench.harness import Bench, Candidate, rows_of
+from longattn.bench.kept import Kept
 from longattn.bench.options import Grid, add_grid, chosen_grid
 from longattn.bench.plots import Bars, Panel, Points
 from longattn.bench.results import Result, Row
@@ -25,6 +27,7 @@ from longattn.bench.sections import Section, all_rows, titled, values_of, whole
 from longattn.bench.tables import Column, count, table
 from longattn.bench.targets import Target
 
+ROUTINE = "sparse"
 SUMMARY = "attention over blocks of keys and windows: time against density, beside torch's flex and masked attention"
 DENSE = "longattn.attention"
 OURS = "longattn.block_sparse_attention"
@@ -74,18 +77,31 @@ def _shares(text: str) -> list[float]:
 
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """All shapes and masks; rows, and `slopes`, which are not of interest here, empty."""
+    """All shapes and masks that are not in the file yet; `slopes`, which are not of interest here, are empty."""
     grid = chosen_grid(args, GRID, QUICK_GRID)
     densities = args.densities or (QUICK_DENSITIES if bench.quick else DENSITIES)
-    rows: list[Row] = []
+    kept = Kept(bench, args, ROUTINE, ("quick",), _result)
     for (heads, _), dim, dtype, length in itertools.product(grid.heads, grid.head_dims, grid.dtypes, grid.keys):
-        bench.say(f"sparse {heads} x {dim}, length {length}, {dtype}")
+        case = {"query_heads": heads, "head_dim": dim, "keys": length, "dtype": dtype}
+        wanted = [
+            (threads, density)
+            for threads in bench.thread_counts
+            for density in densities
+            if not kept.has(**case, threads=threads, asked=density)
+        ]
+        if not wanted:
+            continue
         rng = np.random.default_rng(0)
         arrays = [gaussian(rng, (1, heads, length, dim), DTYPES[dtype]) for _ in "qkv"]
-        case = {"query_heads": heads, "head_dim": dim, "keys": length, "dtype": dtype}
-        for threads in bench.each_threads():
-            rows += _case(bench, arrays, case | {"threads": threads}, densities)
-    return {"rows": rows, "slopes": []}
+        for threads, density in wanted:
+            bench.say(f"sparse {heads} x {dim}, length {length}, {dtype}, density {density}")
+            bench.use(threads)
+            kept.keep(*_case(bench, arrays, case | {"threads": threads, "asked": density}))
+    return _result(kept.rows)
+
+
+def _result(rows: Sequence[Row]) -> dict[str, Any]:
+    return {"rows": list(rows), "slopes": []}
 
 
 def random_mask(rng: np.random.Generator, heads: int, length: int, block: int, density: float) -> la.BlockMask:
@@ -96,40 +112,38 @@ def random_mask(rng: np.random.Generator, heads: int, length: int, block: int, d
     return la.BlockMask.from_blocks(order, lengths=(length, length), block_q=block, block_k=block)
 
 
-def _case(bench: Bench, arrays: list[NDArray[Any]], case: Row, densities: list[float] | tuple[float, ...]) -> list[Row]:
+def _case(bench: Bench, arrays: list[NDArray[Any]], case: Row) -> list[Row]:
+    """Rows of a density, dense attention's among them."""
     q, k, v = arrays
-    length = case["keys"]
-    dense = Candidate(DENSE, lambda: la.attention(q, k, v), peer=False)
-    rows = []
-    for density in densities:
-        candidates, masks = [dense], {}
-        for block in BLOCKS:
-            mask = random_mask(np.random.default_rng(block), case["query_heads"], length, block, density)
-            name = f"{OURS}, blocks of {block}"
-            masks[name] = (f"blocks of {block}", mask.density())
-            candidates.append(Candidate(name, _over(q, k, v, mask), peer=False))
-            if bench.peers and density <= PEER_DENSITY:
-                for peer in peers.sparse(q, k, v, mask, masked=length <= MASKED):
-                    named = f"{peer.name}, blocks of {block}"
-                    masks[named] = masks[name]
-                    candidates.append(Candidate(named, peer.call))
-        radius = round((length - np.sqrt(length**2 * (1 - density))) if density < 1 else length)
-        seen = sum(min(i + radius, length - 1) - max(i - radius, 0) + 1 for i in range(length)) / length**2
-        masks[WINDOW] = (f"window of {radius} to either side", seen)
-        candidates.append(Candidate(WINDOW, _within(q, k, v, radius), peer=False))
-        outcomes = bench.interleave(candidates)
-        reference = outcomes[DENSE].median_ms
-        for row in rows_of(outcomes, None, case):
-            if row["method"] == DENSE:
-                row |= {"mask": "none", "density": 1.0}
-            else:
-                row["mask"], row["density"] = masks[row["method"]]
-            if row["ms"] is not None:
-                row["of_dense"] = row["ms"] / reference
-                row["per_density"] = row["of_dense"] / row["density"]
-                ours = outcomes.get(f"{OURS}, {row['mask']}")
-                row["times_ours"] = row["ms"] / ours.median_ms if ours else None
-            rows.append(row)
+    length, density = case["keys"], case["asked"]
+    candidates, masks = [Candidate(DENSE, lambda: la.attention(q, k, v), peer=False)], {}
+    for block in BLOCKS:
+        mask = random_mask(np.random.default_rng(block), case["query_heads"], length, block, density)
+        name = f"{OURS}, blocks of {block}"
+        masks[name] = (f"blocks of {block}", mask.density())
+        candidates.append(Candidate(name, _over(q, k, v, mask), peer=False))
+        if bench.peers and density <= PEER_DENSITY:
+            for peer in peers.sparse(q, k, v, mask, masked=length <= MASKED):
+                named = f"{peer.name}, blocks of {block}"
+                masks[named] = masks[name]
+                candidates.append(Candidate(named, peer.call))
+    radius = round((length - np.sqrt(length**2 * (1 - density))) if density < 1 else length)
+    seen = sum(min(i + radius, length - 1) - max(i - radius, 0) + 1 for i in range(length)) / length**2
+    masks[WINDOW] = (f"window of {radius} to either side", seen)
+    candidates.append(Candidate(WINDOW, _within(q, k, v, radius), peer=False))
+    outcomes = bench.interleave(candidates)
+    reference = outcomes[DENSE].median_ms
+    rows = rows_of(outcomes, None, case)
+    for row in rows:
+        if row["method"] == DENSE:
+            row |= {"mask": "none", "density": 1.0}
+        else:
+            row["mask"], row["density"] = masks[row["method"]]
+        if row["ms"] is not None:
+            row["of_dense"] = row["ms"] / reference
+            row["per_density"] = row["of_dense"] / row["density"]
+            ours = outcomes.get(f"{OURS}, {row['mask']}")
+            row["times_ours"] = row["ms"] / ours.median_ms if ours else None
     return rows
 
 

@@ -134,9 +134,8 @@ def attention_backward(
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (qn, kn, vn))
     target = np.empty(qn.shape[-3], np.float32) if wants_sinks else None
     lse3, d_lse3 = batched(lse_n, 3), None if d_lse_n is None else batched(d_lse_n, 3)
-    _core.attention_backward(
-        d4, q4, k4, v4, o4, lse3, d_lse3, batched(dq, 4), batched(dk, 4), batched(dv, 4), target, options
-    )
+    given = (d4, q4, k4, v4, o4, lse3, d_lse3)
+    _core.attention_backward(given, (batched(dq, 4), batched(dk, 4), batched(dv, 4)), target, options)
     return _returned(q, (dq, dk, dv), target)
 
 
@@ -215,22 +214,8 @@ def attention_varlen_backward(
 
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (qn, kn, vn))
     d_sinks = np.empty(heads, np.float32) if wants_sinks else None
-    _core.attention_varlen_backward(
-        d_out_n,
-        qn,
-        kn,
-        vn,
-        out_n,
-        batched(lse_n, 3),
-        d_lse_n,
-        dq,
-        dk,
-        dv,
-        d_sinks,
-        bounds_q,
-        bounds_k,
-        options,
-    )
+    given = (d_out_n, qn, kn, vn, out_n, batched(lse_n, 3), d_lse_n)
+    _core.attention_varlen_backward(given, (dq, dk, dv), d_sinks, bounds_q, bounds_k, options)
     return _returned(q, (dq, dk, dv), d_sinks)
 
 

@@ -15,7 +15,8 @@ from longattn.methods import Method
 from longattn.reference import linear as reference
 
 Directions = Literal["forward", "both", "cross"]
-_ORDERS = {"forward": ("forward",), "both": ("forward", "back"), "cross": ("forward", "back", "down", "up")}
+#: Orders of the scans of each choice of directions.
+ORDERS = {"forward": ("forward",), "both": ("forward", "back"), "cross": ("forward", "back", "down", "up")}
 
 
 def selective_token_channel_mixer(
@@ -76,7 +77,7 @@ def selective_token_channel_mixer(
                 raise ValueError(f"{name}: got outputs of width {columns}, expected {width}")
             pair.append(found)
         mixers.append(pair)
-    if directions not in _ORDERS:
+    if directions not in ORDERS:
         raise ValueError(f"directions: got {directions!r}, expected 'forward', 'both' or 'cross'")
     shape = map_size(size, length, "rows of x") if directions == "cross" else None
     shares = _shares(averaging, len(mixers))
@@ -84,14 +85,15 @@ def selective_token_channel_mixer(
     tokens, mixed = [wide], [wide]
     for number, (token, channel) in enumerate(mixers):
         source = mixed[-1] if shares is None else _sum(shares[0][number], tokens) + _sum(shares[1][number], mixed)
-        tokens.append(_mix(source, token, _ORDERS[directions], shape))
+        tokens.append(mix(source, token, ORDERS[directions], shape))
         source = tokens[-1] if shares is None else _sum(shares[2][number], tokens) + _sum(shares[3][number], mixed)
         across = np.ascontiguousarray(source.swapaxes(1, 2))
-        mixed.append(_mix(across, channel, _ORDERS["both"], None).swapaxes(1, 2))
+        mixed.append(mix(across, channel, ORDERS["both"], None).swapaxes(1, 2))
     return like(x, np.ascontiguousarray(mixed[-1]).astype(xn.dtype, copy=False))
 
 
-def _mix(x: Float32, layer: MambaWeights, orders: tuple[str, ...], size: tuple[int, int] | None) -> Float32:
+def mix(x: Float32, layer: MambaWeights, orders: tuple[str, ...], size: tuple[int, int] | None) -> Float32:
+    """Scans of rows `[B, L, C]` in several orders, added up, between the block's projections."""
     h, _ = activated(product(x, layer.w_in), layer)
     gate = None if layer.w_gate is None else product(x, layer.w_gate)
     total = np.zeros_like(h)

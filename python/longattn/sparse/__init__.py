@@ -58,6 +58,7 @@ from longattn.sparse.transient_global_attention import (
 )
 from longattn.sparse.vmoba_select import vmoba_blocks, vmoba_partition, vmoba_select
 from longattn.sparse.windowed_attention import windowed_attention
+from longattn.sparse.windowed_attention_backward import windowed_attention_backward
 from longattn.sparse.xattention import Antidiagonal, xattention
 
 __all__ = [
@@ -131,5 +132,6 @@ __all__ = [
     "vmoba_partition",
     "vmoba_select",
     "windowed_attention",
+    "windowed_attention_backward",
     "xattention",
 ]

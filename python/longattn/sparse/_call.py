@@ -23,7 +23,6 @@ def call(
     k: Array,
     v: Array,
     *,
-    after: tuple[NDArray[Any] | None, ...] = (),
     state: tuple[Array, Array] | None = None,
     return_lse: bool = False,
     out: Array | None = None,
@@ -46,8 +45,7 @@ def call(
     lse = np.empty(shape[:-1], np.float32)
     if lse.size:
         q4, k4, v4, out4 = (batched(x, 4) for x in (qn, kn, vn, result))
-        first = (q4, k4, v4, out4, batched(lse, 3), lists._flat(), lists.indices)
-        kernel(*first, *extra, lists.shape[:2], lists.query_bounds, *after, given)
+        kernel(q4, k4, v4, out4, batched(lse, 3), lists._for_kernel(), *extra, given)
     return returned(out, q, result, lse if return_lse else None)
 
 

@@ -106,6 +106,10 @@ class Lists:
         """`indptr` without what it says twice."""
         return np.append(self.indptr[..., :-1].ravel(), self.indices.size)
 
+    def _for_kernel(self) -> tuple[NDArray[np.int64], NDArray[np.uint32], tuple[int, int], NDArray[np.int64]]:
+        """The lists as the core takes them."""
+        return self._flat(), self.indices, self.shape[:2], self.query_bounds
+
     def _list_numbers(self) -> NDArray[np.int64]:
         """The list that each of `indices` is in."""
         return np.repeat(np.arange(np.prod(self.shape)), np.diff(self._flat()))

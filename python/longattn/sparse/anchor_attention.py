@@ -13,6 +13,7 @@ from longattn._arrays import Array, like
 from longattn._checks import batched, dense_inputs, flag, integer, real, result_array, returned, scale_factor
 from longattn.dense._options import Options
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import from_flat
 from longattn.sparse._selecting import block_bounds, block_means, listed, only_causal, selector_inputs
@@ -97,8 +98,7 @@ class Anchor:
         lse, largest = (np.full(q.shape[:3], -np.inf, np.float32) for _ in range(2))
         if lse.size:
             options: Options = {"scale": scale, "causal": True}
-            lists = (anchor._flat(), anchor.indices, None, anchor.shape[:2], anchor.query_bounds)
-            _core.index_sparse(q, k, v, out, lse, *lists, largest, options)
+            _core.index_sparse(q, k, v, out, lse, anchor._for_kernel(), None, largest, options)
         return out, lse, largest
 
     def stripes(self, q: NDArray[Any], k: NDArray[Any], largest: NDArray[np.float32], scale: float) -> RowLists:
@@ -215,8 +215,7 @@ def anchor_attention(
     lse = np.empty(qn.shape[:3], np.float32)
     if lse.size:
         options: Options = {"scale": factor, "state": state[:2]}
-        lists = (chosen._flat(), chosen.indices, None, chosen.shape[:2], chosen.query_bounds)
-        _core.index_sparse(qn, kn, vn, batched(result, 4), lse, *lists, None, options)
+        _core.index_sparse(qn, kn, vn, batched(result, 4), lse, chosen._for_kernel(), None, None, options)
     given = returned(out, q, result, lse.reshape(shape[:-1]) if return_lse else None)
     if not return_stats:
         return given
@@ -255,4 +254,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_anchor_attention.py",
     cost="`(Lq / block) * Lk / 2 * D` multiply-adds per query head to choose, and attention to anchor and chosen keys.",
+    mask=lambda: seen(anchor_attention, *example(), block=8, step=2, theta=6.0),
 )

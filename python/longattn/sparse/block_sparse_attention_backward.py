@@ -81,20 +81,9 @@ def block_sparse_attention_backward(
     if lse3.size:
         d4, q4, k4, v4, o4, dq4, dk4, dv4 = (batched(x, 4) for x in (d_out_n, qn, kn, vn, out_n, *gradients))
         _core.block_sparse_backward(
-            d4,
-            q4,
-            k4,
-            v4,
-            o4,
-            lse3,
-            d_lse3,
-            dq4,
-            dk4,
-            dv4,
-            block_mask._flat(),
-            block_mask.indices,
-            block_mask.shape[:2],
-            block_mask.query_bounds,
+            (d4, q4, k4, v4, o4, lse3, d_lse3),
+            (dq4, dk4, dv4),
+            block_mask._for_kernel(),
             block_mask.key_bounds,
             options,
         )

@@ -13,6 +13,7 @@ from longattn import _core
 from longattn._arrays import Array, as_numpy
 from longattn._checks import check_floating, flag, integer, real
 from longattn.methods import Method
+from longattn.pictures import causally, example
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import from_flat
 from longattn.sparse._selecting import block_bounds, block_means, key_limits, only_causal, selector_inputs
@@ -350,4 +351,9 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_dhsa_select.py",
     cost="One pass over queries and keys, `(Lq / block_q) * chunks * D` multiply-adds.",
+    mask=lambda: causally(
+        dhsa_select(
+            *example(), budget=48, boundaries=8, block_q=8, n_local=8, n_global=8, instruction_tokens=8
+        ).to_dense_mask()
+    ),
 )

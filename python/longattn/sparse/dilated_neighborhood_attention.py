@@ -8,6 +8,7 @@ from typing import Any
 from longattn._arrays import Array
 from longattn._checks import integer, shape_of
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._grid import per_axis
 from longattn.sparse.generalized_neighborhood_attention import generalized_neighborhood_attention
@@ -138,4 +139,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_dilated_neighborhood_attention.py",
     cost="About `2 * prod(X) * prod(window) * (D + Dv)` multiply-adds per query head, whatever the dilation.",
+    mask=lambda: seen(dilated_neighborhood_attention, *example(144), shape=(12, 12), window=3, dilation=3),
 )

@@ -8,6 +8,7 @@ from typing import Any
 from longattn._arrays import Array
 from longattn._checks import flag, integer, scale_factor
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import choose, own_blocks, pooled_scores
 from longattn.sparse._selecting import block_bounds, key_limits, selector_inputs
@@ -130,4 +131,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_dynamic_block_topk.py",
     cost="`(Lq / block) (Lk / block) D` multiply-adds per query head to choose, `Lq * top_k * block * (D + Dv)` then.",
+    mask=lambda: seen(dynamic_block_topk, *example(), top_k=4, block=8, causal=True),
 )

@@ -12,6 +12,7 @@ from longattn import _core
 from longattn._arrays import Array
 from longattn._checks import integer, real, scale_factor
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import block_mass, choose, own_blocks, pooled_scores
 from longattn.sparse._lists import from_flat
@@ -249,4 +250,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_flex_prefill.py",
     cost="`2 block * Lk * D + (Lq / block) (Lk / block) D` multiply-adds per query head to choose.",
+    mask=lambda: seen(flex_prefill, *example(), gamma=0.7, block=8, min_budget=16),
 )

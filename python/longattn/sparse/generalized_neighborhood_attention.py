@@ -14,6 +14,7 @@ from longattn._checks import flag, integer, returned
 from longattn.gpu import generalized_neighborhood_attention as on_gpu
 from longattn.gpu import is_on_gpu
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._grid import (
     MOST_AXES,
@@ -267,4 +268,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_generalized_neighborhood_attention.py",
     cost="About `2 * prod(X) * prod(window) * (D + Dv)` multiply-adds per query head.",
+    mask=lambda: seen(generalized_neighborhood_attention, *example(144), shape=(12, 12), window=5, stride=2),
 )

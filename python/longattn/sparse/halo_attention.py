@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from longattn._arrays import Array, as_numpy
 from longattn._checks import check_floating, flag, integer, returned
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._grid import GridAxis, GridBias, attend, grid_inputs, grid_options, own_grid
 
@@ -151,4 +152,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_halo_attention.py",
     cost="`prod(X) * (block + 2 * halo) ** 2 * (D + Dv)` multiply-adds per query head.",
+    mask=lambda: seen(halo_attention, *example(144), shape=(12, 12), block=4, halo=1),
 )

@@ -12,6 +12,7 @@ from longattn._arrays import Array
 from longattn._checks import batched, dense_inputs, flag, integer, result_array, returned, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import from_flat
 from longattn.sparse._selecting import selector_inputs
@@ -211,4 +212,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_hyper_attention.py",
     cost="`Lq (block_size + sample_size) (D + Dv)` multiply-adds per query head, causal by `log2(Lq / min_seq_len)`.",
+    mask=lambda: seen(hyper_attention, *example(), block_size=16, sample_size=16, min_seq_len=16),
 )

@@ -13,6 +13,7 @@ from longattn._arrays import Array, as_numpy
 from longattn._checks import batched, check_floating, flag, integer, real
 from longattn.dense._options import Options
 from longattn.methods import Method
+from longattn.pictures import causally, example
 from longattn.reference import sparse as reference
 from longattn.sparse._selecting import listed
 from longattn.sparse.row_lists import RowLists
@@ -187,6 +188,12 @@ def next_rho(rho: float, mass: float, *, target: float = 0.95, step: float = 0.0
     return min(1.0, max(least, rho - math.copysign(step, mass - target) if mass != target else rho + step))
 
 
+def _example_mask() -> NDArray[np.bool_]:
+    q, k = (x[0, 0] for x in example())
+    lists = lightweight_topk_select(q, k, np.eye(32), np.eye(32), rho=0.12, min_keys=4, causal=True)
+    return causally(lists.to_dense_mask())
+
+
 METHOD = Method(
     name="lightweight_topk_attention",
     family="sparse",
@@ -206,4 +213,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_lightweight_topk_attention.py",
     cost="`Lq * Lk * d` multiply-adds to select, `Lq * rho * Lk * (D + Dv)` per query head to attend.",
+    mask=_example_mask,
 )

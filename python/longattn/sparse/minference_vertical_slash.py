@@ -11,6 +11,7 @@ from longattn import _core
 from longattn._arrays import Array
 from longattn._checks import integer, scale_factor
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import choose
 from longattn.sparse._lists import from_flat
@@ -163,4 +164,7 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_minference_vertical_slash.py",
     cost="`last_q * Lk * D` multiply-adds per query head to choose, and attention over the lines.",
+    mask=lambda: seen(
+        minference_vertical_slash, *example(), last_q=16, vertical=8, slash=12, n_sink=2, local=6, block_q=4
+    ),
 )

@@ -10,6 +10,7 @@ from longattn import _core
 from longattn._arrays import Array
 from longattn._checks import flag, integer
 from longattn.methods import Method
+from longattn.pictures import causally, example
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import from_flat
 from longattn.sparse._selecting import block_bounds, block_means, selector_inputs
@@ -120,4 +121,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_moba_select.py",
     cost="`Lq * (Lk / block) * D` multiply-adds per query head to choose, `Lq * top_k * block * (D + Dv)` besides.",
+    mask=lambda: causally(moba_select(*example(), block=8, top_k=3).to_dense_mask()),
 )

@@ -11,6 +11,7 @@ from longattn._arrays import Array, as_numpy, like
 from longattn._checks import batched, check_floating, dense_inputs, flag, integer, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import block_mass, choose
 from longattn.sparse._lists import from_flat
@@ -255,4 +256,16 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_native_sparse_attention.py",
     cost="Per query head `Lq * Lk / (2 stride) * (2 D + Dv) + Lq * (n_select * select_block + window) * (D + Dv)`.",
+    # Without the compressed part, in which every query sees everything before it.
+    mask=lambda: seen(
+        native_sparse_attention,
+        *example(),
+        np.broadcast_to(np.array([0, 1, 1], np.float32), (1, 1, 128, 3)),
+        block=8,
+        stride=4,
+        select_block=8,
+        n_select=4,
+        n_local=1,
+        window=8,
+    ),
 )

@@ -124,10 +124,14 @@ def neighborhood_attention_backward(
     d_extra_v: Array | None = None
     d4, q4, k4, v4, o4 = (flat(x) for x in (d_out_n, qn, kn, vn, out_n))
     if lse3.size:
-        places = flat(dq), flat(dk), flat(dv), None if d_bias is None else d_bias.reshape(-1)
-        bias_given = None if table is None else table._for_kernel()
-        given_axes = kernel_axes(axes)
-        _core.neighbourhood_backward(d4, q4, k4, v4, o4, lse3, d_lse3, *places, given_axes, bias_given, options)
+        _core.neighbourhood_backward(
+            (d4, q4, k4, v4, o4, lse3, d_lse3),
+            (flat(dq), flat(dk), flat(dv)),
+            None if d_bias is None else d_bias.reshape(-1),
+            kernel_axes(axes),
+            None if table is None else table._for_kernel(),
+            options,
+        )
     if extra is not None:
         d_extra_k, d_extra_v = np.zeros_like(extra[0]), np.zeros_like(extra[1])
         if lse3.size and extra[0].shape[2]:

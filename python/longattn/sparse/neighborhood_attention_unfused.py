@@ -11,6 +11,7 @@ from longattn import _core
 from longattn._arrays import Array, as_numpy, like
 from longattn._checks import check_float_storage, flag, returned
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._grid import (
     MOST_AXES,
@@ -204,4 +205,7 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_neighborhood_attention_unfused.py",
     cost="`2 * prod(X) * prod(window) * (D + Dv)` multiply-adds and `8 * prod(X) * prod(window)` bytes per query head.",
+    mask=lambda: seen(
+        neighborhood_attention_unfused, *example(144), shape=(12, 12), window=(3, 5), causal=(True, False)
+    ),
 )

@@ -12,6 +12,7 @@ from longattn._checks import batched, check_float_storage, check_floating, dense
 from longattn.dense.attention import attention
 from longattn.dense.attention_varlen import attention_varlen
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._lengths import sequence_lengths
 
@@ -247,4 +248,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_overlapped_chunk_attention.py",
     cost="`Hq * L * (chunk + 2 * overlap) * (D + Dv)` multiply-adds, and a copy of keys and values by window.",
+    mask=lambda: seen(overlapped_chunk_attention, *example(), chunk=16, overlap=4),
 )

@@ -11,6 +11,7 @@ from longattn._arrays import Array, like
 from longattn._checks import batched, dense_inputs, flag, integer, real, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import choose, pooled_scores
 from longattn.sparse._selecting import block_bounds, selector_inputs
@@ -208,4 +209,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_pooled_block_select_cdf.py",
     cost="`(N / block_q) (N / block_k) D` multiply-adds per query head to choose, copies of the patches.",
+    mask=lambda: seen(pooled_block_select_cdf, *example(), frames=4, special=4, tau=0.6, rho=0.8, block_q=7, block_k=7),
 )

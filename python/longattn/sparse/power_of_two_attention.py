@@ -10,6 +10,7 @@ import numpy as np
 from longattn._arrays import Array
 from longattn._checks import flag, integer
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import pointers
 from longattn.sparse._selecting import aligned_first, block_bounds, only_causal, selector_inputs
@@ -154,4 +155,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_power_of_two_attention.py",
     cost="`Lq * block * (n_window + n_sink + log2(Lk / block)) * (D + Dv)` multiply-adds per query head.",
+    mask=lambda: seen(power_of_two_attention, *example(), block=4, n_window=2),
 )

@@ -13,6 +13,7 @@ from longattn._checks import batched, dense_inputs, flag, integer, real, scale_f
 from longattn.dense.attention import attention
 from longattn.dense.merge import merge
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import block_mass, choose
 from longattn.sparse._selecting import block_bounds, block_means, selector_inputs
@@ -209,4 +210,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_rectified_block_sparse.py",
     cost="`(N / block) (4 N / block + text) D` per query head to choose and compensate, and the attention.",
+    mask=lambda: seen(rectified_block_sparse, *example(), text=8, block=8, tau=0.5, compensate="none"),
 )

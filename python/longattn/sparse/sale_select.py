@@ -12,6 +12,7 @@ from longattn import _core
 from longattn._arrays import Array
 from longattn._checks import integer, scale_factor
 from longattn.methods import Method
+from longattn.pictures import causally, example
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import from_flat
 from longattn.sparse._selecting import (
@@ -213,4 +214,7 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_sale_select.py",
     cost="`Lq * Lk / 2 * D` products of bytes per query head, and attention to sinks and near keys.",
+    mask=lambda: causally(
+        sale_select(*example(), block_q=8, block_k=8, local_window=8, segment=8, min_length=8).to_dense_mask()
+    ),
 )

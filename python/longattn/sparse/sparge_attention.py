@@ -12,6 +12,7 @@ from longattn import _core
 from longattn._arrays import Array
 from longattn._checks import flag, integer, real, scale_factor
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._selecting import (
     block_bounds,
@@ -195,4 +196,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_sparge_attention.py",
     cost="`(Lq / block_q) (Lk / block_k) D` multiply-adds per query head to predict, one pass over queries and keys.",
+    mask=lambda: seen(sparge_attention, *example(), theta=0.3, cdf=0.9, sink=True, block_q=8, block_k=8, causal=True),
 )

@@ -13,6 +13,7 @@ from longattn._checks import batched, dense_inputs, flag, integer, scale_factor
 from longattn.dense.attention import attention
 from longattn.dense.attention_varlen import attention_varlen
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._selecting import aligned_first, block_bounds, selector_inputs
 from longattn.sparse.index_sparse_attention import index_sparse_attention
@@ -256,4 +257,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_strided_fixed_sparse_attention.py",
     cost="`Lq * (window + Lk / stride) * (D + Dv)`, or `Lq * (stride + summary * Lk / stride) * (D + Dv)`.",
+    mask=lambda: seen(strided_fixed_sparse_attention, *example(), stride=12),
 )

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from longattn._arrays import Array, like
 from longattn._checks import batched, dense_inputs, flag, integer, real, scale_factor
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import block_mass, choose
 from longattn.sparse._lists import pointers
@@ -229,4 +230,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_vmoba_select.py",
     cost="`L * blocks * D` multiply-adds per query head for the gates, `(D + Dv)` per query and key of what is taken.",
+    mask=lambda: seen(vmoba_select, *example(), grid=(4, 4, 8), partition=(2, 2, 4), tau=0.4),
 )

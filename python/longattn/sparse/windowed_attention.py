@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from longattn import _core
-from longattn._arrays import Array, as_numpy
-from longattn._checks import batched, dense_inputs, flag, integer, returned
+from longattn._arrays import Array
+from longattn._checks import batched, dense_inputs, flag, returned
 from longattn.dense._options import score_options
+from longattn.sparse._windows import window_ranges
 
 
 def windowed_attention(
@@ -21,6 +21,8 @@ def windowed_attention(
     radius: int | tuple[int, int] | Array,
     centre: Array | None = None,
     causal: bool = False,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
     scale: float | Array | None = None,
     softcap: float = 0.0,
     sinks: Array | None = None,
@@ -41,6 +43,9 @@ def windowed_attention(
         centre: integers `[Lq]`, `[Hq, Lq]` or `[B, Hq, Lq]`, which may lie outside the keys; `None` is each query's own
             position, the last query being at the last key.
         causal: a query sees no key behind its own position.
+        cu_seqlens_q: bounds `[S + 1]` of sequences that a batch of 1 holds one after another; queries see keys of their
+            own sequence, in which centres and positions count.
+        cu_seqlens_k: bounds of their keys; `None` are those of the queries.
         scale: as in `longattn.attention`.
         softcap: as in `longattn.attention`.
         sinks: as in `longattn.attention`.
@@ -67,60 +72,12 @@ def windowed_attention(
         True
     """
     qn, kn, vn = dense_inputs(q, k, v, double=False)
-    *outer, heads, rows, _ = qn.shape
-    batch, keys = (outer[0] if outer else 1), kn.shape[-2]
-    sides = _sides(radius, heads)
-    causal, return_lse = flag(causal, "causal"), flag(return_lse, "return_lse")
+    rows, keys = qn.shape[-2], kn.shape[-2]
+    ranges = window_ranges(qn.shape, keys, radius, centre, causal, cu_seqlens_q, cu_seqlens_k)
+    return_lse = flag(return_lse, "return_lse")
     options = score_options(qn.shape, keys, span=rows + keys, scale=scale, softcap=softcap, sinks=sinks)
     result, lse = np.empty((*qn.shape[:-1], vn.shape[-1]), qn.dtype), np.empty(qn.shape[:-1], np.float32)
-    position = np.arange(keys - rows, keys)
-    centres = position if centre is None else _centres(centre, batch, heads, rows)
     if lse.size:
-        ranges: dict[bytes, tuple[int, NDArray[np.uint32]]] = {}
-        of_heads = []
-        for b, h in np.ndindex(batch, heads):
-            own = centres[(b, h)[3 - centres.ndim :]] if centres.ndim > 1 else centres
-            table = _ranges(own, sides[h], position if causal else None, keys)
-            of_heads.append(ranges.setdefault(table.tobytes(), (len(ranges), table))[0])
         q4, k4, v4, out4 = (batched(x, 4) for x in (qn, kn, vn, result))
-        numbers = np.array(of_heads, np.uint32)
-        _core.windowed(q4, k4, v4, out4, batched(lse, 3), [table for _, table in ranges.values()], numbers, options)
+        _core.windowed(q4, k4, v4, out4, batched(lse, 3), ranges, options)
     return returned(None, q, result, lse if return_lse else None)
-
-
-def _sides(radius: object, heads: int) -> NDArray[np.int64]:
-    """Keys to the left and to the right, `[Hq, 2]`."""
-    if isinstance(radius, tuple) and len(radius) == 2:
-        return np.tile([integer(side, "radius", 0) for side in radius], (heads, 1))
-    if not hasattr(radius, "shape"):
-        return np.full((heads, 2), integer(radius, "radius", 0))
-    x = as_numpy(radius, "radius", any_strides=True)
-    if x.dtype.kind not in "iu":
-        raise TypeError(f"radius: got dtype {x.dtype}, expected integers")
-    if x.shape not in ((heads,), (heads, 2)):
-        raise ValueError(f"radius: got shape {x.shape}, expected {(heads,)} or {(heads, 2)}")
-    if x.size and x.min() < 0:
-        raise ValueError(f"radius: got {x.min()}, expected numbers of at least 0")
-    return np.broadcast_to(x.reshape(heads, -1), (heads, 2)).astype(np.int64)
-
-
-def _centres(centre: Array, batch: int, heads: int, rows: int) -> NDArray[np.int64]:
-    x = as_numpy(centre, "centre", any_strides=True)
-    if x.dtype.kind not in "iu":
-        raise TypeError(f"centre: got dtype {x.dtype}, expected integers")
-    shapes = (rows,), (heads, rows), (batch, heads, rows)
-    if x.shape not in shapes:
-        raise ValueError(f"centre: got shape {x.shape}, expected {shapes[0]}, {shapes[1]} or {shapes[2]}")
-    return x.astype(np.int64)
-
-
-def _ranges(
-    centres: NDArray[np.int64], sides: NDArray[np.int64], position: NDArray[np.int64] | None, keys: int
-) -> NDArray[np.uint32]:
-    """`[0, start, end, 0]` of each query."""
-    start, end = np.clip(centres - sides[0], 0, keys), np.clip(centres + sides[1] + 1, 0, keys)
-    if position is not None:
-        end = np.clip(end, 0, np.maximum(position + 1, 0))
-    table = np.zeros((len(centres), 4), np.uint32)
-    table[:, 1], table[:, 2] = start, np.maximum(start, end)
-    return table

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from longattn._arrays import Array
 from longattn._checks import flag, integer, scale_factor
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import block_mass, choose, own_blocks
 from longattn.sparse._selecting import block_bounds, key_limits, per_query_head, selector_inputs
@@ -178,4 +179,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_xattention.py",
     cost="`Lq * Lk / stride * D` multiply-adds per query head to choose.",
+    mask=lambda: seen(xattention, *example(), threshold=0.7, stride=4, block=8, causal=True),
 )

@@ -5,6 +5,12 @@ Features are channels last. Weights are passed in, as a matrix `[inputs, outputs
 
 from longattn.vision.adaptive_cross_layer_attention import adaptive_cross_layer_attention
 from longattn.vision.asymmetric_mixed_attention import asymmetric_mixed_attention
+from longattn.vision.attention_guided_crop import (
+    attention_guided_crop,
+    cls_attention,
+    crop_features,
+    soft_match,
+)
 from longattn.vision.attention_rollout_select import (
     attention_rollout,
     attention_rollout_select,
@@ -13,8 +19,15 @@ from longattn.vision.attention_rollout_select import (
 )
 from longattn.vision.cascaded_group_attention import cascaded_group_attention
 from longattn.vision.channel_group_attention import channel_group_attention
+from longattn.vision.compositional_quasi_attention import (
+    compositional_quasi_attention,
+)
 from longattn.vision.convolution import depthwise_convolution
 from longattn.vision.criss_cross_attention import criss_cross_attention
+from longattn.vision.cross_image_attention import (
+    cross_image_attention,
+    masked_adain,
+)
 from longattn.vision.deformable_kv_attention_2d import deformable_kv_attention_2d
 from longattn.vision.deformable_kv_attention_3d import deformable_kv_attention_3d, point_attention
 from longattn.vision.deformable_token_merging import deformable_token_merging
@@ -26,15 +39,31 @@ from longattn.vision.focal_modulation import focal_modulation
 from longattn.vision.forward_cross_attention import forward_cross_attention, merge_tokens
 from longattn.vision.global_query_window_attention import global_query_window_attention
 from longattn.vision.hierarchical_global_local_attention import hierarchical_global_local_attention
+from longattn.vision.integrative_feature_cost_attention import (
+    feature_cost_cross_attention,
+    integrative_feature_cost_attention,
+)
 from longattn.vision.layer_and_channel_spatial_attention import (
     channel_spatial_gate,
     layer_and_channel_spatial_attention,
+)
+from longattn.vision.local_attention_mamba import (
+    local_attention_mamba,
 )
 from longattn.vision.long_short_distance_attention import long_short_distance_attention
 from longattn.vision.match_to_match_additive_attention import match_to_match_additive_attention
 from longattn.vision.mediator_attention import mediator_attention, mediator_schedule
 from longattn.vision.nested_attention import nested_attention
 from longattn.vision.overlapping_cross_attention import overlapping_cross_attention
+from longattn.vision.parallel_self_cross_attention import (
+    attentional_pool,
+    attentional_unpool,
+    parallel_self_cross_attention,
+    wave_position_encoding,
+)
+from longattn.vision.partial_visual_attention import (
+    partial_visual_attention,
+)
 from longattn.vision.partition import attend_over, grouped_attention, partition, unpartition
 from longattn.vision.polyline_path_masked_attention import (
     polyline_decays,
@@ -60,13 +89,20 @@ __all__ = [
     "anchored_frames",
     "asymmetric_mixed_attention",
     "attend_over",
+    "attention_guided_crop",
     "attention_rollout",
     "attention_rollout_select",
+    "attentional_pool",
+    "attentional_unpool",
     "balanced_clusters",
     "cascaded_group_attention",
     "channel_group_attention",
     "channel_spatial_gate",
+    "cls_attention",
+    "compositional_quasi_attention",
     "criss_cross_attention",
+    "crop_features",
+    "cross_image_attention",
     "deformable_kv_attention_2d",
     "deformable_kv_attention_3d",
     "deformable_token_merging",
@@ -76,14 +112,18 @@ __all__ = [
     "embedding_free_attention",
     "extended_frame_attention",
     "feature_cluster_attention",
+    "feature_cost_cross_attention",
     "flow_paths",
     "focal_modulation",
     "forward_cross_attention",
     "global_query_window_attention",
     "grouped_attention",
     "hierarchical_global_local_attention",
+    "integrative_feature_cost_attention",
     "layer_and_channel_spatial_attention",
+    "local_attention_mamba",
     "long_short_distance_attention",
+    "masked_adain",
     "match_to_match_additive_attention",
     "mediator_attention",
     "mediator_schedule",
@@ -91,6 +131,8 @@ __all__ = [
     "nested_attention",
     "overlapping_cross_attention",
     "pair_wise_cross_attention",
+    "parallel_self_cross_attention",
+    "partial_visual_attention",
     "partition",
     "point_attention",
     "polyline_decays",
@@ -103,6 +145,7 @@ __all__ = [
     "relevant_tokens",
     "sample",
     "scale_patch_attention",
+    "soft_match",
     "stacked_temporal_attention",
     "strip_self_attention",
     "super_token_attention",
@@ -110,5 +153,6 @@ __all__ = [
     "trajectory_attention",
     "unpartition",
     "view_integrated_attention",
+    "wave_position_encoding",
     "window_members",
 ]

@@ -54,15 +54,16 @@ def depthwise_convolution(
     weights = numbers(kernel, "kernel", (*(None,) * n, xn.shape[-1]))
     taps, steps, before, outputs = _shape(xn.shape[1:-1], weights.shape[:n], stride, padding)
     added = None if bias is None else numbers(bias, "bias", (xn.shape[-1],))
-    out = np.empty((xn.shape[0], *outputs, xn.shape[-1]), np.float32)
+    out = np.empty((xn.shape[0], *outputs, xn.shape[-1]), xn.dtype)
     if out.size:
-        _core.grid_depthwise(
-            grid_rows(xn), extent_of(xn.shape[1:-1]), np.ascontiguousarray(weights).reshape(-1), extent_of(taps),
-            extent_of(steps), extent_of(before, 0), extent_of(outputs), out.reshape(-1),
+        # Along each axis: places of the grid, outputs, taps, padding, stride.
+        given = ((xn.shape[1:-1], 1), (outputs, 1), (taps, 1), (before, 0), (steps, 1))
+        _, _, (deep, high, wide), first, step = every = [extent_of(one, fill) for one, fill in given]
+        _core.depthwise(
+            grid_rows(xn), np.ascontiguousarray(weights).reshape(deep * high, wide, -1), first[1:],
+            out.reshape(len(xn), -1, *out.shape[-2:]), bias=added, stride=step[1:], depth=[one[0] for one in every],
         )  # fmt: skip
-    if added is not None:
-        out += added
-    return like(x, out.astype(xn.dtype, copy=False))
+    return like(x, out)
 
 
 def convolution(

@@ -8,6 +8,7 @@ from longattn._arrays import Array
 from longattn._checks import integer, real, scale_factor
 from longattn.dense.merge import merge
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Float32, Linear, Weights, grid, returned
 from longattn.vision.partition import attend
@@ -103,4 +104,5 @@ METHOD = Method(
     ),
     tests="tests/vision/test_criss_cross_attention.py",
     cost="`N * (X1 + .. + Xn) * (Cq + C)` multiply-adds per round for `N` places, and the projections.",
+    mask=lambda: layer_seen(criss_cross_attention, (12, 12), rounds=1),
 )

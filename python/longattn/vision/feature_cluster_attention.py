@@ -9,6 +9,7 @@ from longattn._arrays import Array, as_numpy, like
 from longattn._checks import check_float_storage, dense_inputs, integer, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import vision as reference
 
 #: Factor on the cosines in the soft assignment of tokens to halves.
@@ -192,4 +193,5 @@ METHOD = Method(
     ),
     tests="tests/vision/test_feature_cluster_attention.py",
     cost="`Hq * N * (cluster + overlap) * (D + Dv)` multiply-adds, and the clustering.",
+    mask=lambda: seen(feature_cluster_attention, *example(), cluster=16, overlap=4),
 )

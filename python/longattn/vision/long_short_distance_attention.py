@@ -5,6 +5,7 @@ from __future__ import annotations
 from longattn._arrays import Array
 from longattn._checks import flag, integer, scale_factor
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Weights, grid, optional_linear, projections, returned
 from longattn.vision.partition import attend_in_groups, pad_ends, padded_to
@@ -113,4 +114,5 @@ METHOD = Method(
     ),
     tests="tests/vision/test_long_short_distance_attention.py",
     cost="`H * W * group ** 2 * heads * (D + Dv)` multiply-adds, and the projections.",
+    mask=lambda: layer_seen(long_short_distance_attention, (12, 12), heads=1, group=3, interval=4),
 )

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from longattn._arrays import Array
 from longattn._checks import flag, integer, real, scale_factor
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Float32, Weights, grid, numbers, optional_linear, projections, returned
 from longattn.vision.partition import attend, partition, unpartition
@@ -141,4 +142,5 @@ METHOD = Method(
     ),
     tests="tests/vision/test_overlapping_cross_attention.py",
     cost="`H * W * Mo ** 2 * heads * (D + Dv)` multiply-adds, and the projections.",
+    mask=lambda: layer_seen(overlapping_cross_attention, (12, 12), heads=1, window=4, overlap=0.5),
 )

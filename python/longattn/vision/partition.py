@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longattn import _core
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import flag, integer
+from longattn._checks import flag, integer, scale_factor
+from longattn.dense._options import Options
 from longattn.dense.attention import attention
+from longattn.sparse._grid import GridAxis, kernel_axes
 from longattn.vision._inputs import Float32, grid, head_count, returned, same_shape
 
 #: One number for all axes of a grid, or one for each.
@@ -145,7 +148,8 @@ def grouped_attention(
         ValueError: shapes or values that do not fit.
 
     Cost:
-        `tokens of the grid * tokens of a group * heads * (D + Dv)` multiply-adds; copies of all arrays by groups.
+        `tokens of the grid * tokens of a group * heads * (D + Dv)` multiply-adds. With `bias`, with padded keys, and
+        where an interval is shifted, copies of all arrays by groups.
 
     Example:
         >>> import numpy as np, longattn.vision
@@ -163,8 +167,10 @@ def grouped_attention(
     sizes, steps = sizes_of(size, "size", interval, len(extents), exactly=True)
     rolls = _rolls(shift, sizes, extents)
     padded = tuple(-(-x // (s * i)) * s * i for x, s, i in zip(extents, sizes, steps, strict=True))
-    qn, kn, vn = (pad_ends(x, padded) for x in (qn, kn, vn))
     valid = extents if flag(mask_pad, "mask_pad") else None
+    if bias is None and valid is not None and not _rolls_intervals(steps, rolls):
+        return returned(q, _attend_in_ranges(qn, kn, vn, sizes, steps, rolls, number, scale))
+    qn, kn, vn = (pad_ends(x, padded) for x in (qn, kn, vn))
     out = attend_in_groups(
         qn, kn, vn, sizes, heads=number, steps=steps, rolls=rolls, scale=scale, bias=bias, valid=valid
     )  # fmt: skip
@@ -186,24 +192,62 @@ def attend_in_groups(
 ) -> Float32:
     """Attention inside groups of grids that are whole multiples of them; keys from `valid` on are not seen."""
     n = len(sizes)
-    steps = steps or (1,) * n
+    steps, rolls = steps or (1,) * n, rolls or (0,) * n
     extents = q.shape[1 : n + 1]
     axes = tuple(range(1, n + 1))
-    rolled = rolls is not None and any(rolls)
-    if rolled and rolls is not None:
+    if bias is None and valid in (None, extents) and not _rolls_intervals(steps, rolls):
+        return _attend_in_ranges(q, k, v, sizes, steps, rolls, heads, scale)
+    rolled = any(rolls)
+    if rolled:
         q, k, v = (np.roll(x, [-r for r in rolls], axis=axes) for x in (q, k, v))
     parts = [partition(x, sizes, interval=steps) for x in (q, k, v)]
     segments = None
     if rolled or (valid is not None and valid != extents):
-        ids = _regions(extents, sizes, rolls or (0,) * n, valid or extents)
+        ids = _regions(extents, sizes, rolls, valid or extents)
         own = partition(ids[None], sizes, interval=steps)[0]
         own = np.broadcast_to(own, (len(q), *own.shape)).reshape(-1, own.shape[-1])
         segments = (np.maximum(own, 0), own)
     out = attend(*(x.reshape(-1, *x.shape[2:]) for x in parts), heads=heads, scale=scale, bias=bias, segments=segments)
     back: Float32 = unpartition(out.reshape(*parts[2].shape), extents, sizes, interval=steps)
-    if rolled and rolls is not None:
+    if rolled:
         back = np.roll(back, rolls, axis=axes)
     return back
+
+
+def _rolls_intervals(steps: tuple[int, ...], rolls: tuple[int, ...]) -> bool:
+    """Whether groups are no ranges of every so many-th position."""
+    return any(rolls) and max(steps) > 1
+
+
+def _attend_in_ranges(
+    q: Float32,
+    k: Float32,
+    v: Float32,
+    sizes: tuple[int, ...],
+    steps: tuple[int, ...],
+    rolls: tuple[int, ...],
+    heads: int,
+    scale: float | None,
+) -> Float32:
+    """Attention inside groups that are a range of every so many-th position along each axis: nothing is copied."""
+    axes = [_ranges(*given) for given in zip(q.shape[1:-1], sizes, steps, rolls, strict=True)]
+    out = np.empty((*q.shape[:-1], v.shape[-1]), np.float32)
+    q4, k4, v4, out4 = (_split(x.reshape(len(x), -1, x.shape[-1]), heads) for x in (q, k, v, out))
+    if out.size:
+        lse = np.empty(q4.shape[:3], np.float32)
+        options: Options = {"scale": scale_factor(scale, q4.shape[3])}
+        _core.neighbourhood(q4, k4, v4, out4, lse, kernel_axes(axes), None, options)
+    return out
+
+
+def _ranges(length: int, size: int, step: int, roll: int) -> GridAxis:
+    """What positions of an axis see: those of their group. Groups of a rolled axis begin at `roll` plus multiples."""
+    position = np.arange(length, dtype=np.int64)
+    group, u = position % step, position // step
+    count = (length - group + step - 1) // step
+    first = (u - roll) // size * size + roll
+    intervals = np.stack([group, np.maximum(first, 0), np.minimum(first + size, count), u], axis=1)
+    return GridAxis(length, intervals.astype(np.uint32), step, size)
 
 
 def attend_over(

@@ -1,10 +1,11 @@
-//! Passes over queries and keys that look at the weights, and selective attention, which is made of one.
+//! Passes over queries and keys that look at the weights, selective attention, which is made of one, and attention whose weights
+//! are not a softmax.
 
 use crate::arrays::{lse_view, view, view_mut};
 use crate::options::Given;
 use crate::running;
 use crate::store::KvArgument;
-use longattn::dense::{self, Reductions};
+use longattn::dense::{self, Reductions, Weights};
 use longattn::tensor::{KvView, TensorView};
 use numpy::{PyReadonlyArray2, PyReadonlyArray3, PyReadwriteArray2, PyReadwriteArray3};
 use numpy::{PyReadwriteArray4, PyUntypedArray};
@@ -119,5 +120,29 @@ pub(crate) fn selective_attention(
             &mut lse,
             execution,
         )
+    })
+}
+
+#[pyfunction]
+#[pyo3(signature = (q, k, v, out, options, *, signed=None, contrast=1.0))]
+pub(crate) fn weighted_attention(
+    py: Python<'_>,
+    q: &Bound<'_, PyUntypedArray>,
+    k: &Bound<'_, PyUntypedArray>,
+    v: &Bound<'_, PyUntypedArray>,
+    out: &Bound<'_, PyUntypedArray>,
+    options: &Bound<'_, PyDict>,
+    signed: Option<(f32, f32, bool, bool)>,
+    contrast: f32,
+) -> PyResult<()> {
+    let (q, k, v, mut out) = (view("q", q)?, view("k", k)?, view("v", v)?, view_mut("out", out)?);
+    let given = Given::new(options)?;
+    let options = given.options()?;
+    let weights = match signed {
+        Some((similarity, distance, centred, doubled)) => Weights::Signed { similarity, distance, centred, doubled },
+        None => Weights::Contrast { contrast },
+    };
+    running::run(py, 2.0 * operations(&q, &k.into(), q.shape()[2]), |execution| {
+        dense::weighted_attention(q, k, v, weights, options, &mut out, execution)
     })
 }

@@ -2,7 +2,7 @@
 
 use crate::arrays::view;
 use crate::running;
-use longattn::grid::{self, Depthwise, Paths, Points, Sampling};
+use longattn::grid::{self, Paths, Points, Sampling};
 use numpy::{PyReadonlyArray1, PyReadwriteArray1, PyUntypedArray};
 use pyo3::prelude::*;
 
@@ -28,25 +28,6 @@ pub(crate) fn sample<'py>(
     let operations = (points.coords.len() * x.shape()[3]) as f64;
     let sampling = Sampling { unit, align_corners, border };
     running::run(py, operations, |execution| grid::sample(x, extent, points, sampling, out, execution))
-}
-
-#[pyfunction]
-pub(crate) fn grid_depthwise<'py>(
-    py: Python<'py>,
-    x: &Bound<'py, PyUntypedArray>,
-    extent: [usize; 3],
-    kernel: PyReadonlyArray1<'py, f32>,
-    taps: [usize; 3],
-    stride: [usize; 3],
-    padding: [usize; 3],
-    outputs: [usize; 3],
-    mut out: PyReadwriteArray1<'py, f32>,
-) -> PyResult<()> {
-    let x = view("x", x)?;
-    let convolution = Depthwise { kernel: kernel.as_slice()?, taps, stride, padding, outputs };
-    let out = out.as_slice_mut()?;
-    let operations = out.len() as f64 * taps.iter().product::<usize>() as f64;
-    running::run(py, operations, |execution| grid::depthwise(x, extent, convolution, out, execution))
 }
 
 #[pyfunction]

@@ -30,11 +30,11 @@ mod _core {
     #[pymodule_export]
     use super::dense::{attention, attention_varlen, merge};
     #[pymodule_export]
-    use super::diagnostics::{attention_weights, prob_reduce, selective_attention};
+    use super::diagnostics::{attention_weights, prob_reduce, selective_attention, weighted_attention};
     #[pymodule_export]
     use super::double::{attention_backward_double, attention_double};
     #[pymodule_export]
-    use super::grid::{grid_depthwise, path_bias, sample};
+    use super::grid::{path_bias, sample};
     #[pymodule_export]
     use super::index::Index;
     #[pymodule_export]
@@ -75,7 +75,7 @@ mod _core {
     use super::linear::statistics::{feature_norms, key_statistics, read_statistics};
     #[pymodule_export]
     use super::neighbourhood::{
-        neighbourhood, neighbourhood_backward, neighbourhood_scores, neighbourhood_values, windowed,
+        neighbourhood, neighbourhood_backward, neighbourhood_scores, neighbourhood_values, windowed, windowed_backward,
     };
     #[pymodule_export]
     use super::prefix_tree::{PrefixTree, chunk_attention};

@@ -1,11 +1,11 @@
 //! Attention over windows of a grid.
 
 use crate::arrays::{lse_view, view, view_mut};
-use crate::backward::{BACKWARD, sums};
+use crate::backward::{BACKWARD, GivenForward, GivenGradients, forward, gradients};
 use crate::errors::to_py;
 use crate::options::Given;
 use crate::running;
-use longattn::dense::{Axis, Forward, Gradients, Grid, GridBias, Interval};
+use longattn::dense::{Axis, Grid, GridBias, Interval};
 use longattn::sparse;
 use longattn::tensor::{Error, TensorView};
 use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn, PyReadwriteArray1, PyUntypedArray};
@@ -136,44 +136,47 @@ pub(crate) fn neighbourhood_values<'py>(
 #[pyfunction]
 pub(crate) fn neighbourhood_backward<'py>(
     py: Python<'py>,
-    d_out: &Bound<'py, PyUntypedArray>,
-    q: &Bound<'py, PyUntypedArray>,
-    k: &Bound<'py, PyUntypedArray>,
-    v: &Bound<'py, PyUntypedArray>,
-    out: &Bound<'py, PyUntypedArray>,
-    lse: &Bound<'py, PyUntypedArray>,
-    d_lse: Option<&Bound<'py, PyUntypedArray>>,
-    dq: &Bound<'py, PyUntypedArray>,
-    dk: &Bound<'py, PyUntypedArray>,
-    dv: &Bound<'py, PyUntypedArray>,
+    arrays: GivenForward<'py>,
+    results: GivenGradients<'py>,
     mut d_bias: Option<PyReadwriteArray1<'py, f32>>,
     axes: [GivenAxis<'py>; 3],
     bias: Option<GivenBias<'py>>,
     options: &Bound<'py, PyDict>,
 ) -> PyResult<()> {
     let given = Given::<f32>::new(options)?;
-    let forward = Forward {
-        q: view("q", q)?,
-        k: view("k", k)?,
-        v: view("v", v)?,
-        options: given.options()?,
-        out: view("out", out)?,
-        lse: sums("lse", lse)?,
-        d_out: view("d_out", d_out)?,
-        d_lse: d_lse.map(|a| sums("d_lse", a)).transpose()?,
-    };
-    let mut gradients =
-        Gradients { dq: view_mut("dq", dq)?, dk: view_mut("dk", dk)?, dv: view_mut("dv", dv)?, d_sinks: None };
+    let forward = forward(&arrays, given.options()?)?;
+    let mut gradients = gradients(&results, None)?;
     let d_bias = d_bias.as_mut().map(|a| a.as_slice_mut()).transpose()?;
     let tables = Tables::new(axes, bias)?;
-    let grid = tables.grid()?;
+    let grid = [tables.grid()?];
     let operations = BACKWARD * tables.operations(&forward.q, forward.k.shape()[3] + forward.v.shape()[3]);
     running::run(py, operations, |execution| {
-        sparse::neighbourhood_backward(forward, &grid, &mut gradients, d_bias, execution)
+        sparse::neighbourhood_backward(forward, &grid, None, &mut gradients, d_bias, execution)
     })
 }
 
-/// Attention of every query to a range of keys; each of `ranges` is `[group 0, start, end, position]` of each query.
+/// Ranges of keys, `[group 0, start, end, position]` of each query, and which of them each batch entry and head has.
+type GivenRanges<'py> = (Vec<PyReadonlyArray2<'py, u32>>, PyReadonlyArray1<'py, u32>);
+
+/// Calls `with` with the grids of one axis that ranges are, which of them each head has, and multiply-adds of two products over all
+/// that queries see.
+fn with_ranges<R>(
+    given: &GivenRanges<'_>,
+    q: &TensorView,
+    keys: usize,
+    dims: usize,
+    with: impl FnOnce(&[Grid], &[u32], f64) -> PyResult<R>,
+) -> PyResult<R> {
+    let rows = given.0.iter().map(intervals).collect::<PyResult<Vec<_>>>()?;
+    let axis = |rows| Axis { keys, dilation: 1, step: 1, queries: rows };
+    let grids: Vec<Grid> =
+        rows.iter().map(|rows| Grid { axes: [Axis::NONE, Axis::NONE, axis(rows)], bias: None }).collect();
+    let seen: f64 = rows.iter().flatten().map(|x| f64::from(x.end.saturating_sub(x.start))).sum();
+    let [batch, heads, ..] = q.shape().map(|n| n as f64);
+    with(&grids, given.1.as_slice()?, seen / (rows.len().max(1) as f64) * batch * heads * dims as f64)
+}
+
+/// Attention of every query to a range of keys.
 #[pyfunction]
 pub(crate) fn windowed<'py>(
     py: Python<'py>,
@@ -182,24 +185,35 @@ pub(crate) fn windowed<'py>(
     v: &Bound<'py, PyUntypedArray>,
     out: &Bound<'py, PyUntypedArray>,
     lse: &Bound<'py, PyUntypedArray>,
-    ranges: Vec<PyReadonlyArray2<'py, u32>>,
-    of_heads: PyReadonlyArray1<'py, u32>,
+    ranges: GivenRanges<'py>,
     options: &Bound<'py, PyDict>,
 ) -> PyResult<()> {
     let (q, k, v) = (view("q", q)?, view("k", k)?, view("v", v)?);
     let (mut out, mut lse) = (view_mut("out", out)?, lse_view("lse", lse)?);
-    let keys = k.shape()[2];
-    let rows = ranges.iter().map(intervals).collect::<PyResult<Vec<_>>>()?;
-    let axis = |rows| Axis { keys, dilation: 1, step: 1, queries: rows };
-    let grids: Vec<Grid> =
-        rows.iter().map(|rows| Grid { axes: [Axis::NONE, Axis::NONE, axis(rows)], bias: None }).collect();
     let given = Given::new(options)?;
     let options = given.options()?;
-    let of_heads = of_heads.as_slice()?;
-    let seen: f64 = rows.iter().flatten().map(|x| f64::from(x.end.saturating_sub(x.start))).sum();
-    let [batch, heads, ..] = q.shape().map(|n| n as f64);
-    let operations = seen / (rows.len().max(1) as f64) * batch * heads * (k.shape()[3] + v.shape()[3]) as f64;
-    running::run(py, operations, |execution| {
-        sparse::neighbourhood(q, k, v, &grids, Some(of_heads), options, &mut out, &mut lse, execution)
+    with_ranges(&ranges, &q, k.shape()[2], k.shape()[3] + v.shape()[3], |grids, of_heads, operations| {
+        running::run(py, operations, |execution| {
+            sparse::neighbourhood(q, k, v, grids, Some(of_heads), options, &mut out, &mut lse, execution)
+        })
+    })
+}
+
+#[pyfunction]
+pub(crate) fn windowed_backward<'py>(
+    py: Python<'py>,
+    arrays: GivenForward<'py>,
+    results: GivenGradients<'py>,
+    ranges: GivenRanges<'py>,
+    options: &Bound<'py, PyDict>,
+) -> PyResult<()> {
+    let given = Given::<f32>::new(options)?;
+    let forward = forward(&arrays, given.options()?)?;
+    let mut gradients = gradients(&results, None)?;
+    let (q, keys, dims) = (forward.q, forward.k.shape()[2], forward.k.shape()[3] + forward.v.shape()[3]);
+    with_ranges(&ranges, &q, keys, dims, |grids, of_heads, operations| {
+        running::run(py, BACKWARD * operations, |execution| {
+            sparse::neighbourhood_backward(forward, grids, Some(of_heads), &mut gradients, None, execution)
+        })
     })
 }

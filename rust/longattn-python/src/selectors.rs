@@ -26,6 +26,19 @@ fn products(q: &TensorView, k: &TensorView) -> f64 {
     [b, h, l, d, keys].iter().map(|&n| n as f64).product()
 }
 
+/// Lists that `work` makes of queries and keys, in `share` of the time of their products.
+fn select<'py>(
+    py: Python<'py>,
+    q: &Bound<'py, PyUntypedArray>,
+    k: &Bound<'py, PyUntypedArray>,
+    share: f64,
+    work: impl FnOnce(TensorView, TensorView, &Execution) -> Result<Selection> + Send,
+) -> PyResult<Arrays<'py>> {
+    let (q, k) = (view("q", q)?, view("k", k)?);
+    let chosen = running::run(py, share * products(&q, &k), |execution| work(q, k, execution))?;
+    Ok(arrays(py, chosen))
+}
+
 fn ranges(name: &'static str, starts: &[usize], ends: &[usize]) -> Result<Vec<Range<usize>>> {
     if starts.len() != ends.len() || starts.iter().zip(ends).any(|(start, end)| start > end) {
         return Err(Error::value(name, format!("{} starts, {} ends", starts.len(), ends.len()), "ranges"));
@@ -94,11 +107,10 @@ pub(crate) fn pooled_blocks<'py>(
     by_count: bool,
     sinks: usize,
 ) -> PyResult<Arrays<'py>> {
-    let (q, k, limits) = (view("q", q)?, view("k", k)?, offsets("limits", &limits)?);
+    let limits = offsets("limits", &limits)?;
     let (whole_rows, always, share) = (whole_rows.as_slice()?, always.as_slice()?, share.as_slice()?);
     let blocks = PooledBlocks { whole_rows, always, limits: &limits, share, by_count, sinks };
-    let chosen = running::run(py, products(&q, &k), |execution| sparse::pooled_blocks(q, k, scale, blocks, execution))?;
-    Ok(arrays(py, chosen))
+    select(py, q, k, 1.0, |q, k, execution| sparse::pooled_blocks(q, k, scale, blocks, execution))
 }
 
 #[pyfunction]
@@ -110,11 +122,9 @@ pub(crate) fn best_of_rows<'py>(
     least: usize,
     options: &Bound<'py, PyDict>,
 ) -> PyResult<Arrays<'py>> {
-    let (q, k, given) = (view("q", q)?, view("k", k)?, Given::new(options)?);
+    let given = Given::new(options)?;
     let options = given.options()?;
-    let chosen =
-        running::run(py, products(&q, &k), |execution| sparse::best_of_rows(q, k, options, share, least, execution))?;
-    Ok(arrays(py, chosen))
+    select(py, q, k, 1.0, |q, k, execution| sparse::best_of_rows(q, k, options, share, least, execution))
 }
 
 #[pyfunction]
@@ -128,11 +138,9 @@ pub(crate) fn chunk_keys<'py>(
     first: usize,
     last: usize,
 ) -> PyResult<Arrays<'py>> {
-    let (q, k) = (view("q", q)?, view("k", k)?);
     let (bounds, limits) = (offsets("bounds", &bounds)?, offsets("limits", &limits)?);
     let chunks = ChunkKeys { bounds: &bounds, limits: &limits, budget, first, last };
-    let chosen = running::run(py, products(&q, &k), |execution| sparse::chunk_keys(q, k, chunks, execution))?;
-    Ok(arrays(py, chosen))
+    select(py, q, k, 1.0, |q, k, execution| sparse::chunk_keys(q, k, chunks, execution))
 }
 
 #[pyfunction]
@@ -147,13 +155,12 @@ pub(crate) fn stripes<'py>(
     ends: PyReadonlyArray1<'py, i64>,
     shared: bool,
 ) -> PyResult<Arrays<'py>> {
-    let (q, k, thresholds) = (view("q", q)?, view("k", k)?, thresholds.as_slice()?);
+    let thresholds = thresholds.as_slice()?;
     let (starts, ends) = (offsets("starts", &starts)?, offsets("ends", &ends)?);
-    let chosen = running::run(py, products(&q, &k), |execution| {
+    select(py, q, k, 1.0, |q, k, execution| {
         let candidates = ranges("candidates", &starts, &ends)?;
         sparse::stripes(q, k, scale, thresholds, step, &candidates, shared, execution)
-    })?;
-    Ok(arrays(py, chosen))
+    })
 }
 
 #[pyfunction]
@@ -170,11 +177,10 @@ pub(crate) fn rounded_blocks<'py>(
     mean_queries: PyReadonlyArray1<'py, f32>,
     levels: f32,
 ) -> PyResult<Arrays<'py>> {
-    let (q, k) = (view("q", q)?, view("k", k)?);
     let (query_bounds, limits) = (offsets("query_bounds", &query_bounds)?, offsets("limits", &limits)?);
     let (starts, ends) = (offsets("judged", &judged.0)?, offsets("judged", &judged.1)?);
     let (thresholds, mean_queries) = (thresholds.as_slice()?, mean_queries.as_slice()?);
-    let chosen = running::run(py, products(&q, &k) / 4.0, |execution| {
+    select(py, q, k, 0.25, |q, k, execution| {
         let judged = ranges("judged", &starts, &ends)?;
         let blocks = RoundedBlocks {
             query_bounds: &query_bounds,
@@ -186,8 +192,7 @@ pub(crate) fn rounded_blocks<'py>(
             levels,
         };
         sparse::rounded_blocks(q, k, scale, blocks, execution)
-    })?;
-    Ok(arrays(py, chosen))
+    })
 }
 
 /// Rows `[batch * heads * length]` in the order of their hashes.
@@ -308,13 +313,12 @@ pub(crate) fn best_forced<'py>(
     forced: (PyReadonlyArray1<'py, i64>, PyReadonlyArray1<'py, i64>),
     most: usize,
 ) -> PyResult<Arrays<'py>> {
-    let (q, k, limits) = (view("q", q)?, view("k", k)?, offsets("limits", &limits)?);
+    let limits = offsets("limits", &limits)?;
     let (starts, ends) = (offsets("forced", &forced.0)?, offsets("forced", &forced.1)?);
-    let chosen = running::run(py, products(&q, &k), |execution| {
+    select(py, q, k, 1.0, |q, k, execution| {
         let forced = ranges("forced", &starts, &ends)?;
         sparse::best_forced(q, k, &limits, &forced, most, execution)
-    })?;
-    Ok(arrays(py, chosen))
+    })
 }
 
 /// Keys on lines, per head and block of queries.

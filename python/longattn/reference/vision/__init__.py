@@ -2,6 +2,12 @@
 
 from longattn.reference.vision.adaptive_cross_layer_attention import adaptive_cross_layer_attention
 from longattn.reference.vision.asymmetric_mixed_attention import asymmetric_mixed_attention
+from longattn.reference.vision.attention_guided_crop import (
+    attention_guided_crop,
+    cls_attention,
+    crop_features,
+    soft_match,
+)
 from longattn.reference.vision.attention_rollout_select import (
     attention_rollout,
     attention_rollout_select,
@@ -9,7 +15,14 @@ from longattn.reference.vision.attention_rollout_select import (
 )
 from longattn.reference.vision.cascaded_group_attention import cascaded_group_attention
 from longattn.reference.vision.channel_group_attention import channel_group_attention
+from longattn.reference.vision.compositional_quasi_attention import (
+    compositional_quasi_attention,
+)
 from longattn.reference.vision.criss_cross_attention import criss_cross_attention
+from longattn.reference.vision.cross_image_attention import (
+    cross_image_attention,
+    masked_adain,
+)
 from longattn.reference.vision.deformable_kv_attention_2d import deformable_kv_attention_2d
 from longattn.reference.vision.deformable_kv_attention_3d import deformable_kv_attention_3d, point_attention
 from longattn.reference.vision.deformable_token_merging import deformable_token_merging
@@ -21,15 +34,30 @@ from longattn.reference.vision.focal_modulation import focal_modulation
 from longattn.reference.vision.forward_cross_attention import forward_cross_attention
 from longattn.reference.vision.global_query_window_attention import global_query_window_attention
 from longattn.reference.vision.hierarchical_global_local_attention import hierarchical_global_local_attention
+from longattn.reference.vision.integrative_feature_cost_attention import (
+    feature_cost_cross_attention,
+    integrative_feature_cost_attention,
+)
 from longattn.reference.vision.layer_and_channel_spatial_attention import (
     channel_spatial_gate,
     layer_and_channel_spatial_attention,
+)
+from longattn.reference.vision.local_attention_mamba import (
+    local_attention_mamba,
 )
 from longattn.reference.vision.long_short_distance_attention import long_short_distance_attention
 from longattn.reference.vision.match_to_match_additive_attention import match_to_match_additive_attention
 from longattn.reference.vision.mediator_attention import mediator_attention
 from longattn.reference.vision.nested_attention import nested_attention
 from longattn.reference.vision.overlapping_cross_attention import overlapping_cross_attention
+from longattn.reference.vision.parallel_self_cross_attention import (
+    attentional_pool,
+    parallel_self_cross_attention,
+    wave_position_encoding,
+)
+from longattn.reference.vision.partial_visual_attention import (
+    partial_visual_attention,
+)
 from longattn.reference.vision.polyline_path_masked_attention import polyline_mask_apply, polyline_path_masked_attention
 from longattn.reference.vision.proxy_token_attention import proxy_token_attention
 from longattn.reference.vision.query_shared_cross_attention import query_shared_cross_attention
@@ -45,13 +73,19 @@ from longattn.reference.vision.view_integrated_attention import view_integrated_
 __all__ = [
     "adaptive_cross_layer_attention",
     "asymmetric_mixed_attention",
+    "attention_guided_crop",
     "attention_rollout",
     "attention_rollout_select",
+    "attentional_pool",
     "balanced_clusters",
     "cascaded_group_attention",
     "channel_group_attention",
     "channel_spatial_gate",
+    "cls_attention",
+    "compositional_quasi_attention",
     "criss_cross_attention",
+    "crop_features",
+    "cross_image_attention",
     "deformable_kv_attention_2d",
     "deformable_kv_attention_3d",
     "deformable_token_merging",
@@ -59,18 +93,24 @@ __all__ = [
     "embedding_free_attention",
     "extended_frame_attention",
     "feature_cluster_attention",
+    "feature_cost_cross_attention",
     "flow_paths",
     "focal_modulation",
     "forward_cross_attention",
     "global_query_window_attention",
     "hierarchical_global_local_attention",
+    "integrative_feature_cost_attention",
     "layer_and_channel_spatial_attention",
+    "local_attention_mamba",
     "long_short_distance_attention",
+    "masked_adain",
     "match_to_match_additive_attention",
     "mediator_attention",
     "nested_attention",
     "overlapping_cross_attention",
     "pair_wise_cross_attention",
+    "parallel_self_cross_attention",
+    "partial_visual_attention",
     "point_attention",
     "polyline_mask_apply",
     "polyline_path_masked_attention",
@@ -78,10 +118,12 @@ __all__ = [
     "query_shared_cross_attention",
     "reference_attention",
     "scale_patch_attention",
+    "soft_match",
     "stacked_temporal_attention",
     "strip_self_attention",
     "super_token_attention",
     "swapped_window_cross_attention",
     "trajectory_attention",
     "view_integrated_attention",
+    "wave_position_encoding",
 ]

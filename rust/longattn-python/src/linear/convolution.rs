@@ -16,8 +16,11 @@ fn size(x: &TensorView) -> f64 {
     x.shape().iter().map(|&n| n as f64).product()
 }
 
+/// `depth` says, of an axis before the lines, how many there are in `x` and in `out`, taps, centre and stride; the taps' axes are then
+/// one in `weights`.
 #[pyfunction]
-#[pyo3(signature = (x, weights, centre, out, *, bias=None, before=None, silu=false, cu_seqlens=None))]
+#[pyo3(signature = (x, weights, centre, out, *, bias=None, before=None, silu=false, cu_seqlens=None, stride=[1, 1],
+    depth=[1, 1, 1, 0, 1]))]
 pub(crate) fn depthwise(
     py: Python<'_>,
     x: &Bound<'_, PyUntypedArray>,
@@ -28,20 +31,27 @@ pub(crate) fn depthwise(
     before: Option<&Bound<'_, PyUntypedArray>>,
     silu: bool,
     cu_seqlens: Option<PyReadonlyArray1<'_, i64>>,
+    stride: [usize; 2],
+    depth: [usize; 5],
 ) -> PyResult<()> {
-    let taps = weights.as_array().shape().to_vec();
+    let shape = weights.as_array().shape().to_vec();
+    let [frames, out_frames, deep, before_frame, frame_stride] = depth;
+    let taps = [deep, shape[0].checked_div(deep).unwrap_or(0), shape[1]];
     let given = Depthwise {
         x: view("x", x)?,
+        frames: [frames, out_frames],
         weights: weights.as_slice()?,
-        taps: [taps[0], taps[1]],
-        centre,
+        taps,
+        centre: [before_frame, centre[0], centre[1]],
+        stride: [frame_stride, stride[0], stride[1]],
         bias: bias.as_ref().map(|b| b.as_slice()).transpose()?,
         before: before.map(|b| view("initial_state", b)).transpose()?,
         silu,
     };
     let mut out = view_mut("out", out)?;
     let bounds = cu_seqlens.as_ref().map(|bounds| offsets("cu_seqlens", bounds)).transpose()?;
-    let work = size(&given.x) * (taps[0] * taps[1]) as f64;
+    let outputs = out.shape().iter().map(|&n| n as f64).product::<f64>();
+    let work = outputs * taps.iter().product::<usize>() as f64;
     running::run(py, work, |execution| convolution::depthwise(given, bounds.as_deref(), &mut out, execution))
 }
 

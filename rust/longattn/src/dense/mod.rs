@@ -33,6 +33,7 @@ mod selective;
 pub(crate) mod stream;
 mod sums;
 pub(crate) mod tile;
+mod weighted;
 mod weights;
 
 pub use backward::{Forward, Gradients, attention_backward, attention_varlen_backward};
@@ -44,6 +45,7 @@ pub use options::{Broadcast, Options, RelativeBias, Segments, State};
 pub use ranks::rank_union;
 pub use reduce::{MAX_MOMENTS, Reductions, prob_reduce};
 pub use selective::selective_attention;
+pub use weighted::{Weights, weighted_attention};
 pub use weights::attention_weights;
 
 use crate::parallel::Execution;
@@ -344,7 +346,7 @@ fn load_query_pairs(problem: &Problem, id: RowId, to: &mut [f32]) {
 
 /// Normalises a row, with sink logit and state, and writes output and lse.
 #[inline(always)]
-fn finish_row<S: Simd>(s: S, job: &Job, id: RowId, keys: &Keys, running: Running, outputs: &mut [f32]) {
+pub(crate) fn finish_row<S: Simd>(s: S, job: &Job, id: RowId, keys: &Keys, running: Running, outputs: &mut [f32]) {
     let problem = &job.problem;
     if let Some(max) = job.max {
         // SAFETY: it has one element per query row, and no other worker holds this row.
@@ -443,7 +445,7 @@ fn careful_row(job: &Job, id: RowId, keys: &Keys) {
 
 /// Adds what a row found among other keys to what it has; returns the softmax over both. The shorter row is a multiple of `LANES`.
 #[inline(always)]
-fn fold<S: Simd>(s: S, running: Running, row: &mut [f32], other: Running, from: &[f32]) -> Running {
+pub(crate) fn fold<S: Simd>(s: S, running: Running, row: &mut [f32], other: Running, from: &[f32]) -> Running {
     let max = running.max.max(other.max);
     let (a, b) = (exp_difference(running.max, max), exp_difference(other.max, max));
     scale_row(s, row, a);

@@ -61,6 +61,8 @@ pub(crate) trait Rows: Copy {
 
     /// Whether the rows are contiguous numbers of bf16.
     const BF16: bool = false;
+    /// Whether rows that follow one another may lie anywhere, so that memory has to be asked for them.
+    const SCATTERED: bool = false;
     /// First byte of row `j`.
     fn start(self, j: usize) -> *const u8;
 
@@ -125,6 +127,7 @@ impl<R: Rows> Rows for Indexed<'_, R> {
     type Row = R::Row;
     type Bare = NoRows;
     const BF16: bool = R::BF16;
+    const SCATTERED: bool = true;
 
     #[inline(always)]
     fn start(self, j: usize) -> *const u8 {

@@ -62,8 +62,8 @@ impl RowBlock<'_> {
 
 /// What an item leaves for the merge: running softmax and unnormalised outputs of its rows.
 pub(crate) struct Partial {
-    pub(super) running: Vec<Running>,
-    pub(super) outputs: Vec<f32>,
+    pub(crate) running: Vec<Running>,
+    pub(crate) outputs: Vec<f32>,
 }
 
 /// Adds the blocks of the queries `queries` of `heads`, which share a KV head, with those of `keys` that some of them may see.

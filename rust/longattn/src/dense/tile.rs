@@ -24,6 +24,9 @@ use std::ops::Range;
 /// Keys per block.
 pub(crate) const KEYS: usize = 256;
 
+/// Rows of values that lie anywhere are asked for so many rows before they are packed.
+const ASKED_AHEAD: usize = 16;
+
 /// Query rows per item, a multiple of every instruction set's `ROWS`.
 pub(crate) const QUERY_ROWS: usize = 192;
 
@@ -288,6 +291,9 @@ pub(crate) unsafe fn pack_transposed<S: Simd, K: Rows>(
             for c in 0..panel {
                 let row = wide.add(c * padded_dim);
                 if first + c < keys.end {
+                    if K::SCATTERED && first + c + panel < keys.end {
+                        rows.row(first + c + panel).prefetch(dim);
+                    }
                     widen_row(s, rows.row(first + c), dim, row, padded_dim);
                 } else {
                     std::ptr::write_bytes(row, 0, padded_dim);
@@ -320,8 +326,12 @@ pub(crate) unsafe fn pack_values<S: Simd, V: Rows>(
 ) {
     let panel = panel::<S>();
     let whole = dim / panel * panel;
+    let end = keys.end;
     for (j, key) in keys.enumerate() {
         let row = rows.row(key);
+        if V::SCATTERED && key + ASKED_AHEAD < end {
+            rows.row(key + ASKED_AHEAD).prefetch(dim);
+        }
         // SAFETY: the caller's promise; the last, ragged panel is copied from the padded row in `wide`.
         unsafe {
             for d in (0..whole).step_by(panel) {

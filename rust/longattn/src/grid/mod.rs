@@ -1,10 +1,8 @@
 //! Operations on grids of feature rows, `[batch, t, y, x, channels]`, in one to three dimensions (the missing ones have extent 1).
 
-mod depthwise;
 mod paths;
 mod sample;
 
-pub use depthwise::{Depthwise, depthwise};
 pub use paths::{Paths, path_bias};
 pub use sample::{Points, Sampling, sample};
 

@@ -1,5 +1,6 @@
 //! Attention over lists of key blocks or of keys.
 
+use super::gathered::Gathering;
 use crate::dense::backward::{ListedTile, ROWS, listed_backward};
 use crate::dense::keys::Keys;
 use crate::dense::packed::{PackedHeads, PackedRoom, Packing};
@@ -97,6 +98,12 @@ impl<'a> Lists<'a> {
         &self.indices[self.range(list)]
     }
 
+    /// The list of a row, whose query is in block `block`.
+    pub(super) fn of(&self, problem: &Problem, id: RowId, block: u32) -> &'a [u32] {
+        let head = id.batch.min(self.batch - 1) * self.heads + id.head / (problem.query_heads / self.heads);
+        self.list(head * self.query_blocks() + block as usize)
+    }
+
     /// Row blocks of all lists; `keys` says what a list, by its number, stands for.
     fn row_blocks(&self, problem: &Problem, keys: impl Fn(usize) -> Keys<'a>) -> Vec<RowBlock<'a>> {
         let mut blocks = Vec::new();
@@ -141,8 +148,12 @@ pub fn block_sparse<'a>(
     let BlockLists { lists, key_bounds: bounds } = blocks;
     check_bounds("key blocks", bounds, problem.keys)?;
     lists.check(&problem, bounds.len() - 1)?;
+    let isa = simd::current();
+    if let Some(gathering) = Gathering::new(&problem, blocks) {
+        return gathering.run(isa, &Job::new(problem, out, lse), execution);
+    }
     let row_blocks = lists.row_blocks(&problem, |list| Keys::Blocks { blocks: lists.list(list), bounds });
-    let (isa, packing) = (simd::current(), Packing::new(simd::current(), &problem));
+    let packing = Packing::new(isa, &problem);
     if !pays(&problem, packing, bounds, &row_blocks) {
         return run_blocks(isa, &[Job::new(problem, out, lse)], &row_blocks, execution);
     }
@@ -155,6 +166,14 @@ pub fn block_sparse<'a>(
         run_blocks(isa, &[Job::new(problem, out, lse)], part, execution)?;
     }
     Ok(())
+}
+
+/// Those of the blocks of a list of which causality and a window leave query row `row` something.
+pub(super) fn visible_blocks<'a>(problem: &Problem, list: &'a [u32], bounds: &[usize], row: usize) -> &'a [u32] {
+    let visible = problem.visible(row);
+    let start = list.partition_point(|&block| bounds[block as usize + 1] <= visible.start);
+    let end = list.partition_point(|&block| bounds[block as usize] < visible.end);
+    &list[start..end.max(start)]
 }
 
 /// Whether packing each head as a whole takes less than packing what each block of queries picks, and blocks are whole panels.
@@ -195,7 +214,8 @@ pub fn block_sparse_backward(
         let ids: Vec<RowId> = rows.clone().map(id).collect();
         with(ListedTile { ids: &ids, keys: &Keys::Blocks { blocks: lists.list(list), bounds } });
     };
-    listed_backward(forward, gradients, None, tiles.len(), &visit, execution)
+    let counts = vec![tiles.len(); problem.batch * problem.kv_heads];
+    listed_backward(forward, gradients, None, &counts, &visit, execution)
 }
 
 /// Softmax attention of each block of queries over listed keys; otherwise as [`crate::dense::attention`]. `max`, shaped as `lse`,

@@ -5,11 +5,13 @@
 //! logits of many rows (scan.rs), sums of weights (mass.rs)
 //! what is best of them (select.rs, choose.rs)                       -> lists: of key blocks, or of keys, per head and query block
 //! lists x dense kernels (tile.rs, stream.rs)                        -> output and lse
+//! lists of single queries, by the block they pick (gathered.rs)      -> output and lse
 //! windows of a grid, tile by tile (neighbourhood)                   -> output and lse
 //! ```
 //! Time goes with the number of keys in the lists.
 
 mod choose;
+mod gathered;
 mod hash;
 mod lists;
 mod mass;

@@ -18,43 +18,21 @@ pub fn block_means(
     bounds: &[usize],
     centre: Option<&[f32]>,
     means: &mut [f32],
-    mut likeness: Option<&mut [f32]>,
+    likeness: Option<&mut [f32]>,
     execution: &Execution,
 ) -> Result<()> {
-    let [batch, heads, rows, dim] = x.shape();
-    if bounds.is_empty() || !bounds.is_sorted() || bounds.last().is_some_and(|&last| last > rows) {
-        return Err(Error::value("bounds", format!("{} bounds", bounds.len()), format!("bounds that rise to {rows}")));
+    let blocks = check_blocks(&x, bounds)?;
+    let [batch, heads, _, dim] = x.shape();
+    check_len("centre", centre.map_or(batch * heads * dim, <[f32]>::len), batch * heads * dim)?;
+    check_len("means", means.len(), batch * heads * blocks * dim)?;
+    if let Some(likeness) = &likeness {
+        check_len("likeness", likeness.len(), batch * heads * blocks)?;
     }
-    let blocks = bounds.len() - 1;
-    let lengths = [
-        ("centre", centre.map(<[f32]>::len), batch * heads * dim),
-        ("means", Some(means.len()), batch * heads * blocks * dim),
-        ("likeness", likeness.as_deref().map(<[f32]>::len), batch * heads * blocks),
-    ];
-    for (name, got, expected) in lengths {
-        if let Some(got) = got.filter(|&got| got != expected) {
-            return Err(Error::value(name, format!("{got} numbers"), expected));
-        }
-    }
-    if blocks == 0 {
-        return Ok(());
-    }
-    let (isa, pieces) = (simd::current(), blocks.div_ceil(TOGETHER));
-    let parts = map(execution, batch * heads * pieces, |i| {
-        let (first, head) = (i % pieces * TOGETHER, i / pieces);
-        let bounds = &bounds[first..=(first + TOGETHER).min(blocks)];
-        let centre = centre.map(|centre| &centre[head * dim..(head + 1) * dim]);
-        let wants_likeness = likeness.is_some();
-        dispatch(isa, Means { x, batch: head / heads, head: head % heads, bounds, centre, wants_likeness })
-    })?;
-    let (mut at, mut like_at) = (0, 0);
-    for (part, likes) in parts {
-        means[at..at + part.len()].copy_from_slice(&part);
-        at += part.len();
-        if let Some(likeness) = &mut likeness {
-            likeness[like_at..like_at + likes.len()].copy_from_slice(&likes);
-            like_at += likes.len();
-        }
+    let what = if likeness.is_some() { What::MeansAndLikeness { centre } } else { What::Means { centre } };
+    let (found, likes) = walk(x, bounds, None, what, execution)?;
+    means.copy_from_slice(&found);
+    if let Some(likeness) = likeness {
+        likeness.copy_from_slice(&likes);
     }
     Ok(())
 }
@@ -62,58 +40,10 @@ pub fn block_means(
 /// The mean distance of each block's rows from the block's mean, in each number, `[batch, heads, blocks, dim]`; `means` are as
 /// [`block_means`] makes them.
 pub fn block_deviations(x: TensorView, bounds: &[usize], means: &[f32], execution: &Execution) -> Result<Vec<f32>> {
-    let [batch, heads, rows, dim] = x.shape();
-    if bounds.is_empty() || !bounds.is_sorted() || bounds.last().is_some_and(|&last| last > rows) {
-        return Err(Error::value("bounds", format!("{} bounds", bounds.len()), format!("bounds that rise to {rows}")));
-    }
-    let blocks = bounds.len() - 1;
-    if means.len() != batch * heads * blocks * dim {
-        return Err(Error::value("means", format!("{} numbers", means.len()), batch * heads * blocks * dim));
-    }
-    let (isa, pieces) = (simd::current(), blocks.div_ceil(TOGETHER).max(1));
-    let parts = map(execution, batch * heads * pieces, |i| {
-        let (first, head) = (i % pieces * TOGETHER, i / pieces);
-        let bounds = &bounds[first..=(first + TOGETHER).min(blocks)];
-        let means = &means[(head * blocks + first) * dim..][..(bounds.len() - 1) * dim];
-        dispatch(isa, Deviations { x, batch: head / heads, head: head % heads, bounds, means })
-    })?;
-    Ok(parts.concat())
-}
-
-struct Deviations<'a> {
-    x: TensorView<'a>,
-    batch: usize,
-    head: usize,
-    bounds: &'a [usize],
-    means: &'a [f32],
-}
-
-impl Kernel for Deviations<'_> {
-    type Output = Vec<f32>;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Vec<f32> {
-        let Self { x, batch, head, bounds, means } = self;
-        let dim = x.shape()[3];
-        let mut deviations = vec![0f32; means.len()];
-        let mut row = vec![0f32; dim.next_multiple_of(S::LANES)];
-        for (b, sums) in deviations.chunks_exact_mut(dim).enumerate() {
-            let mean = &means[b * dim..(b + 1) * dim];
-            for j in bounds[b]..bounds[b + 1] {
-                with_element!(x.dtype(), T => {
-                    let from = x.row::<T>(batch, head, j);
-                    // SAFETY: the row has `dim` elements, and `row` its padded length.
-                    unsafe { widen_row(s, from.as_ptr(), dim, row.as_mut_ptr(), row.len()) };
-                });
-                for ((sum, x), m) in sums.iter_mut().zip(&row).zip(mean) {
-                    *sum += (x - m).abs();
-                }
-            }
-            let inverse = 1.0 / (bounds[b + 1] - bounds[b]).max(1) as f32;
-            sums.iter_mut().for_each(|x| *x *= inverse);
-        }
-        deviations
-    }
+    let blocks = check_blocks(&x, bounds)?;
+    let [batch, heads, _, dim] = x.shape();
+    check_len("means", means.len(), batch * heads * blocks * dim)?;
+    Ok(walk(x, bounds, None, What::Deviations { means }, execution)?.0)
 }
 
 /// The mean of the rows of `x` in each list, `indices[bounds[b]..bounds[b + 1]]`, into `means`, `[batch, heads, lists, dim]`; zeros for
@@ -133,100 +63,113 @@ pub fn listed_means(
     if let Some(row) = indices.iter().find(|&&row| row as usize >= rows) {
         return Err(Error::value("indices", row, format!("rows below {rows}")));
     }
-    let lists = bounds.len() - 1;
-    if means.len() != batch * heads * lists * dim {
-        return Err(Error::value("means", format!("{} numbers", means.len()), batch * heads * lists * dim));
-    }
-    if means.is_empty() {
-        return Ok(());
-    }
-    let (isa, pieces) = (simd::current(), lists.div_ceil(TOGETHER));
-    let parts = map(execution, batch * heads * pieces, |i| {
-        let (first, head) = (i % pieces * TOGETHER, i / pieces);
-        let bounds = &bounds[first..=(first + TOGETHER).min(lists)];
-        dispatch(isa, ListedMeans { x, batch: head / heads, head: head % heads, bounds, indices })
-    })?;
-    for (to, part) in means.chunks_mut(lists * dim).zip(parts.chunks(pieces)) {
-        to.copy_from_slice(&part.concat());
-    }
+    check_len("means", means.len(), batch * heads * (bounds.len() - 1) * dim)?;
+    means.copy_from_slice(&walk(x, bounds, Some(indices), What::Means { centre: None }, execution)?.0);
     Ok(())
 }
 
-struct ListedMeans<'a> {
-    x: TensorView<'a>,
-    batch: usize,
-    head: usize,
-    bounds: &'a [usize],
-    indices: &'a [u32],
-}
-
-impl Kernel for ListedMeans<'_> {
-    type Output = Vec<f32>;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Vec<f32> {
-        let Self { x, batch, head, bounds, indices } = self;
-        let dim = x.shape()[3];
-        let mut means = vec![0f32; (bounds.len() - 1) * dim];
-        let mut row = vec![0f32; dim.next_multiple_of(S::LANES)];
-        for (mean, list) in means.chunks_exact_mut(dim).zip(bounds.windows(2)) {
-            for &j in &indices[list[0]..list[1]] {
-                with_element!(x.dtype(), T => {
-                    let from = x.row::<T>(batch, head, j as usize);
-                    // SAFETY: the row has `dim` elements, and `row` its padded length.
-                    unsafe { widen_row(s, from.as_ptr(), dim, row.as_mut_ptr(), row.len()) };
-                });
-                for (sum, x) in mean.iter_mut().zip(&row) {
-                    *sum += x;
-                }
-            }
-            let inverse = 1.0 / (list[1] - list[0]).max(1) as f32;
-            for x in mean {
-                *x *= inverse;
-            }
-        }
-        means
+/// Number of blocks that `bounds` make of the rows of `x`.
+fn check_blocks(x: &TensorView, bounds: &[usize]) -> Result<usize> {
+    let rows = x.shape()[2];
+    if bounds.is_empty() || !bounds.is_sorted() || bounds.last().is_some_and(|&last| last > rows) {
+        return Err(Error::value("bounds", format!("{} bounds", bounds.len()), format!("bounds that rise to {rows}")));
     }
+    Ok(bounds.len() - 1)
 }
 
-struct Means<'a> {
+fn check_len(name: &'static str, got: usize, expected: usize) -> Result<()> {
+    if got == expected { Ok(()) } else { Err(Error::value(name, format!("{got} numbers"), expected)) }
+}
+
+/// What is found out about the rows of a block; numbers of all heads.
+#[derive(Clone, Copy)]
+enum What<'a> {
+    /// Their mean, less the head's centre.
+    Means { centre: Option<&'a [f32]> },
+    /// Their mean cosine, too.
+    MeansAndLikeness { centre: Option<&'a [f32]> },
+    /// Their mean distance from the block's mean.
+    Deviations { means: &'a [f32] },
+}
+
+/// Goes through the rows of every block, or with `indices` through the rows that these name: `[batch, heads, blocks, dim]` numbers, and
+/// the likeness of each block's rows where it is asked for.
+fn walk(
+    x: TensorView,
+    bounds: &[usize],
+    indices: Option<&[u32]>,
+    what: What,
+    execution: &Execution,
+) -> Result<(Vec<f32>, Vec<f32>)> {
+    let [batch, heads, _, dim] = x.shape();
+    let blocks = bounds.len() - 1;
+    let (isa, pieces) = (simd::current(), blocks.div_ceil(TOGETHER));
+    let parts = map(execution, batch * heads * pieces, |i| {
+        let (first, head) = (i % pieces * TOGETHER, i / pieces);
+        let bounds = &bounds[first..=(first + TOGETHER).min(blocks)];
+        let centre = |centre: Option<&'_ [f32]>| centre.map(|centre| centre[head * dim..(head + 1) * dim].to_vec());
+        let (centre, likeness, means) = match what {
+            What::Means { centre: of_heads } => (centre(of_heads), false, None),
+            What::MeansAndLikeness { centre: of_heads } => (centre(of_heads), true, None),
+            What::Deviations { means } => {
+                (None, false, Some(&means[(head * blocks + first) * dim..][..(bounds.len() - 1) * dim]))
+            }
+        };
+        let (batch, head, centre) = (head / heads, head % heads, centre.as_deref());
+        dispatch(isa, Blocks { x, batch, head, bounds, indices, centre, likeness, means })
+    })?;
+    let (numbers, likes): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+    Ok((numbers.concat(), likes.concat()))
+}
+
+/// Some blocks of a head.
+struct Blocks<'a> {
     x: TensorView<'a>,
     batch: usize,
     head: usize,
     bounds: &'a [usize],
+    indices: Option<&'a [u32]>,
+    /// Taken off each row.
     centre: Option<&'a [f32]>,
-    wants_likeness: bool,
+    likeness: bool,
+    /// Of the blocks: distances from them are summed instead of rows.
+    means: Option<&'a [f32]>,
 }
 
-impl Kernel for Means<'_> {
+impl Kernel for Blocks<'_> {
     type Output = (Vec<f32>, Vec<f32>);
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Self::Output {
-        let Self { x, batch, head, bounds, centre, wants_likeness } = self;
+        let Self { x, batch, head, bounds, indices, centre, likeness, means } = self;
         let dim = x.shape()[3];
-        let blocks = bounds.len() - 1;
-        let (mut means, mut likeness) = (vec![0f32; blocks * dim], Vec::new());
+        let (mut found, mut likes) = (vec![0f32; (bounds.len() - 1) * dim], Vec::new());
         let mut row = vec![0f32; dim.next_multiple_of(S::LANES)];
         let mut directions = vec![0f32; dim];
-        for (b, mean) in means.chunks_exact_mut(dim).enumerate() {
-            let n = bounds[b + 1] - bounds[b];
+        for (b, sums) in found.chunks_exact_mut(dim).enumerate() {
             directions.fill(0.0);
             for j in bounds[b]..bounds[b + 1] {
+                let j = indices.map_or(j, |indices| indices[j] as usize);
                 with_element!(x.dtype(), T => {
                     let from = x.row::<T>(batch, head, j);
                     // SAFETY: the row has `dim` elements, and `row` its padded length.
                     unsafe { widen_row(s, from.as_ptr(), dim, row.as_mut_ptr(), row.len()) };
                 });
+                if let Some(means) = means {
+                    for ((sum, x), m) in sums.iter_mut().zip(&row).zip(&means[b * dim..(b + 1) * dim]) {
+                        *sum += (x - m).abs();
+                    }
+                    continue;
+                }
                 if let Some(centre) = centre {
                     for (x, c) in row.iter_mut().zip(centre) {
                         *x -= c;
                     }
                 }
-                for (sum, x) in mean.iter_mut().zip(&row) {
+                for (sum, x) in sums.iter_mut().zip(&row) {
                     *sum += x;
                 }
-                if wants_likeness {
+                if likeness {
                     let norm = squares(&row[..dim]).sqrt();
                     let inverse = if norm > 0.0 { 1.0 / norm } else { 0.0 };
                     for (sum, x) in directions.iter_mut().zip(&row) {
@@ -234,15 +177,13 @@ impl Kernel for Means<'_> {
                     }
                 }
             }
-            let inverse = 1.0 / n.max(1) as f32;
-            for x in mean {
-                *x *= inverse;
-            }
-            if wants_likeness {
-                likeness.push(squares(&directions) * inverse * inverse);
+            let inverse = 1.0 / (bounds[b + 1] - bounds[b]).max(1) as f32;
+            sums.iter_mut().for_each(|x| *x *= inverse);
+            if likeness {
+                likes.push(squares(&directions) * inverse * inverse);
             }
         }
-        (means, likeness)
+        (found, likes)
     }
 }
 

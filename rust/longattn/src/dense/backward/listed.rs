@@ -100,13 +100,13 @@ impl Kernel for Pass<'_, '_> {
     }
 }
 
-/// Gradients of attention whose rows see what tiles say, `tiles` of them for each batch entry and KV head; between them the tiles
-/// have every query row once. `d_table`, if any, gets those of the bias table of the tiles' grid.
+/// Gradients of attention whose rows see what tiles say, `tiles[batch * kv_heads + kv_head]` of them for each batch entry and KV head;
+/// between them the tiles have every query row once. `d_table`, if any, gets those of the bias table of the tiles' grid.
 pub(crate) fn listed_backward(
     forward: Forward,
     gradients: &Gradients,
     d_table: Option<&mut [f32]>,
-    tiles: usize,
+    tiles: &[usize],
     visit: &Visit,
     execution: &Execution,
 ) -> Result<()> {
@@ -118,7 +118,7 @@ pub(crate) fn listed_backward(
     let job = Job::new(forward, gradients)?;
     let (problem, isa) = (&job.problem, simd::current());
     let pairs = problem.batch * problem.kv_heads;
-    let slabs = ENOUGH.div_ceil(pairs.max(1)).min(tiles).max(1);
+    let slabs = ENOUGH.div_ceil(pairs.max(1)).min(tiles.iter().copied().max().unwrap_or(0)).max(1);
     let sizes = [problem.keys * problem.dim, problem.keys * problem.value_dim, d_table.as_ref().map_or(0, |x| x.len())];
     let parts: Vec<Mutex<Vec<Option<Sums>>>> =
         (0..pairs).map(|_| Mutex::new((0..slabs).map(|_| None).collect())).collect();
@@ -128,7 +128,7 @@ pub(crate) fn listed_backward(
         let head = [pair / problem.kv_heads, pair % problem.kv_heads];
         let [dk, dv, d_table] = sizes.map(|n| vec![0f32; n]);
         let mut sums = Sums { dk, dv, d_table };
-        for tile in tiles * slab / slabs..tiles * (slab + 1) / slabs {
+        for tile in tiles[pair] * slab / slabs..tiles[pair] * (slab + 1) / slabs {
             if execution.cancel.is_cancelled() {
                 return;
             }

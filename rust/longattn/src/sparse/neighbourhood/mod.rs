@@ -56,6 +56,80 @@ struct Unit {
     first: usize,
 }
 
+/// How grids of heads are cut into items, those of a KV head one after another.
+struct Plan<'a> {
+    grids: &'a [Grid<'a>],
+    /// Grid and heads that go together of each way to cut.
+    cuts: Vec<(usize, usize, Tiles)>,
+    units: Vec<Unit>,
+    items: usize,
+}
+
+impl<'a> Plan<'a> {
+    /// Items of at most `rows` rows, for numbers of `dims` (keys' and values' together). `of_heads` names the grid of each batch
+    /// entry and query head; without it all have the first.
+    fn new(
+        problem: &Problem,
+        grids: &'a [Grid<'a>],
+        of_heads: Option<&[u32]>,
+        rows: usize,
+        dims: usize,
+    ) -> Result<Self> {
+        for grid in grids {
+            grid.check([problem.batch, problem.query_heads, problem.queries, problem.keys])?;
+        }
+        let pairs = problem.batch * problem.query_heads;
+        if of_heads.is_some_and(|of| of.len() != pairs || of.iter().any(|&g| g as usize >= grids.len())) {
+            return Err(Error::value("of_heads", "other numbers", format!("{pairs} below {}", grids.len())));
+        }
+        if grids.is_empty() {
+            return Err(Error::value("grids", "none", "at least one"));
+        }
+        let mut plan = Self { grids, cuts: Vec::new(), units: Vec::new(), items: 0 };
+        if problem.queries == 0 || problem.query_heads == 0 {
+            return Ok(plan);
+        }
+        let grid_of =
+            |batch: usize, head: usize| of_heads.map_or(0, |of| of[batch * problem.query_heads + head] as usize);
+        for batch in 0..problem.batch {
+            for all in head_ranges(problem, rows) {
+                let mut start = all.start;
+                while start < all.end {
+                    let grid = grid_of(batch, start);
+                    let end = (start..all.end).find(|&head| grid_of(batch, head) != grid).unwrap_or(all.end);
+                    let width = end - start;
+                    let known = plan.cuts.iter().position(|&(g, w, _)| (g, w) == (grid, width));
+                    let tiles = known.unwrap_or_else(|| {
+                        plan.cuts.push((grid, width, Tiles::new(&grids[grid], width, rows / width, dims)));
+                        plan.cuts.len() - 1
+                    });
+                    plan.units.push(Unit { batch, heads: start..end, grid, tiles, first: plan.items });
+                    plan.items += plan.cuts[tiles].2.len();
+                    start = end;
+                }
+            }
+        }
+        Ok(plan)
+    }
+
+    /// Rows and keys of an item.
+    fn item(&self, item: usize) -> (Vec<RowId>, Patch<'_>) {
+        let unit = &self.units[self.units.partition_point(|unit| unit.first <= item) - 1];
+        let (rows, patch) = self.cuts[unit.tiles].2.rows(&self.grids[unit.grid], item - unit.first);
+        (row_ids(&rows, unit.batch, &unit.heads), patch)
+    }
+
+    /// Number of the first item of each batch entry and KV head, and of all items.
+    fn bounds(&self, problem: &Problem) -> Vec<usize> {
+        let first = |pair: usize| {
+            let (batch, head) = (pair / problem.kv_heads, pair % problem.kv_heads * problem.group);
+            let unit = self.units.partition_point(|unit| (unit.batch, unit.heads.start) < (batch, head));
+            self.units.get(unit).map_or(self.items, |unit| unit.first)
+        };
+        (0..=problem.batch * problem.kv_heads).map(first).collect()
+    }
+}
+
 /// Softmax attention of queries on grids over the window of keys that each sees.
 ///
 /// `q` is `[batch, query heads, queries, dim]`, queries numbered with the last axis of the grid fastest, `k` and `v`
@@ -76,49 +150,11 @@ pub fn neighbourhood(
     let problem = Problem::new(q, k.into(), v.into(), options)?;
     check_options(&options)?;
     check_outputs(&problem, out, lse)?;
-    for grid in grids {
-        grid.check([problem.batch, problem.query_heads, problem.queries, problem.keys])?;
-    }
-    let pairs = problem.batch * problem.query_heads;
-    if of_heads.is_some_and(|of| of.len() != pairs || of.iter().any(|&g| g as usize >= grids.len())) {
-        return Err(Error::value("of_heads", "other numbers", format!("{pairs} below {}", grids.len())));
-    }
-    if grids.is_empty() {
-        return Err(Error::value("grids", "none", "at least one"));
-    }
-    if problem.queries == 0 || problem.query_heads == 0 {
-        return Ok(());
-    }
-    let grid_of = |batch: usize, head: usize| of_heads.map_or(0, |of| of[batch * problem.query_heads + head] as usize);
-    // Grid and heads that go together of each way to cut.
-    let mut cuts: Vec<(usize, usize, Tiles)> = Vec::new();
-    let mut units: Vec<Unit> = Vec::new();
-    let mut items = 0;
-    for batch in 0..problem.batch {
-        for all in head_ranges(&problem, QUERY_ROWS) {
-            let mut start = all.start;
-            while start < all.end {
-                let grid = grid_of(batch, start);
-                let end = (start..all.end).find(|&head| grid_of(batch, head) != grid).unwrap_or(all.end);
-                let width = end - start;
-                let known = cuts.iter().position(|&(g, w, _)| (g, w) == (grid, width));
-                let tiles = known.unwrap_or_else(|| {
-                    let dims = problem.dim + problem.value_dim;
-                    cuts.push((grid, width, Tiles::new(&grids[grid], width, QUERY_ROWS / width, dims)));
-                    cuts.len() - 1
-                });
-                units.push(Unit { batch, heads: start..end, grid, tiles, first: items });
-                items += cuts[tiles].2.len();
-                start = end;
-            }
-        }
-    }
+    let plan = Plan::new(&problem, grids, of_heads, QUERY_ROWS, problem.dim + problem.value_dim)?;
     let job = Job::new(problem, out, lse);
     let isa = simd::current();
-    for_each(execution, items, |i| {
-        let unit = &units[units.partition_point(|unit| unit.first <= i) - 1];
-        let (rows, patch) = cuts[unit.tiles].2.rows(&grids[unit.grid], i - unit.first);
-        let ids = row_ids(&rows, unit.batch, &unit.heads);
+    for_each(execution, plan.items, |i| {
+        let (ids, patch) = plan.item(i);
         let visible = visible_of(&patch, &ids);
         let keys = Keys::Patch(&patch);
         let list = List { index: patch.index(), bias: None, visible: &visible, patch: Some(&patch) };

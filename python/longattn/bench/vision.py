@@ -1,0 +1,283 @@
+"""One row per vision method, at one size of image or video, beside a plain torch formulation where one is natural.
+
+Weights and features are random, so that times mean something and results do not. `error` is the largest difference
+between both results, the first of them where a method has several.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longattn import vision
+from longattn.bench import peers
+from longattn.bench.harness import Bench, Candidate, rows_of
+from longattn.bench.kept import Kept
+from longattn.bench.plots import Bars, Panel
+from longattn.bench.results import Result, Row
+from longattn.bench.sections import Section, all_rows, titled, values_of, whole
+from longattn.bench.tables import Column, count, table
+from longattn.bench.vision_torch import PLAIN
+from longattn.linear import MambaWeights
+from longattn.methods import methods
+
+ROUTINE = "vision"
+SUMMARY = "every vision method at one size, beside plain torch formulations"
+PEER = "torch"
+COLUMNS: tuple[Column, ...] = (
+    Column("threads", "threads"),
+    Column("size", "size"),
+    Column("method", "method"),
+    Column("ms", "ms", ".4g"),
+    Column("min", "ms_min", ".4g"),
+    Column("max", "ms_max", ".4g"),
+    Column("calls", "calls"),
+    Column("× torch", "times_ours", ".2f"),
+    Column("error", "error", ".1e"),
+)
+#: Places of a side of an image, frames of a video, channels, heads.
+SIDE, FRAMES, CHANNELS, HEADS = 48, 4, 64, 4
+QUICK_SIDE, QUICK_FRAMES = 12, 2
+
+Arrays = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Inputs:
+    """Random features and weights of a size."""
+
+    def __init__(self, quick: bool) -> None:
+        self.rng = np.random.default_rng(0)
+        self.side, self.frames = (QUICK_SIDE, QUICK_FRAMES) if quick else (SIDE, FRAMES)
+
+    def x(self, *shape: int) -> NDArray[np.float32]:
+        """Features."""
+        return self.rng.standard_normal(shape, dtype=np.float32)
+
+    def image(self, channels: int = CHANNELS) -> NDArray[np.float32]:
+        """A grid `[1, H, W, C]`."""
+        return self.x(1, self.side, self.side, channels)
+
+    def video(self, channels: int = CHANNELS) -> NDArray[np.float32]:
+        """A grid `[1, T, H, W, C]`."""
+        return self.x(1, self.frames, self.side, self.side, channels)
+
+    def rows(self, channels: int = CHANNELS) -> NDArray[np.float32]:
+        """An image's places `[1, L, C]`."""
+        return self.x(1, self.side**2, channels)
+
+    def heads(self, dim: int = CHANNELS // HEADS) -> NDArray[np.float32]:
+        """An image's places by heads, `[1, H, L, D]`."""
+        return self.x(1, HEADS, self.side**2, dim)
+
+    def w(self, inputs: int = CHANNELS, outputs: int = CHANNELS) -> NDArray[np.float32]:
+        """Weights that keep the size of numbers."""
+        return np.asarray(self.rng.standard_normal((inputs, outputs)) / np.sqrt(inputs), np.float32)
+
+    def layer(self, n: int = 3) -> list[NDArray[np.float32]]:
+        """Projections."""
+        return [self.w() for _ in range(n)]
+
+    def taps(self, *shape: int) -> NDArray[np.float32]:
+        """A convolution."""
+        made: NDArray[np.float32] = self.x(*shape) / np.float32(np.sqrt(np.prod(shape[:-1])))
+        return made
+
+    def members(self) -> NDArray[Any]:
+        """Proxies of windows of a video."""
+        return vision.window_members((self.frames, self.side, self.side), (1, 4, 4), seed=0)
+
+    def mamba(self) -> MambaWeights:
+        """A Mamba block of 16 states."""
+        n, states = CHANNELS, 16
+        return MambaWeights(
+            w_in=self.w(), w_gate=self.w(), w_dt=(self.w(n, 4), self.w(4, n)), w_b=self.w(n, states),
+            w_c=self.w(n, states), a=-np.exp(self.x(n, states)), skip=self.x(n), w_out=self.w(),
+        )  # fmt: skip
+
+
+def _a(*arguments: Any, **options: Any) -> Arrays:
+    return arguments, options
+
+
+#: Arguments of each method.
+CASES: dict[str, Callable[[Inputs], Arrays]] = {
+    "adaptive_cross_layer_attention": lambda i: _a(
+        i.image(), [i.image(), i.image()], i.w(), i.w(CHANNELS, 12), i.w(CHANNELS, 6), i.taps(3, 3, CHANNELS)
+    ),
+    "asymmetric_mixed_attention": lambda i: _a(
+        i.image(), [i.x(1, 12, 12, CHANNELS)], tuple(i.taps(3, 3, CHANNELS) for _ in "qkv"), *i.layer(), heads=HEADS
+    ),
+    "attention_guided_crop": lambda i: _a(
+        vision.cls_attention(i.x(1, HEADS, 1, 16), i.x(1, HEADS, i.side**2 + 1, 16)), (i.side, i.side),
+        crops=60, top=20,
+    ),
+    "attention_rollout_select": lambda i: _a([(i.heads(), i.heads())] * 3, i.heads(), i.heads(), i.heads()),
+    "cascaded_group_attention": lambda i: _a(
+        i.image(), [i.w(16, 48) for _ in range(HEADS)], [i.taps(5, 5, 16) for _ in range(HEADS)], i.w(),
+        key_dim=16, window=12,
+    ),
+    "channel_group_attention": lambda i: _a(i.rows(), *i.layer(), groups=HEADS),
+    "compositional_quasi_attention": lambda i: _a(i.heads(), i.heads(), i.heads()),
+    "criss_cross_attention": lambda i: _a(i.image(), i.w(CHANNELS, 8), i.w(CHANNELS, 8), i.w()),
+    "cross_image_attention": lambda i: _a(i.heads(), i.heads(), i.heads()),
+    "deformable_kv_attention_2d": lambda i: _a(
+        i.image(), *i.layer(), heads=HEADS, offset_kernel=i.taps(5, 5, CHANNELS), offset_weights=i.w(CHANNELS, 2),
+        stride=4,
+    ),
+    "deformable_kv_attention_3d": lambda i: _a(
+        i.video(), *i.layer(), heads=HEADS, offset_kernel=i.taps(3, 3, 3, CHANNELS), offset_weights=i.w(CHANNELS, 3),
+        stride=4,
+    ),
+    "deformable_token_merging": lambda i: _a(
+        i.image(), i.w(4 * CHANNELS, 2 * CHANNELS), offset_kernel=i.x(2, 2, CHANNELS, 8) / 16
+    ),
+    "distributed_progressive_attention": lambda i: _a(
+        i.image(), i.image(), tuple(i.layer(4)), tuple(i.layer(4)), heads=HEADS, region=4
+    ),
+    "embedding_free_attention": lambda i: _a(i.image(), i.w(), heads=HEADS, reduction=4),
+    "extended_frame_attention": lambda i: _a(
+        *(i.x(1, i.frames, i.side**2, CHANNELS) for _ in "qkv"), heads=HEADS
+    ),
+    "feature_cluster_attention": lambda i: _a(i.heads(), i.heads(), i.heads(), cluster=i.side**2 // 16, overlap=8),
+    "focal_modulation": lambda i: _a(
+        i.image(), i.w(CHANNELS, 2 * CHANNELS + 3), [i.taps(3, 3, CHANNELS), i.taps(5, 5, CHANNELS)], i.w(), i.w()
+    ),
+    "forward_cross_attention": lambda i: _a(i.image(), i.x(1, 64, CHANNELS), *i.layer(), heads=HEADS),
+    "global_query_window_attention": lambda i: _a(i.image(), i.w(), i.w(), heads=HEADS, window=12, wq=i.w()),
+    "hierarchical_global_local_attention": lambda i: _a(
+        i.video(), tuple(i.layer(4)), tuple(i.layer(4)), heads=HEADS, tiles=2
+    ),
+    "integrative_feature_cost_attention": lambda i: _a(
+        i.rows(), i.rows(i.side**2), i.w(CHANNELS + i.side**2), i.w(CHANNELS + i.side**2), i.w()
+    ),
+    "layer_and_channel_spatial_attention": lambda i: _a(i.x(1, 8, i.side, i.side, CHANNELS) / i.side),
+    "local_attention_mamba": lambda i: _a(i.image(), tuple(i.layer(4)), i.mamba(), window=12, heads=HEADS),
+    "long_short_distance_attention": lambda i: _a(i.image(), *i.layer(), heads=HEADS, group=12, interval=1),
+    "match_to_match_additive_attention": lambda i: _a(
+        i.heads(), i.heads(), i.heads(), i.x(HEADS, 16), i.x(HEADS, 8), i.w(8, 16)
+    ),
+    "mediator_attention": lambda i: _a(i.heads(), i.heads(), i.heads(), (i.side, i.side), mediators=36),
+    "nested_attention": lambda i: _a(
+        i.heads(), i.x(1, HEADS, 77, 16), i.x(1, HEADS, 77, 16), {5: (i.x(1, HEADS, 16, 16), i.x(1, HEADS, 16, 16))}
+    ),
+    "overlapping_cross_attention": lambda i: _a(i.image(), *i.layer(), heads=HEADS, window=12, overlap=0.5),
+    "parallel_self_cross_attention": lambda i: _a(
+        i.rows(), i.rows(), *i.layer(), [i.w(2 * CHANNELS, CHANNELS)], heads=HEADS
+    ),
+    "partial_visual_attention": lambda i: _a(
+        i.image(), CHANNELS // 4, "attention", tuple(i.w(CHANNELS * 3 // 4, CHANNELS * 3 // 4) for _ in "qkv"),
+        kernel=i.x(3, 3, CHANNELS // 4, CHANNELS // 4) / 12, heads=HEADS,
+    ),
+    "polyline_path_masked_attention": lambda i: _a(
+        *(i.x(1, HEADS, i.side, i.side, 16) for _ in "qkv"),
+        *(-i.rng.random((1, i.side, i.side, HEADS), dtype=np.float32) for _ in "xy"),
+    ),
+    "proxy_token_attention": lambda i: _a(
+        i.video(), tuple(i.layer(4)), tuple(i.layer(4)), heads=HEADS, windows=(1, 4, 4), index=i.members()
+    ),
+    "query_shared_cross_attention": lambda i: _a(
+        i.rows(), i.rows(), i.rows(), i.w(), (i.w(), i.w()), (i.w(), i.w()), heads=HEADS
+    ),
+    "reference_attention": lambda i: _a(
+        tuple(i.x(1, HEADS, 77, 16) for _ in "qkv"), (i.heads(), i.heads(), i.heads()),
+        (i.heads(), i.heads(), i.heads()),
+    ),
+    "scale_patch_attention": lambda i: _a(
+        i.x(1, i.side**2 // 4, 5, CHANNELS), tuple(i.layer(4)), tuple(i.layer(4)), heads=HEADS
+    ),
+    "stacked_temporal_attention": lambda i: _a(
+        i.x(1, i.frames, i.side**2, CHANNELS), tuple(i.layer(4)), heads=HEADS
+    ),
+    "strip_self_attention": lambda i: _a(
+        i.image(), i.taps(4, 4, CHANNELS), i.w(CHANNELS, HEADS), i.w(CHANNELS, HEADS), i.w(), heads=HEADS
+    ),
+    "super_token_attention": lambda i: _a(i.image(), *i.layer(), heads=HEADS, cell=6),
+    "swapped_window_cross_attention": lambda i: _a(
+        i.video(), i.video(), tuple(i.layer(4)), heads=HEADS, windows=(1, 4, 4)
+    ),
+    "trajectory_attention": lambda i: _a(
+        *(i.x(1, HEADS, i.frames * i.side**2, 16) for _ in "qkv"), i.x(i.frames - 1, 2, i.side, i.side)
+    ),
+    "view_integrated_attention": lambda i: _a(i.x(1, 2, i.frames, i.side**2, CHANNELS), tuple(i.layer(4)), heads=HEADS),
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the routine's options to `parser`."""
+    parser.add_argument("--only", default="", metavar="A,B", help="methods whose name contains one of these")
+
+
+def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+    """Every method that is not in the file yet."""
+    kept = Kept(bench, args, ROUTINE, ("quick",), _result)
+    parts = args.only.split(",")
+    every = {method.name: method.function for method in methods("vision")}
+    names = [name for name in every if any(part in name for part in parts)]
+    if not names:
+        raise ValueError(f"--only: got {args.only!r}, expected part of one of {', '.join(every)}")
+    for name in names:
+        for threads in bench.each_threads():
+            if not kept.has(threads=threads, name=name):
+                bench.say(f"vision {name}")
+                kept.keep(*_case(bench, name, every[name], threads))
+    return _result(kept.rows)
+
+
+def _result(rows: Sequence[Row]) -> dict[str, Any]:
+    return {"rows": list(rows), "slopes": []}
+
+
+def _case(bench: Bench, name: str, function: Callable[..., Any], threads: int) -> list[Row]:
+    inputs = Inputs(bench.quick)
+    arguments, options = CASES[name](inputs)
+    ours = f"longattn {name}"
+    candidates = [Candidate(ours, lambda: function(*arguments, **options), peer=False)]
+    if bench.peers and name in PLAIN:
+        candidates.append(Candidate(PEER, PLAIN[name](*arguments, **options)))
+    outcomes = bench.interleave(candidates)
+    size = f"{inputs.frames} frames of {inputs.side}x{inputs.side}"
+    case = {"threads": threads, "name": name, "keys": inputs.side**2, "size": size}
+    rows = rows_of(outcomes, ours, case)
+    for row in rows:
+        row["error"] = None
+        if row["method"] == PEER and row["ms"] is not None:
+            exact = outcomes[ours].result
+            first = peers.to_numpy(exact[0] if isinstance(exact, tuple) else exact)
+            row["error"] = float(np.abs(peers.to_numpy(outcomes[PEER].result).reshape(first.shape) - first).max())
+    return rows
+
+
+def panels(result: Result) -> list[Panel | Bars]:
+    """Torch's time as a multiple of ours, a panel per thread count."""
+    rows = [row for row in result["rows"] if row["method"] == PEER and row["times_ours"]]
+    drawn: list[Panel | Bars] = []
+    for threads in dict.fromkeys(row["threads"] for row in rows):
+        mine = {row["name"]: row["times_ours"] for row in rows if row["threads"] == threads}
+        title = f"vision methods, {count(threads)}: plain torch's time as a multiple of ours"
+        drawn.append(Bars(title, "ratio", tuple(mine), {PEER: tuple(mine.values())}, limit=1))
+    return drawn
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    rows = all_rows(found, ROUTINE)
+    lines: list[str] = []
+    for threads in values_of(rows, "threads"):
+        lines += titled(threads, table([row for row in rows if row["threads"] == threads], COLUMNS[1:]))
+    return lines
+
+
+SECTIONS = (
+    Section(
+        "sparse",
+        ROUTINE,
+        "Methods over images and videos",
+        f"Random features and weights, {CHANNELS} channels, {HEADS} heads, float32. `× torch` of torch's row: its time "
+        "over ours; `error`: the largest difference of the two results.",
+        _tables,
+        whole(ROUTINE, panels),
+    ),
+)

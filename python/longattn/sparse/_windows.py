@@ -1,0 +1,88 @@
+"""Ranges of keys around a place of each query: what `windowed_attention` and its gradients read."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longattn._arrays import Array, as_numpy
+from longattn._checks import flag, integer, sequence_bounds
+
+#: Tables `[0, start, end, 0]` of each query, and which of them each batch entry and head has.
+Ranges = tuple[list[NDArray[np.uint32]], NDArray[np.uint32]]
+
+
+def window_ranges(
+    q: tuple[int, ...],
+    keys: int,
+    radius: object,
+    centre: Array | None,
+    causal: object,
+    cu_seqlens_q: Array | None,
+    cu_seqlens_k: Array | None,
+) -> Ranges:
+    """The checked arguments of `windowed_attention` as ranges, for queries of shape `q`."""
+    *outer, heads, rows, _ = q
+    batch = outer[0] if outer else 1
+    sides = _sides(radius, heads)
+    hidden = flag(causal, "causal")
+    first, last, position = _sequences(batch, rows, keys, cu_seqlens_q, cu_seqlens_k)
+    centres = position if centre is None else _centres(centre, batch, heads, rows) + first
+    ends = np.minimum(last, np.maximum(position + 1, first)) if hidden else last
+    found: dict[bytes, tuple[int, NDArray[np.uint32]]] = {}
+    of_heads = []
+    for b, h in np.ndindex(batch, heads):
+        own = centres[(b, h)[3 - centres.ndim :]] if centres.ndim > 1 else centres
+        table = np.zeros((rows, 4), np.uint32)
+        table[:, 1] = np.clip(own - sides[h, 0], first, ends)
+        table[:, 2] = np.clip(own + sides[h, 1] + 1, table[:, 1], ends)
+        of_heads.append(found.setdefault(table.tobytes(), (len(found), table))[0])
+    return [table for _, table in found.values()], np.array(of_heads, np.uint32)
+
+
+def _sequences(
+    batch: int, rows: int, keys: int, cu_seqlens_q: Array | None, cu_seqlens_k: Array | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """First key of each query's sequence, the one after its last, and the query's own position among all keys."""
+    if cu_seqlens_q is None:
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k: got bounds without cu_seqlens_q, expected both or neither")
+        position = np.arange(keys - rows, keys)
+        return np.zeros(rows, np.int64), np.full(rows, keys), position
+    if batch != 1:
+        raise ValueError(f"cu_seqlens_q: got a batch of {batch}, expected 1, which holds all sequences")
+    bounds_q = sequence_bounds(cu_seqlens_q, "cu_seqlens_q", rows)
+    bounds_k = bounds_q
+    if cu_seqlens_k is not None or rows != keys:
+        bounds_k = sequence_bounds(cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, "cu_seqlens_k", keys)
+    if len(bounds_k) != len(bounds_q):
+        raise ValueError(f"cu_seqlens_k: got {len(bounds_k) - 1} sequences, expected {len(bounds_q) - 1}")
+    lengths = np.diff(bounds_q)
+    first, last = np.repeat(bounds_k[:-1], lengths), np.repeat(bounds_k[1:], lengths)
+    return first, last, np.arange(rows) - np.repeat(bounds_q[1:], lengths) + last
+
+
+def _sides(radius: object, heads: int) -> NDArray[np.int64]:
+    """Keys to the left and to the right, `[Hq, 2]`."""
+    if isinstance(radius, tuple) and len(radius) == 2:
+        return np.tile([integer(side, "radius", 0) for side in radius], (heads, 1))
+    if not hasattr(radius, "shape"):
+        return np.full((heads, 2), integer(radius, "radius", 0))
+    x = as_numpy(radius, "radius", any_strides=True)
+    if x.dtype.kind not in "iu":
+        raise TypeError(f"radius: got dtype {x.dtype}, expected integers")
+    if x.shape not in ((heads,), (heads, 2)):
+        raise ValueError(f"radius: got shape {x.shape}, expected {(heads,)} or {(heads, 2)}")
+    if x.size and x.min() < 0:
+        raise ValueError(f"radius: got {x.min()}, expected numbers of at least 0")
+    return np.broadcast_to(x.reshape(heads, -1), (heads, 2)).astype(np.int64)
+
+
+def _centres(centre: Array, batch: int, heads: int, rows: int) -> NDArray[np.int64]:
+    x = as_numpy(centre, "centre", any_strides=True)
+    if x.dtype.kind not in "iu":
+        raise TypeError(f"centre: got dtype {x.dtype}, expected integers")
+    shapes = (rows,), (heads, rows), (batch, heads, rows)
+    if x.shape not in shapes:
+        raise ValueError(f"centre: got shape {x.shape}, expected {shapes[0]}, {shapes[1]} or {shapes[2]}")
+    return x.astype(np.int64)
