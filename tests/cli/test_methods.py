@@ -45,7 +45,7 @@ def test_unknown(capsys, arguments, words):
 
 def test_pages(tmp_path):
     assert cli.main(["methods", "--docs", str(tmp_path / "new")]) == 0
-    written = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "new").iterdir()}
+    written = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "new").glob("*.md")}
     assert written == catalogue.pages()
 
 

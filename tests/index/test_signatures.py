@@ -144,7 +144,7 @@ def test_a_million_tokens_stay_within_memory_computed_beforehand(rng):
         s.append(k, v)
         index.update()
     codes = heads * rows_ * (bits * dim // 8 + 3)
-    clusters = heads * 256 * (24 * dim + 8)
+    clusters = heads * 256 * (28 * dim + 8)
     assert len(index) == rows_
     assert codes <= index.nbytes <= codes + clusters + 4 * dim * dim + heads * dim * 4
     # Codes grow by an eighth at a time, 131,072 rows are coded at once, and clusters are fitted to a sample in float32.
