@@ -139,96 +139,63 @@ impl Scan<'_> {
     /// One pass over the codes for `G` queries from `first` on.
     #[inline(always)]
     fn pass<S: Simd, const BITS: usize, const G: usize>(&mut self, s: S, first: usize) {
-        let blocks = self.codes.len() / self.format.block_bytes();
-        let quads = std::array::from_fn(|g| self.queries[first + g].quads.as_ptr());
-        for b in (0..blocks / 2 * 2).step_by(2) {
-            self.blocks::<S, BITS, G, 2>(s, first, quads, b);
-        }
-        if !blocks.is_multiple_of(2) {
-            self.blocks::<S, BITS, G, 1>(s, first, quads, blocks - 1);
-        }
-    }
-
-    /// `B` blocks from block `b` on, which share the loads of the queries.
-    #[inline(always)]
-    fn blocks<S: Simd, const BITS: usize, const G: usize, const B: usize>(
-        &mut self,
-        s: S,
-        first: usize,
-        quads: [*const i32; G],
-        b: usize,
-    ) {
+        let queries: [&ScanQuery; G] = std::array::from_fn(|g| &self.queries[first + g]);
+        let quads: [*const i32; G] = queries.map(|q| q.quads.as_ptr());
         let (groups, bytes) = (self.format.groups(), self.format.block_bytes());
-        assert!((b + B) * bytes <= self.codes.len() && (first + G) * self.stride <= self.scores.len());
-        assert!(first + G <= self.queries.len() && (b + B) * BLOCK <= self.stride);
-        let codes = self.codes[b * bytes..].as_ptr();
-        for part in (0..BLOCK).step_by(S::LANES) {
-            let mut acc = [[s.splat_i32(0); G]; B];
-            // SAFETY: by the assertions and those of run() the blocks are there, a block has `groups` groups of 64 bytes and 16 factors,
-            // a query 8 / BITS quadruples per group, and scores a row of `stride` floats per query.
-            unsafe {
-                for group in 0..groups {
-                    let mut packed = [s.splat_i32(0); B];
-                    for (n, packed) in packed.iter_mut().enumerate() {
-                        let at = codes.add(n * bytes + group * 64);
-                        if part == 0 {
-                            crate::simd::prefetch(at.wrapping_add(AHEAD));
-                        }
-                        *packed = s.load_bytes(at.add(4 * part));
+        let out = self.scores.as_mut_ptr();
+        for (b, block) in self.codes.chunks_exact(bytes).enumerate() {
+            for part in (0..BLOCK).step_by(S::LANES) {
+                let mut acc = [s.splat_i32(0); G];
+                // SAFETY: run() checked the lengths: a block has `groups` groups of 64 bytes and 16 factors, a query
+                // 8 / BITS quadruples per group, and scores a row of `stride` floats per query.
+                unsafe {
+                    for group in 0..groups {
+                        crate::simd::prefetch(block.as_ptr().wrapping_add(group * 64 + AHEAD));
+                        let packed = s.load_bytes(block.as_ptr().add(group * 64 + 4 * part));
+                        let quads = quads.map(|q| q.add(group * (8 / BITS)));
+                        self.fields::<S, BITS, G>(s, packed, quads, &mut acc);
                     }
-                    let quads = quads.map(|q| q.add(group * (8 / BITS)));
-                    self.fields::<S, BITS, G, B>(s, packed, quads, &mut acc);
-                }
-                for (n, acc) in acc.iter().enumerate() {
-                    let factor = s.load_f16(codes.add(n * bytes + groups * 64 + 2 * part).cast());
-                    for (g, &acc) in acc.iter().enumerate() {
-                        let q = self.queries.get_unchecked(first + g);
-                        // factor * scale * (dot - shift) + base
-                        let dot = s.fma(s.to_f32(acc), s.splat(q.scale), s.splat(-q.scale * q.shift));
-                        let to = self.scores.as_mut_ptr().add((first + g) * self.stride + (b + n) * BLOCK + part);
-                        s.store(to, s.fma(dot, factor, s.splat(q.base)));
+                    let factor = s.load_f16(block.as_ptr().add(groups * 64 + 2 * part).cast());
+                    for (g, q) in queries.iter().enumerate() {
+                        let dot = s.sub(s.to_f32(acc[g]), s.splat(q.shift));
+                        let score = s.fma(s.mul(dot, s.splat(q.scale)), factor, s.splat(q.base));
+                        s.store(out.add((first + g) * self.stride + b * BLOCK + part), score);
                     }
                 }
             }
         }
     }
 
-    /// Adds the products of one group of some blocks, one field of the bytes after another.
+    /// Adds a group's dot products, one field of the bytes after another.
     ///
     /// # Safety
     /// Every query has `8 / BITS` quadruples from its pointer on.
     #[inline(always)]
-    unsafe fn fields<S: Simd, const BITS: usize, const G: usize, const B: usize>(
+    unsafe fn fields<S: Simd, const BITS: usize, const G: usize>(
         &self,
         s: S,
-        packed: [S::I32; B],
+        packed: S::I32,
         quads: [*const i32; G],
-        acc: &mut [[S::I32; G]; B],
+        acc: &mut [S::I32; G],
     ) {
         let mask = s.splat_i32(i32::from_ne_bytes([((1u32 << BITS) - 1) as u8; 4]));
         macro_rules! field {
             ($($f:literal)*) => {$(
                 if $f * BITS < 8 {
-                    let mut levels = packed;
-                    for levels in levels.iter_mut() {
-                        let shifted = match $f * BITS {
-                            0 => *levels,
-                            1 => s.shift_right_16::<1>(*levels),
-                            2 => s.shift_right_16::<2>(*levels),
-                            3 => s.shift_right_16::<3>(*levels),
-                            4 => s.shift_right_16::<4>(*levels),
-                            5 => s.shift_right_16::<5>(*levels),
-                            6 => s.shift_right_16::<6>(*levels),
-                            _ => s.shift_right_16::<7>(*levels),
-                        };
-                        *levels = s.and(shifted, mask);
-                    }
-                    for (g, quads) in quads.iter().enumerate() {
+                    let shifted = match $f * BITS {
+                        0 => packed,
+                        1 => s.shift_right_16::<1>(packed),
+                        2 => s.shift_right_16::<2>(packed),
+                        3 => s.shift_right_16::<3>(packed),
+                        4 => s.shift_right_16::<4>(packed),
+                        5 => s.shift_right_16::<5>(packed),
+                        6 => s.shift_right_16::<6>(packed),
+                        _ => s.shift_right_16::<7>(packed),
+                    };
+                    let levels = s.and(shifted, mask);
+                    for (acc, quads) in acc.iter_mut().zip(&quads) {
                         // SAFETY: the caller's promise.
-                        let quad = s.splat_i32(unsafe { *quads.add($f) });
-                        for n in 0..B {
-                            acc[n][g] = s.dot4(acc[n][g], levels[n], quad);
-                        }
+                        *acc = s.dot4(*acc, levels, s.splat_i32(unsafe { *quads.add($f) }));
                     }
                 }
             )*};
