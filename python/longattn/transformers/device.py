@@ -11,6 +11,7 @@ import torch
 import longattn as la
 from longattn import gpu
 from longattn.index import by_name
+from longattn.transformers._onward import OnwardSequence
 from longattn.transformers.sequence import ReadCounts, ScoreOptions
 
 # Rows in host memory that a later part of a prompt has on the device at a time.
@@ -59,7 +60,7 @@ class DeviceConfig:
         by_name.check(self.index, dict(self.parameters))
 
 
-class DeviceSequence:
+class DeviceSequence(OnwardSequence):
     """Keys and values of one sequence in one layer, padding left out.
 
     A layer with a sliding window keeps its last rows on the device, as many as its window needs; any other layer has a
@@ -74,12 +75,13 @@ class DeviceSequence:
         capacity: rows that host memory is reserved for.
     """
 
+    REFUSAL = "device: got a copy of a sequence (beam search, say), expected none for rows on a device"
+
     def __init__(
         self, how: DeviceConfig, window: int | None, *, kv_heads: int, head_dim: int, dtype: str, capacity: int
     ) -> None:
+        super().__init__()
         self._how, self._window, self._kv_heads = how, window, kv_heads
-        self._arrived = 0
-        self._new: tuple[torch.Tensor, torch.Tensor] | None = None
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None  # of a sliding window
         self._cache: gpu.HostKVCache | None = None
         if window is None:
@@ -88,10 +90,6 @@ class DeviceSequence:
             self._cache = gpu.HostKVCache(
                 store, index, sinks=how.sinks, window=how.window, reads=how.reads, device=how.device
             )
-
-    def __len__(self) -> int:
-        """Tokens of this sequence."""
-        return self._arrived
 
     @property
     def nbytes(self) -> int:
@@ -102,34 +100,6 @@ class DeviceSequence:
     def index_nbytes(self) -> int:
         """Host memory of the index."""
         return 0 if self._cache is None else self._cache.index.nbytes
-
-    def drop_old_rows(self) -> None:
-        """Nothing to do: `attend` drops rows."""
-
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Takes new rows `[Hkv, L, D]`, which `attend` stores."""
-        self._new = k[None], v[None]
-        self._arrived += k.shape[1]
-
-    def can_crop(self, rows: int) -> bool:
-        """Whether nothing is to go: rows that have left the device's window do not come back."""
-        return rows == 0
-
-    def crop(self, rows: int) -> None:
-        """Gives back the rows that were not attended to yet."""
-        if rows:
-            self._new, self._arrived = None, self._arrived - rows
-
-    def fork(self) -> DeviceSequence:
-        """Refuses.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("device: got a copy of a sequence (beam search, say), expected none for rows on a device")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DeviceSequence:
-        return self.fork()
 
     def attend(
         self,
@@ -149,7 +119,7 @@ class DeviceSequence:
         if query.shape[1] == 0 or self._new is None:  # nothing but padding arrived
             return
         assert dense is None  # the layer refuses such masks
-        (k, v), self._new = self._new, None
+        (k, v), self._new = (self._new[0][None], self._new[1][None]), None
         q, sinks = query[None], options["sinks"]
         given = {"scale": options["scale"], "sinks": None if sinks is None else sinks.float()}
         if self._cache is None:

@@ -11,6 +11,7 @@ import torch
 from longattn._checks import integer
 from longattn.kv.evict import by_name
 from longattn.kv.evict.cache import EvictingCache
+from longattn.transformers._onward import OnwardSequence
 from longattn.transformers.sequence import ReadCounts, ScoreOptions
 
 Info = Callable[[torch.Tensor, torch.Tensor, int], Mapping[str, Any]]
@@ -59,19 +60,16 @@ class EvictionConfig:
             raise ValueError(f"info: got None, expected a function that gives {needs} to {self.policy}")
 
 
-class EvictedSequence:
+class EvictedSequence(OnwardSequence):
     """What a policy keeps of one sequence in one layer, padding left out."""
 
+    REFUSAL = "eviction: got a copy of a sequence (beam search, say), expected none with an eviction policy"
+
     def __init__(self, how: EvictionConfig, *, kv_heads: int, head_dim: int, value_dim: int, dtype: str) -> None:
+        super().__init__()
         self._how, self._kv_heads = how, kv_heads
         self._sizes: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "dtype": dtype}
         self._cache: EvictingCache | None = None
-        self._new: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._arrived = 0
-
-    def __len__(self) -> int:
-        """Tokens of this sequence, evicted ones included."""
-        return self._arrived
 
     @property
     def nbytes(self) -> int:
@@ -82,34 +80,6 @@ class EvictedSequence:
     def index_nbytes(self) -> int:
         """Host memory of what the policy keeps beside them."""
         return 0 if self._cache is None else self._cache.stats.policy_nbytes
-
-    def drop_old_rows(self) -> None:
-        """Nothing to do: the policy drops rows."""
-
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Takes new rows, which `attend` stores."""
-        self._new = k, v
-        self._arrived += k.shape[1]
-
-    def can_crop(self, rows: int) -> bool:
-        """Whether nothing is to go: what was evicted for a row does not come back with it."""
-        return rows == 0
-
-    def crop(self, rows: int) -> None:
-        """Gives back the rows that were not attended to yet."""
-        if rows:
-            self._new, self._arrived = None, self._arrived - rows
-
-    def fork(self) -> EvictedSequence:
-        """Refuses.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("eviction: got a copy of a sequence (beam search, say), expected none with an eviction policy")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EvictedSequence:
-        return self.fork()
 
     def attend(
         self,
