@@ -8,6 +8,7 @@ keeps of it; one module per routine, with its sections of the report and its tar
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 
 import longattn as la
@@ -81,7 +82,7 @@ def _measure(args: argparse.Namespace) -> int:
         quick=args.quick,
         peers=not args.no_peers,
     )
-    command = " ".join(["longattn", *sys.argv[1:]])
+    command = shlex.join(["longattn", *sys.argv[1:]])
     result = bench.describe(args.routine, command, vars(args)) | routine.measure(bench, args)
     result |= {"limits": bench.limits(), "notes": bench.notes}
     print(as_text(result, routine.COLUMNS))

@@ -7,6 +7,7 @@ turns, figures, JSON) is here.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,7 +93,7 @@ def run_script(
     except KeyboardInterrupt:
         print(f"\n{name}: stopped", file=sys.stderr)
         return 130
-    command = " ".join(["python", Path(sys.argv[0]).as_posix(), *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", Path(sys.argv[0]).as_posix(), *(sys.argv[1:] if argv is None else argv)])
     result = bench.describe(routine, command, vars(args)) | found | {"limits": bench.limits(), "notes": bench.notes}
     print(tables.as_text(result, columns))
     if args.json:

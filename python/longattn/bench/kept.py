@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ class Kept:
         figures: Callable[[Sequence[Row]], dict[str, Any]],
     ) -> None:
         self.bench, self.args, self.routine, self.figures = bench, args, routine, figures
-        self.command = " ".join(["longattn", *sys.argv[1:]])
+        self.command = shlex.join(["longattn", *sys.argv[1:]])
         self.rows = self._earlier(same)
 
     def keep(self, *rows: Row) -> None:
