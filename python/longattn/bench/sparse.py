@@ -23,8 +23,8 @@ from longattn.bench.kept import Kept
 from longattn.bench.options import Grid, add_grid, chosen_grid
 from longattn.bench.plots import Bars, Panel, Points
 from longattn.bench.results import Result, Row
-from longattn.bench.sections import Section, all_rows, titled, values_of, whole
-from longattn.bench.tables import Column, count, table
+from longattn.bench.sections import Section, all_rows, by_threads, grouped, whole
+from longattn.bench.tables import Column, count
 from longattn.bench.targets import Target
 
 ROUTINE = "sparse"
@@ -158,24 +158,18 @@ def _within(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], radius: int) -> A
 def panels(result: Result) -> list[Panel | Bars]:
     """Time over dense time against density, a panel for each head_dim, dtype, length and thread count."""
     rows = [row for row in result["rows"] if row["ms"] is not None and row["method"] != DENSE]
-    kinds = dict.fromkeys((row["head_dim"], row["dtype"], row["keys"], row["threads"]) for row in rows)
     drawn: list[Panel | Bars] = []
-    for dim, dtype, keys, threads in kinds:
+    for (dim, dtype, keys, threads), mine in grouped(rows, "head_dim", "dtype", "keys", "threads").items():
         lines: dict[str, Points] = {}
-        for row in rows:
-            if (row["head_dim"], row["dtype"], row["keys"], row["threads"]) == (dim, dtype, keys, threads):
-                lines.setdefault(row["method"].removeprefix("longattn."), []).append((row["density"], row["of_dense"]))
+        for row in mine:
+            lines.setdefault(row["method"].removeprefix("longattn."), []).append((row["density"], row["of_dense"]))
         title = f"D {dim}, {dtype}, {keys} keys, {count(threads)}"
         drawn.append(Panel(title, "density", "time / dense time", {name: sorted(line) for name, line in lines.items()}))
     return drawn
 
 
 def _tables(found: Sequence[Result]) -> list[str]:
-    rows = [row for row in all_rows(found, "sparse") if row["method"] != DENSE]
-    lines: list[str] = []
-    for threads in values_of(rows, "threads"):
-        lines += titled(threads, table([row for row in rows if row["threads"] == threads], COLUMNS[2:]))
-    return lines
+    return by_threads([row for row in all_rows(found, "sparse") if row["method"] != DENSE], COLUMNS[2:])
 
 
 SECTIONS = (
