@@ -170,8 +170,11 @@ def _multiply(
 
 
 def _feature_map(features: Any, dim: int) -> FeatureMap | Callable[[Float32], NDArray[Any]]:
-    if isinstance(features, FeatureMap) or callable(features):
+    if isinstance(features, FeatureMap):
         return features
+    if callable(features):
+        found: Callable[[Float32], NDArray[Any]] = features
+        return found
     directions = parameter(features, "features", (None, dim), "[m, D], a FeatureMap or a function")
     if len(directions) == 0:
         raise ValueError(f"features: got shape {directions.shape}, expected at least one direction")

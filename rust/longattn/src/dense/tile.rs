@@ -60,31 +60,19 @@ unsafe fn pack<S: Simd, K: Rows, V: Rows>(
     to_keys: *mut f32,
     to_values: *mut f32,
 ) {
-    let [key_dim, value_dim] = dims;
-    let [padded_key_dim, padded_value_dim] = padded;
-    if let Some(index) = index {
-        let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
-        s.call(PackKeys { k, keys: keys.clone(), dim: key_dim, padded_dim: padded_key_dim, wide, to: to_keys });
-        s.call(PackValues {
-            v,
-            keys,
-            dim: value_dim,
-            padded_dim: padded_value_dim,
-            wide,
-            between: KEYS,
-            to: to_values,
-        });
-    } else {
-        s.call(PackKeys { k, keys: keys.clone(), dim: key_dim, padded_dim: padded_key_dim, wide, to: to_keys });
-        s.call(PackValues {
-            v,
-            keys,
-            dim: value_dim,
-            padded_dim: padded_value_dim,
-            wide,
-            between: KEYS,
-            to: to_values,
-        });
+    let ([dim, value_dim], [padded_dim, padded_value_dim]) = (dims, padded);
+    match index {
+        Some(index) => {
+            let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
+            s.call(PackKeys { k, keys: keys.clone(), dim, padded_dim, wide, to: to_keys });
+            let (dim, padded_dim, to) = (value_dim, padded_value_dim, to_values);
+            s.call(PackValues { v, keys, dim, padded_dim, wide, between: KEYS, to });
+        }
+        None => {
+            s.call(PackKeys { k, keys: keys.clone(), dim, padded_dim, wide, to: to_keys });
+            let (dim, padded_dim, to) = (value_dim, padded_value_dim, to_values);
+            s.call(PackValues { v, keys, dim, padded_dim, wide, between: KEYS, to });
+        }
     }
 }
 
