@@ -23,8 +23,10 @@ pub(crate) mod listed;
 pub(crate) mod logits;
 pub(crate) mod matrix;
 mod merge;
+pub(crate) mod micro;
 mod options;
 pub(crate) mod packed;
+pub(crate) mod packing;
 mod pairs;
 mod ranks;
 mod reduce;
@@ -244,7 +246,7 @@ impl Kernel for Item<'_, '_> {
             _ => problem.dim,
         }
         .next_multiple_of(S::LANES);
-        let vp = problem.value_dim.next_multiple_of(if few { S::LANES } else { tile::panel::<S>() });
+        let vp = problem.value_dim.next_multiple_of(if few { S::LANES } else { micro::panel::<S>() });
         let queries = scratch.queries.take(padded_rows * dp);
         let form = match problem.byte_keys {
             Some(all) if as_bytes => {

@@ -7,6 +7,15 @@
 //! Vectors never pass through a closure that an iterator adaptor calls: it may be compiled as a function of its own, without the
 //! features, and every instruction in it becomes a call.
 
+/// What an instruction set does with vectors alone. What reads or writes memory has an `unsafe` block of its own.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! instructions {
+    ($instructions:expr) => {{
+        // SAFETY: used in methods of types that implement `Simd`, values of which prove that the CPU has the instructions.
+        unsafe { $instructions }
+    }};
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
