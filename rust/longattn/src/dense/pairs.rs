@@ -62,8 +62,8 @@ impl<K: Rows, V: Rows> Kernel for PairScores<'_, K, V> {
         let Self { queries, rows: n, dim, k, keys, next, scores } = self;
         let padded = keys.len().next_multiple_of(S::LANES);
         assert!(queries.numbers.len() >= n * queries.stride);
-        // SAFETY: the queries are there by the assertion; whoever made this vouches for the keys.
         let dots = PairDots { queries, dim, k };
+        // SAFETY: the queries are there by the assertion; whoever made this vouches for the keys.
         unsafe {
             if n == MAX_QUERY_ROWS {
                 fill_lanes::<S, _, V, MAX_QUERY_ROWS>(s, dots, 0, keys, Some(next), scores);
@@ -171,7 +171,7 @@ impl<K: Rows> LaneDots for PairDots<'_, K> {
 
 /// Adds a block's values to the outputs of [`MAX_QUERY_ROWS`] rows: pairs of keys beside each other, under weights rounded to bf16.
 ///
-/// Rounding changes each weight by at most one part in 512, in either direction: what it does to an output is of the size of its
+/// Rounding changes each weight by at most one part in 256, in either direction: what it does to an output is of the size of its
 /// rounding to bf16. The denominator is of the weights as they were. For fewer rows memory is slower than products of floats.
 pub(super) struct PairValues<'a, K, V> {
     pub(super) weights: &'a [f32],
