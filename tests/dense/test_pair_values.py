@@ -1,4 +1,4 @@
-"""Decode of eight bf16 query rows: where the CPU multiplies pairs of bf16, weights are rounded to bf16 before they meet the values."""
+"""Decode of eight bf16 query rows: where the CPU multiplies pairs of bf16, their weights are rounded to bf16."""
 
 import numpy as np
 import pytest

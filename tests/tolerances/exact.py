@@ -25,7 +25,7 @@ def attention(q, k, v, *, scale=None, offset=0.0):
 
 
 def pair_attention(q, k, v, *, scale=None, offset=0.0):
-    """Tolerance of attention of eight bf16 query rows: their softmax weights are rounded to bf16, where a CPU has such products."""
+    """Tolerance of attention of eight bf16 query rows, whose softmax weights some CPUs round to bf16."""
     exact = attention(q, k, v, scale=scale, offset=offset)
     return replace(exact, atol=exact.atol + ROUNDOFF[q.dtype][0] * _largest(v))
 

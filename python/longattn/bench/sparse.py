@@ -53,8 +53,8 @@ GRID = Grid(heads=((8, 8),), head_dims=(64, 128), keys=(16384, 65536), dtypes=("
 QUICK_GRID = Grid(heads=((2, 2),), head_dims=(64,), keys=(512,), dtypes=("float32", "bfloat16"))
 DENSITIES, QUICK_DENSITIES = (0.02, 0.05, 0.1, 0.25, 0.5), (0.1, 0.5)
 BLOCKS = (64, 128)
-#: Peers take a mask of all pairs up to this length, and masks of at most this density. A mask of all pairs takes gigabytes and as much
-#: time whatever its blocks are: that of one block size is measured.
+#: Peers take a mask of all pairs up to this length, and masks of at most this density. A mask of all pairs takes
+#: gigabytes and as much time whatever its blocks are: that of one block size is measured.
 MASKED, MASKED_BLOCK, PEER_DENSITY = 16384, 64, 0.1
 
 
