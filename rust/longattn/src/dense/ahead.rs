@@ -26,8 +26,8 @@ pub(super) struct Coming<const C: usize> {
 }
 
 impl<const C: usize> Coming<C> {
-    /// What comes `ahead` after the keys `j..j + C`: rows of the block `keys` and, towards its end, the first of `next`, whose turn
-    /// it is then. Nothing without `next`.
+    /// What comes `ahead` after the keys `j..j + C`: rows of the block `keys` or, towards its end, the first of `next`, whose turn it is
+    /// then. Nothing without `next`.
     #[inline(always)]
     pub(super) fn new<K: Rows, V: Rows>(
         rows: K,
@@ -38,14 +38,13 @@ impl<const C: usize> Coming<C> {
         next: Option<(V, usize)>,
     ) -> Self {
         let Some((next, next_dim)) = next else { return Self::none() };
-        let mut starts = [std::ptr::null(); C];
-        for (c, start) in starts.iter_mut().enumerate() {
-            let coming = j + c + ahead;
-            let inside = coming < keys.end;
-            *start = if inside { rows.start(coming) } else { next.start(keys.start + (coming - keys.end)) };
+        let coming = j + ahead;
+        // Which it is, the first of them decides for all.
+        if coming < keys.end {
+            Self::rows(rows, dim, coming)
+        } else {
+            Self::rows(next, next_dim, keys.start + (coming - keys.end))
         }
-        let inside = j + ahead < keys.end;
-        Self { starts, bytes: if inside { rows.row_bytes(dim) } else { next.row_bytes(next_dim) } }
     }
 
     /// Rows that come after the block: those from `j` on.

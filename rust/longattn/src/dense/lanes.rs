@@ -90,8 +90,14 @@ pub(super) struct Words(pub(super) [u32; MAX_LANES * MAX_LANES]);
 #[inline(always)]
 pub(super) fn starts<S: Simd, K: Rows>(k: K, keys: Range<usize>) -> [*const u8; MAX_LANES] {
     let mut rows = [k.start(keys.start); MAX_LANES];
-    for (lane, row) in rows.iter_mut().enumerate().take(S::LANES) {
-        *row = k.start((keys.start + lane).min(keys.end - 1));
+    if keys.len() >= S::LANES {
+        for (lane, row) in rows.iter_mut().enumerate().take(S::LANES) {
+            *row = k.start(keys.start + lane);
+        }
+    } else {
+        for (lane, row) in rows.iter_mut().enumerate().take(S::LANES) {
+            *row = k.start((keys.start + lane).min(keys.end - 1));
+        }
     }
     rows
 }
