@@ -8,14 +8,17 @@
 //! ```
 //! How the work is cut depends on shapes only, so results do not depend on the number of threads.
 
+mod ahead;
 pub(crate) mod backward;
 pub(crate) mod bytes;
 mod chunk;
 mod code_values;
 mod codes;
+pub(crate) mod dots;
 pub mod double;
 pub(crate) mod grid;
 pub(crate) mod keys;
+mod lanes;
 pub(crate) mod listed;
 pub(crate) mod logits;
 pub(crate) mod matrix;
@@ -35,6 +38,7 @@ mod selective;
 pub(crate) mod stream;
 mod sums;
 pub(crate) mod tile;
+pub(crate) mod values;
 mod weighted;
 mod weights;
 

@@ -435,6 +435,28 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
             acc
         }
     }
+    #[inline(always)]
+    fn interleave_pairs(self, [a, b]: [__m512i; 2]) -> [__m512i; 2] {
+        instructions!([_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)])
+    }
+    #[inline(always)]
+    fn in_order_pairs(self, [low, high]: [__m512; 2]) -> [__m512; 2] {
+        instructions!({
+            // Quarter q of `low` holds numbers 8 q to 8 q + 3, that of `high` the next four.
+            let first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+            let second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+            [_mm512_permutex2var_ps(low, first, high), _mm512_permutex2var_ps(low, second, high)]
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, v: __m512) {
+        if BF16 {
+            // SAFETY: both types are sixteen numbers of two plain bytes, for which the caller vouches.
+            unsafe { _mm256_storeu_si256(p.cast(), std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v))) }
+        } else {
+            unreachable!("only where pairs are multiplied");
+        }
+    }
 
     #[inline(always)]
     fn to_f32(self, a: __m512i) -> __m512 {

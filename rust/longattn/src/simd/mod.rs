@@ -269,6 +269,25 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         let _ = (a, b);
         acc
     }
+    /// Pairs of a bf16 of either vector. The order of the lanes is that of the instruction set; [`Self::in_order_pairs`] turns it into
+    /// the order of the numbers. Only where [`Self::DOT2_BF16`] says so, as the next two.
+    #[inline(always)]
+    fn interleave_pairs(self, x: [Self::I32; 2]) -> [Self::I32; 2] {
+        x
+    }
+    /// What came of [`Self::interleave_pairs`] lane by lane, in the order of the numbers.
+    #[inline(always)]
+    fn in_order_pairs(self, v: [Self::F32; 2]) -> [Self::F32; 2] {
+        v
+    }
+    /// Rounds to bf16, to nearest even.
+    ///
+    /// # Safety
+    /// `p` is writable for `LANES` numbers.
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, v: Self::F32) {
+        let _ = (p, v);
+    }
 
     /// Widening load of `LANES` elements.
     ///
