@@ -184,7 +184,10 @@ def test_a_picture_is_its_mask():
     assert zlib.crc32(data[start : start + 4 + length]) == int.from_bytes(data[start + 4 + length : start + 8 + length])
 
 
-@pytest.mark.parametrize("name", sorted(catalogue.pages()))
+PAGES_OF_METHODS = catalogue.pages()
+
+
+@pytest.mark.parametrize("name", sorted(PAGES_OF_METHODS))
 def test_links_lead_somewhere(name):
-    targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", catalogue.pages()[name])
+    targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", PAGES_OF_METHODS[name])
     assert [t for t in targets if "://" not in t and not (PAGES / t).exists()] == []
