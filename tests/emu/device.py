@@ -69,6 +69,11 @@ class EmulatorDevice:
         made = raw[start : start + size].view(kind).reshape(shape)
         return _as_torch(made) if is_torch(like) else made
 
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        made = self.empty(shape, dtype, like)
+        made[...] = 0
+        return made
+
     def integers(self, values: Any, like: Any) -> Any:
         made = np.ascontiguousarray(values, dtype=np.int32)
         return _as_torch(made) if is_torch(like) else made

@@ -40,30 +40,21 @@ struct ScoreOptions {
         row_segments_batch, key_segments_batch, until, until_batch, first_key, state, state_lse                             \
   }
 
-// The options of one query row. Null pointers say that there is no such option.
+// One query row. Where its bias, mask and table lie is computed for each key anew: pointers of every row would not fit into registers.
 struct ScoreRow {
   float scale, slope;
-  const float *bias, *relative;  // the latter's entry of key 0
-  const u8* mask;
-  const int *key_segments, *until;
-  int position, segment;  // among the keys
+  int batch, head, row, position;  // the latter among the keys
+  int segment;
 };
 
 DEVICE ScoreRow score_row(const ScoreOptions& options, float scale, int batch, int head, int row, int position) {
-  ScoreRow made{scale, 0.f, nullptr, nullptr, nullptr, nullptr, nullptr, position, 0};
+  ScoreRow made{scale, 0.f, batch, head, row, position, 0};
   if (SCORE_OPTIONS) {
     if (options.scales) made.scale = options.scales[batch * options.scales_batch + head * options.scales_head + row * options.scales_row] * LOG2_E;
   }
   if (SCORE_OPTIONS == 1) {
     if (options.slopes) made.slope = options.slopes[batch * options.slopes_batch + head] * LOG2_E;
-    if (options.bias) made.bias = options.bias + batch * options.bias_batch + head * options.bias_head + row * options.bias_row;
-    if (options.mask) made.mask = options.mask + batch * options.mask_batch + head * options.mask_head + row * options.mask_row;
-    if (options.relative) made.relative = options.relative + static_cast<i64>(head) * options.relative_entries;
-    if (options.row_segments) {
-      made.segment = options.row_segments[batch * options.row_segments_batch + row];
-      made.key_segments = options.key_segments + batch * options.key_segments_batch;
-    }
-    if (options.until) made.until = options.until + batch * options.until_batch;
+    if (options.row_segments) made.segment = options.row_segments[batch * options.row_segments_batch + row];
   }
   return made;
 }
@@ -75,12 +66,18 @@ DEVICE float score_of(const ScoreOptions& options, const ScoreRow& row, float pr
     if (options.softcap > 0.f) x = options.softcap * tanhf(x / options.softcap);
   }
   if (SCORE_OPTIONS == 1) {
-    if (row.bias) x += row.bias[key * options.bias_key] * LOG2_E;
-    if (row.relative) x += row.relative[min(max(key - row.position + options.relative_zero, 0), options.relative_entries - 1)] * LOG2_E;
     x -= row.slope * static_cast<float>(max(row.position - key, key - row.position));
-    if (row.mask && !row.mask[key * options.mask_key]) x = -infinity();
-    if (row.key_segments && row.key_segments[key] != row.segment) x = -infinity();
-    if (row.until && row.position + options.first_key >= row.until[key]) x = -infinity();
+    if (options.bias)
+      x += options.bias[row.batch * options.bias_batch + row.head * options.bias_head + row.row * options.bias_row + key * options.bias_key] * LOG2_E;
+    if (options.relative) {
+      int entry = min(max(key - row.position + options.relative_zero, 0), options.relative_entries - 1);
+      x += options.relative[static_cast<i64>(row.head) * options.relative_entries + entry] * LOG2_E;
+    }
+    if (options.mask &&
+        !options.mask[row.batch * options.mask_batch + row.head * options.mask_head + row.row * options.mask_row + key * options.mask_key])
+      x = -infinity();
+    if (options.key_segments && options.key_segments[row.batch * options.key_segments_batch + key] != row.segment) x = -infinity();
+    if (options.until && row.position + options.first_key >= options.until[row.batch * options.until_batch + key]) x = -infinity();
   }
   return x;
 }
