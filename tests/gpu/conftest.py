@@ -16,7 +16,6 @@ import tolerances
 from emu import emulator
 from emu.device import EmulatorDevice
 
-
 #: In the place of a device: the functions for arrays in host memory.
 CPU = "cpu"
 

@@ -8,7 +8,7 @@ import pytest
 from emu import emulator
 from emu.device import EmulatorDevice
 from longattn import cli
-from longattn.bench import gpu, gpu_checks
+from longattn.bench import gpu, gpu_checks, gpu_targets
 from longattn.bench.gpu_checks import Budget
 from longattn.bench.harness import Bench
 from longattn.bench.tables import table
@@ -71,13 +71,13 @@ def test_every_target_is_judged_from_the_rows():
         {"case": "hybrid step, top 1024", **size, "keys": 131072, "of_rows_copy": 1.0},
     ]
     result = {"routine": "gpu", "rows": rows, "notes": []}
-    assert all(verdict.status == "PASS" for verdict in judge([result], gpu.TARGETS))
-    for target in gpu.TARGETS:
+    assert all(verdict.status == "PASS" for verdict in judge([result], gpu_targets.TARGETS))
+    for target in gpu_targets.TARGETS:
         worse = [{**row, target.figure: target.bound * (1.1 if target.at_most else 0.9)} for row in rows]
         (verdict,) = judge([{**result, "rows": worse}], [target])
         assert verdict.status == "MISS"
         assert judge([{**result, "rows": []}], [target])[0].status == "not measured"
-    assert gpu.SECTIONS[0].tables([result]) and not gpu.SECTIONS[0].tables([])
+    assert gpu_targets.SECTIONS[0].tables([result]) and not gpu_targets.SECTIONS[0].tables([])
 
 
 def test_random_blocks_have_the_density_they_say(rng):

@@ -1,7 +1,7 @@
 """Kernels of `longattn.gpu`: time on the device by events, beside the bandwidth of a copy and torch's own attention.
 
-Times of kernels are the device's: all launches of a call wait behind a spinning one, so that how fast Python starts them
-does not count. A hybrid step, which waits for the host, is timed by the clock.
+Times of kernels are the device's: all launches of a call wait behind a spinning one, so that how fast Python starts
+them does not count. A hybrid step, which waits for the host, is timed by the clock.
 
 Without a GPU the routine says what is missing; its cases run in the tests on the emulator, whose times mean nothing.
 """
@@ -13,7 +13,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -24,12 +24,11 @@ import numpy as np
 import longattn as la
 from longattn import gpu
 from longattn.bench.gpu_checks import Budget, run_sanitizers, run_tests
+from longattn.bench.gpu_peers import fla_recurrence, has_fla, torch_attention, torch_has_gpu
 from longattn.bench.harness import Bench
 from longattn.bench.plots import Bars, Panel
 from longattn.bench.results import Result, Row
-from longattn.bench.sections import Section, all_rows
-from longattn.bench.tables import Column, table
-from longattn.bench.targets import Target
+from longattn.bench.tables import Column
 from longattn.gpu import Device
 
 SUMMARY = "kernels of longattn.gpu on a GPU: against copy bandwidth, torch, and density"
@@ -66,11 +65,9 @@ _SPIN = """extern "C" __global__ void spin(long long cycles) {
   long long start = clock64();
   while (clock64() - start < cycles) {}
 }"""
-#: What is asked of a causal prefill in bfloat16 at D 128: this share of the speed of torch's own attention, or without torch this
-#: many TFLOP/s (0.9 of FlashAttention-2's published 335).
-_OF_TORCH, _TFLOP_S = 0.55, 0.9 * 335
-#: FlashKDA's published speed against fla's kernels (8,192 rows, 96 heads of 128, H20), and the share of it that is asked.
-_FLASH_KDA, _OF_FLASH_KDA = 1.85, 0.6
+#: What is asked of a causal prefill in bfloat16 at D 128: this share of the speed of torch's own attention, or without
+#: torch this many TFLOP/s (0.9 of FlashAttention-2's published 335).
+OF_TORCH, TFLOP_S = 0.55, 0.9 * 335
 
 
 Call: TypeAlias = Callable[[], object]
@@ -201,64 +198,17 @@ def _on_gpu(bench: Bench) -> Runner:
 
         return wall_seconds(finished)
 
-    with_torch = _torch_has_gpu(bench)
-    with_fla = with_torch and _has_fla(bench)
+    with_torch = torch_has_gpu(bench)
+    with_fla = with_torch and has_fla(bench)
     return Runner(
         current(),
         cupy.asarray,
         seconds,
         wall,
         lambda there, locked: there.set(locked, stream=cupy.cuda.get_current_stream()),
-        _torch_attention if with_torch else None,
-        _fla_recurrence if with_fla else None,
+        torch_attention if with_torch else None,
+        fla_recurrence if with_fla else None,
     )
-
-
-def _torch_has_gpu(bench: Bench) -> bool:
-    if not bench.peers:
-        return False
-    import torch
-
-    if not torch.cuda.is_available():
-        bench.notes.append("torch has no CUDA: no peers")
-        return False
-    return True
-
-
-def _as_torch(x: Any) -> Any:
-    """A CuPy array as a tensor; bfloat16 goes by its bits, which every version of both takes."""
-    import torch
-
-    if str(x.dtype) != "bfloat16":
-        return torch.utils.dlpack.from_dlpack(x)
-    return torch.utils.dlpack.from_dlpack(x.view(np.int16)).view(torch.bfloat16)
-
-
-def _has_fla(bench: Bench) -> bool:
-    try:
-        import fla.ops.kda  # type: ignore[import-not-found]  # noqa: F401
-    except Exception as error:  # it fails in many ways where its Triton does not fit
-        bench.notes.append(f"fla does not import: no peer of KDA ({type(error).__name__}: {error})"[:200])
-        return False
-    return True
-
-
-def _fla_recurrence(q: Any, k: Any, v: Any, gates: Any, rates: Any) -> Call:
-    from fla.ops.kda import chunk_kda
-
-    names = ("q", "k", "v", "g", "beta")
-    swapped = {
-        name: _as_torch(x).transpose(1, 2).contiguous() for name, x in zip(names, (q, k, v, gates, rates), strict=True)
-    }
-    return lambda: chunk_kda(**swapped, scale=1 / q.shape[3])
-
-
-def _torch_attention(q: Any, k: Any, v: Any, causal: bool) -> Call:
-    import torch
-
-    query, key, value = (_as_torch(x) for x in (q, k, v))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    return lambda: attend(query, key, value, is_causal=causal, enable_gqa=True)
 
 
 def wall_seconds(call: Call) -> float:
@@ -288,8 +238,10 @@ def cases(bench: Bench, runner: Runner, shapes: Shapes, budget: Budget | None = 
     for keys in shapes.prefill_keys:
         shape = heads, kv_heads, keys
         later.append((f"prefill, {keys} keys", partial(_prefill, bench, runner, rng, shape, shapes.head_dim)))
-    for case in shapes.recurrence:
-        later.append((f"KDA, {case[1]} rows", partial(_recurrence, bench, runner, rng, case, shapes.head_dim)))
+    later += [
+        (f"KDA, {case[1]} rows", partial(_recurrence, bench, runner, rng, case, shapes.head_dim))
+        for case in shapes.recurrence
+    ]
     later.append(("hybrid", partial(_hybrid, bench, runner, rng, shapes)))
     later.append(("neighbourhood", partial(_neighbourhood, bench, runner, rng, shapes)))
     for name, measured in later:
@@ -366,7 +318,7 @@ def _prefill(bench: Bench, runner: Runner, rng: np.random.Generator, case: tuple
     found = _times(bench, runner, _with_torch(runner, q, k, v, causal=True))
     flops = 2 * heads * dim * keys * (keys + 1)
     against, speed = _against(found), flops / found["ours"][0] / 1e12
-    asked = against["vs_torch"] / _OF_TORCH if "vs_torch" in against else speed / _TFLOP_S
+    asked = against["vs_torch"] / OF_TORCH if "vs_torch" in against else speed / TFLOP_S
     rows = [{"case": "prefill", **row, **against, "tflop_s": speed, "of_asked": asked}]
     starts, blocks, density = random_blocks(rng, heads, keys, 128)
     lists = runner.put(starts), runner.put(blocks)
@@ -383,7 +335,7 @@ def _recurrence(bench: Bench, runner: Runner, rng: np.random.Generator, case: tu
     """Kimi delta attention forward: a gate per channel, and the delta rule."""
     heads, length = case
     q, k, v = (_random(runner, rng, 1, heads, length, dim) for _ in "qkv")
-    gates = runner.put(-rng.exponential(0.05, (1, heads, length, dim)).astype(np.float32))
+    gates = runner.put(np.float32(-0.05) * rng.standard_exponential((1, heads, length, dim), np.float32))
     rates = runner.put(rng.uniform(0, 1, (1, heads, length)).astype(np.float32))
     calls: dict[str, Call] = {
         "kda": lambda: gpu.chunked_recurrence(q, k, v, gates, rates, scale=1 / dim, device=runner.device)
@@ -499,66 +451,3 @@ def panels(result: Result) -> Sequence[Panel | Bars]:
     """Nothing is drawn: a device has one row per case."""
     del result
     return []
-
-
-def _tables(found: Sequence[Result]) -> list[str]:
-    rows = all_rows(found, "gpu")
-    return ["", *table(rows, COLUMNS)] if rows else []
-
-
-def _targets() -> Iterator[Target]:
-    def asked(text: str, figure: str, bound: float, at_most: bool = False, form: str = ".2f", **where: Any) -> Target:
-        within = where.pop("within", {})
-        return Target(
-            f"GPU: {text}",
-            "gpu",
-            figure,
-            bound,
-            "longattn bench gpu",
-            {name: (value,) for name, value in where.items()},
-            within=within,
-            at_most=at_most,
-            form=form,
-        )
-
-    long = {"keys": (32768, 131072)}
-    yield asked("decode, bfloat16, share of a copy's bandwidth", "of_copy", 0.8, form=".0%", case="decode", within=long)
-    yield asked(
-        f"causal prefill, bfloat16 at D 128, against {_OF_TORCH} of torch SDPA's speed (without torch {_TFLOP_S:.0f} TFLOP/s)",
-        "of_asked",
-        1.0,
-        head_dim=128,
-    )
-    yield asked("block-sparse, time over density over dense", "over_density", 1.25, at_most=True)
-    for case in ("scan and top-k", "scan of 4-bit codes and top-k"):
-        yield asked(
-            f"{case} over 131,072 keys of 8 heads, ms", "ms", 0.040, True, ".3f", case=case, keys=131072, heads="32/8"
-        )
-    yield asked(
-        f"KDA forward against fla, {_OF_FLASH_KDA} of FlashKDA's published {_FLASH_KDA}",
-        "vs_fla",
-        _OF_FLASH_KDA * _FLASH_KDA,
-        within={"keys": (8192, 8192)},
-    )
-    yield asked(
-        "hybrid step over 131,072 keys, time over that of copying the selected rows to the device",
-        "of_rows_copy",
-        1.0,
-        at_most=True,
-        keys=131072,
-    )
-
-
-SECTIONS = (
-    Section(
-        "dense",
-        "gpu",
-        "GPU: kernels of `longattn.gpu`",
-        "Times on the device by events. `of copy`: bytes read a second over those of a copy within the device in the same "
-        "run; `over density`: time over that of dense attention, over the share of blocks; `rows' copy`: the selected "
-        "rows collected on the host and copied to the device; `bus`: as many bytes from page-locked memory.",
-        _tables,
-    ),
-)
-
-TARGETS = tuple(_targets())

@@ -168,7 +168,9 @@ def scores_of(
         zero,
         None if segments is None else _segments(device, segments, batch, rows, keys),
         None if visible_until is None else _rows(device, visible_until, "visible_until", batch, keys),
-        state=None if state is None else _state(device, state, out_shape or shape, shape[:3] if out_shape is None else shape[1:3]),
+        state=None
+        if state is None
+        else _state(device, state, out_shape or shape, shape[:3] if out_shape is None else shape[1:3]),
     )
 
 

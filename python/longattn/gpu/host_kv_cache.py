@@ -72,11 +72,11 @@ class HostKVCache:
     `top_k` and leaves the other rows out. Which of the two ways is faster depends on the machine: with `"auto"` each
     step takes the one that `Costs` say, which are measured at the first step that has a choice.
 
-    A store of codes ("int8", say) takes half the memory or a quarter, and the host reads its rows as they are. It has no
-    index: the device chooses `top_k` rows by its codes of 4 bits, and the host attends to these; or to all of them.
+    A store of codes ("int8", say) takes half the memory or a quarter, and the host reads its rows as they are. It has
+    no index: the device chooses `top_k` rows by its codes of 4 bits, and the host attends to these; or to all of them.
 
     Codes on the device are made of the rows that have entered the store since, 16 at a time, which cross the bus once
-    more for that; when the store has grown fourfold since the last fit, all are made anew about the mean key of that time.
+    more for that; when the store has grown fourfold since the last fit, all are made anew about the mean key of then.
 
     Args:
         store: host store of the layer, empty; what it holds later is read through `index`.
