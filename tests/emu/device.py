@@ -28,6 +28,11 @@ def _module(name: str) -> emulator.Module:
     return emulator.Module(source(name))
 
 
+def kernels_of(name: str) -> set[str]:
+    """Names of all kernels of a source."""
+    return _module(name).kernels()
+
+
 class EmulatorDevice:
     """A `Device` without a GPU.
 

@@ -95,9 +95,9 @@ def test_codes_in_host_memory(model: Any, generate: Any, codes: str, top_k: int 
     cache, _ = cache_of(model, codes=codes, top_k=top_k)
     expected = generate(model, "eager", DynamicCache(config=model.config), prompts(1, 60), max_new_tokens=2)
     got = generate(model, "longattn", cache, prompts(1, 60), max_new_tokens=2)
-    spread = expected.logits[-1].std()
+    allowed = 0.05 * float(expected.logits[-1].std()) * (1 if codes == "int8" else 255 / 15)
     for ours, theirs in zip(got.logits, expected.logits, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=float(spread) * (0.02 if codes == "int8" else 0.3), rtol=0)
+        torch.testing.assert_close(ours, theirs, atol=allowed, rtol=0)
     stats = cache.stats()
     assert stats.keys_read == stats.keys_visible > 0 and stats.layers[0].index_nbytes == 0
 
