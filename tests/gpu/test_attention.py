@@ -176,17 +176,16 @@ def test_block_sparse_with_wide_heads(rng, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merge_of_disjoint_sets_is_attention_over_all(rng, device, dtype):
+def test_merge_of_disjoint_sets_is_attention_over_all(rng, anywhere, dtype):
     q, k, v = arrays(rng, dtype, heads=4, kv_heads=2, rows=1, keys=150, dim=64)
-    parts = []
+    parts, attend = [], function_of(anywhere, la.attention, gpu.attention)
     for rows in (slice(0, 4), slice(4, 120), slice(120, 150), slice(150, 150)):
-        out, lse = gpu.attention(
-            *(put(device, np.ascontiguousarray(x, np.float32)) for x in (q, k[:, :, rows], v[:, :, rows])),
+        out, lse = attend(
+            *(put(anywhere, np.ascontiguousarray(x, np.float32)) for x in (q, k[:, :, rows], v[:, :, rows])),
             return_lse=True,
-            device=device,
         )
         parts.append((out, lse))
-    merged, lse = gpu.merge(parts, device=device)
+    merged, lse = function_of(anywhere, la.merge, gpu.merge)(parts)
     expected, expected_lse = reference.attention(q, k, v, return_lse=True)
     tolerances.device_attention(q.astype(np.float32), k, v).check(get(merged), expected, get(lse), expected_lse)
 
