@@ -80,12 +80,16 @@ class CodedRows:
         """The numbers that the codes stand for, float32 `[kv_heads, len, dim]`."""
         if copy is False:
             raise ValueError("copy: got False, expected a copy: the numbers are decoded")
-        heads, rows, dim = self.shape
-        out = np.empty((heads, rows * dim), np.float32)
-        for head in range(heads):
-            self._handle.decode(head, 0, out[head])
-        array: NDArray[Any] = out.reshape(self.shape)
+        array: NDArray[Any] = self.decoded(0, self.shape[1])
         return array if dtype is None else array.astype(dtype, copy=False)
+
+    def decoded(self, first: int, end: int) -> NDArray[np.float32]:
+        """The numbers that rows `first` to `end` stand for, float32 `[kv_heads, end - first, dim]`."""
+        heads, _, dim = self.shape
+        out = np.empty((heads, (end - first) * dim), np.float32)
+        for head in range(heads):
+            self._handle.decode(head, first, out[head])
+        return out.reshape(heads, end - first, dim)
 
     def __repr__(self) -> str:
         """Shape and storage."""

@@ -211,20 +211,28 @@ def relative_table(table: Array, zero: object, heads: int, dtype: DTypeLike) -> 
     """The table `[Hq, n]` and the entry of distance 0."""
     x = as_numpy(table, "relative_bias")
     check_floating(x, "relative_bias")
-    if x.ndim != 2 or x.shape[0] != heads or x.shape[1] == 0:
-        raise ValueError(f"relative_bias: got shape {x.shape}, expected ({heads}, n), one row per query head")
-    entries = x.shape[1]
-    if zero is None:
-        at = entries - 1
-    else:
-        try:
-            at = operator.index(zero)  # type: ignore[arg-type]
-        except TypeError:
-            raise TypeError(f"relative_zero: got {zero!r}, expected an integer") from None
-        if not 0 <= at < entries:
-            raise ValueError(f"relative_zero: got {at}, expected an entry of the table, 0 to {entries - 1}")
+    check_relative_shape(x.shape, heads)
+    at = relative_entry(zero, x.shape[1])
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(x, dtype), at
+
+
+def check_relative_shape(shape: tuple[int, ...], heads: int) -> None:
+    if len(shape) != 2 or shape[0] != heads or shape[1] == 0:
+        raise ValueError(f"relative_bias: got shape {shape}, expected ({heads}, n), one row per query head")
+
+
+def relative_entry(zero: object, entries: int) -> int:
+    """The entry of distance 0 in a table of so many."""
+    if zero is None:
+        return entries - 1
+    try:
+        at = operator.index(zero)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"relative_zero: got {zero!r}, expected an integer") from None
+    if not 0 <= at < entries:
+        raise ValueError(f"relative_zero: got {at}, expected an entry of the table, 0 to {entries - 1}")
+    return at
 
 
 def int32_rows(values: Array, name: str, batch: int, length: int) -> NDArray[Any]:
@@ -277,12 +285,18 @@ def carried_state(
     o, lse = as_numpy(state[0], "state o"), as_numpy(state[1], "state lse")
     check_floating(o, "state o")
     check_floating(lse, "state lse")
-    if o.shape != out_shape:
-        raise ValueError(f"state o: got shape {o.shape}, expected {out_shape} as the output")
-    if lse.shape != lse_shape:
-        raise ValueError(f"state lse: got shape {lse.shape}, expected {lse_shape}")
+    check_state_shapes(o.shape, lse.shape, out_shape, lse_shape)
     kept = o.dtype in FLOATS if dtype == np.float32 else o.dtype == dtype
     return (o if kept else o.astype(dtype)), np.ascontiguousarray(lse, dtype)
+
+
+def check_state_shapes(
+    o: tuple[int, ...], lse: tuple[int, ...], out_shape: tuple[int, ...], lse_shape: tuple[int, ...]
+) -> None:
+    if o != out_shape:
+        raise ValueError(f"state o: got shape {o}, expected {out_shape} as the output")
+    if lse != lse_shape:
+        raise ValueError(f"state lse: got shape {lse}, expected {lse_shape}")
 
 
 def slopes_per_head(alibi_slopes: Array, batch_heads: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:

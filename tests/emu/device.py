@@ -28,6 +28,11 @@ def _module(name: str) -> emulator.Module:
     return emulator.Module(source(name))
 
 
+def kernels_of(name: str) -> set[str]:
+    """Names of all kernels of a source."""
+    return _module(name).kernels()
+
+
 class EmulatorDevice:
     """A `Device` without a GPU.
 
@@ -68,6 +73,11 @@ class EmulatorDevice:
         start = -raw.ctypes.data % 256
         made = raw[start : start + size].view(kind).reshape(shape)
         return _as_torch(made) if is_torch(like) else made
+
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        made = self.empty(shape, dtype, like)
+        made[...] = 0
+        return made
 
     def integers(self, values: Any, like: Any) -> Any:
         made = np.ascontiguousarray(values, dtype=np.int32)

@@ -96,6 +96,11 @@ class Module:
         """The kernel of this name."""
         return Kernel(self, name)
 
+    def kernels(self) -> set[str]:
+        """The names of all."""
+        symbols = subprocess.run(["nm", "-D", str(self.path)], capture_output=True, text=True, check=True).stdout
+        return set(re.findall(r" emu_kernel_(\w+)", symbols))
+
     def place(self, report: str) -> str:
         """A report with the line of the source in place of an address."""
         text, _, address = report.rpartition(" @")

@@ -1,15 +1,23 @@
-"""Devices that GPU tests run on: the emulator, whose thread order turns with the test, and a GPU where there is one."""
+"""Devices that GPU tests run on: the emulator, whose thread order turns with the test, and a GPU where there is one.
+
+Tests of what both halves offer take `anywhere`, which also runs them on the CPU's own functions.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import zlib
 
 import numpy as np
 import pytest
 
+import tolerances
 from emu import emulator
 from emu.device import EmulatorDevice
+
+#: In the place of a device: the functions for arrays in host memory.
+CPU = "cpu"
 
 
 def _has_gpu():
@@ -30,14 +38,24 @@ def pytest_collection_modifyitems(config, items):
     """Leaves out tests without a device where one is asked for by name."""
     if not _ONLY:
         return
-    left_out = [item for item in items if "device" not in item.fixturenames]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if "device" in item.fixturenames]
+    on_device = [item for item in items if {"device", "anywhere"} & set(item.fixturenames)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in on_device])
+    items[:] = on_device
 
 
 @pytest.fixture(params=BACK_ENDS)
 def device(request):
     """A back end of `longattn.gpu`."""
+    return _made(request)
+
+
+@pytest.fixture(params=[*([] if _ONLY else [CPU]), *BACK_ENDS])
+def anywhere(request):
+    """A back end, or `CPU`."""
+    return CPU if request.param == CPU else _made(request)
+
+
+def _made(request):
     if request.param == "gpu":
         from longattn.gpu._cupy import current
 
@@ -48,6 +66,8 @@ def device(request):
 
 def put(device, x):
     """A numpy array in the memory of a device."""
+    if device is CPU:
+        return x
     if isinstance(device, EmulatorDevice):
         return device.contiguous(x)
     import cupy
@@ -58,3 +78,13 @@ def put(device, x):
 def get(x):
     """An array of a device as numpy."""
     return x if isinstance(x, np.ndarray) else x.get()
+
+
+def function_of(device, on_cpu, on_device):
+    """The CPU's function, or that of `longattn.gpu` for a device."""
+    return on_cpu if device is CPU else functools.partial(on_device, device=device)
+
+
+def tolerance_of(device, q, k, v, **how):
+    """Tolerance of attention there."""
+    return (tolerances.attention if device is CPU else tolerances.device_attention)(q, k, v, **how)

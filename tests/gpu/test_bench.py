@@ -8,17 +8,26 @@ import pytest
 from emu import emulator
 from emu.device import EmulatorDevice
 from longattn import cli
-from longattn.bench import gpu, gpu_checks
+from longattn.bench import gpu, gpu_checks, gpu_targets
 from longattn.bench.gpu_checks import Budget
 from longattn.bench.harness import Bench
 from longattn.bench.tables import table
+from longattn.bench.targets import judge
 
 
 @pytest.mark.skipif(not emulator.available(), reason="the emulator needs g++ on x86-64")
 def test_every_case_runs_and_counts():
     bench = Bench(threads=None, rounds=1, budget_s=1, quick=True, peers=False)
     device = EmulatorDevice()
-    runner = gpu.Runner(device, device.contiguous, gpu.wall_seconds, lambda q, k, v, causal: lambda: None)
+    runner = gpu.Runner(
+        device,
+        device.contiguous,
+        gpu.wall_seconds,
+        gpu.wall_seconds,
+        np.copyto,
+        lambda q, k, v, causal: lambda: None,
+        lambda *arrays: lambda: None,
+    )
     rows = gpu.cases(bench, runner, gpu.QUICK)
     found = {row["case"].split(",")[0]: row for row in rows}
     assert list(found) == [
@@ -31,15 +40,44 @@ def test_every_case_runs_and_counts():
         "prefill",
         "block-sparse",
         "KDA forward",
+        "hybrid step",
         "neighbourhood",
     ]
     decode = found["decode"]
     assert decode["gb_s"] == pytest.approx(4 * 2 * 300 * 64 / decode["ms"] / 1e6)
-    assert decode["vs_torch"] == pytest.approx(decode["torch_ms"] / decode["ms"])
+    assert decode["vs_torch"] == pytest.approx(decode["peer_ms"] / decode["ms"])
     assert found["prefill"]["tflop_s"] == pytest.approx(2 * 4 * 64 * 100 * 101 / found["prefill"]["ms"] / 1e9)
     kinds = {"decode", "merge", "hash", "prefill", "codes", "signatures", "choice", "recurrence", "neighbourhood"}
     assert {name.split("_")[0] for name in device.started} == kinds
     assert len(table(rows, gpu.COLUMNS)) == 2 + len(rows)
+    assert found["prefill"]["of_asked"] == pytest.approx(found["prefill"]["vs_torch"] / 0.55)
+    assert found["hybrid step"]["of_rows_copy"] == pytest.approx(
+        found["hybrid step"]["ms"] / found["hybrid step"]["rows_copy_ms"]
+    )
+    assert found["KDA forward"]["vs_fla"] > 0
+
+
+def test_every_target_is_judged_from_the_rows():
+    """Figures at the bounds pass, and each alone fails when it is worse."""
+    size = {"heads": "32/8", "head_dim": 128, "dtype": "bfloat16"}
+    rows = [
+        {"case": "decode", **size, "keys": 131072, "of_copy": 0.8},
+        {"case": "decode of int8", **size, "keys": 131072, "of_copy": 0.1},
+        {"case": "prefill", **size, "keys": 16384, "of_asked": 1.0},
+        {"case": "block-sparse, density 0.100", **size, "keys": 16384, "over_density": 1.25},
+        {"case": "scan and top-k", **size, "keys": 131072, "ms": 0.04},
+        {"case": "scan of 4-bit codes and top-k", **size, "keys": 131072, "ms": 0.04},
+        {"case": "KDA forward", **size, "keys": 8192, "vs_fla": 1.11},
+        {"case": "hybrid step, top 1024", **size, "keys": 131072, "of_rows_copy": 1.0},
+    ]
+    result = {"routine": "gpu", "rows": rows, "notes": []}
+    assert all(verdict.status == "PASS" for verdict in judge([result], gpu_targets.TARGETS))
+    for target in gpu_targets.TARGETS:
+        worse = [{**row, target.figure: target.bound * (1.1 if target.at_most else 0.9)} for row in rows]
+        (verdict,) = judge([{**result, "rows": worse}], [target])
+        assert verdict.status == "MISS"
+        assert judge([{**result, "rows": []}], [target])[0].status == "not measured"
+    assert gpu_targets.SECTIONS[0].tables([result]) and not gpu_targets.SECTIONS[0].tables([])
 
 
 def test_random_blocks_have_the_density_they_say(rng):
@@ -55,7 +93,7 @@ def test_cases_leave_half_of_the_budget():
     seconds = iter([0.0, 0.0, 3.0, 6.0])
     bench = Bench(threads=None, rounds=1, budget_s=1, quick=True, peers=False)
     device = EmulatorDevice()
-    runner = gpu.Runner(device, device.contiguous, gpu.wall_seconds)
+    runner = gpu.Runner(device, device.contiguous, gpu.wall_seconds, gpu.wall_seconds, np.copyto)
     rows = gpu.cases(bench, runner, gpu.QUICK, Budget(10.0, lambda: next(seconds)))
     assert "prefill" not in {row["case"] for row in rows}
     assert rows[-1] == {"case": "others", "outcome": "not measured: no time left"}

@@ -1,4 +1,4 @@
-"""The recurrence of `longattn.gpu` against its definition, token by token in float64."""
+"""The recurrence, of the CPU and of `longattn.gpu`, against its definition, token by token in float64."""
 
 import itertools
 
@@ -8,8 +8,8 @@ import pytest
 import tolerances
 from emu import emulator
 from emu.device import EmulatorDevice
-from gpu.conftest import get, put
-from longattn import gpu
+from gpu.conftest import function_of, get, put
+from longattn import gpu, linear
 from longattn.reference.linear._recurrence import recurrence
 from random_arrays import BF16, DTYPES, F16, F32
 
@@ -25,10 +25,25 @@ def arrays(rng, dtype, *, batch=1, heads=2, value_heads=None, length, dim=64, va
     return *(x.astype(dtype) for x in (q, k, v)), g, beta
 
 
+def on_cpu(q, k, v, g, beta, **how):
+    """The same by the CPU's methods, each of which is one form."""
+    if beta is None:
+        if g is None:
+            scale = how.pop("scale") or q.shape[-1] ** -0.5
+            return linear.linear_attention(q, k, v, normalize=False, scale=scale, **how)
+        gates = g if g.ndim == 4 else np.repeat(g[..., None], q.shape[-1], axis=-1)
+        return linear.gated_linear_attention(q, k, v, gates, **how)
+    if g is None:
+        return linear.delta_rule_attention(q, k, v, beta, **how)
+    rule = linear.kimi_delta_attention if g.ndim == 4 else linear.gated_delta_rule
+    return rule(q, k, v, g, beta, normalize_qk=False, **how)
+
+
 def check(device, q, k, v, g, beta, *, scale=None, state=None):
     placed = [None if x is None else put(device, x) for x in (q, k, v, g, beta)]
     initial = None if state is None else put(device, state)
-    out, final = gpu.chunked_recurrence(*placed, scale=scale, initial_state=initial, device=device)
+    function = function_of(device, on_cpu, gpu.chunked_recurrence)
+    out, final = function(*placed, scale=scale, initial_state=initial)
     expected, expected_state = recurrence(
         q, k, v, g=g, beta=beta, delta=beta is not None, scale=scale, initial_state=state
     )
@@ -40,28 +55,28 @@ def check(device, q, k, v, g, beta, *, scale=None, state=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gate", ["channel", "head", "none"])
 @pytest.mark.parametrize("delta", [True, False])
-def test_every_form(rng, device, dtype, gate, delta):
-    check(device, *arrays(rng, dtype, length=50, gate=gate, delta=delta))
+def test_every_form(rng, anywhere, dtype, gate, delta):
+    check(anywhere, *arrays(rng, dtype, length=50, gate=gate, delta=delta))
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("value_dim", [1, 32, 100])
-def test_head_sizes(rng, device, dim, value_dim):
-    check(device, *arrays(rng, BF16, length=20, dim=dim, value_dim=value_dim))
+def test_head_sizes(rng, anywhere, dim, value_dim):
+    check(anywhere, *arrays(rng, BF16, length=20, dim=dim, value_dim=value_dim))
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 15, 16, 17, 48])
-def test_lengths_and_initial_states(rng, device, length):
+def test_lengths_and_initial_states(rng, anywhere, length):
     state = rng.standard_normal((1, 2, 64, 40)).astype(np.float32)
     q, k, v, g, beta = arrays(rng, F32, length=length)
-    check(device, q, k, v, g, beta, state=state)
-    _, final = check(device, q, k, v, g, beta)
+    check(anywhere, q, k, v, g, beta, state=state)
+    _, final = check(anywhere, q, k, v, g, beta)
     if length == 0:
         assert not final.any()
 
 
-def test_more_value_heads_than_keys(rng, device):
-    check(device, *arrays(rng, F16, batch=2, heads=2, value_heads=6, length=33))
+def test_more_value_heads_than_keys(rng, anywhere):
+    check(anywhere, *arrays(rng, F16, batch=2, heads=2, value_heads=6, length=33))
 
 
 def test_a_sequence_in_pieces_and_in_steps_is_the_sequence(rng):
@@ -80,11 +95,11 @@ def test_a_sequence_in_pieces_and_in_steps_is_the_sequence(rng):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strong_gates_neither_overflow_nor_lose(rng, device, dtype):
+def test_strong_gates_neither_overflow_nor_lose(rng, anywhere, dtype):
     """Channels that forget everything at once beside channels that forget nothing."""
     q, k, v, g, beta = arrays(rng, dtype, length=40)
     g[..., ::3], g[..., 1::3] = -200.0, 0.0
-    out, _ = check(device, q, k, v, g, beta)
+    out, _ = check(anywhere, q, k, v, g, beta)
     assert np.isfinite(out).all()
 
 
@@ -101,10 +116,10 @@ def test_gate_per_head_is_that_gate_in_every_channel(rng):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_head_sizes_of_every_dtype(rng, device, dtype):
+def test_head_sizes_of_every_dtype(rng, anywhere, dtype):
     """Values in rows that are read in pieces of 16 bytes, and in rows that are not."""
     for dim, value_dim in ((128, 64), (256, 65)):
-        check(device, *arrays(rng, dtype, heads=1, length=35, dim=dim, value_dim=value_dim))
+        check(anywhere, *arrays(rng, dtype, heads=1, length=35, dim=dim, value_dim=value_dim))
 
 
 def test_matrix_loads_meet_no_bank_twice(rng):

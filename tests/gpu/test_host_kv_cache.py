@@ -112,6 +112,80 @@ def test_gathered_rows_are_those_of_most_estimated_weight(rng):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("codes", ["int8", "int4"])
+def test_a_store_of_codes_is_attention_to_what_they_stand_for(rng, device, dtype, codes):
+    """Before there are codes on the device, with them, and with rows since that have none; and to all rows."""
+    q, k, v = arrays(rng, dtype, 700)
+    cache, at = coded_cache(device, codes), 0
+    for n in (90, 640, 700):
+        cache.append(put(device, k[:, :, at:n]), put(device, v[:, :, at:n]))
+        at = n
+        inside = slice(4, n - 32)
+        held = [np.array(x[:, :, :n], np.float32) for x in (k, v)]
+        for x, coded in zip(held, (cache.store.keys, cache.store.values), strict=True):
+            np.testing.assert_allclose(np.asarray(coded), x[0, :, inside], atol=0.02 if codes == "int8" else 0.3)
+            x[0, :, inside] = np.asarray(coded)
+        expected = reference.attention(q, *held)
+        for top_k in (700, None):
+            out, stats = cache.attend(put(device, q), top_k=top_k, return_stats=True)
+            tolerances.device_attention(q, *(x.astype(dtype) for x in held)).check(get(out), expected)
+            assert (stats.way, stats.listed) == ("host", n - 36)
+
+
+def coded_cache(device, dtype, **how):
+    store = la.KVStore(kv_heads=2, head_dim=64, dtype=dtype, capacity=4096)
+    return HostKVCache(store, None, sinks=4, window=32, device=device, **how)
+
+
+def test_without_an_index_the_device_chooses(rng):
+    """Rows of a store of codes, and of one of numbers, are those that are gathered otherwise."""
+    device = EmulatorDevice()
+    q, k, v = arrays(rng, F32, 900)
+    gathering = cache_of(device, F32, reads="gather")
+    plain, coded = (coded_cache(device, dtype) for dtype in ("float32", "int8"))
+    for cache in (gathering, plain, coded):
+        cache.append(k, v)
+    expected = gathering.attend(q, top_k=40)
+    out, stats = plain.attend(q, top_k=40, return_stats=True)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    assert stats.listed == 40 + (900 - 36) % 16
+    rows = coded._chosen(q, 40, None)()  # by codes of what the codes stand for, so that a row may be another one
+    there = la.dense.listed_attention(q[0], coded.store.keys, coded.store.values, rows, return_lse=True)
+    steady = np.r_[0:4, 900 - 32 : 900]
+    here = la.attention(q, k[:, :, steady], v[:, :, steady], return_lse=True)
+    np.testing.assert_allclose(coded.attend(q, top_k=40), la.merge([here, [x[None] for x in there]])[0], atol=1e-5)
+
+
+def test_rows_of_a_store_of_codes_come_back_to_the_device(rng):
+    device = EmulatorDevice()
+    q, k, v = arrays(rng, BF16, 200)
+    cache = coded_cache(device, "int8")
+    cache.append(k, v)
+    keys = np.concatenate([keys for keys, _ in cache.rows_on_device(q, 50)], axis=2)
+    assert keys.dtype == BF16 and keys.shape == k.shape
+    np.testing.assert_allclose(*(np.sort(x.astype(np.float32), axis=2) for x in (keys, k)), atol=0.05)
+
+
+def test_codes_are_fitted_anew_when_the_store_has_grown_fourfold(rng):
+    """Keys that drift: after the fit, codes are those of all rows together."""
+    device = EmulatorDevice()
+    q, k, v = arrays(rng, F32, 2700)
+    k += np.linspace(0, 3, 2700, dtype=np.float32)[:, None]
+    cache, at, fitted = cache_of(device, F32, reads="gather"), 0, {}
+    for n in (600, 1500, 2700):
+        cache.append(k[:, :, at:n], v[:, :, at:n])
+        at = n
+        cache.attend(q, top_k=40)
+        fitted[n] = cache._codes.centre.copy()
+        rows = (n - 36) // 16 * 16
+        assert cache._coded == rows
+        about = {600: rows, 1500: (600 - 36) // 16 * 16, 2700: rows}[n]
+        np.testing.assert_allclose(fitted[n], k[:, :, 4 : 4 + about].mean(2), atol=1e-4)
+        made = gpu.signatures_encode(k[:, :, 4 : 4 + rows], fitted=cache._codes, device=device)
+        np.testing.assert_array_equal(cache._codes.codes[:, :, : rows // 16], made.codes)
+
+
 def test_sink_logits_take_their_share_once(rng, device):
     q, k, v = arrays(rng, F32, 150)
     sinks = np.array([0.5, 2.0, -1.0, 1.0], np.float32)
@@ -205,5 +279,14 @@ def test_bad_input(rng):
     for options in ({}, {"top_k": 4, "rest": "none"}):
         with pytest.raises(ValueError, match="expected top_k alone"):
             gathering.attend(q, **options)
+    coded = la.KVStore(kv_heads=2, head_dim=64, dtype="int8", capacity=8)
+    with pytest.raises(ValueError, match="reads: got 'gather' with a store of int8, expected 'host'"):
+        HostKVCache(coded, None, reads="gather", device=device)
+    with pytest.raises(ValueError, match=r"top_k: got 4 with \['epsilon'\], expected at least 1, alone"):
+        without = coded_cache(device, "int8")
+        without.append(k, v)
+        without.attend(q, top_k=4, epsilon=0.1)
+    with pytest.raises(TypeError, match="k: got dtype float16, expected float32"):
+        without.append(k.astype(F16), v.astype(F16))
     with pytest.raises(ValueError, match="sinks, window"):
         HostKVCache(other, la.index.Flat(other), window=0, device=device)

@@ -5,12 +5,10 @@ import sys
 import numpy as np
 import pytest
 
-import longattn as la
-import tolerances
 from emu import emulator
 from emu.device import EmulatorDevice
-from gpu.conftest import get, put
-from longattn import gpu
+from gpu.conftest import function_of, get, put, tolerance_of
+from longattn import gpu, sparse
 from longattn.reference.sparse.generalized_neighborhood_attention import generalized_neighborhood_attention as oracle
 from random_arrays import BF16, DTYPES, F16, F32
 
@@ -35,14 +33,15 @@ GRIDS = {
 def check(device, q, k, v, **options):
     placed = {name: put(device, x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     arrays_ = (put(device, x) for x in (q, k, v))
-    out, lse = gpu.generalized_neighborhood_attention(*arrays_, return_lse=True, device=device, **placed)
+    function = function_of(device, sparse.generalized_neighborhood_attention, gpu.generalized_neighborhood_attention)
+    out, lse = function(*arrays_, return_lse=True, **placed)
     out, lse = get(out), get(lse)
     assert out.shape == q.shape and out.dtype == q.dtype and lse.shape == q.shape[:-1]
     expected, expected_lse = oracle(q, k, v, return_lse=True, **options)
     q, k, v = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (q, k, v))
     offset = np.max(options.get("sinks", 0.0))
     scale = float(np.max(options["scale"])) if "scale" in options else None
-    tolerances.device_attention(q, k, v, scale=scale, offset=offset).check(out, expected, lse, expected_lse)
+    tolerance_of(device, q, k, v, scale=scale, offset=offset).check(out, expected, lse, expected_lse)
 
 
 def arrays(rng, dtype, grid, *, heads=2, kv_heads=1, dim=64, batch=1):
@@ -52,24 +51,24 @@ def arrays(rng, dtype, grid, *, heads=2, kv_heads=1, dim=64, batch=1):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GRIDS)
-def test_windows(rng, device, dtype, case):
+def test_windows(rng, anywhere, dtype, case):
     grid, options = GRIDS[case]
-    check(device, *arrays(rng, dtype, grid), **options)
+    check(anywhere, *arrays(rng, dtype, grid), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [128, 256])
-def test_head_sizes(rng, device, dtype, dim):
-    check(device, *arrays(rng, dtype, (6, 9), dim=dim), window=(3, 5))
+def test_head_sizes(rng, anywhere, dtype, dim):
+    check(anywhere, *arrays(rng, dtype, (6, 9), dim=dim), window=(3, 5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_options_of_scores(rng, device, dtype, dim):
+def test_options_of_scores(rng, anywhere, dtype, dim):
     q, k, v = arrays(rng, dtype, (5, 6), batch=2, heads=4, kv_heads=2, dim=dim)
-    check(device, q, k, v, window=3, softcap=1.5, sinks=rng.standard_normal(4).astype(np.float32), scale=0.1)
+    check(anywhere, q, k, v, window=3, softcap=1.5, sinks=rng.standard_normal(4).astype(np.float32), scale=0.1)
     scale = rng.uniform(0.05, 0.1, (2, 4, 30)).astype(np.float32)
-    check(device, q, k, v, window=3, scale=scale)
+    check(anywhere, q, k, v, window=3, scale=scale)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -108,12 +107,12 @@ def test_the_public_function_sends_arrays_of_a_gpu_there(rng, monkeypatch):
     monkeypatch.setattr(there, "is_on_gpu", lambda x: True)
     monkeypatch.setattr(there, "on_gpu", lambda *arrays, **options: seen.append(options))
     q, k, v = arrays(rng, F32, (9, 10))
-    la.sparse.generalized_neighborhood_attention(q, k, v, window=3, causal=(True, False), softcap=2.0, return_lse=True)
+    sparse.generalized_neighborhood_attention(q, k, v, window=3, causal=(True, False), softcap=2.0, return_lse=True)
     given = {"window": 3, "stride": 1, "dilation": 1, "causal": (True, False), "scale": None, "sinks": None}
     assert seen == [{**given, "softcap": 2.0, "return_lse": True}]
     for option in ("extra_k", "extra_v", "bias"):
         with pytest.raises(ValueError, match=f"{option}: not offered for arrays of a GPU"):
-            la.sparse.generalized_neighborhood_attention(q, k, v, window=3, **{option: q})
+            sparse.generalized_neighborhood_attention(q, k, v, window=3, **{option: q})
 
 
 def test_bad_input(rng):

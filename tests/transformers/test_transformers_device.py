@@ -87,6 +87,21 @@ def test_a_small_budget_reads_a_part(model: Any, generate: Any) -> None:
     assert stats.keys_visible == 2 * (101 + 102)
 
 
+@pytest.mark.parametrize("codes", ["int8", "int4"])
+@pytest.mark.parametrize("top_k", [None, 512])
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_codes_in_host_memory(model: Any, generate: Any, codes: str, top_k: int | None) -> None:
+    """Of all rows, logits err by what the codes do."""
+    cache, _ = cache_of(model, codes=codes, top_k=top_k)
+    expected = generate(model, "eager", DynamicCache(config=model.config), prompts(1, 60), max_new_tokens=2)
+    got = generate(model, "longattn", cache, prompts(1, 60), max_new_tokens=2)
+    allowed = 0.05 * float(expected.logits[-1].std()) * (1 if codes == "int8" else 255 / 15)
+    for ours, theirs in zip(got.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=allowed, rtol=0)
+    stats = cache.stats()
+    assert stats.keys_read == stats.keys_visible > 0 and stats.layers[0].index_nbytes == 0
+
+
 @pytest.mark.parametrize("model", ["llama", "gemma2", "gpt_oss"], indirect=True)
 def test_without_a_cache_of_ours_masks_are_biases(model: Any, generate: Any, monkeypatch: Any) -> None:
     """Tensors count as a GPU's: padded batches, windows, softcap and sinks through the kernels of `longattn.gpu`."""
@@ -133,6 +148,8 @@ def test_bad_input(build_model: Any) -> None:
         ({"reads": "bus"}, "reads: got 'bus'"),
         ({"reads": "auto"}, "top_k: got None with reads='auto'"),
         ({"index": "nothing"}, "index: got 'nothing'"),
+        ({"codes": "int2"}, "codes: got 'int2'"),
+        ({"codes": "int8", "reads": "gather", "top_k": 4}, "reads: got 'gather' with codes='int8'"),
     ):
         with pytest.raises(ValueError, match=message):
             DeviceConfig(**change)

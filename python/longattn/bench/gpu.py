@@ -1,5 +1,8 @@
 """Kernels of `longattn.gpu`: time on the device by events, beside the bandwidth of a copy and torch's own attention.
 
+Times of kernels are the device's: all launches of a call wait behind a spinning one, so that how fast Python starts
+them does not count. A hybrid step, which waits for the host, is timed by the clock.
+
 Without a GPU the routine says what is missing; its cases run in the tests on the emulator, whose times mean nothing.
 """
 
@@ -12,13 +15,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
+import longattn as la
 from longattn import gpu
 from longattn.bench.gpu_checks import Budget, run_sanitizers, run_tests
+from longattn.bench.gpu_peers import fla_recurrence, has_fla, torch_attention, torch_has_gpu
 from longattn.bench.harness import Bench
 from longattn.bench.plots import Bars, Panel
 from longattn.bench.results import Result, Row
@@ -38,8 +44,12 @@ COLUMNS: tuple[Column, ...] = (
     Column("of copy", "of_copy", ".0%"),
     Column("TFLOP/s", "tflop_s", ".4g"),
     Column("over density", "over_density", ".2f"),
-    Column("torch ms", "torch_ms", ".4g"),
+    Column("peer ms", "peer_ms", ".4g"),
     Column("vs torch", "vs_torch", ".2f"),
+    Column("vs fla", "vs_fla", ".2f"),
+    Column("rows' copy ms", "rows_copy_ms", ".4g"),
+    Column("of rows' copy", "of_rows_copy", ".2f"),
+    Column("bus ms", "bus_ms", ".4g"),
     Column("outcome", "outcome"),
 )
 _WARM_UP = 3
@@ -49,6 +59,15 @@ _PARTS = ("times", "tests", "sanitizer")
 _BITS = 128
 _CHOSEN = 1024
 _DENSITY = 0.1
+_PIECE = 8192  # rows that enter a cache together
+_SPIN_CYCLES = 5_000_000  # some 3 ms: longer than it takes to start a call's kernels
+_SPIN = """extern "C" __global__ void spin(long long cycles) {
+  long long start = clock64();
+  while (clock64() - start < cycles) {}
+}"""
+#: What is asked of a causal prefill in bfloat16 at D 128: this share of the speed of torch's own attention, or without
+#: torch this many TFLOP/s (0.9 of FlashAttention-2's published 335).
+OF_TORCH, TFLOP_S = 0.55, 0.9 * 335
 
 
 Call: TypeAlias = Callable[[], object]
@@ -64,13 +83,19 @@ class Runner:
         device: back end.
         put: a host array into its memory.
         seconds: how long a call keeps the device busy.
+        wall: how long a call and what it starts take by the clock.
+        fill: copies an array in page-locked memory into one of the device.
         torch: makes a call of torch's attention for queries, keys, values and causality; `None` without torch.
+        fla: makes a call of fla's Kimi delta attention for queries, keys, values, gates and rates; `None` without it.
     """
 
     device: Device
     put: Callable[[np.ndarray[Any, Any]], Any]
     seconds: Callable[[Call], float]
+    wall: Callable[[Call], float]
+    fill: Callable[[Any, Any], object]
     torch: Callable[[Any, Any, Any, bool], Call] | None = None
+    fla: Callable[[Any, Any, Any, Any, Any], Call] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +110,7 @@ class Shapes:
     bits: int = _BITS
     chosen: int = _CHOSEN
     grid: tuple[int, int] = (128, 15)  # side and window
+    recurrence: tuple[tuple[int, int], ...] = ((96, 8192), (32, 16384))  # heads and length
 
 
 QUICK = Shapes(
@@ -96,6 +122,7 @@ QUICK = Shapes(
     bits=32,
     chosen=16,
     grid=(10, 3),
+    recurrence=((2, 40),),
 )
 
 
@@ -151,34 +178,37 @@ def _on_gpu(bench: Bench) -> Runner:
         raise ModuleNotFoundError("no GPU: CuPy finds no device; `nvidia-smi` shows what the driver sees")
     from longattn.gpu._cupy import current
 
+    spin = cupy.RawKernel(_SPIN, "spin")
+
     def seconds(call: Call) -> float:
         start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        spin((1,), (1,), (np.int64(_SPIN_CYCLES),))
         start.record()
         call()
         end.record()
         end.synchronize()
         return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3
 
-    return Runner(current(), cupy.asarray, seconds, _torch_attention if _torch_has_gpu(bench) else None)
+    def wall(call: Call) -> float:
+        cupy.cuda.Device().synchronize()
 
+        def finished() -> None:
+            call()
+            cupy.cuda.Device().synchronize()
 
-def _torch_has_gpu(bench: Bench) -> bool:
-    if not bench.peers:
-        return False
-    import torch
+        return wall_seconds(finished)
 
-    if not torch.cuda.is_available():
-        bench.notes.append("torch has no CUDA: no peers")
-        return False
-    return True
-
-
-def _torch_attention(q: Any, k: Any, v: Any, causal: bool) -> Call:
-    import torch
-
-    query, key, value = (torch.utils.dlpack.from_dlpack(x.view(np.int16)).view(torch.bfloat16) for x in (q, k, v))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    return lambda: attend(query, key, value, is_causal=causal, enable_gqa=True)
+    with_torch = torch_has_gpu(bench)
+    with_fla = with_torch and has_fla(bench)
+    return Runner(
+        current(),
+        cupy.asarray,
+        seconds,
+        wall,
+        lambda there, locked: there.set(locked, stream=cupy.cuda.get_current_stream()),
+        torch_attention if with_torch else None,
+        fla_recurrence if with_fla else None,
+    )
 
 
 def wall_seconds(call: Call) -> float:
@@ -203,14 +233,23 @@ def cases(bench: Bench, runner: Runner, shapes: Shapes, budget: Budget | None = 
             return [*rows, {"case": "others", "outcome": "not measured: no time left"}]
         bench.say(f"decode {heads}/{kv_heads}, {keys} keys")
         rows += _decode(bench, runner, rng, shapes, (heads, kv_heads, keys), bandwidth)
-    for (heads, kv_heads), keys in itertools.product(shapes.heads[:1], shapes.prefill_keys):
+    later: list[tuple[str, Callable[[], list[Row]]]] = []
+    heads, kv_heads = shapes.heads[0]
+    for keys in shapes.prefill_keys:
+        shape = heads, kv_heads, keys
+        later.append((f"prefill, {keys} keys", partial(_prefill, bench, runner, rng, shape, shapes.head_dim)))
+    later += [
+        (f"KDA, {case[1]} rows", partial(_recurrence, bench, runner, rng, case, shapes.head_dim))
+        for case in shapes.recurrence
+    ]
+    later.append(("hybrid", partial(_hybrid, bench, runner, rng, shapes)))
+    later.append(("neighbourhood", partial(_neighbourhood, bench, runner, rng, shapes)))
+    for name, measured in later:
         if out_of_time():
             return [*rows, {"case": "others", "outcome": "not measured: no time left"}]
-        bench.say(f"prefill {heads}/{kv_heads}, {keys} keys")
-        rows += _prefill(bench, runner, rng, (heads, kv_heads, keys), shapes.head_dim)
-        rows.append(_recurrence(bench, runner, rng, (heads, keys), shapes.head_dim))
-    bench.say("neighbourhood")
-    return [*rows, _neighbourhood(bench, runner, rng, shapes)]
+        bench.say(name)
+        rows += measured()
+    return rows
 
 
 def _copy(bench: Bench, runner: Runner, size: int) -> tuple[Times, float]:
@@ -278,7 +317,9 @@ def _prefill(bench: Bench, runner: Runner, rng: np.random.Generator, case: tuple
     row = {"heads": f"{heads}/{kv_heads}", "head_dim": dim, "keys": keys, "dtype": "bfloat16"}
     found = _times(bench, runner, _with_torch(runner, q, k, v, causal=True))
     flops = 2 * heads * dim * keys * (keys + 1)
-    rows = [{"case": "prefill", **row, **_against(found), "tflop_s": flops / found["ours"][0] / 1e12}]
+    against, speed = _against(found), flops / found["ours"][0] / 1e12
+    asked = against["vs_torch"] / OF_TORCH if "vs_torch" in against else speed / TFLOP_S
+    rows = [{"case": "prefill", **row, **against, "tflop_s": speed, "of_asked": asked}]
     starts, blocks, density = random_blocks(rng, heads, keys, 128)
     lists = runner.put(starts), runner.put(blocks)
     both: dict[str, Call] = {
@@ -290,20 +331,62 @@ def _prefill(bench: Bench, runner: Runner, rng: np.random.Generator, case: tuple
     return [*rows, {"case": name, **row, **_columns(times["sparse"]), "over_density": ratio}]
 
 
-def _recurrence(bench: Bench, runner: Runner, rng: np.random.Generator, case: tuple[int, int], dim: int) -> Row:
+def _recurrence(bench: Bench, runner: Runner, rng: np.random.Generator, case: tuple[int, int], dim: int) -> list[Row]:
     """Kimi delta attention forward: a gate per channel, and the delta rule."""
     heads, length = case
     q, k, v = (_random(runner, rng, 1, heads, length, dim) for _ in "qkv")
-    gates = runner.put(-rng.exponential(0.05, (1, heads, length, dim)).astype(np.float32))
+    gates = runner.put(np.float32(-0.05) * rng.standard_exponential((1, heads, length, dim), np.float32))
     rates = runner.put(rng.uniform(0, 1, (1, heads, length)).astype(np.float32))
-    call = {"kda": lambda: gpu.chunked_recurrence(q, k, v, gates, rates, scale=1 / dim, device=runner.device)}
-    times = _times(bench, runner, call)["kda"]
+    calls: dict[str, Call] = {
+        "kda": lambda: gpu.chunked_recurrence(q, k, v, gates, rates, scale=1 / dim, device=runner.device)
+    }
+    if runner.fla is not None:
+        calls["fla"] = runner.fla(q, k, v, gates, rates)
+    found = _times(bench, runner, calls)
+    times = found["kda"]
     flops = 2 * heads * length * dim * (3 * dim + 32)
     row = {"case": "KDA forward", "heads": f"{heads}/{heads}", "head_dim": dim, "keys": length, "dtype": "bfloat16"}
-    return {**row, **_columns(times), "tflop_s": flops / times[0] / 1e12}
+    row = {**row, **_columns(times), "tflop_s": flops / times[0] / 1e12}
+    if "fla" in found:
+        row |= {"peer_ms": 1e3 * found["fla"][0], "vs_fla": found["fla"][0] / times[0]}
+    return [row]
 
 
-def _neighbourhood(bench: Bench, runner: Runner, rng: np.random.Generator, shapes: Shapes) -> Row:
+def _hybrid(bench: Bench, runner: Runner, rng: np.random.Generator, shapes: Shapes) -> list[Row]:
+    """A step over a cache whose rows lie in host memory, beside the copy of the rows that it selects.
+
+    That is once the way of the rows to the device as they lie, collected first, and once the bus alone: as many bytes
+    that lie together in page-locked memory.
+    """
+    (heads, kv_heads), keys, dim = shapes.heads[0], max(shapes.decode_keys), shapes.head_dim
+    device, chosen = runner.device, shapes.chosen
+    store = la.KVStore(kv_heads=kv_heads, head_dim=dim, dtype="bfloat16", capacity=keys)
+    cache = gpu.HostKVCache(store, la.index.Signatures(store), window=min(512, keys // 4), device=device)
+    q = _random(runner, rng, 1, heads, 1, dim)
+    for first in range(0, keys, _PIECE):
+        cache.append(*(_random(runner, rng, 1, kv_heads, min(_PIECE, keys - first), dim) for _ in "kv"))
+    rows = np.sort(rng.permuted(np.tile(np.arange(len(store)), (kv_heads, 1)), axis=1)[:, :chosen])
+
+    def copy_rows() -> None:
+        for x in (store.keys, store.values):
+            device.upload(np.take_along_axis(x, rows[..., None], axis=1), q)
+
+    together = np.take_along_axis(store.keys, rows[..., None], axis=1)
+    locked = device.download(runner.put(together))()  # into page-locked memory
+    there = device.empty(locked.shape, "bfloat16", q)
+    calls: dict[str, Call] = {
+        "step": lambda: cache.attend(q, top_k=chosen),
+        "rows": copy_rows,
+        "bus": lambda: [runner.fill(there, locked) for _ in "kv"],
+    }
+    found = _times(bench, runner, calls, runner.wall)
+    row = {"heads": f"{heads}/{kv_heads}", "head_dim": dim, "keys": keys, "dtype": "bfloat16"}
+    copied = {"rows_copy_ms": 1e3 * found["rows"][0], "bus_ms": 1e3 * found["bus"][0]}
+    ratio = found["step"][0] / found["rows"][0]
+    return [{"case": f"hybrid step, top {chosen}", **row, **_columns(found["step"]), **copied, "of_rows_copy": ratio}]
+
+
+def _neighbourhood(bench: Bench, runner: Runner, rng: np.random.Generator, shapes: Shapes) -> list[Row]:
     """A square of tokens, each seeing the square around it."""
     heads, _ = shapes.heads[0]
     side, window = shapes.grid
@@ -316,7 +399,7 @@ def _neighbourhood(bench: Bench, runner: Runner, rng: np.random.Generator, shape
     flops = 4 * heads * side**2 * window**2 * shapes.head_dim
     sizes = {"heads": f"{heads}/{heads}", "head_dim": shapes.head_dim, "keys": side**2, "dtype": "bfloat16"}
     row = {"case": f"neighbourhood, window {window} x {window}", **sizes}
-    return {**row, **_columns(times), "tflop_s": flops / times[0] / 1e12}
+    return [{**row, **_columns(times), "tflop_s": flops / times[0] / 1e12}]
 
 
 def random_blocks(
@@ -339,15 +422,17 @@ def _with_torch(runner: Runner, q: Any, k: Any, v: Any, *, causal: bool) -> dict
     return calls
 
 
-def _times(bench: Bench, runner: Runner, calls: Mapping[str, Call]) -> dict[str, Times]:
-    """Median and least seconds of each call, in turns."""
+def _times(
+    bench: Bench, runner: Runner, calls: Mapping[str, Call], clock: Callable[[Call], float] | None = None
+) -> dict[str, Times]:
+    """Median and least seconds of each call, in turns; on the device, or by a clock."""
     for call in calls.values():
         for _ in range(_WARM_UP if not bench.quick else 1):
             call()
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(bench.rounds):
         for name, call in calls.items():
-            found[name].append(runner.seconds(call))
+            found[name].append((clock or runner.seconds)(call))
     return {name: (statistics.median(seconds), min(seconds)) for name, seconds in found.items()}
 
 
@@ -358,7 +443,7 @@ def _columns(times: Times) -> Row:
 def _against(found: dict[str, Times]) -> Row:
     row = _columns(found["ours"])
     if "torch" in found:
-        row |= {"torch_ms": 1e3 * found["torch"][0], "vs_torch": found["torch"][0] / found["ours"][0]}
+        row |= {"peer_ms": 1e3 * found["torch"][0], "vs_torch": found["torch"][0] / found["ours"][0]}
     return row
 
 

@@ -49,7 +49,23 @@ class Options(TypedDict, total=False):
 
 
 #: Options that `longattn.gpu` takes; all others must be as they are by default.
-ON_GPU = frozenset({"causal", "window", "scale", "softcap", "bias", "alibi_slopes", "sinks"})
+ON_GPU = frozenset(
+    {
+        "causal",
+        "window",
+        "scale",
+        "softcap",
+        "bias",
+        "mask",
+        "alibi_slopes",
+        "sinks",
+        "relative_bias",
+        "relative_zero",
+        "segments",
+        "visible_until",
+        "state",
+    }
+)
 
 
 def gpu_options(**given: Any) -> dict[str, Any]:

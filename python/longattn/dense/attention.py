@@ -118,8 +118,8 @@ def attention(
         `Hq * Lq * visible keys * (D + Dv)` multiply-adds; each K/V byte is read once per block of queries and
         once for a whole query group. Memory beyond the output: float32 partial results, no scores.
 
-    On arrays of a GPU, `bias`, `alibi_slopes`, `sinks` and an array for `scale` must be float32 arrays there; `mask`,
-    `relative_bias`, `segments`, `visible_until`, `skip_threshold`, `qk_int8`, `state` and `out` are not offered.
+    On arrays of a GPU, `bias`, `alibi_slopes`, `sinks`, `relative_bias`, `state` and an array for `scale` must be
+    float32 arrays there, `segments` and `visible_until` int32; `skip_threshold`, `qk_int8` and `out` are not offered.
 
     Example:
         >>> import numpy as np, longattn as la

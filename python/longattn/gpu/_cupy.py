@@ -67,7 +67,10 @@ class CupyDevice:
 
     def contiguous(self, x: Any) -> Any:
         """`x`, or a C-contiguous copy."""
-        return self._cupy.ascontiguousarray(x) if isinstance(x, self._cupy.ndarray) else x.contiguous()
+        if not isinstance(x, self._cupy.ndarray):
+            return x.contiguous()
+        with self._callers_stream():
+            return self._cupy.ascontiguousarray(x)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """A new array of the kind of `like`."""
@@ -80,10 +83,19 @@ class CupyDevice:
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
 
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        """A new array of the kind of `like`, filled with zeros on the caller's stream."""
+        if isinstance(like, self._cupy.ndarray):
+            with self._callers_stream():
+                return self._cupy.zeros(shape, dtype)
+        torch = sys.modules["torch"]
+        return torch.zeros(shape, dtype=getattr(torch, dtype), device=like.device)
+
     def integers(self, values: Any, like: Any) -> Any:
         """A new int32 array of the kind of `like`."""
         if isinstance(like, self._cupy.ndarray):
-            return self._cupy.ascontiguousarray(self._cupy.asarray(values, dtype=np.int32))
+            with self._callers_stream():
+                return self._cupy.ascontiguousarray(self._cupy.asarray(values, dtype=np.int32))
         torch = sys.modules["torch"]
         return torch.as_tensor(values, dtype=torch.int32, device=like.device).contiguous()
 
@@ -114,13 +126,7 @@ class CupyDevice:
         """Starts a copy of a host array, on the caller's stream."""
         with self._callers_stream():
             if isinstance(like, self._cupy.ndarray):
-                import cupyx
-
-                pinned = cupyx.empty_pinned(x.shape, x.dtype)
-                pinned[...] = x
-                made = self._cupy.empty(x.shape, x.dtype)
-                made.set(pinned)
-                return made
+                return self._cupy.asarray(x)  # by page-locked memory that CuPy keeps until the copy is done
             torch = sys.modules["torch"]
             rows, brain = np.ascontiguousarray(x), x.dtype == BFLOAT16  # which torch takes from no numpy array
             pinned = torch.from_numpy(rows.view(np.int16) if brain else rows).pin_memory()
@@ -162,5 +168,16 @@ class CupyDevice:
         if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
             yield
             return
-        with self._cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+        with self._cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream().cuda_stream)):
             yield
+
+
+class _Stream:
+    """A stream by its address, as the stream protocol has it; torch's own streams speak it since 2.10 only."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Version of the protocol, and address."""
+        return 0, self._address

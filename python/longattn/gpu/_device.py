@@ -58,6 +58,9 @@ class Device(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """A new array of the kind of `like`, with arbitrary content."""
 
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        """A new array of the kind of `like`, filled with zeros by the device."""
+
     def integers(self, values: Any, like: Any) -> Any:
         """A new int32 array of the kind of `like`, from host or device integers."""
 

@@ -40,6 +40,12 @@ def attention(
     bias: Any = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    mask: Any = None,
+    relative_bias: Any = None,
+    relative_zero: int | None = None,
+    segments: tuple[Any, Any] | None = None,
+    visible_until: Any = None,
+    state: tuple[Any, Any] | None = None,
     return_lse: bool = False,
     out_dtype: str | None = None,
     device: Device | None = None,
@@ -60,14 +66,22 @@ def attention(
         bias: float32 array that broadcasts to `[B, Hq, Lq, Lk]`, added to the logits after `softcap`, by any strides.
         alibi_slopes: float32 `[Hq]` or `[B, Hq]`; adds `-slope * |query position - key position|`.
         sinks: float32 `[Hq]`: one more logit per head, which takes its share of the softmax.
-        return_lse: also return the log-sum-exp `[B, Hq, Lq]`, float32, natural log, sinks included.
+        mask: boolean array that broadcasts as `bias`, by any strides; True lets the query see the key.
+        relative_bias: float32 `[Hq, n]`: adds `relative_bias[h, clip(key - position + relative_zero, 0, n - 1)]`.
+        relative_zero: the entry of the key at the query's own position; `None` is `n - 1`.
+        segments: pair of int32 `[Lq]` or `[B, Lq]` and `[Lk]` or `[B, Lk]`: a query sees keys of its own number.
+        visible_until: int32 `[Lk]` or `[B, Lk]`: only positions below `visible_until[j]` see key `j`.
+        state: pair `(o, lse)` of an earlier part over other keys, float32 `[B, Hq, Lq, D]` and `[B, Hq, Lq]`, which
+            enters the softmax. Rows with an lse of -inf count as nothing, whatever their `o` holds.
+        return_lse: also return the log-sum-exp `[B, Hq, Lq]`, float32, natural log, sinks and state included.
         out_dtype: dtype of the output, "float32" for a part that is merged later; `None` is that of `q`, and the only
             one for more than 16 rows per KV head.
         device: the back end; `None` is that of `q`.
 
     Returns:
-        `out` in the kind and shape of `q`, or `(out, lse)`. A row that sees no key gives 0, and -inf without sinks.
-        Unlike on a CPU, a NaN in the values of a key that is masked, but in a tile that is not, spreads.
+        `out` in the kind and shape of `q`, or `(out, lse)`. A row that sees no key gives 0 and -inf where there are
+        neither sinks nor a state.
+        NaN and infinities in visible keys and values propagate, those in masked ones do not.
 
     Raises:
         TypeError: arrays of no GPU, or another dtype.
@@ -77,7 +91,7 @@ def attention(
     Cost: with at most 16 rows per KV head one pass over the keys and values that any row sees, split over blocks; else
         `Lq * Lk * D * 2` multiply-adds per head, less what causality and window leave out. Options of the scores
         have kernels of their own, compiled when first used; without them they cost nothing. Rows that are not aligned
-        to 16 bytes cost one copy.
+        to 16 bytes cost one copy. Rows whose output is not finite are computed a second time, key by key.
     """
     device = device or device_of(q, "q")
     coded = _coded(device, q, k, v) if isinstance(k, CodedRows) or isinstance(v, CodedRows) else None
@@ -93,6 +107,12 @@ def attention(
         bias=bias,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        mask=mask,
+        relative_bias=relative_bias,
+        relative_zero=relative_zero,
+        segments=segments,
+        visible_until=visible_until,
+        state=state,
     )
     split = queries.shape[1] // keys.shape[1] * rows <= DECODE_ROWS and length > 0
     if out_dtype not in ((None, *KERNEL_DTYPES) if split else (None, queries.dtype)):
@@ -130,6 +150,9 @@ def attention_varlen(
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    relative_bias: Any = None,
+    relative_zero: int | None = None,
+    state: tuple[Any, Any] | None = None,
     return_lse: bool = False,
     device: Device | None = None,
 ) -> Any:
@@ -148,6 +171,9 @@ def attention_varlen(
         softcap: as of `attention`.
         alibi_slopes: float32 `[Hq]`, inside each sequence.
         sinks: as of `attention`.
+        relative_bias: as of `attention`, by distances inside each sequence.
+        relative_zero: as of `attention`.
+        state: as of `attention`: `o` `[Tq, Hq, D]`, `lse` `[Hq, Tq]`.
         return_lse: also return the log-sum-exp `[Hq, Tq]`.
         device: as of `attention`.
 
@@ -173,7 +199,17 @@ def attention_varlen(
         raise ValueError(f"alibi_slopes: got shape {tuple(alibi_slopes.shape)}, expected ({heads},)")
     ends = window_ends(causal, window, total + keys.shape[2])
     scores = scores_of(
-        device, queries.shape, keys.shape[2], scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks
+        device,
+        queries.shape,
+        keys.shape[2],
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        relative_bias=relative_bias,
+        relative_zero=relative_zero,
+        state=state,
+        out_shape=(total, heads, dim),
     )
     out = device.empty((total, heads, dim), queries.dtype, q)
     lse = device.empty((heads, total), "float32", q)

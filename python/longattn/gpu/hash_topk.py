@@ -94,7 +94,7 @@ def hash_topk(queries: Any, codes: Any, k: int, *, device: Device | None = None)
         kept = device.view(device.contiguous(codes), "codes")
     asked = device.view(device.contiguous(queries), "queries")
     scores = device.view(device.empty((batch, heads, rows), "uint16", codes), "scores")
-    counts = device.view(device.integers(np.zeros((batch, heads, bins), np.int32), codes), "counts")
+    counts = device.view(device.zeros((batch, heads, bins), "int32", codes), "counts")
     threshold = device.view(device.empty((batch, heads, 2), "int32", codes), "threshold")
     device.kernel("hash", f"hash_scan_{words}")(
         (-(-rows // ROWS), heads, batch),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from longattn._arrays import CodedRows
 from longattn.gpu._checks import heads_view
 from longattn.gpu._costs import Costs, measure
 from longattn.gpu._device import Device, device_of
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from longattn.kv import KVStore
     from longattn.retrieval import RetrievalStats
 
-#: Rows that the store must have before the first codes are made on the device; fewer are all gathered.
+#: Rows that the store must have before the first codes are made on the device; fewer are all read.
 _FIRST_FIT = 512
+#: All codes are made anew, about the mean key of that time, when the store has grown by this factor since.
+_REFIT_GROWTH = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,14 @@ class StepStats:
         way: where rows in host memory were read: "host", "gather" for their way over the bus, "device" where there
             were none.
         gathered: rows per KV head that went over the bus.
-        retrieval: what the host read.
+        retrieval: what the host read by its index.
+        listed: rows per KV head that the host read without one.
     """
 
     way: Literal["host", "gather", "device"]
     gathered: int
     retrieval: RetrievalStats | None
+    listed: int = 0
 
 
 @dataclass(slots=True)
@@ -67,23 +72,30 @@ class HostKVCache:
     `top_k` and leaves the other rows out. Which of the two ways is faster depends on the machine: with `"auto"` each
     step takes the one that `Costs` say, which are measured at the first step that has a choice.
 
+    A store of codes ("int8", say) takes half the memory or a quarter, and the host reads its rows as they are. It has
+    no index: the device chooses `top_k` rows by its codes of 4 bits, and the host attends to these; or to all of them.
+
+    Codes on the device are made of the rows that have entered the store since, 16 at a time, which cross the bus once
+    more for that; when the store has grown fourfold since the last fit, all are made anew about the mean key of then.
+
     Args:
         store: host store of the layer, empty; what it holds later is read through `index`.
-        index: an index of that store.
+        index: an index of that store; `None` for the choice by codes on the device, and for stores of codes.
         sinks: first tokens that stay on the device, at least 0.
         window: last tokens that are on the device, at least 1.
-        reads: how rows in host memory are read: `"host"`, `"gather"` or `"auto"`.
+        reads: how rows in host memory are read: `"host"`, `"gather"` or `"auto"`; `"host"` for stores of codes.
         costs: of both ways, for `"auto"`; `None` measures them.
         device: the back end; `None` is that of the first arrays.
 
     Raises:
-        ValueError: a store that is not empty, an index of another store, counts out of range, an unknown way.
+        ValueError: a store that is not empty, an index of another store, counts out of range, an unknown way, or one
+            that a store of codes does not have.
     """
 
     def __init__(
         self,
         store: KVStore,
-        index: Index,
+        index: Index | None,
         *,
         sinks: int = 4,
         window: int = 512,
@@ -93,16 +105,21 @@ class HostKVCache:
     ) -> None:
         if len(store):
             raise ValueError(f"store: got {len(store)} rows, expected an empty store")
-        if index.store is not store:
+        if index is not None and index.store is not store:
             raise ValueError("index: got the index of another store")
         if sinks < 0 or window < 1:
             raise ValueError(f"sinks, window: got {sinks} and {window}, expected at least 0 and 1")
         if reads not in ("host", "gather", "auto"):
             raise ValueError(f"reads: got {reads!r}, expected 'host', 'gather' or 'auto'")
+        if reads != "host" and isinstance(store.dtype, str):
+            raise ValueError(f"reads: got {reads!r} with a store of {store.dtype}, expected 'host'")
         self.store, self.index, self.sinks, self.window = store, index, sinks, window
         self.reads, self.costs = reads, costs
         self._codes: SignatureCodes | None = None
         self._coded = 0  # rows of the store with codes on the device
+        self._fitted = 0  # rows whose mean key the codes are about
+        #: Of the rows on the device; with a store of codes that of the first to come.
+        self._dtype = None if isinstance(store.dtype, str) else str(store.dtype)
         self._device = device
         self._keys: Any = None
         self._values: Any = None
@@ -129,17 +146,15 @@ class HostKVCache:
         assert device is not None
         yield self._keys[:, :, : self.resident], self._values[:, :, : self.resident]
         for first in range(0, len(self.store), block):
-            rows = slice(first, first + block)
-            yield (
-                device.upload(self.store.keys[None, :, rows], like),
-                device.upload(self.store.values[None, :, rows], like),
-            )
+            rows = first, min(first + block, len(self.store))
+            keys, values = (_range(x, rows, self._dtype) for x in (self.store.keys, self.store.values))
+            yield device.upload(keys[None], like), device.upload(values[None], like)
 
     def append(self, k: Any, v: Any) -> None:
         """Adds tokens: rows go to the device's window, and a copy of them starts on its way to the host.
 
         Args:
-            k: keys `[1, Hkv, n, D]` on the device, in the store's dtype.
+            k: keys `[1, Hkv, n, D]` on the device, in the store's dtype, for a store of codes in that of the first.
             v: values, the shape of `k`.
 
         Raises:
@@ -147,8 +162,8 @@ class HostKVCache:
             ValueError: shapes that do not fit the store; more tokens than its capacity.
         """
         device = self._device = self._device or device_of(k, "k")
-        dtype = str(self.store.dtype)
-        keys, values = heads_view(device, k, "k", dtype), heads_view(device, v, "v", dtype)
+        keys = heads_view(device, k, "k", self._dtype)
+        values = heads_view(device, v, "v", keys.dtype)
         _, heads, count, dim = keys.shape
         expected = (1, self.store.kv_heads, count, self.store.head_dim)
         for name, view in (("k", keys), ("v", values)):
@@ -161,6 +176,7 @@ class HostKVCache:
             )
         if count == 0:
             return
+        self._dtype = keys.dtype
         if self._keys is None:
             shape = (1, heads, self.sinks + self.window, dim)
             self._keys, self._values = (device.empty(shape, keys.dtype, k) for _ in range(2))
@@ -216,12 +232,13 @@ class HostKVCache:
 
         Args:
             q: queries `[1, Hq, 1, D]` on the device.
-            top_k: rows that are selected on the host, as of `longattn.retrieval_attention`.
+            top_k: rows that are selected on the host, as of `longattn.retrieval_attention`; without an index, on the
+                device, or all of them for `None`.
             scale: factor on the dot products; `None` is `D ** -0.5`.
             sink_logits: float32 `[Hq]` on the device: an extra logit per head, which takes its share of the softmax.
             return_stats: also return what was read.
             **budget: further arguments of `longattn.retrieval_attention`, such as `top_p` or `epsilon`; the host reads
-                then, whatever `reads` says.
+                then, whatever `reads` says. They need an index.
 
         Returns:
             The output `[1, Hq, 1, D]` in the kind and dtype of `q`, or the pair with `StepStats`.
@@ -229,7 +246,7 @@ class HostKVCache:
         Raises:
             TypeError: as of `append`.
             ValueError: no token yet; shapes that do not fit; what `retrieval_attention` refuses; `reads="gather"`
-                without `top_k`.
+                without `top_k`; further arguments without an index.
 
         Cost: the longer of the device's pass over `sinks + window` rows and the host's retrieval, and a merge.
             Gathered: a scan of the codes on the device, the chosen rows' way over the bus, and attention to them.
@@ -238,14 +255,17 @@ class HostKVCache:
             raise ValueError("attend: got a cache without tokens")
         device = self._device
         assert device is not None
-        queries = heads_view(device, q, "q", str(self.store.dtype))
+        queries = heads_view(device, q, "q", self._dtype)
         if queries.shape[0] != 1 or queries.shape[2] != 1:
             raise ValueError(f"q: got shape {queries.shape}, expected [1, heads, 1, {self.store.head_dim}]")
         if self.reads == "gather" and (top_k is None or budget):
             raise ValueError(f"top_k: got {top_k} with {sorted(budget)}, expected top_k alone where rows are gathered")
+        if self.index is None and (budget or (top_k is not None and top_k < 1)):
+            raise ValueError(f"top_k: got {top_k} with {sorted(budget)}, expected at least 1, alone, without an index")
         gathers = self._gathers(q, top_k, bool(budget))
         arriving = None if gathers else device.download(q)
-        chosen = self._chosen(q, top_k, scale) if gathers and top_k is not None else None
+        by_codes = gathers or (self.index is None and len(self.store) > 0)
+        chosen = self._chosen(q, top_k, scale) if by_codes and top_k is not None else None
         here = attention(
             q,
             self._keys[:, :, : self.resident],
@@ -257,7 +277,7 @@ class HostKVCache:
             device=device,
         )
         parts, stats = [here], StepStats("device", 0, None)
-        if chosen is not None:
+        if gathers and chosen is not None:
             k, v = self._gathered(chosen())
             out, lse = attention(
                 q,
@@ -271,24 +291,43 @@ class HostKVCache:
             parts.append((out, lse))
             stats = StepStats("gather", k.shape[2], None)
         elif arriving is not None and len(self.store):
-            from longattn.retrieval import retrieval_attention
+            # In float32, as a part of a sum should be.
+            asked = arriving()[0].astype(np.float32)
+            if self.index is None:
+                out, lse, stats = self._listed(asked, None if chosen is None else chosen(), scale)
+            else:
+                from longattn.retrieval import retrieval_attention
 
-            # In float32, as a part of a sum should be. The rows between sinks and window are all that the store holds.
-            found = retrieval_attention(
-                arriving()[0].astype(np.float32),
-                self.store,
-                self.index,
-                top_k=top_k,
-                sinks=0,
-                window=0,
-                scale=scale,
-                return_stats=return_stats,
-                **budget,
-            )
-            parts.append((device.upload(found.out[None], q), device.upload(found.lse[None], q)))
-            stats = StepStats("host", 0, found.stats)
+                # The rows between sinks and window are all that the store holds.
+                found = retrieval_attention(
+                    asked,
+                    self.store,
+                    self.index,
+                    top_k=top_k,
+                    sinks=0,
+                    window=0,
+                    scale=scale,
+                    return_stats=return_stats,
+                    **budget,
+                )
+                out, lse, stats = found.out, found.lse, StepStats("host", 0, found.stats)
+            parts.append((device.upload(out[None], q), device.upload(lse[None], q)))
         out, _ = merge(parts, dtype=queries.dtype, device=device)
         return (out, stats) if return_stats else out
+
+    def _listed(
+        self, q: NDArray[Any], rows: NDArray[Any] | None, scale: float | None
+    ) -> tuple[NDArray[Any], NDArray[Any], StepStats]:
+        """The host's part without an index: over rows `[Hkv, n]` of the store, or all."""
+        from longattn.dense import attention as over_all
+        from longattn.dense import listed_attention
+
+        keys, values = self.store.keys, self.store.values
+        if rows is None:
+            out, lse = over_all(q, keys, values, scale=scale, return_lse=True)
+        else:
+            out, lse = listed_attention(q, keys, values, rows, scale=scale, return_lse=True)
+        return out, lse, StepStats("host", 0, None, len(self.store) if rows is None else rows.shape[1])
 
     def _gathers(self, q: Any, top_k: int | None, other_budget: bool) -> bool:
         """Whether this step's rows go over the bus."""
@@ -321,24 +360,36 @@ class HostKVCache:
         return lambda: np.concatenate([arriving()[0], np.tile(left, (heads, 1))], axis=1)
 
     def _code_rows(self, like: Any) -> None:
-        """Codes for whole blocks of rows that the store has got since; the first ones give the mean key."""
-        device, rows = self._device, len(self.store)
+        """Codes for whole blocks of rows that the store has got since, or for all where it is time to fit anew."""
+        device, rows = self._device, len(self.store) // BLOCK * BLOCK
         assert device is not None
-        blocks = rows // BLOCK
-        if blocks * BLOCK == self._coded or (self._codes is None and rows < _FIRST_FIT):
+        if rows == self._coded or (self._codes is None and rows < _FIRST_FIT):
             return
-        new = device.upload(self.store.keys[None, :, self._coded : blocks * BLOCK], like)
-        made = signatures_encode(new, fitted=self._codes, device=device)
-        if self._codes is None or self._codes.codes.shape[2] < blocks:
+        fits = rows >= _REFIT_GROWTH * self._fitted
+        first = 0 if fits else self._coded
+        new = device.upload(_range(self.store.keys, (first, rows))[None], like)
+        made = signatures_encode(new, fitted=None if fits else self._codes, device=device)
+        at, blocks = first // BLOCK, rows // BLOCK
+        held = None if self._codes is None else self._codes.codes
+        if held is None or held.shape[2] < blocks:
             _, heads, _, size = made.codes.shape
             room = device.empty((1, heads, max(2 * blocks, 64), size), "uint8", like)
-            if self._codes is not None:
-                room[:, :, : self._coded // BLOCK] = self._codes.codes[:, :, : self._coded // BLOCK]
-            self._codes = replace(made, codes=room)
-        self._codes.codes[:, :, self._coded // BLOCK : blocks] = made.codes
-        self._coded = blocks * BLOCK
+            if held is not None:
+                room[:, :, :at] = held[:, :, :at]
+            held = room
+        held[:, :, at:blocks] = made.codes
+        self._codes = replace(made, codes=held)
+        self._coded, self._fitted = rows, rows if fits else self._fitted
 
     def _gathered(self, rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Keys and values `[1, Hkv, n, D]` of rows `[Hkv, n]`."""
         k, v = (np.take_along_axis(x, rows[..., None], axis=1)[None] for x in (self.store.keys, self.store.values))
         return k, v
+
+
+def _range(rows: Any, places: tuple[int, int], dtype: str | None = None) -> NDArray[Any]:
+    """Rows of a store `[Hkv, n, D]`; of one of codes their numbers, in a dtype."""
+    if not isinstance(rows, CodedRows):
+        found: NDArray[Any] = rows[:, slice(*places)]
+        return found
+    return rows.decoded(*places).astype(np.dtype(dtype or "float32"), copy=False)

@@ -183,4 +183,4 @@ def signatures_topk(
 
 
 def _zeros(device: Device, shape: tuple[int, ...], like: Any) -> View:
-    return device.view(device.integers(np.zeros(shape, np.int32), like), "counts")
+    return device.view(device.zeros(shape, "int32", like), "counts")

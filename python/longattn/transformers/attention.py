@@ -162,10 +162,7 @@ def _attend_on_gpu(
     causal: bool,
     window: int | None,
 ) -> torch.Tensor:
-    """The same where kernels take float32 biases in the place of masks."""
-    if allowed is not None:
-        hidden = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, float("-inf"))
-        bias = hidden if bias is None else bias + hidden
+    """The same where kernels take float32 biases and sinks, and no `out`."""
     sinks = options["sinks"]
     out: torch.Tensor = la.attention(
         query,
@@ -173,6 +170,7 @@ def _attend_on_gpu(
         value,
         causal=causal,
         window=(-1, -1) if window is None else (window - 1, 0),
+        mask=allowed,
         bias=None if bias is None else bias.float(),
         scale=options["scale"],
         softcap=options["softcap"],

@@ -29,6 +29,8 @@ class DeviceConfig:
         index: kind of the index over them, one of `longattn.index.KINDS` that learns from keys alone.
         parameters: of the index.
         reads: how selected rows are read: `"host"`, `"gather"` or `"auto"`; the last two need `top_k`.
+        codes: "int8" or "int4": rows in host memory are kept as codes, without an index; the device chooses `top_k` of
+            them, `None` reads all. `None` keeps the numbers.
         device: back end of `longattn.gpu`; `None` is that of the keys.
 
     Raises:
@@ -42,6 +44,7 @@ class DeviceConfig:
     index: str = "signatures"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     reads: Literal["host", "gather", "auto"] = "host"
+    codes: Literal["int8", "int4"] | None = None
     device: gpu.Device | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +57,10 @@ class DeviceConfig:
             raise ValueError(f"reads: got {self.reads!r}, expected 'host', 'gather' or 'auto'")
         if self.reads != "host" and self.top_k is None:
             raise ValueError(f"top_k: got None with reads={self.reads!r}, expected a number of rows")
+        if self.codes not in (None, "int8", "int4"):
+            raise ValueError(f"codes: got {self.codes!r}, expected 'int8', 'int4' or None")
+        if self.codes and self.reads != "host":
+            raise ValueError(f"reads: got {self.reads!r} with codes={self.codes!r}, expected 'host'")
         if self.index not in by_name.KINDS or by_name.learns_from_queries(self.index):
             fitting = (kind for kind in by_name.KINDS if not by_name.learns_from_queries(kind))
             raise ValueError(f"index: got {self.index!r}, expected one of {', '.join(fitting)}")
@@ -85,8 +92,8 @@ class DeviceSequence(OnwardSequence):
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None  # of a sliding window
         self._cache: gpu.HostKVCache | None = None
         if window is None:
-            store = la.KVStore(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, capacity=capacity)
-            index = la.index.make(how.index, store, queries=None, **how.parameters)
+            store = la.KVStore(kv_heads=kv_heads, head_dim=head_dim, dtype=how.codes or dtype, capacity=capacity)
+            index = None if how.codes else la.index.make(how.index, store, queries=None, **how.parameters)
             self._cache = gpu.HostKVCache(
                 store, index, sinks=how.sinks, window=how.window, reads=how.reads, device=how.device
             )
@@ -99,7 +106,7 @@ class DeviceSequence(OnwardSequence):
     @property
     def index_nbytes(self) -> int:
         """Host memory of the index."""
-        return 0 if self._cache is None else self._cache.index.nbytes
+        return 0 if self._cache is None or self._cache.index is None else self._cache.index.nbytes
 
     def attend(
         self,
@@ -171,7 +178,7 @@ class DeviceSequence(OnwardSequence):
                 return_stats=True,
             )
             out[:, one] = attended[0]
-            read, missed = (cache.resident + stats.gathered) * self._kv_heads, 0.0
+            read, missed = (cache.resident + stats.gathered + stats.listed) * self._kv_heads, 0.0
             if stats.retrieval is not None:
                 read += int(stats.retrieval.keys_attended.sum())
                 missed = float(stats.retrieval.missed_mass.sum())

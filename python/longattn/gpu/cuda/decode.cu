@@ -125,9 +125,16 @@ DEVICE void decode_matrices(const T* q, const T* k, const T* v, const int* liste
   float* to_maxima = reinterpret_cast<float*>(shared);
   float* to_sums = to_maxima + 16 * DECODE_WARPS;
   float* outputs = to_sums + 16 * DECODE_WARPS;
+  u32 again = 0;  // rows whose sums are no numbers
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     float sum = lanes_sum<4>(sums[i]);
+    bool numbers = true;
+#pragma unroll
+    for (int d = 0; d < DIM / 8; d++) numbers = numbers && finite(o[d][2 * i]) && finite(o[d][2 * i + 1]);
+    u32 lanes = __ballot_sync(ALL_LANES, group + 8 * i < part.rows && !numbers);
+#pragma unroll
+    for (int g = 0; g < 8; g++) again |= (lanes >> 4 * g & 15 ? 1u : 0u) << (g + 8 * i);
     int to = (group + 8 * i) * DECODE_WARPS + warp;
     if (in_group == 0) {
       to_maxima[to] = maxima[i];
@@ -137,6 +144,25 @@ DEVICE void decode_matrices(const T* q, const T* k, const T* v, const int* liste
     for (int d = 0; d < DIM / 8; d++)
 #pragma unroll
       for (int j = 0; j < 2; j++) outputs[to * DIM + d * 8 + in_group * 2 + j] = o[d][2 * i + j];
+  }
+  if (again) {
+    __syncwarp();
+    for (int r = 0; r < part.rows; r++) {
+      if (!(again >> r & 1)) continue;
+      int to = r * DECODE_WARPS + warp, until = part.sees_to(r);
+      float query[DIM / WARP], sum[DIM / WARP] = {}, most = to_maxima[to];
+      load_row<DIM>(query, queries + r * DIM);
+      ScoreRow row = part.scores(options, scale, r);
+      for (int at = first; at < until; at += STRIDE) {
+        for (int key = max(at, part.sees_from(r)); key < min(at + DECODE_KEYS, until); key++) {
+          i64 place = list ? list[key] : key;
+          add_key<DIM>(sum, query, keys + place * k_by.row, values + place * v_by.row, most,
+                       [&](float product) { return score_of(options, row, product, key); });
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < DIM / WARP; i++) outputs[to * DIM + lane + WARP * i] = sum[i];
+    }
   }
   part.merge(to_maxima, to_sums, outputs, DECODE_WARPS, options, partial, lse);
 }

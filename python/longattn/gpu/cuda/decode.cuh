@@ -53,7 +53,7 @@ struct DecodePart {
   }
 
   // Puts together what `parts` groups of lanes have of each row: largest score and sum [rows, parts], sum of values [rows, parts, D].
-  // The sink belongs to the first split.
+  // The sink belongs to the first split, and so does what an earlier part left.
   DEVICE void merge(const float* maxima, const float* sums, const float* outputs, int parts, const ScoreOptions& options, float* partial,
                     float* lse) const {
     __syncthreads();
@@ -61,16 +61,18 @@ struct DecodePart {
       int row = e / DIM, d = e % DIM;
       float most = -infinity(), sum = 0.f, o = 0.f;
       for (int p = 0; p < parts; p++) most = fmaxf(most, maxima[row * parts + p]);
-      if (most > -infinity()) {
-        for (int p = 0; p < parts; p++) {
-          float weight = exp2f(maxima[row * parts + p] - most);
-          sum += weight * sums[row * parts + p];
-          o += weight * outputs[(row * parts + p) * DIM + d];
-        }
+      float base = most > -infinity() ? most : 0.f;
+      for (int p = 0; p < parts; p++) {
+        if (sums[row * parts + p] == 0.f) continue;  // saw nothing
+        float weight = exp2f(maxima[row * parts + p] - base);
+        sum += weight * sums[row * parts + p];
+        o += weight * outputs[(row * parts + p) * DIM + d];
       }
-      SoftmaxEnd end = softmax_end(most, sum, blockIdx.x == 0 ? sink_of(options, query_head(row)) : -infinity());
+      bool first = blockIdx.x == 0;
+      SoftmaxEnd end = softmax_end(most, sum, first ? sink_of(options, query_head(row)) : -infinity(),
+                                   first ? earlier_of(options.state_lse, first_row + row) : -infinity());
       i64 at = (first_row + row) * gridDim.x + blockIdx.x;
-      partial[at * DIM + d] = o * end.factor;
+      partial[at * DIM + d] = output_of(end, o, options.state, (first_row + row) * DIM + d);
       if (d == 0) lse[at] = end.lse;
     }
   }

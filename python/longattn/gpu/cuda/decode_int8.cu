@@ -153,8 +153,9 @@ DEVICE void decode_codes(const T* q, const u8* k, const u8* v, const int* listed
 #pragma unroll
         for (int j = 0; j < 2; j++) {
           float weight = row[2 * n + j], scale_of = both.at[2 * j];
-          scaled[n][2 * i + j] = weight * scale_of;
-          offsets[i] += weight * (both.at[2 * j + 1] + 128.f * scale_of);
+          bool counts = weight != 0.f;  // a value that a row does not see may be NaN
+          scaled[n][2 * i + j] = counts ? weight * scale_of : 0.f;
+          offsets[i] += counts ? weight * (both.at[2 * j + 1] + 128.f * scale_of) : 0.f;
         }
       }
     }

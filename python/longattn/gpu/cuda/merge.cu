@@ -5,8 +5,11 @@ template <class T>
 DEVICE void merge_parts(const float* partial, const float* lse, T* out, float* out_lse, int parts, int dim) {
   i64 head = blockIdx.x;
   float most = -infinity();
-  for (int p = 0; p < parts; p++) most = fmaxf(most, lse[head * parts + p]);
-  bool any = most > -infinity();
+  bool any = false;  // a part that is not empty, or NaN
+  for (int p = 0; p < parts; p++) {
+    most = fmaxf(most, lse[head * parts + p]);
+    any = any || !(lse[head * parts + p] == -infinity());
+  }
   float sum = 0.f;
   if (any)
     for (int p = 0; p < parts; p++) sum += __expf(lse[head * parts + p] - most);

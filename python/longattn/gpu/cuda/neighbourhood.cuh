@@ -125,5 +125,5 @@ struct Grid {
                              v + batch * v_batch + kv_head * v_head,                                                              \
                              out + batch * out_batch + head * out_head,                                                           \
                              lse + (batch * gridDim.y + head) * length0 * length1 * length2,                                      \
-                             q_row, k_row, v_row, out_row};                                                                       \
+                             q_row, k_row, v_row, out_row, nullptr, nullptr};                                                     \
   if (pattern.until == 0) return;

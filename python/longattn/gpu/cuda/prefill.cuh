@@ -114,15 +114,39 @@ DEVICE void prefill(const Pattern& pattern, const Operands<T>& in, const ScoreOp
   wait_async<0>();
 
   float sink = sink_of(options, head);
+  u32 again = 0;  // rows of the warp whose sums are no numbers
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     i64 row = pattern.query(warp * 16 + group + 8 * i);
-    SoftmaxEnd end = softmax_end(maxima[i], lanes_sum<4>(sums[i]), sink);
+    bool numbers = true;
+#pragma unroll
+    for (int d = 0; d < DIM / 8; d++) numbers = numbers && finite(o[d][2 * i]) && finite(o[d][2 * i + 1]);
+    u32 lanes = __ballot_sync(ALL_LANES, row >= 0 && !numbers);
+    sums[i] = lanes_sum<4>(sums[i]);
+#pragma unroll
+    for (int g = 0; g < 8; g++) again |= (lanes >> 4 * g & 15 ? 1u : 0u) << (g + 8 * i);
+    SoftmaxEnd end = softmax_end(maxima[i], sums[i], sink, row < 0 ? -infinity() : earlier_of(in.state_lse, row));
     if (row < 0) continue;
     if (in_group == 0) in.lse[row] = end.lse;
-    T* to_row = in.out + row * in.out_row;
+    i64 at = row * in.out_row;
 #pragma unroll
-    for (int d = 0; d < DIM / 8; d++)
-      *reinterpret_cast<u32*>(to_row + d * 8 + in_group * 2) = pair_of<T>(o[d][2 * i] * end.factor, o[d][2 * i + 1] * end.factor);
+    for (int d = 0; d < DIM / 8; d++) {
+      int channel = d * 8 + in_group * 2;
+      *reinterpret_cast<u32*>(in.out + at + channel) =
+          pair_of<T>(output_of(end, o[d][2 * i], in.state, at + channel), output_of(end, o[d][2 * i + 1], in.state, at + channel + 1));
+    }
+  }
+  if (again == 0) return;
+  __syncwarp();
+  for (int r = 0; r < 16; r++) {
+    if (!(again >> r & 1)) continue;
+    int at_row = warp * 16 + r, from = r % 8 * 4;
+    float tops[2], totals[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      tops[i] = __shfl_sync(ALL_LANES, maxima[i], from);
+      totals[i] = __shfl_sync(ALL_LANES, sums[i], from);
+    }
+    prefill_again<DIM>(pattern, in, options, scale, batch, head, at_row, r < 8 ? tops[0] : tops[1], r < 8 ? totals[0] : totals[1]);
   }
 }

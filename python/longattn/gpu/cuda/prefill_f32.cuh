@@ -103,20 +103,42 @@ DEVICE void prefill(const Pattern& pattern, const Operands<float>& in, const Sco
   }
   wait_async<0>();
   float sink = sink_of(options, head);
+  u32 again = 0;  // rows of the warp whose sums are no numbers
 #pragma unroll
   for (int r = 0; r < MINE; r++) {
     i64 row = pattern.query(y * MINE + r);
-    SoftmaxEnd end = softmax_end(maxima[r], lanes_sum<ACROSS>(sums[r]), sink);
+    bool numbers = true;
+#pragma unroll
+    for (int c = 0; c < CHANNELS; c++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) numbers = numbers && finite(o[r][c][i]);
+    u32 lanes = __ballot_sync(ALL_LANES, row >= 0 && !numbers);
+    again |= (lanes & 0xffff ? 1u : 0u) << r | (lanes >> 16 ? 1u : 0u) << (MINE + r);
+    sums[r] = lanes_sum<ACROSS>(sums[r]);
+    // The warp's weights are used up: their place tells all its lanes what a row has come to.
+    if (x == 0) {
+      weights[(y * MINE + r) * WEIGHTS_PITCH] = maxima[r];
+      weights[(y * MINE + r) * WEIGHTS_PITCH + 1] = sums[r];
+    }
+    SoftmaxEnd end = softmax_end(maxima[r], sums[r], sink, row < 0 ? -infinity() : earlier_of(in.state_lse, row));
     if (row < 0) continue;
     if (x == 0) in.lse[row] = end.lse;
-    float* to_row = in.out + row * in.out_row;
+    i64 at = row * in.out_row;
 #pragma unroll
     for (int c = 0; c < CHANNELS; c++) {
       Vector16<float> result;
 #pragma unroll
-      for (int i = 0; i < 4; i++) result.at[i] = o[r][c][i] * end.factor;
-      *reinterpret_cast<Vector16<float>*>(to_row + c * 64 + x * 4) = result;
+      for (int i = 0; i < 4; i++) result.at[i] = output_of(end, o[r][c][i], in.state, at + c * 64 + x * 4 + i);
+      *reinterpret_cast<Vector16<float>*>(in.out + at + c * 64 + x * 4) = result;
     }
+  }
+  if (again == 0) return;
+  __syncwarp();
+  for (int r = 0; r < 2 * MINE; r++) {
+    if (!(again >> r & 1)) continue;
+    int at_row = threadIdx.x / WARP * 2 * MINE + r;
+    const float* come_to = weights + at_row * WEIGHTS_PITCH;
+    prefill_again<DIM>(pattern, in, options, scale, batch, head, at_row, come_to[0], come_to[1]);
   }
 }
 }  // namespace floats

@@ -4,14 +4,14 @@
 // block of query rows reads, ascending, starts [B, Hq, query blocks + 1], or null for all; `q_ends` and `k_ends`: null, or where
 // packed sequences begin, [sequences + 1], the strides of the batch being 0 then; `scale`: of the scores, times log2(e); a row at i
 // sees keys from i + keys - rows - left to i + keys - rows + right, each end open where the number is negative (causal: right = 0).
-// lse [B, Hq, rows], packed [Hq, rows], in natural logs.
+// lse [B, Hq, rows], packed [Hq, rows], in natural logs; `state` and `state_lse` are laid out as `out` and `lse`.
 #define RANGE_ARGUMENTS(T)                                                                                                        \
   const T *q, const T *k, const T *v, T *out, float *lse, const int *starts, const int *blocks, const int *q_ends, const int *k_ends, \
       i64 q_batch, i64 q_head, i64 q_row, i64 k_batch, i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row, i64 out_batch,  \
       i64 out_head, i64 out_row, int heads_per_kv, int rows, int keys, int left, int right, float scale, SCORE_ARGUMENTS
 #define RANGE_PASSED                                                                                                              \
   q, k, v, out, lse, starts, blocks, q_ends, k_ends, Strides{q_batch, q_head, q_row}, Strides{k_batch, k_head, k_row},             \
-      Strides{v_batch, v_head, v_row}, Strides{out_batch, out_head, out_row}, heads_per_kv, rows, keys, left, right
+      Strides{v_batch, v_head, v_row}, Strides{out_batch, out_head, out_row}, heads_per_kv, rows, keys, left, right, state, state_lse
 
 // Tiles `from` .. `until` of a block of rows, and what each of them sees.
 struct Ranges {
@@ -47,7 +47,7 @@ struct RangesOf {
 template <class T, int ROWS>
 DEVICE RangesOf<T> ranges_of(const T* q, const T* k, const T* v, T* out, float* lse, const int* starts, const int* blocks, const int* q_ends,
                              const int* k_ends, Strides q_by, Strides k_by, Strides v_by, Strides out_by, int heads_per_kv, int rows,
-                             int keys, int left, int right) {
+                             int keys, int left, int right, const float* state, const float* state_lse) {
   int sequence = blockIdx.z, head = blockIdx.y;
   i64 q_first = 0, k_first = 0, lse_first = (static_cast<i64>(sequence) * gridDim.y + head) * rows;
   if (q_ends) {
@@ -73,10 +73,11 @@ DEVICE RangesOf<T> ranges_of(const T* q, const T* k, const T* v, T* out, float* 
     made.from = begin;
     made.until = end;
   }
+  i64 out_first = sequence * out_by.batch + head * out_by.head + q_first * out_by.row;
   Operands<T> in{q + sequence * q_by.batch + head * q_by.head + q_first * q_by.row,
                  k + sequence * k_by.batch + head / heads_per_kv * k_by.head + k_first * k_by.row,
                  v + sequence * v_by.batch + head / heads_per_kv * v_by.head + k_first * v_by.row,
-                 out + sequence * out_by.batch + head * out_by.head + q_first * out_by.row,
-                 lse + lse_first, q_by.row, k_by.row, v_by.row, out_by.row};
+                 out + out_first, lse + lse_first, q_by.row, k_by.row, v_by.row, out_by.row,
+                 state ? state + out_first : nullptr, state ? state_lse + lse_first : nullptr};
   return {made, in};
 }

@@ -1,0 +1,166 @@
+"""As much of CuPy as `longattn.gpu` and its benchmark call, over numpy arrays and the emulator.
+
+It holds the callers to what CuPy asks: pointers and scalars of the right types, shared memory announced beyond 48 KB,
+arrays of a device apart from those of the host.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from emu import emulator
+
+_DEFAULT_SHARED = 48 << 10
+
+
+class ndarray(np.ndarray):
+    """An array in the memory of the device."""
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+    def get(self, stream=None, order="C", out=None, blocking=True):
+        if out is None:
+            return np.array(self)
+        assert type(out) is np.ndarray and out.dtype == self.dtype and out.shape == self.shape
+        np.copyto(out, self)
+        return out
+
+    def set(self, arr, stream=None):
+        assert type(arr) is np.ndarray and arr.dtype == self.dtype and arr.shape == self.shape
+        self[...] = arr
+
+
+class _Memory:
+    """Allocations by address."""
+
+    def __init__(self):
+        self._made = {}
+
+    def array(self, shape, dtype):
+        dtype = np.dtype(dtype)
+        size = int(np.prod(shape)) * dtype.itemsize
+        raw = np.full(size + 512, 0xFF, np.uint8)
+        start = -raw.ctypes.data % 256
+        held = raw[start : start + max(size, 1)]
+        self._made[held.ctypes.data] = weakref.ref(raw), held.size
+        return np.ndarray.__new__(ndarray, shape, dtype, buffer=raw, offset=start)
+
+    def at(self, address):
+        """The bytes from an address to the end of its allocation."""
+        for start, (reference, size) in list(self._made.items()):
+            raw = reference()
+            if raw is None:
+                del self._made[start]
+            elif start <= address < start + size:
+                first = address - raw.ctypes.data
+                return raw[first : start + size - raw.ctypes.data]
+        raise AssertionError(f"{address:#x} is no address of the device")
+
+
+class _Function:
+    def __init__(self, memory, kernel):
+        self._memory, self._kernel = memory, kernel
+        self.max_dynamic_shared_size_bytes = _DEFAULT_SHARED
+
+    def __call__(self, grid, block, args, *, shared_mem=0):
+        assert shared_mem <= self.max_dynamic_shared_size_bytes, "shared memory that was not announced"
+        assert all(isinstance(n, int) for n in (*grid, *block))
+        given = []
+        for letter, value in zip(self._kernel.signature, args, strict=True):
+            if letter != "p":
+                given.append(value)
+                continue
+            assert type(value) is np.uint64, f"a pointer as {type(value).__name__}"
+            given.append(self._memory.at(int(value)) if value else None)
+        self._kernel(grid, block, tuple(given), shared_mem=shared_mem)
+
+
+class _Event:
+    def record(self, stream=None):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+
+class _Stream:
+    #: Addresses of streams that were entered.
+    entered: ClassVar[list[int]] = []
+
+    @classmethod
+    def from_external(cls, stream):
+        version, address = stream.__cuda_stream__()
+        assert version == 0
+
+        @contextmanager
+        def used():
+            cls.entered.append(address)
+            yield
+
+        return used()
+
+
+def modules() -> dict[str, Any]:
+    """`cupy` and `cupyx` for `sys.modules`."""
+    memory = _Memory()
+
+    def asarray(x, dtype=None):
+        if isinstance(x, ndarray) and (dtype is None or x.dtype == dtype):
+            return x
+        x = np.asarray(x) if dtype is None else np.asarray(x).astype(dtype)
+        made = memory.array(x.shape, x.dtype)
+        made[...] = x
+        return made
+
+    def ascontiguousarray(x):
+        assert isinstance(x, ndarray)
+        if x.flags.c_contiguous:
+            return x
+        made = memory.array(x.shape, x.dtype)
+        made[...] = x
+        return made
+
+    def zeros(shape, dtype=float):
+        made = memory.array(shape, dtype)
+        made[...] = 0
+        return made
+
+    class RawModule:
+        def __init__(self, *, code, options=()):
+            assert options == ("-std=c++17",)
+            self._module = emulator.Module(code)
+
+        def get_function(self, name):
+            return _Function(memory, self._module.kernel(name))
+
+    class Device:
+        def __init__(self, number=0):
+            self.id = number
+            self.attributes = {"MultiProcessorCount": 4, "MaxSharedMemoryPerBlockOptin": 227 << 10}
+
+        def synchronize(self):
+            pass
+
+    cupy, cupyx = ModuleType("cupy"), ModuleType("cupyx")
+    cupy.ndarray, cupy.RawModule = ndarray, RawModule
+    cupy.empty, cupy.zeros, cupy.asarray, cupy.ascontiguousarray = memory.array, zeros, asarray, ascontiguousarray
+    cupy.is_available = lambda: True
+    cupy.RawKernel = lambda code, name: lambda grid, block, args: None  # the benchmark's spinning kernel
+    cupy.cuda = SimpleNamespace(
+        Device=Device,
+        Event=_Event,
+        Stream=_Stream,
+        get_elapsed_time=lambda start, end: 1e3 * (end.at - start.at),
+        get_current_stream=lambda: SimpleNamespace(ptr=0),
+        runtime=SimpleNamespace(getDeviceProperties=lambda number: {"name": b"no GPU, an emulator"}),
+    )
+    cupyx.empty_pinned = np.empty
+    return {"cupy": cupy, "cupyx": cupyx}
