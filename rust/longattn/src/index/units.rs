@@ -17,6 +17,7 @@ use crate::index::{Saved, not_finite};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd, dispatch};
 use crate::tensor::{DType, Element, Error, Result, TensorView, with_element};
 use half::{bf16, f16};
+use std::fmt::Display;
 use std::ops::Range;
 
 /// How a unit is scored against a query.
@@ -322,15 +323,16 @@ impl HeadUnits {
         self.vectors.nbytes() + self.values.nbytes()
     }
 
-    pub(crate) fn save(&self, saved: Saved, head: usize) -> Saved {
-        let saved = self.vectors.save(saved, &format!("vectors.{head}"));
-        if self.values.width() == 0 { saved } else { self.values.save(saved, &format!("values.{head}")) }
+    /// Adds them to an index as data, under names that end in `suffix`.
+    pub(crate) fn save(&self, saved: Saved, suffix: impl Display) -> Saved {
+        let saved = self.vectors.save(saved, &format!("vectors.{suffix}"));
+        if self.values.width() == 0 { saved } else { self.values.save(saved, &format!("values.{suffix}")) }
     }
 
-    /// Units of a head that were saved.
-    pub(crate) fn load(&self, saved: &mut Saved, head: usize, units: usize) -> Result<Self> {
+    /// What [`Self::save`] saved: units kept as these are.
+    pub(crate) fn load(&self, saved: &mut Saved, suffix: impl Display, units: usize) -> Result<Self> {
         let load = |saved: &mut Saved, name: &str, like: &Table| {
-            Table::load(saved, &format!("{name}.{head}"), like.dtype, like.width, units)
+            Table::load(saved, &format!("{name}.{suffix}"), like.dtype, like.width, units)
         };
         let vectors = load(saved, "vectors", &self.vectors)?;
         let values = if self.values.width() == 0 { self.values.clone() } else { load(saved, "values", &self.values)? };

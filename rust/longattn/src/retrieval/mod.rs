@@ -13,6 +13,7 @@
 mod chunks;
 mod correct;
 pub(crate) mod exact;
+mod levels;
 mod sample;
 pub(crate) mod scan;
 pub(crate) mod select;
