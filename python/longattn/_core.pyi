@@ -442,7 +442,7 @@ def hashes(store: KVStore, weights: NDArray[np.float32], use_norm: bool) -> Inde
 def lsh_tables(store: KVStore, tables: int, bits: int, seed: int) -> Index: ...
 def signatures_sigma(index: Index) -> list[float]: ...
 def retrieval_attention(
-    sequences: list[tuple[NDArray[Any], Index, NDArray[Any], NDArray[np.float32], int | None, bool]],
+    sequences: list[tuple[NDArray[Any], Index, NDArray[Any], NDArray[np.float32], list[int] | None, bool]],
     top_p: float,
     sinks: int,
     window: int,

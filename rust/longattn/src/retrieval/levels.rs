@@ -9,7 +9,7 @@ use crate::index::Ask;
 use crate::index::units::{HeadUnits, UnitScore, padded};
 use crate::parallel::for_each;
 use crate::simd::{Kernel, Simd, dispatch};
-use crate::tensor::{Element, with_element};
+use crate::tensor::with_element;
 use std::ops::Range;
 use std::sync::OnceLock;
 

@@ -49,6 +49,8 @@ pub enum Rest {
 pub struct RetrievalOptions<'a> {
     /// How rows are selected.
     pub select: Select,
+    /// Rows of each KV head, in place of `select`: heads that spread their mass need more.
+    pub by_head: Option<&'a [usize]>,
     /// First rows that are always read.
     pub sinks: usize,
     /// Last rows that are always read.
@@ -233,6 +235,12 @@ fn check(
         let expected = format!("float32 [1, {heads}, {queries}, 1]");
         return Err(Error::value("lse", format!("{} {:?}", lse.dtype(), lse.shape()), expected));
     }
+    if let Some(rows) = options.by_head
+        && (rows.len() != store.kv_heads() || rows.contains(&0))
+    {
+        let expected = format!("a positive number for each of {} KV heads", store.kv_heads());
+        return Err(Error::value("top_k", format!("{rows:?}"), expected));
+    }
     match options.select {
         Select::TopK(0) => return Err(Error::value("top_k", 0, "at least 1")),
         Select::TopP(p) if !(p > 0.0 && p < 1.0) => return Err(Error::value("top_p", p, "between 0 and 1")),
@@ -246,7 +254,7 @@ fn check(
         _ => {}
     }
     if let Some(sampling) = &options.sampling {
-        check_sampling(sampling, index, options.select)?;
+        check_sampling(sampling, index, options.by_head.map_or(options.select, |_| Select::TopK(1)))?;
     }
     if options.rest == Rest::Estimated && !index.estimates() {
         let got = format!("values with {} that estimate nothing", index.kind());
@@ -279,6 +287,11 @@ fn check_sampling(sampling: &Sampling, index: &dyn Index, select: Select) -> Res
 const MAX_GROUP: usize = 64;
 
 impl Call<'_> {
+    /// How rows are selected for a KV head.
+    fn select(&self, head: usize) -> Select {
+        self.options.by_head.map_or(self.options.select, |rows| Select::TopK(rows[head]))
+    }
+
     /// Attends from one query position of one KV head's group.
     fn row(
         &self,
@@ -356,7 +369,7 @@ impl Call<'_> {
             queries: &queries,
             steady: &steady,
             candidates: candidates.clone(),
-            select: self.options.select,
+            select: self.select(head),
             rest: self.options.rest == Rest::Estimated,
             keys: &keys,
             values: &values,

@@ -388,7 +388,7 @@ impl Call<'_> {
         (stats.keys_scored, stats.index_bytes) = (estimates.scored(), estimates.bytes());
         let key = Key::new(sampling.seed, stats.keys_total - 1, head);
         let group = Group::new(self, ids, candidates.clone(), rows, &*estimates, key, parallel);
-        let found = match (&sampling.error, self.options.select) {
+        let found = match (&sampling.error, self.select(head)) {
             (Some(budget), _) => group.verified(budget),
             (None, Select::TopK(k)) => Some(group.fixed(k)),
             (None, Select::TopP(_)) => unreachable!("refused before any work"),
