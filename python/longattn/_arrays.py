@@ -87,6 +87,19 @@ class CodedRows:
         array: NDArray[Any] = out.reshape(self.shape)
         return array if dtype is None else array.astype(dtype, copy=False)
 
+    def rows(self, rows: slice) -> NDArray[np.float32]:
+        """The numbers that some rows of every head stand for, float32 `[kv_heads, rows, dim]`.
+
+        Args:
+            rows: which, without a step.
+        """
+        heads, length, dim = self.shape
+        first, end, _ = rows.indices(length)
+        out = np.empty((heads, max(end - first, 0), dim), np.float32)
+        for head in range(heads):
+            self._handle.decode(head, first, out[head].reshape(-1))
+        return out
+
     def __repr__(self) -> str:
         """Shape and storage."""
         return f"CodedRows(shape={self.shape}, dtype={self.dtype!r})"

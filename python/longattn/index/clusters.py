@@ -53,7 +53,7 @@ class Clusters(Index):
         seed: seed of the first centroids, which are keys drawn at random.
 
     Raises:
-        TypeError: an argument of another kind, or a store of codes.
+        TypeError: an argument of another kind.
         ValueError: an argument out of range.
 
     Cost:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy
+from longattn._arrays import Array, CodedRows, as_numpy
 from longattn.dense import attention
 from longattn.index import Index
 from longattn.kv import KVStore
@@ -18,6 +18,9 @@ from longattn.retrieval.retrieval_attention import retrieval_attention
 
 #: Rows per KV head that are tried, in this order.
 BUDGETS = (16, 64, 256, 1024, 4096)
+
+#: Runs of rows that the norm of the values is taken of, and rows of each.
+_RUNS, _RUN = 64, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +148,13 @@ def _unit(exact: NDArray[np.float32], store: KVStore, relative_to: str) -> NDArr
     if relative_to == "output":
         norms = np.linalg.norm(exact.astype(np.float64), axis=-1)
         return np.maximum(norms.reshape(store.kv_heads, -1, exact.shape[1]), least)
-    # A sample of the rows: their norm is a unit, not a result.
-    step = max(1, len(store) // 4096)
-    values = np.asarray(store.values[:, ::step], np.float64)
-    norms = np.sqrt((values**2).sum(-1).mean(-1))
-    return np.maximum(norms[:, None, None], least)
+    # A sample of the rows, in runs: their norm is a unit, not a result.
+    runs = [slice(first, first + _RUN) for first in range(0, len(store), max(_RUN, len(store) // _RUNS))]
+    values = store.values
+    squares = np.zeros(store.kv_heads)
+    rows = 0
+    for run in runs:
+        part = np.asarray(values.rows(run) if isinstance(values, CodedRows) else values[:, run], np.float64)
+        squares += (part**2).sum((1, 2))
+        rows += part.shape[1]
+    return np.maximum(np.sqrt(squares / rows)[:, None, None], least)

@@ -13,15 +13,16 @@
 //! Clusters may lie in groups, which are clusters of the centroids of a part, and are kept as clusters are. A pick then scores groups,
 //! and of clusters only those of the best groups.
 
+use super::head_rows::HeadRows;
 use super::kmeans::{self, Fit};
 use super::snapshot::{Parameters, Saved};
-use super::units::{HeadUnits, Members, UnitScore};
-use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_store, not_finite, numbers};
+use super::units::{HeadUnits, Members, UnitScore, table_dtype};
+use super::{Ask, Followed, Grow, Grown, Index, Pick, View, not_finite};
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map};
 use crate::retrieval::units::{Groups, Units, pick};
 use crate::simd::{self, Isa};
-use crate::tensor::{Element, Error, Result, Storage, TensorView, with_element};
+use crate::tensor::{Element, Error, Result, with_element};
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
@@ -160,7 +161,6 @@ impl KeyClusters {
     }
 
     fn empty(store: &KvStore, options: KeyClusterOptions) -> Result<State> {
-        check_store(store)?;
         if options.segment == 0 || options.segment > 1 << 20 {
             return Err(Error::value("segment", options.segment, "1 to 2^20"));
         }
@@ -176,8 +176,7 @@ impl KeyClusters {
         if options.probe == 0 {
             return Err(Error::value("probe", 0, "at least 1"));
         }
-        let Storage::Numbers(dtype) = store.storage() else { unreachable!("checked above") };
-        let units = HeadUnits::new(options.score, dtype, store.head_dim(), store.value_dim());
+        let units = HeadUnits::new(options.score, table_dtype(store.storage()), store.head_dim(), store.value_dim());
         let groups = units.clone();
         let head = Head { units, rows: Vec::new(), starts: vec![0], parts: Vec::new(), groups, group_starts: vec![0] };
         Ok(State { options, ends: Vec::new(), heads: vec![head; store.kv_heads()] })
@@ -274,14 +273,17 @@ impl KeyClusters {
     }
 
     fn extend(&self, state: &mut State, reader: &Reader, execution: &Execution) -> Result<()> {
-        let (keys, values) = (numbers(reader.keys()), numbers(reader.values()));
+        let (keys, values) = (reader.keys(), reader.values());
         let ends = State::layout(&self.options, reader.len());
         let kept = ends.iter().zip(&state.ends).take_while(|(a, b)| a == b).count();
         let (isa, parts) = (simd::current(), ends.len() - kept);
         let made = map(execution, parts * state.heads.len(), |i| {
             let part = kept + i % parts;
             let start = part.checked_sub(1).map_or(0, |before| ends[before]);
-            cluster(isa, &self.options, &keys, &values, i / parts, start..ends[part])
+            let (mut of_keys, mut of_values, rows) = (Vec::new(), Vec::new(), start..ends[part]);
+            let keys = HeadRows::of(&keys, i / parts, rows.clone(), &mut of_keys);
+            let values = HeadRows::of(&values, i / parts, rows.clone(), &mut of_values);
+            cluster(isa, &self.options, &keys, &values, rows)
         })?;
         let made = made.into_iter().collect::<Result<Vec<_>>>()?;
         state.truncate(kept);
@@ -297,16 +299,15 @@ impl KeyClusters {
 fn cluster(
     isa: Isa,
     options: &KeyClusterOptions,
-    keys: &TensorView,
-    values: &TensorView,
-    head: usize,
+    keys: &HeadRows,
+    values: &HeadRows,
     range: Range<usize>,
 ) -> Result<Part> {
-    let (n, dim) = (range.len(), keys.shape()[3]);
+    let (n, dim, head) = (range.len(), keys.dim(), keys.head());
     let mut rows = Vec::with_capacity(n * dim);
     with_element!(keys.dtype(), T => {
         for j in range.clone() {
-            rows.extend(keys.row::<T>(0, head, j).iter().map(|x| x.to_f32()));
+            rows.extend(keys.row::<T>(j).iter().map(|x| x.to_f32()));
         }
     });
     if let Some(at) = rows.iter().position(|x| !x.is_finite()) {
@@ -337,7 +338,7 @@ fn cluster(
     drop(rows);
     let build = |members: &[Vec<u32>]| {
         let units: Vec<Members> = members.iter().map(|rows| Members::List(rows)).collect();
-        HeadUnits::build(isa, options.score, keys, values, head, &units)
+        HeadUnits::build(isa, options.score, keys, values, &units)
     };
     let (mut groups, mut group_sizes) = (Vec::new(), Vec::new());
     if options.clusters_per_group > 0 {

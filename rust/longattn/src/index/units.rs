@@ -13,9 +13,10 @@
 //! ```
 
 use crate::dense::rows::{Rows, Strided};
+use crate::index::head_rows::HeadRows;
 use crate::index::{Saved, not_finite};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd, dispatch};
-use crate::tensor::{DType, Element, Error, Result, TensorView, with_element};
+use crate::tensor::{DType, Element, Error, KvView, Result, Storage, with_element};
 use half::{bf16, f16};
 use std::fmt::Display;
 use std::ops::Range;
@@ -273,6 +274,14 @@ pub(crate) struct HeadUnits {
     pub(crate) values: Table,
 }
 
+/// What tables of units are stored in: the store's dtype, or float32 where it has codes.
+pub(crate) fn table_dtype(storage: Storage) -> DType {
+    match storage {
+        Storage::Numbers(dtype) => dtype,
+        Storage::Codes(_) => DType::F32,
+    }
+}
+
 impl HeadUnits {
     /// No units.
     pub(crate) fn new(score: UnitScore, dtype: DType, dim: usize, value_dim: usize) -> Self {
@@ -284,19 +293,19 @@ impl HeadUnits {
     pub(crate) fn build(
         isa: Isa,
         score: UnitScore,
-        keys: &TensorView,
-        values: &TensorView,
-        head: usize,
+        keys: &HeadRows,
+        values: &HeadRows,
         units: &[Members],
     ) -> Result<Self> {
+        let head = keys.head();
         with_element!(keys.dtype(), T => {
             let work = Summarise {
                 score,
-                keys: Strided { base: keys.head::<T>(0, head), stride: keys.row_stride() },
-                dim: keys.shape()[3],
-                values: Strided { base: values.head::<T>(0, head), stride: values.row_stride() },
-                value_dim: values.shape()[3],
-                rows: keys.shape()[2],
+                keys: keys.strided::<T>(),
+                dim: keys.dim(),
+                values: values.strided::<T>(),
+                value_dim: values.dim(),
+                rows: keys.end().min(values.end()),
                 units,
             };
             dispatch(isa, work).map_err(|unfit| match unfit {
@@ -556,7 +565,7 @@ unsafe fn radius<T: Element>(rows: Strided<T>, dim: usize, members: &Members, ce
 /// The mean over the members at `places` of a unit, of whose rows all together it is `whole`: from those rows, or from the others where
 /// these are fewer.
 pub(crate) fn part_mean(
-    rows: &TensorView,
+    rows: &KvView,
     head: usize,
     members: &Members,
     places: Range<usize>,
@@ -567,21 +576,28 @@ pub(crate) fn part_mean(
     if part == n {
         return whole[..dim].to_vec();
     }
-    with_element!(rows.dtype(), T => {
-        let sum = |places: Range<usize>, sums: &mut [f64]| {
+    let mut decoded = vec![0f32; dim];
+    let mut sum = |places: Range<usize>, sums: &mut [f64]| match rows {
+        KvView::Numbers(rows) => with_element!(rows.dtype(), T => {
             for place in places {
                 let row = rows.row::<T>(0, head, members.row(place));
                 sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x.to_f32()));
             }
-        };
-        let mut sums = vec![0f64; dim];
-        if 2 * part <= n {
-            sum(places, &mut sums);
-        } else {
-            sum(0..places.start, &mut sums);
-            sum(places.end..n, &mut sums);
-            sums.iter_mut().zip(whole).for_each(|(sum, &mean)| *sum = n as f64 * f64::from(mean) - *sum);
+        }),
+        KvView::Codes(rows) => {
+            for place in places {
+                rows.decode(head, members.row(place), &mut decoded);
+                sums.iter_mut().zip(&decoded).for_each(|(sum, &x)| *sum += f64::from(x));
+            }
         }
-        sums.into_iter().map(|sum| (sum / part as f64) as f32).collect()
-    })
+    };
+    let mut sums = vec![0f64; dim];
+    if 2 * part <= n {
+        sum(places, &mut sums);
+    } else {
+        sum(0..places.start, &mut sums);
+        sum(places.end..n, &mut sums);
+        sums.iter_mut().zip(whole).for_each(|(sum, &mean)| *sum = n as f64 * f64::from(mean) - *sum);
+    }
+    sums.into_iter().map(|sum| (sum / part as f64) as f32).collect()
 }

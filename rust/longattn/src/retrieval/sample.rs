@@ -10,7 +10,7 @@
 use super::correct::{Correct, Correction, Sample, Sums};
 use super::select::{self, Budget, Weights};
 use super::{Call, GroupRows, Keys, Pick, RowStats};
-use crate::dense::rows::numbers;
+use crate::dense::rows::with_rows;
 use crate::dense::scores::{RowId, Running, exp_difference};
 use crate::index::{Ask, Estimates, Select};
 use crate::parallel::{Execution, map};
@@ -269,23 +269,26 @@ impl<'a, 'b> Group<'a, 'b> {
         let parts = self.each(sample.rows.len().div_ceil(PART), |i| {
             let range = i * PART..((i + 1) * PART).min(sample.rows.len());
             let estimated: Vec<&[f32]> = weights.iter().map(|weights| &weights[range.clone()]).collect();
-            with_element!(self.call.dtype, T => {
-                dispatch(self.call.isa, Correct::<T> {
-                    k: numbers::<T>(&problem.k, 0, self.head),
-                    v: numbers::<T>(&problem.v, 0, self.head),
-                    dim: problem.dim,
-                    value_dim: problem.value_dim,
-                    queries: self.rows.queries.filled(),
-                    padded_dim: self.rows.padded_dim,
-                    log_unit: self.estimates.log_total(),
-                    rows: &sample.rows[range.clone()],
-                    probabilities: &sample.probabilities[range.clone()],
-                    estimated: &estimated,
-                    stand_ins: &stand_ins[range.clone()],
-                    centres: &self.centres,
-                    padded_value_dim: self.rows.padded_value_dim,
-                    key: self.key,
-                })
+            with_rows!(problem, 0, self.head, |k, v| {
+                dispatch(
+                    self.call.isa,
+                    Correct {
+                        k,
+                        v,
+                        dim: problem.dim,
+                        value_dim: problem.value_dim,
+                        queries: self.rows.for_keys(),
+                        padded_dim: self.rows.padded_dim,
+                        log_unit: self.estimates.log_total(),
+                        rows: &sample.rows[range.clone()],
+                        probabilities: &sample.probabilities[range.clone()],
+                        estimated: &estimated,
+                        stand_ins: &stand_ins[range.clone()],
+                        centres: &self.centres,
+                        padded_value_dim: self.rows.padded_value_dim,
+                        key: self.key,
+                    },
+                )
             })
         });
         let mut sums: Option<Vec<Sums>> = None;

@@ -156,7 +156,7 @@ fn pick_among<U: Units>(
         for part in &parts {
             let unit = places.unit(part.unit);
             let stored = of.vectors.row(unit);
-            let mean = part_mean(ask.keys, ask.head, &units.members(unit), part.places.clone(), &stored);
+            let mean = part_mean(&ask.keys, ask.head, &units.members(unit), part.places.clone(), &stored);
             for (g, q) in ask.queries.iter().enumerate() {
                 let change = q.iter().zip(mean.iter().zip(&stored)).map(|(q, (new, old))| q * (new - old));
                 level.add(g, part.unit, change.sum::<f32>());
@@ -227,7 +227,7 @@ fn pick_among<U: Units>(
             let mean = means.then(|| {
                 let unit = places.unit(*unit);
                 let stored = of.values.row(unit);
-                part_mean(ask.values, ask.head, &units.members(unit), members.clone(), &stored)
+                part_mean(&ask.values, ask.head, &units.members(unit), members.clone(), &stored)
             });
             for g in 0..group {
                 let weight = f64::from((level.logit(g, *unit) - totals[g]).exp()) * members.len() as f64;

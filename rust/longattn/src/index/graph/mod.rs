@@ -18,7 +18,7 @@ mod search;
 mod tests;
 
 use super::flat::check_keys;
-use super::{Followed, Grow, Grown, Index, Parameters, Saved, View, check_store, numbers};
+use super::{Followed, Grow, Grown, Index, Parameters, Saved, View, check_numbers, numbers};
 use crate::dense::rows::Strided;
 use crate::index::{Ask, Pick, Select};
 use crate::kv::{KvStore, Reader};
@@ -163,7 +163,7 @@ pub struct Graph {
 impl Graph {
     /// An index over a store, without links until it is first read.
     pub fn new(store: Arc<KvStore>, options: GraphOptions) -> Result<Self> {
-        check_store(&store)?;
+        check_numbers(&store)?;
         let (dim, heads) = (store.head_dim(), store.kv_heads());
         if dim > MAX_DIM {
             return Err(Error::value("store", format!("head_dim {dim}"), format!("at most {MAX_DIM}")));
@@ -526,7 +526,7 @@ impl View for GraphView<'_> {
         let linked = if linked - start < FIRST_BUILD / 2 { start } else { linked };
         let (mut rows, mut scored, mut bytes) = (Vec::new(), 0, 0);
         if linked > start {
-            let dim = ask.keys.shape()[3];
+            let (keys, dim) = (numbers(ask.keys), ask.keys.shape()[3]);
             let mean: Vec<f32>;
             let of_mean: [&[f32]; 1];
             let queries = match self.index.options.search_by {
@@ -543,8 +543,8 @@ impl View for GraphView<'_> {
             let one = |i: usize| {
                 // Asked by other heads than it was trained for, an index still has a graph for each.
                 let (query, graph) = (queries[i % queries.len()], &graphs[i % graphs.len()]);
-                with_element!(ask.keys.dtype(), T => {
-                    let rows = Strided { base: ask.keys.head::<T>(0, ask.head), stride: ask.keys.row_stride() };
+                with_element!(keys.dtype(), T => {
+                    let rows = Strided { base: keys.head::<T>(0, ask.head), stride: keys.row_stride() };
                     dispatch(ask.isa, SearchGraph { rows, dim, graph, query, wanted: wanted.clone(), width: ef })
                 })
             };
@@ -558,7 +558,7 @@ impl View for GraphView<'_> {
             for Found { rows: found, scored: of_one, expanded } in found {
                 rows.extend(found);
                 scored += of_one;
-                bytes += of_one * row_bytes(ask.keys) + expanded * 4 * self.index.options.max_degree;
+                bytes += of_one * row_bytes(&keys) + expanded * 4 * self.index.options.max_degree;
             }
             rows.sort_unstable();
             rows.dedup();
@@ -568,7 +568,7 @@ impl View for GraphView<'_> {
         // What a search found was scored there.
         let tail = end - linked;
         pick.scored = scored + tail;
-        pick.bytes = bytes + tail * row_bytes(ask.keys);
+        pick.bytes = bytes + tail * row_bytes(&numbers(ask.keys));
         pick
     }
 }
