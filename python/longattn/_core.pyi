@@ -385,6 +385,7 @@ def clusters(
     score: str,
     clusters_per_group: int,
     probe: int,
+    coded: bool,
     seed: int,
 ) -> Index: ...
 def clusters_members(index: Index, head: int) -> list[list[int]]: ...

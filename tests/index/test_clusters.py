@@ -156,6 +156,48 @@ def test_groups_left_closed_are_not_read(rng):
     assert errors[0] < 1.3 * errors[1] + 0.01
 
 
+@pytest.mark.parametrize("score", ESTIMATING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grouped", [{}, GROUPED], ids=["", "grouped"])
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 40), (128, 128), (17, 3)])
+def test_tables_of_bytes(rng, isa, score, dtype, grouped, dim, value_dim):
+    """Half the bytes, the same clusters; scores and means are off by the rounding to bytes."""
+    s = store(rng, 2, 1500, dim, value_dim, dtype=dtype)
+    index, exact = small(s, score=score, tables="int8", **grouped), small(s, score=score, **grouped)
+    q = queries(rng, 4, 2, dim=dim, dtype=dtype, spread=0.5)
+    results = [la.retrieval_attention(q, s, i, top_k=150, window=60, return_selected=True) for i in (index, exact)]
+    for h in range(2):
+        for rows_of_codes, rows_of_numbers in zip(index.members(h), exact.members(h), strict=True):
+            np.testing.assert_array_equal(rows_of_codes, rows_of_numbers)
+        for one, other in zip(*(r.stats.selected[h] for r in results), strict=True):
+            assert len(np.intersect1d(one, other)) >= 0.7 * len(one)
+    if dim >= 64:  # a byte a number, a scale and an offset for 32 or 64, against 2 or 4 bytes
+        assert (results[0].stats.index_bytes < 0.7 * results[1].stats.index_bytes).all()
+        assert index.nbytes < exact.nbytes
+    out, wanted = (np.asarray(r.out, np.float32) for r in results)
+    assert np.linalg.norm(out - wanted) < 0.1 * np.linalg.norm(wanted)
+    np.testing.assert_allclose(results[0].lse, results[1].lse, atol=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, GROUPED], ids=["", "grouped"])
+def test_tables_of_bytes_are_indexes(tmp_path, options):
+    def make(s):
+        return small(s, score="mean_variance", tables="int8", **options)
+
+    index_checks.check_follows(make, dtype=BF16)
+    index_checks.check_fork(make)
+    index_checks.check_files(make, tmp_path, dtype=BF16)
+    index_checks.check_keys_that_are_not_finite(make)
+    index_checks.check_threads_and_callers(make)
+
+
+def test_tables_of_bytes_are_no_bounds(rng):
+    s = store(rng)
+    for score in ("bounds", "radius"):
+        with pytest.raises(ValueError, match=f"tables: got int8 with the score {score}"):
+            small(s, score=score, tables="int8")
+
+
 def test_separated_groups_are_found(rng, isa):
     centres = 10 * np.eye(32, dtype=np.float32)
     kinds = rng.integers(0, 32, 1024)
@@ -338,6 +380,7 @@ def test_bad_arguments(rng):
         ("seed", -1, "seed: got -1"),
         ("clusters_per_group", 0, "clusters_per_group: got 0"),
         ("probe", 0, "probe: got 0"),
+        ("tables", "int4", "tables: got 'int4'"),
     ]:
         with pytest.raises(ValueError, match=message):
             small(s, **{name: value})

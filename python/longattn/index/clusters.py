@@ -50,6 +50,9 @@ class Clusters(Index):
         score: see above.
         clusters_per_group: clusters of a group, on average; `None` for no groups.
         probe: how much is opened, at least 1; only matters with groups.
+        tables: `"store"`: what is kept of clusters and groups is in the store's dtype (float32 for a store of codes).
+            `"int8"`: a byte a number, with a scale for up to 64, so that a pick reads half as much; for the scores by
+            means only, as codes are no bounds.
         seed: seed of the first centroids, which are keys drawn at random.
 
     Raises:
@@ -83,6 +86,7 @@ class Clusters(Index):
         score: Literal["mean", "mean_variance", "bounds", "radius"] = "mean",
         clusters_per_group: int | None = None,
         probe: int = 4,
+        tables: Literal["store", "int8"] = "store",
         seed: int = 0,
     ) -> None:
         check_store(store)
@@ -99,6 +103,8 @@ class Clusters(Index):
         if clusters_per_group is not None:
             clusters_per_group = integer(clusters_per_group, "clusters_per_group", 1, 1 << 20)
         probe = integer(probe, "probe", 1, 1 << 20)
+        if tables not in ("store", "int8"):
+            raise ValueError(f"tables: got {tables!r}, expected 'store' or 'int8'")
         seed = check_seed(seed)
         spherical = flag(spherical, "spherical")
         handle = _core.clusters(
@@ -111,6 +117,7 @@ class Clusters(Index):
             score,
             clusters_per_group or 0,
             probe,
+            tables == "int8",
             seed,
         )
         self._set(handle, store)

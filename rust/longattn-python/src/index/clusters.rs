@@ -7,7 +7,7 @@ use longattn::index::{KeyClusterOptions, KeyClusters, UnitScore};
 use pyo3::prelude::*;
 
 #[pyfunction]
-#[pyo3(signature = (store, segment, tail, keys_per_cluster, iterations, spherical, score, clusters_per_group, probe, seed))]
+#[pyo3(signature = (store, segment, tail, keys_per_cluster, iterations, spherical, score, clusters_per_group, probe, coded, seed))]
 pub(crate) fn clusters(
     store: &KVStore,
     segment: usize,
@@ -18,6 +18,7 @@ pub(crate) fn clusters(
     score: &str,
     clusters_per_group: usize,
     probe: usize,
+    coded: bool,
     seed: u64,
 ) -> PyResult<Index> {
     let score = UnitScore::from_parts(score, 0).map_err(to_py)?;
@@ -30,6 +31,7 @@ pub(crate) fn clusters(
         score,
         clusters_per_group,
         probe,
+        coded,
         seed,
     };
     Ok(Index::new(KeyClusters::new(store.inner().clone(), options).map_err(to_py)?))

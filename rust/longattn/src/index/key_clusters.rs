@@ -16,13 +16,13 @@
 use super::head_rows::HeadRows;
 use super::kmeans::{self, Fit};
 use super::snapshot::{Parameters, Saved};
-use super::units::{HeadUnits, Members, UnitScore, table_dtype};
+use super::units::{HeadUnits, Members, UnitScore, table_storage};
 use super::{Ask, Followed, Grow, Grown, Index, Pick, View, not_finite};
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map};
 use crate::retrieval::units::{Groups, Units, pick};
 use crate::simd::{self, Isa};
-use crate::tensor::{Element, Error, Result, with_element};
+use crate::tensor::{Element, Error, Result, Storage, with_element};
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
@@ -46,6 +46,8 @@ pub struct KeyClusterOptions {
     pub clusters_per_group: usize,
     /// Groups are opened until they hold so many times the rows that are picked.
     pub probe: usize,
+    /// Whether what is kept of clusters and groups is coded, 8 bits a number; only of scores that are no bounds.
+    pub coded: bool,
     /// Seed of the first centroids.
     pub seed: u64,
 }
@@ -176,7 +178,12 @@ impl KeyClusters {
         if options.probe == 0 {
             return Err(Error::value("probe", 0, "at least 1"));
         }
-        let units = HeadUnits::new(options.score, table_dtype(store.storage()), store.head_dim(), store.value_dim());
+        if options.coded && options.score.bounds() {
+            let got = format!("int8 with the score {}", options.score.to_parts().0);
+            return Err(Error::value("tables", got, "a score by means: codes are no bounds"));
+        }
+        let storage = if options.coded { Storage::Codes(8) } else { table_storage(store.storage()) };
+        let units = HeadUnits::new(options.score, storage, store.head_dim(), store.value_dim());
         let groups = units.clone();
         let head = Head { units, rows: Vec::new(), starts: vec![0], parts: Vec::new(), groups, group_starts: vec![0] };
         Ok(State { options, ends: Vec::new(), heads: vec![head; store.kv_heads()] })
@@ -222,6 +229,7 @@ impl KeyClusters {
             score: UnitScore::from_parts(saved.text("score")?, 0)?,
             clusters_per_group: size(&saved, "clusters_per_group")?,
             probe: size(&saved, "probe")?,
+            coded: saved.flag("coded")?,
             seed: saved.integer("seed")?,
         };
         let mut state = Self::empty(&store, options)?;
@@ -421,7 +429,7 @@ impl Index for KeyClusters {
     }
 
     fn parameters(&self) -> Parameters {
-        let KeyClusterOptions { spherical, score, seed, .. } = self.options;
+        let KeyClusterOptions { spherical, score, coded, seed, .. } = self.options;
         let mut made = Parameters::new();
         let sizes = [
             ("segment", self.options.segment),
@@ -435,6 +443,7 @@ impl Index for KeyClusters {
             made.insert(name.into(), size.into());
         }
         made.insert("spherical".into(), spherical.into());
+        made.insert("coded".into(), coded.into());
         made.insert("score".into(), score.to_parts().0.into());
         made.insert("seed".into(), seed.into());
         made

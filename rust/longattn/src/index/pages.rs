@@ -2,7 +2,7 @@
 
 use super::head_rows::HeadRows;
 use super::snapshot::{Parameters, Saved};
-use super::units::{HeadUnits, Members, UnitScore, table_dtype};
+use super::units::{HeadUnits, Members, UnitScore, table_storage};
 use super::{Ask, Followed, Grow, Grown, Index, Pick, View};
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map};
@@ -77,7 +77,7 @@ impl Pages {
         {
             return Err(Error::value("landmark", place, format!("a place in a page of {} rows", options.page_size)));
         }
-        let head = HeadUnits::new(options.score, table_dtype(store.storage()), store.head_dim(), store.value_dim());
+        let head = HeadUnits::new(options.score, table_storage(store.storage()), store.head_dim(), store.value_dim());
         Ok(State { options, heads: vec![head; store.kv_heads()] })
     }
 

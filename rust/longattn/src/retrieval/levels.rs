@@ -1,15 +1,14 @@
 //! Units that are scored together: scores, mass, shares of it, and what units left unread add to the estimate of the rest.
 
 use super::chunks::{Shared, Slots};
-use crate::dense::rows::{Indexed, Rows, Strided};
+use crate::dense::rows::{Coded, Indexed, Rows, Strided};
 use crate::dense::scores::{Running, exp_difference};
 use crate::dense::scratch::Buffer;
 use crate::dense::stream::{BlockScores, BlockValues, KEYS, MAX_QUERY_ROWS};
 use crate::index::Ask;
-use crate::index::units::{HeadUnits, UnitScore, padded};
+use crate::index::units::{HeadUnits, UnitScore, padded, with_table};
 use crate::parallel::for_each;
 use crate::simd::{Kernel, Simd, dispatch};
-use crate::tensor::with_element;
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -70,8 +69,7 @@ impl<'a> Level<'a> {
         run(ask, n, |_, units| {
             // SAFETY: a chunk's blocks are its worker's own.
             let scores = unsafe { blocks(&all, &units, group) };
-            with_element!(of.vectors.dtype(), T => {
-                let vectors = of.vectors.rows::<T>();
+            with_table!(&of.vectors, |vectors| {
                 match places {
                     Places::Run(first, _) => {
                         let units = first + units.start..first + units.end;
@@ -172,18 +170,14 @@ impl<'a> Level<'a> {
         let (unread, sums) = (&unread, Slots::new(n.div_ceil(CHUNK)));
         run(ask, n, |c, units| {
             let (scores, unread) = (&self.scores[floats(&units, self.group)], &unread[units.start..]);
-            let summed = with_element!(self.of.vectors.dtype(), T => {
-                let values = means.then(|| self.of.values.rows::<T>());
-                match self.places {
-                    Places::Run(first, _) => {
-                        let first = first + units.start;
-                        sum(ask, |careful| Rest { scores, totals, unread, first, values, value_dim, careful })
-                    }
-                    Places::List(index) => {
-                        let values = values.map(|rows| Indexed { rows, index });
-                        let first = units.start;
-                        sum(ask, |careful| Rest { scores, totals, unread, first, values, value_dim, careful })
-                    }
+            let summed = with_table!(&self.of.values, |rows| match self.places {
+                Places::Run(first, _) => {
+                    let (first, values) = (first + units.start, means.then_some(rows));
+                    sum(ask, |careful| Rest { scores, totals, unread, first, values, value_dim, careful })
+                }
+                Places::List(index) => {
+                    let (first, values) = (units.start, means.then_some(Indexed { rows, index }));
+                    sum(ask, |careful| Rest { scores, totals, unread, first, values, value_dim, careful })
                 }
             });
             sums.set(c, summed);
@@ -240,6 +234,13 @@ impl<T> Ahead for Strided<T> {
     #[inline(always)]
     fn ahead(self, n: usize) -> Self {
         Self { base: self.base.wrapping_offset(n as isize * self.stride), ..self }
+    }
+}
+
+impl Ahead for Coded<8> {
+    #[inline(always)]
+    fn ahead(self, n: usize) -> Self {
+        self.from(n)
     }
 }
 

@@ -15,7 +15,7 @@ use crate::dense::scores::{RowId, Running, exp_difference};
 use crate::index::{Ask, Estimates, Select};
 use crate::parallel::{Execution, map};
 use crate::simd::{Kernel, Simd, dispatch};
-use crate::tensor::{TensorViewMut, with_element};
+use crate::tensor::TensorViewMut;
 use std::ops::Range;
 
 /// Share of the probabilities that does not follow the weights: no row is out of reach, whatever its code says.

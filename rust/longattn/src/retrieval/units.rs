@@ -363,7 +363,8 @@ mod tests {
         for (range, n) in [(3..4, 1), (5..70, 65), (1000..9000, 700), (64..128, 0)] {
             let mut rows: Vec<u32> = range.clone().map(|row| row as u32).collect();
             for i in 0..n {
-                rows.swap(i, i + random.below(rows.len() - i));
+                let left = rows.len() - i;
+                rows.swap(i, i + random.below(left));
             }
             rows.truncate(n);
             let found = ascending(&rows, &range);
