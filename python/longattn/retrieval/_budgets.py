@@ -44,9 +44,10 @@ def sampling(
             raise ValueError(f"rest: got 'sampled' with {type(index).__name__} that weigh no single rows")
         return number, None
     allowed = _share(epsilon, "epsilon")
-    for name, value in (("top_k", top_k), ("top_p", top_p), ("rest", rest)):
-        if value is not None:
-            raise ValueError(f"epsilon: got {epsilon} beside {name}={value!r}, expected epsilon alone")
+    beside: dict[str, object] = {"top_k": top_k, "top_p": top_p, "rest": rest}
+    for name, given in beside.items():
+        if given is not None:
+            raise ValueError(f"epsilon: got {epsilon} beside {name}={given!r}, expected epsilon alone")
     if relative_to not in ("output", "values", None):
         raise ValueError(f"relative_to: got {relative_to!r}, expected 'output' or 'values'")
     if not index.weighs_rows:

@@ -146,7 +146,7 @@ def _unit(exact: NDArray[np.float32], store: KVStore, relative_to: str) -> NDArr
     """What errors are relative to, `[Hkv, G, n]` or `[Hkv, 1, 1]`; at least the least float."""
     least = np.finfo(np.float32).tiny
     if relative_to == "output":
-        norms = np.linalg.norm(exact.astype(np.float64), axis=-1)
+        norms: NDArray[np.float64] = np.linalg.norm(exact.astype(np.float64), axis=-1)
         return np.maximum(norms.reshape(store.kv_heads, -1, exact.shape[1]), least)
     # A sample of the rows, in runs: their norm is a unit, not a result.
     runs = [slice(first, first + _RUN) for first in range(0, len(store), max(_RUN, len(store) // _RUNS))]
@@ -157,4 +157,5 @@ def _unit(exact: NDArray[np.float32], store: KVStore, relative_to: str) -> NDArr
         part = np.asarray(values.rows(run) if isinstance(values, CodedRows) else values[:, run], np.float64)
         squares += (part**2).sum((1, 2))
         rows += part.shape[1]
-    return np.maximum(np.sqrt(squares / rows)[:, None, None], least)
+    norms = np.sqrt(squares / rows)
+    return np.maximum(norms[:, None, None], least)

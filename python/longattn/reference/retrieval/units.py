@@ -152,7 +152,7 @@ def unit_attention(
                 opened = _opened(by_group, grouped, among, steady_mass, top_k, top_p, probe)
                 scored = [
                     (unit_scores(qs, keys[h], own[u], parts_of[u], score), parts_of[u], True)
-                    for i in np.flatnonzero(opened)
+                    for i in np.flatnonzero(opened).tolist()
                     for u in groups[h][i]
                     if len(parts_of[u])
                 ]
