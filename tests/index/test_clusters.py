@@ -131,8 +131,9 @@ def test_opening_every_group_is_one_level(rng, isa, score):
     q = queries(rng, 4, 2)
     for budget in ({"top_k": 100}, {"top_p": 0.7}) if score in ESTIMATING else ({"top_k": 100},):
         a, b = (la.retrieval_attention(q, s, i, window=60, return_selected=True, **budget) for i in (index, one_level))
-        for one, other in zip(a.stats.selected, b.stats.selected, strict=True):
-            np.testing.assert_array_equal(one, other)
+        for of_a, of_b in zip(a.stats.selected, b.stats.selected, strict=True):
+            for one, other in zip(of_a, of_b, strict=True):
+                np.testing.assert_array_equal(one, other)
         tolerances.same_storage(q, s.keys, s.values).check(a.out, b.out, a.lse, b.lse)
 
 
@@ -172,7 +173,8 @@ def test_tables_of_bytes(rng, isa, score, dtype, grouped, dim, value_dim):
         for one, other in zip(*(r.stats.selected[h] for r in results), strict=True):
             assert len(np.intersect1d(one, other)) >= 0.7 * len(one)
     if dim >= 64:  # a byte a number, a scale and an offset for 32 or 64, against 2 or 4 bytes
-        assert (results[0].stats.index_bytes < 0.7 * results[1].stats.index_bytes).all()
+        per_unit = [result.stats.index_bytes.sum() / result.stats.keys_scored.sum() for result in results]
+        assert per_unit[0] < 0.72 * per_unit[1]
         assert index.nbytes < exact.nbytes
     out, wanted = (np.asarray(r.out, np.float32) for r in results)
     assert np.linalg.norm(out - wanted) < 0.1 * np.linalg.norm(wanted)

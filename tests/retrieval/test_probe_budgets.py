@@ -73,7 +73,7 @@ def test_each_head_gets_the_least_budget_that_will_do(rng, dtype, relative_to):
     index = la.index.Signatures(s)
     budgets = (8, 64, 256, 1024)
     by_budget = {k: _errors(q, s, index, k, relative_to, rest="none") for k in budgets}
-    allowed = float(np.median(by_budget[256]))
+    allowed = 1.01 * float(np.median(by_budget[256]))  # not at a head's own error, where rounding decides
     found = probe_budgets(q, s, index, error=allowed, budgets=budgets, relative_to=relative_to, rest="none", **CALL)
     for h in range(3):
         enough = [k for k in budgets if by_budget[k][h] <= allowed]
