@@ -99,7 +99,7 @@ def test_a_budget_of_all_rows_is_attention_over_the_codes(rng, isa, threads, nam
 def test_follows_forks_and_files(name, tmp_path):
     if not name.startswith("signatures"):  # their fit depends on how rows came
         index_checks.check_follows(INDEXES[name], dtype="int8")
-    index_checks.check_fork(INDEXES[name], dtype="int8")
+        index_checks.check_fork(INDEXES[name], dtype="int8")
     index_checks.check_files(INDEXES[name], tmp_path, dtype="int8")
 
 

@@ -10,22 +10,22 @@ const PART: usize = 4096;
 /// Some rows of a head, with the numbers that they have in the store.
 pub(crate) struct HeadRows<'a> {
     view: TensorView<'a>,
-    /// Of the view.
-    head: usize,
+    /// Place of the head in the view.
+    place: usize,
     /// What the first row of the view is in the store.
     first: usize,
-    /// Of the store.
-    kv_head: usize,
+    /// The KV head of the store.
+    head: usize,
 }
 
 impl<'a> HeadRows<'a> {
     /// Rows of a head. `memory` holds the numbers of those that are codes.
     pub(crate) fn of(rows: &KvView<'a>, head: usize, range: Range<usize>, memory: &'a mut Vec<f32>) -> Self {
         match rows {
-            KvView::Numbers(view) => Self { view: *view, head, first: 0, kv_head: head },
+            KvView::Numbers(view) => Self { view: *view, place: head, first: 0, head },
             KvView::Codes(view) => {
                 let first = range.start;
-                Self { view: decoded(view, head, range, memory), head: 0, first, kv_head: head }
+                Self { view: decoded(view, head, range, memory), place: 0, first, head }
             }
         }
     }
@@ -42,7 +42,7 @@ impl<'a> HeadRows<'a> {
 
     /// The KV head that they are of.
     pub(crate) fn head(&self) -> usize {
-        self.kv_head
+        self.head
     }
 
     /// The row behind the last one that may be read.
@@ -52,13 +52,13 @@ impl<'a> HeadRows<'a> {
 
     /// One row.
     pub(crate) fn row<T: Element>(&self, row: usize) -> &'a [T] {
-        self.view.row::<T>(0, self.head, row - self.first)
+        self.view.row::<T>(0, self.place, row - self.first)
     }
 
     /// All of them, for kernels.
     pub(crate) fn strided<T: Element>(&self) -> Strided<T> {
         let stride = self.view.row_stride();
-        let base = self.view.head::<T>(0, self.head).wrapping_offset(-(self.first as isize) * stride);
+        let base = self.view.head::<T>(0, self.place).wrapping_offset(-(self.first as isize) * stride);
         Strided { base, stride }
     }
 }
@@ -91,5 +91,5 @@ fn decoded<'a>(
 /// Some rows of a head, which are numbered anew, from 0 on.
 pub(crate) fn gathered<'a>(rows: &CodedView, head: usize, places: &[usize], memory: &'a mut Vec<f32>) -> HeadRows<'a> {
     let view = decoded(rows, head, places.iter().copied(), memory);
-    HeadRows { view, head: 0, first: 0, kv_head: head }
+    HeadRows { view, place: 0, first: 0, head }
 }

@@ -349,11 +349,11 @@ fn cluster(
         HeadUnits::build(isa, options.score, keys, values, &units)
     };
     let (mut groups, mut group_sizes) = (Vec::new(), Vec::new());
-    if options.clusters_per_group > 0 {
-        let filled: Vec<usize> = (0..k).filter(|&c| !members[c].is_empty()).collect();
+    let filled: Vec<usize> = (0..k).filter(|&c| !members[c].is_empty()).collect();
+    if let Some(count) = filled.len().checked_div(options.clusters_per_group) {
         let centroids: Vec<f32> =
             filled.iter().flat_map(|&c| clusters.centroids[c * dim..(c + 1) * dim].iter().copied()).collect();
-        let count = (filled.len() / options.clusters_per_group).max(1);
+        let count = count.max(1);
         let mut of_group = members_of(&fit(&centroids, count, seed ^ GROUPS), count, 0);
         of_group.retain(|clusters| !clusters.is_empty());
         let in_order = |rows: &[Vec<u32>]| {

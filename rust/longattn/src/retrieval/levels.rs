@@ -197,7 +197,7 @@ fn run(ask: &Ask, n: usize, work: impl Fn(usize, Range<usize>) + Sync) {
     let work = |c: usize| work(c, c * CHUNK..((c + 1) * CHUNK).min(n));
     match ask.parallel {
         // A cancelled call's results are never seen.
-        Some(execution) => drop(for_each(execution, chunks, &work)),
+        Some(execution) => drop(for_each(execution, chunks, work)),
         None => (0..chunks).for_each(work),
     }
 }
