@@ -8,6 +8,7 @@ import tolerances
 from random_arrays import DTYPES, F32
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 import longattn.torch  # noqa: E402
 
@@ -26,14 +27,6 @@ CASES = {
     "gated_delta_rule": (ROWS, {"normalize_qk": True}, False),
     "kimi_delta_attention": (CHANNELS, {}, False),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def function(name):

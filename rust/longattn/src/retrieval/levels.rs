@@ -1,10 +1,12 @@
 //! Units that are scored together: scores, mass, shares of it, and what units left unread add to the estimate of the rest.
 
 use super::chunks::{Shared, Slots};
+use crate::dense::dots::BlockScores;
 use crate::dense::rows::{Coded, Indexed, Rows, Strided};
 use crate::dense::scores::{Running, exp_difference};
 use crate::dense::scratch::Buffer;
-use crate::dense::stream::{BlockScores, BlockValues, KEYS, MAX_QUERY_ROWS};
+use crate::dense::stream::{KEYS, MAX_QUERY_ROWS};
+use crate::dense::values::BlockValues;
 use crate::index::Ask;
 use crate::index::units::{HeadUnits, UnitScore, padded, with_table};
 use crate::parallel::for_each;
