@@ -70,10 +70,10 @@ def check_follows(make, *, count=3000, dtype=F32):
     compare()
 
 
-def check_fork(make):
+def check_fork(make, *, dtype=F32):
     """A fork's index answers as one that is built on it, and neither follows the other's store."""
     rng = np.random.default_rng(12)
-    store = store_of(*rows(rng, 2, 1800, 24, 20))
+    store = store_of(*rows(rng, 2, 1800, 24, 20), dtype)
     index = make(store)
     index.update()
     fork = store.fork()
@@ -85,7 +85,7 @@ def check_fork(make):
     check_same(answer(copy, fork), answer(make(fork), fork))
     check_same(answer(index, store), answer(make(store), store))
     with pytest.raises(ValueError, match="store: got a store of its own, expected a fork"):
-        index.fork(store_of(*rows(rng, 2, 100, 24, 20)))
+        index.fork(store_of(*rows(rng, 2, 100, 24, 20), dtype))
 
 
 def check_files(make, tmp_path, *, dtype=F32):

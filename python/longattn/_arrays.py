@@ -80,16 +80,21 @@ class CodedRows:
         """The numbers that the codes stand for, float32 `[kv_heads, len, dim]`."""
         if copy is False:
             raise ValueError("copy: got False, expected a copy: the numbers are decoded")
-        array: NDArray[Any] = self.decoded(0, self.shape[1])
+        array: NDArray[Any] = self.rows(slice(None))
         return array if dtype is None else array.astype(dtype, copy=False)
 
-    def decoded(self, first: int, end: int) -> NDArray[np.float32]:
-        """The numbers that rows `first` to `end` stand for, float32 `[kv_heads, end - first, dim]`."""
-        heads, _, dim = self.shape
-        out = np.empty((heads, (end - first) * dim), np.float32)
+    def rows(self, rows: slice) -> NDArray[np.float32]:
+        """The numbers that some rows of every head stand for, float32 `[kv_heads, rows, dim]`.
+
+        Args:
+            rows: which, without a step.
+        """
+        heads, length, dim = self.shape
+        first, end, _ = rows.indices(length)
+        out = np.empty((heads, max(end - first, 0), dim), np.float32)
         for head in range(heads):
-            self._handle.decode(head, first, out[head])
-        return out.reshape(heads, end - first, dim)
+            self._handle.decode(head, first, out[head].reshape(-1))
+        return out
 
     def __repr__(self) -> str:
         """Shape and storage."""

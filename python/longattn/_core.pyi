@@ -383,9 +383,13 @@ def clusters(
     iterations: int,
     spherical: bool,
     score: str,
+    clusters_per_group: int,
+    probe: int,
+    coded: bool,
     seed: int,
 ) -> Index: ...
 def clusters_members(index: Index, head: int) -> list[list[int]]: ...
+def clusters_groups(index: Index, head: int) -> list[tuple[int, int]]: ...
 def pages(store: KVStore, page_size: int, score: str, landmark: int) -> Index: ...
 def product_quantisation(
     store: KVStore,
@@ -439,7 +443,7 @@ def hashes(store: KVStore, weights: NDArray[np.float32], use_norm: bool) -> Inde
 def lsh_tables(store: KVStore, tables: int, bits: int, seed: int) -> Index: ...
 def signatures_sigma(index: Index) -> list[float]: ...
 def retrieval_attention(
-    sequences: list[tuple[NDArray[Any], Index, NDArray[Any], NDArray[np.float32], int | None, bool]],
+    sequences: list[tuple[NDArray[Any], Index, NDArray[Any], NDArray[np.float32], list[int] | None, bool]],
     top_p: float,
     sinks: int,
     window: int,

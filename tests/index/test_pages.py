@@ -255,9 +255,6 @@ def test_bad_arguments(rng):
         la.index.Pages(s, 16, "max")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="landmark: got 16"):
         la.index.Pages(s, 16, "landmark", landmark=16)
-    coded = la.KVStore(2, 32, 32, dtype="int8", capacity=100)
-    with pytest.raises(TypeError, match="store: got dtype"):
-        la.index.Pages(coded)
     bounds = la.index.Pages(s, 16, "bounds")
     with pytest.raises(ValueError, match="rest: got values"):
         la.retrieval_attention(queries(rng), s, bounds, top_k=5, rest="values")

@@ -106,6 +106,77 @@ def test_tails_with_indexes(rng, isa):
     assert 0 < np.abs(few.out - every.out).max() < 0.2
 
 
+def _tree(rng, tails, dtype, *, shared=20, chunk_size=8):
+    """A tree whose sequences begin alike, two by two, and stores with the same rows."""
+    kv_heads, dim, value_dim = tails[0].kv_heads, tails[0].head_dim, tails[0].value_dim
+    tree = la.kv.PrefixTree(kv_heads, dim, value_dim, dtype, chunk_size, capacity=1 << 14)
+    stores = []
+    for b, tail in enumerate(tails):
+        if b % 2 == 0:
+            common = rows(rng, kv_heads, shared, dim, value_dim)
+        k, v = (np.concatenate([c, t], 1) for c, t in zip(common, (tail.keys, tail.values), strict=True))
+        k, v = k.astype(dtype), v.astype(dtype)
+        tokens = [
+            *range(1000 * (b // 2), 1000 * (b // 2) + shared),
+            *range(10**6 * (b + 1), 10**6 * (b + 1) + len(tail)),
+        ]
+        assert tree.add_seq(tokens, k, v) == b
+        stores.append(store_of(k, v, dtype))
+    return tree, stores
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 6, 2, 1, 32, 24), (9, 8, 1, 1, 16, 16)], ids=str)
+def test_tails_in_a_tree(rng, isa, shape, dtype):
+    """What the same tails in stores give; and with a budget of every row, dense attention."""
+    q, prefix, own = _case(rng, shape, dtype=dtype)
+    tree, tails = _tree(rng, own, dtype)
+    # Common beginnings are stored, and read, once.
+    assert tree.tokens_stored < sum(len(tail) for tail in tails)
+    index = la.index.Signatures(prefix)
+    sink_logits = normal(rng, (shape[1],), spread=2.0)
+    few = shared_prefix_attention(q, prefix, index, tree, top_k=50, sink_logits=sink_logits)
+    same = shared_prefix_attention(q, prefix, index, tails, top_k=50, sink_logits=sink_logits)
+    assert few.out.dtype == q.dtype and few.out.shape == same.out.shape
+    _check(q, prefix, tails, few, same.out, same.lse)
+    every = shared_prefix_attention(q, prefix, index, tree, top_k=PREFIX, sink_logits=sink_logits)
+    _check(q, prefix, tails, every, *_dense(q, prefix, tails, sinks=sink_logits))
+
+
+def test_some_sequences_of_a_tree(rng):
+    q, prefix, own = _case(rng, (5, 4, 2, 1, 16, 16))
+    tree, tails = _tree(rng, own, F32)
+    index = la.index.Flat(prefix)
+    chosen = [3, 0, 4]
+    some = shared_prefix_attention(q[chosen], prefix, index, tree, sequences=chosen, top_k=PREFIX)
+    out, lse = _dense(q[chosen], prefix, [tails[b] for b in chosen])
+    _check(q[chosen], prefix, [tails[b] for b in chosen], some, out, lse)
+
+
+def test_bad_trees(rng):
+    q, prefix, own = _case(rng, (3, 4, 2, 1, 16, 16))
+    tree, tails = _tree(rng, own, F32)
+    index = la.index.Flat(prefix)
+    many, _, _ = _case(rng, (3, 4, 2, 2, 16, 16))
+    other = la.kv.PrefixTree(2, 8, 16, F32, 8, capacity=1 << 10)
+    for error, match, arguments, options in [
+        (ValueError, "tail_indexes: got indexes", (q, prefix, index, tree, [la.index.Flat(t) for t in tails]), {}),
+        (ValueError, "tail_top_k: got 5 without", (q, prefix, index, tree), {"tail_top_k": 5}),
+        (ValueError, "q: got 2 queries of each", (many, prefix, index, tree), {}),
+        (ValueError, "tails: got a tree of heads", (q, prefix, index, other), {}),
+        (ValueError, "sequences: got 2 for 3", (q, prefix, index, tree), {"sequences": [0, 1]}),
+        (ValueError, "sequence", (q, prefix, index, tree), {"sequences": [0, 1, 7]}),
+        (ValueError, "sequences?: got 1 twice|twice", (q, prefix, index, tree), {"sequences": [0, 1, 1]}),
+        (TypeError, "sequence", (q, prefix, index, tree), {"sequences": [0, 1, "a"]}),
+        (ValueError, "sequences: got .* with tails in stores", (q, prefix, index, tails), {"sequences": [0, 1, 2]}),
+    ]:
+        with pytest.raises(error, match=match):
+            shared_prefix_attention(*arguments, **options)
+    empty = tree.add_seq([], *(np.zeros((2, 0, 16), np.float32),) * 2)
+    with pytest.raises(ValueError, match=f"got number {empty} without tokens"):
+        shared_prefix_attention(q, prefix, index, tree, sequences=[0, 1, empty])
+
+
 def test_each_thread_count_gives_the_same_bits(rng, threads):
     q, prefix, tails = _case(np.random.default_rng(7), (5, 8, 2, 1, 32, 32))
     result = shared_prefix_attention(q, prefix, la.index.Signatures(prefix), tails, top_k=30)

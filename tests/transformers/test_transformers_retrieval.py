@@ -100,6 +100,33 @@ def test_per_layer_choice_min_length_and_prefill_stay_exact(build_model: Any) ->
     assert read[0] == read[2] == read[3] == 1.0 and read[1] < 0.6  # of 601 and 1100 keys all and a few
 
 
+def test_budgets_by_error(build_model: Any) -> None:
+    """A prefill chooses budgets of each layer and head; a small error reads more than a large one, and is nearer."""
+    model = build_model("llama")
+    model.set_attn_implementation("longattn")
+    text = prompts(1, 1500)
+
+    def logits(retrieval: RetrievalConfig | None) -> tuple[torch.Tensor, Any, list[Any]]:
+        cache = LongAttnCache(model.config, retrieval=retrieval)
+        with torch.no_grad():
+            model(text[:, :1450], past_key_values=cache)
+            steps = [model(text[:, i : i + 1], past_key_values=cache).logits for i in range(1450, 1460)]
+        budgets = [sequence.budgets for layer in cache.layers for sequence in layer.sequences]
+        return torch.cat(steps, dim=1), cache.stats(), budgets
+
+    exact, _, none = logits(None)
+    assert none == [None] * 4
+    found = {}
+    for error in (0.2, 0.002):
+        how = RetrievalConfig(error=error, window=64, rest="none", min_length=0)
+        got, stats, budgets = logits(how)
+        heads = model.config.num_key_value_heads
+        assert all(len(rows) == heads and min(rows) >= 16 for rows in budgets)
+        found[error] = ((got - exact).norm() / exact.norm()).item(), stats.fraction_read
+    assert found[0.002][0] < found[0.2][0]
+    assert found[0.002][1] > found[0.2][1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -109,6 +136,11 @@ def test_per_layer_choice_min_length_and_prefill_stay_exact(build_model: Any) ->
         ({"top_p": float("nan")}, "top_p"),
         ({"top_k": 4, "index": "none"}, "index: got 'none', expected one of signatures"),
         ({"top_k": 4, "rest": "some"}, "rest"),
+        ({"top_k": 4, "error": 0.1}, "error: got 0.1 beside"),
+        ({"top_p": 0.4, "error": 0.1}, "error: got 0.1 beside"),
+        ({"error": 0.0}, "error: got 0.0"),
+        ({"error": float("nan")}, "error: got nan"),
+        ({"error": "small"}, "error: got 'small'"),
         ({"top_k": 4, "window": -1}, "window"),
         ({"top_k": 4, "sinks": -1}, "sinks"),
         ({"top_k": 4, "min_length": 1.5}, "min_length"),

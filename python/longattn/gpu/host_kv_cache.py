@@ -392,4 +392,4 @@ def _range(rows: Any, places: tuple[int, int], dtype: str | None = None) -> NDAr
     if not isinstance(rows, CodedRows):
         found: NDArray[Any] = rows[:, slice(*places)]
         return found
-    return rows.decoded(*places).astype(np.dtype(dtype or "float32"), copy=False)
+    return rows.rows(slice(*places)).astype(np.dtype(dtype or "float32"), copy=False)

@@ -16,6 +16,9 @@ class Index:
 
     It grows with its store by itself: `retrieval_attention` indexes what was appended since the last call and
     follows `truncate`. Rows that are not indexed yet are read exactly. Several threads may use one index.
+
+    `Signatures`, `Pages` and `Clusters` take stores of codes, too (`dtype="int8"` or `"int4"`): they are made of the
+    numbers that the codes stand for, and rows are read as codes. The others refuse them.
     """
 
     __slots__ = ("_handle", "_store")

@@ -40,7 +40,7 @@ class Pages(Index):
         landmark: with `score="landmark"`, the row of each page that scores it; negative counts from its end.
 
     Raises:
-        TypeError: an argument of another kind, or a store of codes.
+        TypeError: an argument of another kind.
         ValueError: an argument out of range.
 
     Cost:

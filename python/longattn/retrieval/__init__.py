@@ -6,6 +6,7 @@ from longattn.retrieval.ltri_span_attention import LtriCache, SpanStats, ltri_sp
 from longattn.retrieval.magicpig_attention import magicpig_attention
 from longattn.retrieval.pariskv_attention import pariskv_attention
 from longattn.retrieval.pqcache_attention import pqcache_attention
+from longattn.retrieval.probe_budgets import ProbedBudgets, probe_budgets
 from longattn.retrieval.quest_attention import quest_attention
 from longattn.retrieval.recall import recall, recovery_ratio
 from longattn.retrieval.retrieval_attention import (
@@ -33,6 +34,7 @@ __all__ = [
     "LandmarkCache",
     "LandmarkStats",
     "LtriCache",
+    "ProbedBudgets",
     "RetrievalResult",
     "RetrievalStats",
     "RetrievedSpans",
@@ -47,6 +49,7 @@ __all__ = [
     "magicpig_attention",
     "pariskv_attention",
     "pqcache_attention",
+    "probe_budgets",
     "quest_attention",
     "recall",
     "recovery_ratio",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import TypeVar
 
@@ -26,7 +27,7 @@ def sampling(
     epsilon: float | None,
     delta: float | None,
     relative_to: str | None,
-    top_k: int | None,
+    top_k: int | Sequence[int] | None,
     top_p: float | None,
 ) -> Sampling | None:
     """What the core samples by; `None` where nothing is sampled."""
@@ -43,9 +44,10 @@ def sampling(
             raise ValueError(f"rest: got 'sampled' with {type(index).__name__} that weigh no single rows")
         return number, None
     allowed = _share(epsilon, "epsilon")
-    for name, value in (("top_k", top_k), ("top_p", top_p), ("rest", rest)):
-        if value is not None:
-            raise ValueError(f"epsilon: got {epsilon} beside {name}={value!r}, expected epsilon alone")
+    beside: dict[str, object] = {"top_k": top_k, "top_p": top_p, "rest": rest}
+    for name, given in beside.items():
+        if given is not None:
+            raise ValueError(f"epsilon: got {epsilon} beside {name}={given!r}, expected epsilon alone")
     if relative_to not in ("output", "values", None):
         raise ValueError(f"relative_to: got {relative_to!r}, expected 'output' or 'values'")
     if not index.weighs_rows:
@@ -80,7 +82,10 @@ def _share(value: object, name: str) -> float:
     return number
 
 
-def rows_or_mass(top_k: int | None, top_p: float | None, length: int) -> tuple[int | None, float | None]:
+def rows_or_mass(
+    top_k: int | Sequence[int] | None, top_p: float | None, length: int, kv_heads: int
+) -> tuple[list[int] | None, float | None]:
+    """Rows of all KV heads or of each, or the share of the mass."""
     if top_k is not None and top_p is not None:
         raise ValueError(f"top_p: got {top_p} beside top_k={top_k}, expected one of the two")
     if top_p is not None:
@@ -89,11 +94,16 @@ def rows_or_mass(top_k: int | None, top_p: float | None, length: int) -> tuple[i
             raise ValueError(f"top_p: got {top_p}, expected a number between 0 and 1")
         return None, p
     if top_k is None:
-        return max(64, length // 100), None
-    k = count(top_k, "top_k")
-    if k == 0:
-        raise ValueError("top_k: got 0, expected at least 1")
-    return k, None
+        return [max(64, length // 100)], None
+    if isinstance(top_k, Sequence | np.ndarray):
+        rows = [count(k, "top_k") for k in top_k]
+        if len(rows) != kv_heads:
+            raise ValueError(f"top_k: got {len(rows)} numbers, expected one, or one for each of {kv_heads} KV heads")
+    else:
+        rows = [count(top_k, "top_k")]
+    if 0 in rows:
+        raise ValueError(f"top_k: got {top_k}, expected at least 1")
+    return rows, None
 
 
 def count(value: object, name: str) -> int:

@@ -92,7 +92,7 @@ def retrieval_attention(
     store: KVStore,
     index: Index,
     *,
-    top_k: int | None = None,
+    top_k: int | Sequence[int] | None = None,
     top_p: float | None = None,
     sinks: int = 4,
     window: int = 512,
@@ -129,8 +129,8 @@ def retrieval_attention(
             head.
         store: keys and values; at least `Lq` rows.
         index: an index of that store. Brought up to date first.
-        top_k: rows to select per KV head, beside sinks and window. `None` without `top_p` is 1 % of the rows, at
-            least 64.
+        top_k: rows to select per KV head, beside sinks and window: one number, or one for each KV head
+            (`probe_budgets` finds some). `None` without `top_p` is 1 % of the rows, at least 64.
         top_p: instead of `top_k`: the fewest rows that, with sinks and window, hold this share of every head's
             mass, as the index estimates it. Sensible with 4 bits; on flat heads it reads much of the store.
         sinks: first rows that are always read.
@@ -234,7 +234,7 @@ def retrieval_attention_batch(
 class _Options:
     """What callers ask of every sequence."""
 
-    top_k: int | None = None
+    top_k: int | Sequence[int] | None = None
     top_p: float | None = None
     sinks: int = 4
     window: int = 512
@@ -283,7 +283,7 @@ class _Call:
         self.sampling = _budgets.sampling(
             index, options.seed, rest, options.epsilon, options.delta, options.relative_to, top_k, top_p
         )
-        self.top_k, self.top_p = _budgets.rows_or_mass(top_k, top_p, len(store))
+        self.top_k, self.top_p = _budgets.rows_or_mass(top_k, top_p, len(store), self.kv_heads)
         self.sinks, self.window = _budgets.count(options.sinks, "sinks"), _budgets.count(options.window, "window")
         self.factor = dim**-0.5 if options.scale is None else _budgets.finite(options.scale, "scale")
         self.estimate = index.estimates if rest is None else rest == "values"

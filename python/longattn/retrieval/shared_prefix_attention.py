@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from longattn._arrays import FLOATS, Array, as_numpy, like
 from longattn._checks import scale_factor
 from longattn.dense import attention, merge
 from longattn.index import Index
-from longattn.kv import KVStore
+from longattn.kv import KVStore, PrefixTree, chunk_attention
 from longattn.retrieval.retrieval_attention import RetrievalStats, retrieval_attention, retrieval_attention_batch
 
 #: Queries that a scan of one KV head serves.
@@ -42,9 +42,10 @@ def shared_prefix_attention(
     q: Array,
     prefix: KVStore,
     index: Index,
-    tails: Sequence[KVStore],
+    tails: Sequence[KVStore] | PrefixTree,
     tail_indexes: Sequence[Index] | None = None,
     *,
+    sequences: Iterable[int] | None = None,
     top_k: int | None = None,
     tail_top_k: int | None = None,
     sinks: int = 4,
@@ -62,12 +63,18 @@ def shared_prefix_attention(
     once, rows are selected once, by the mean of all queries' shares, and read once. Up to 64 queries go into one
     scan; more take several. Tails are read in full, or through indexes of their own. Both parts are merged exactly.
 
+    Tails that begin alike in their turn, as turns of a conversation do, may be the sequences of a `PrefixTree`, with
+    the tokens that follow the prefix: `chunk_attention` then reads what several of them share once.
+
     Args:
         q: queries `[B, Hq, Lq, D]`, float32, float16 or bfloat16; at most 64 query heads per KV head.
         prefix: the common beginning, at least one row.
         index: an index of `prefix`, brought up to date first.
-        tails: a store for each sequence with what follows, at least the `Lq` rows of its queries. No store twice.
-        tail_indexes: indexes of the tails; `None` reads them in full.
+        tails: a store for each sequence with what follows, at least the `Lq` rows of its queries. No store twice. Or a
+            tree with a sequence for each; `Lq` is 1 then.
+        tail_indexes: indexes of the tails; `None` reads them in full. Not with a tree.
+        sequences: with a tree, the numbers of its sequences that the queries belong to, each at most once; `None` is
+            all of them, ascending.
         top_k: rows of the prefix to select per KV head and scan, beside `sinks`, for all queries together. `None` is
             1 % of the rows, at least 64.
         tail_top_k: rows of each tail to select, likewise; only with `tail_indexes`.
@@ -97,7 +104,12 @@ def shared_prefix_attention(
     """
     queries = _queries(q, prefix)
     batch, _, rows, dim = queries.shape
-    _check_tails(tails, tail_indexes, prefix, batch, rows)
+    if isinstance(tails, PrefixTree):
+        numbers = _check_tree(tails, tail_indexes, sequences, prefix, batch, rows)
+    else:
+        if sequences is not None:
+            raise ValueError(f"sequences: got {sequences} with tails in stores, expected them with a PrefixTree")
+        _check_tails(tails, tail_indexes, prefix, batch, rows)
     if tail_top_k is not None and tail_indexes is None:
         raise ValueError(f"tail_top_k: got {tail_top_k} without tail_indexes, expected indexes of the tails")
     if rest not in ("values", "none", None):
@@ -107,7 +119,12 @@ def shared_prefix_attention(
     found, stats, per_scan = _of_prefix(
         wide, prefix, index, top_k, sinks, factor, rest, return_stats=return_stats, return_selected=return_selected
     )
-    if tail_indexes is None:
+    if isinstance(tails, PrefixTree):
+        out, lse = chunk_attention(
+            wide[:, :, 0], tails, sequences=numbers, scale=factor, sinks=sink_logits, return_lse=True
+        )
+        ends = (out[:, :, None], lse[:, :, None])
+    elif tail_indexes is None:
         own = [
             attention(one, tail.keys, tail.values, causal=True, scale=factor, sinks=sink_logits, return_lse=True)
             for one, tail in zip(wide, tails, strict=True)
@@ -164,6 +181,31 @@ def _check_tails(
             raise ValueError(f"tails[{b}]: got {len(tail)} rows, expected at least those of the {rows} queries")
     if len({id(store) for store in (prefix, *tails)}) <= batch:
         raise ValueError("tails: got a store twice, expected a store of its own for each sequence")
+
+
+def _check_tree(
+    tree: PrefixTree,
+    indexes: Sequence[Index] | None,
+    sequences: Iterable[int] | None,
+    prefix: KVStore,
+    batch: int,
+    rows: int,
+) -> list[int]:
+    """The numbers of the tails' sequences."""
+    if indexes is not None:
+        raise ValueError("tail_indexes: got indexes beside a PrefixTree, expected none: its sequences are read in full")
+    if rows != 1:
+        raise ValueError(f"q: got {rows} queries of each sequence with a PrefixTree, expected one")
+    got = (tree.kv_heads, tree.head_dim, tree.value_dim)
+    if got != (prefix.kv_heads, prefix.head_dim, prefix.value_dim):
+        raise ValueError(f"tails: got a tree of heads and widths {got}, expected those of the prefix")
+    numbers = tree.sequences if sequences is None else list(sequences)
+    if len(numbers) != batch:
+        raise ValueError(f"sequences: got {len(numbers)} for {batch} queries, expected one for each")
+    for number in numbers:
+        if tree.length(number) == 0:
+            raise ValueError(f"sequences: got number {number} without tokens, expected at least that of its query")
+    return numbers
 
 
 def _of_prefix(

@@ -61,6 +61,16 @@ WAYS: tuple[Way, ...] = (
     Way("pages of 16, means", "pages", {"page_size": 16, "score": "mean_variance"}),
     Way("Quest", "pages", {"page_size": 16, "score": "bounds"}),
     Way("clusters of 16", "clusters", {"keys_per_cluster": 16, "score": "mean_variance"}),
+    Way(
+        "clusters of 16, bytes",
+        "clusters",
+        {"keys_per_cluster": 16, "score": "mean_variance", "tables": "int8"},
+    ),
+    Way(
+        "clusters of 16, grouped",
+        "clusters",
+        {"keys_per_cluster": 16, "score": "mean_variance", "tables": "int8", "clusters_per_group": 8},
+    ),
     Way("clusters of 64", "clusters", {"keys_per_cluster": 64, "score": "mean_variance"}),
     Way("RetroInfer", "clusters", {"keys_per_cluster": 16, "iterations": 10, "spherical": True}),
     Way("hashes, random", "hashes"),

@@ -25,6 +25,10 @@ class RetrievalConfig:
         rest: what stands for the keys that are not read: `"values"` (an estimate of their part) or `"none"`; `None`
             is an estimate where the index makes one.
         min_length: sequences shorter than this are attended exactly.
+        error: chooses `top_k` for each KV head: the last queries of a prefill try budgets from the smallest on, until
+            the mean error of a head's outputs is at most this share of its values' root mean square norm
+            (`longattn.retrieval.probe_budgets`). The choice holds until the next prefill of at least 16 tokens;
+            before the first, 1 % of the keys are selected, at least 64.
 
     Raises:
         TypeError: a parameter that the index does not have.
@@ -39,6 +43,7 @@ class RetrievalConfig:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     rest: Literal["values", "none"] | None = None
     min_length: int = 2048
+    error: float | None = None
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -50,6 +55,11 @@ class RetrievalConfig:
                 raise ValueError(f"{name}: got {value!r}, expected an integer >= {least}")
         if self.top_p is not None and not 0 < self.top_p < 1:
             raise ValueError(f"top_p: got {self.top_p!r}, expected a number between 0 and 1")
+        if self.error is not None:
+            if self.top_k is not None or self.top_p is not None:
+                raise ValueError(f"error: got {self.error!r} beside top_k or top_p, expected it alone")
+            if not (isinstance(self.error, int | float) and 0 < self.error < float("inf")):
+                raise ValueError(f"error: got {self.error!r}, expected a number above 0")
         if self.rest not in ("values", "none", None):
             raise ValueError(f"rest: got {self.rest!r}, expected 'values', 'none' or None")
         if self.index not in by_name.KINDS:

@@ -20,6 +20,9 @@ _CROP_MARGIN = 1024
 # Queries of a prefill that an index learns from.
 _SAMPLE = 512
 
+# Last queries of a prefill that budgets are chosen by, and the least that choose.
+_PROBE, _LEAST_PROBE = 64, 16
+
 
 class ScoreOptions(TypedDict):
     """How the attention module turns inner products into logits."""
@@ -60,6 +63,7 @@ class Sequence:
         dropped: rows a sliding layer has let go of, in front of the stored ones.
         index: over the stored keys, made as soon as the sequence is long enough for retrieval.
         sample: queries `[Hq, n, D]` of the last prefill, for an index that learns from them.
+        budgets: rows to select for each KV head, where a prefill has chosen them.
     """
 
     store: la.KVStore
@@ -69,6 +73,7 @@ class Sequence:
     dropped: int = 0
     index: la.index.Index | None = field(default=None, repr=False)
     sample: NDArray[np.float32] | None = field(default=None, repr=False)
+    budgets: list[int] | None = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -155,7 +160,7 @@ class Sequence:
         if not decode and dense is None and self._chooses():
             self._attend_sparsely(query, options, counts, out)
             if index is not None:
-                index.update()
+                self._prefilled(query, index, options)
             return
         if dense is not None:
             dense = dense[..., self.dropped :]
@@ -177,7 +182,7 @@ class Sequence:
             visible = sum(min(end - i, most) for i in range(rows)) * self.store.kv_heads
             counts.add(visible, visible, 0.0, rows * query.shape[0])
         elif index is not None:
-            index.update()  # a part of the prefill's time, not of the first decoding step's
+            self._prefilled(query, index, options)
 
     def _chooses(self) -> bool:
         return self.prefill is not None and self.window is None and len(self.store) >= self.prefill.min_length
@@ -206,6 +211,25 @@ class Sequence:
             self.index = la.index.make(how.index, self.store, queries=self.sample, **how.parameters)
         return self.index
 
+    def _prefilled(self, query: torch.Tensor, index: la.index.Index, options: ScoreOptions) -> None:
+        """Brings the index up to date: a part of the prefill's time, not of the first decoding step's."""
+        index.update()
+        how = self.retrieval
+        if how is None or how.error is None or query.shape[1] < _LEAST_PROBE:
+            return
+        found = la.retrieval.probe_budgets(
+            query[:, -_PROBE:],
+            self.store,
+            index,
+            error=how.error,
+            sinks=how.sinks,
+            window=how.window,
+            scale=options["scale"],
+            rest=how.rest,
+            sink_logits=options["sinks"],
+        )
+        self.budgets = found.top_k
+
     def _retrieve(
         self,
         query: torch.Tensor,
@@ -218,7 +242,7 @@ class Sequence:
             query,
             self.store,
             index,
-            top_k=how.top_k,
+            top_k=how.top_k if self.budgets is None else self.budgets,
             top_p=how.top_p,
             sinks=how.sinks,
             window=how.window,

@@ -29,13 +29,13 @@ pub(crate) struct Stats {
 /// Seed, and epsilon, whether in units of the values, and deviations of a budget of error.
 type SamplingArguments = (u64, Option<(f32, bool, [f64; 2])>);
 
-/// One sequence: `q`, index, `out`, `lse`, `top_k`, whether the rest is estimated.
+/// One sequence: `q`, index, `out`, `lse`, `top_k` (of all KV heads or of each), whether the rest is estimated.
 type SequenceArguments<'py> = (
     Bound<'py, PyUntypedArray>,
     PyRef<'py, Index>,
     Bound<'py, PyUntypedArray>,
     Bound<'py, PyUntypedArray>,
-    Option<usize>,
+    Option<Vec<usize>>,
     bool,
 );
 
@@ -67,8 +67,14 @@ pub(crate) fn retrieval_attention(
     for ((q, index, _, _, top_k, estimate_rest), (out, lse)) in sequences.iter().zip(&mut outputs) {
         let (q, index) = (view("q", q)?, index.inner());
         operations += (q.shape()[2] * index.store().len() * index.store().kv_heads() * 64) as f64;
+        let (select, by_head) = match top_k.as_deref() {
+            None => (Select::TopP(top_p), None),
+            Some([rows]) => (Select::TopK(*rows), None),
+            Some(rows) => (Select::TopK(1), Some(rows)),
+        };
         let options = RetrievalOptions {
-            select: top_k.map_or(Select::TopP(top_p), Select::TopK),
+            select,
+            by_head,
             sinks,
             window,
             scale: Some(scale),

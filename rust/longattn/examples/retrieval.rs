@@ -59,8 +59,16 @@ fn main() -> Result<()> {
     }
 
     let (select, rest) = (Select::TopK(1024), Rest::Estimated);
-    let options =
-        RetrievalOptions { select, sinks: 4, window: 512, scale: None, rest, sink_logits: None, sampling: None };
+    let options = RetrievalOptions {
+        select,
+        by_head: None,
+        sinks: 4,
+        window: 512,
+        scale: None,
+        rest,
+        sink_logits: None,
+        sampling: None,
+    };
     let mut out = TensorViewMut::new(&mut found, [1, HEADS, 1, DIM])?;
     let mut lse = TensorViewMut::new(&mut lse, [1, HEADS, 1, 1])?;
     let stats = retrieval_attention(q, &index, options, &mut out, &mut lse, false, &execution)?;

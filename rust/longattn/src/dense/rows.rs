@@ -251,6 +251,12 @@ impl<const BITS: usize> Coded<BITS> {
         let (row_bytes, code_bytes) = (format.row_bytes(), format.code_bytes());
         Self { base, row_bytes, code_bytes, group_shift: format.group_shift(), one_group: format.groups() == 1 }
     }
+
+    /// The rows from number `n` on.
+    #[inline(always)]
+    pub(crate) fn from(self, n: usize) -> Self {
+        Self { base: self.start(n), ..self }
+    }
 }
 
 impl<const BITS: usize> Rows for Coded<BITS> {

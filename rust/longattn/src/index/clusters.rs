@@ -5,11 +5,12 @@
 
 use crate::dense::rows::{Rows, Strided, widen_row};
 use crate::dense::scratch::Buffer;
+use crate::index::head_rows::{self, HeadRows};
 use crate::index::kmeans;
 use crate::index::snapshot::Saved;
 use crate::index::units::padded;
 use crate::simd::{Isa, Kernel, Simd, dispatch};
-use crate::tensor::{Element, Error, Result, TensorView};
+use crate::tensor::{Element, Error, KvView, Result, with_element};
 use std::ops::Range;
 
 /// The most clusters: a row's cluster is one byte.
@@ -37,14 +38,9 @@ pub(crate) struct Pairs<T> {
 }
 
 impl<T: Element> Pairs<T> {
-    /// The rows of a head of a store.
-    pub(crate) fn of(keys: &TensorView, values: &TensorView, head: usize) -> Self {
-        Self {
-            keys: Strided { base: keys.head::<T>(0, head), stride: keys.row_stride() },
-            key_dim: keys.shape()[3],
-            values: Strided { base: values.head::<T>(0, head), stride: values.row_stride() },
-            value_dim: values.shape()[3],
-        }
+    /// Rows of a head of a store.
+    pub(crate) fn of(keys: &HeadRows, values: &HeadRows) -> Self {
+        Self { keys: keys.strided(), key_dim: keys.dim(), values: values.strided(), value_dim: values.dim() }
     }
 
     /// Numbers of a value and a key together.
@@ -80,6 +76,12 @@ impl<T: Element> Kernel for Join<'_, T> {
             key.iter_mut().for_each(|x| *x *= scale);
         }
     }
+}
+
+/// Evenly spaced rows of `0..n`, or all.
+fn sample(n: usize) -> impl Iterator<Item = usize> {
+    let size = n.min(SAMPLE);
+    (0..size).map(move |i| i * n / size)
 }
 
 /// Sum over the columns of their variance.
@@ -171,17 +173,35 @@ impl Clusters {
         4 * (self.centroids.len() + self.means.len()) + 2 * (8 * self.members.sums.len() + 4 * self.len())
     }
 
-    /// k-means on an evenly spaced sample of the rows `0..n`; the sums are empty afterwards.
-    ///
+    /// k-means on an evenly spaced sample of the rows `0..n` of a head, which exist; the sums are empty afterwards.
+    pub(crate) fn of(isa: Isa, [keys, values]: [&KvView; 2], head: usize, n: usize, seed: u64) -> Self {
+        let (mut of_keys, mut of_values) = (Vec::new(), Vec::new());
+        assert!(n <= keys.shape()[2].min(values.shape()[2]));
+        let (keys, values, n) = match (keys, values) {
+            (KvView::Codes(keys), KvView::Codes(values)) => {
+                let rows: Vec<usize> = sample(n).collect();
+                let keys = head_rows::gathered(keys, head, &rows, &mut of_keys);
+                // Their own sample is all of them.
+                (keys, head_rows::gathered(values, head, &rows, &mut of_values), rows.len())
+            }
+            _ => {
+                let keys = HeadRows::of(keys, head, 0..n, &mut of_keys);
+                (keys, HeadRows::of(values, head, 0..n, &mut of_values), n)
+            }
+        };
+        with_element!(keys.dtype(), T => {
+            // SAFETY: there are n rows, by the assertion.
+            unsafe { Self::fit(isa, Pairs::<T>::of(&keys, &values), n, seed) }
+        })
+    }
+
     /// # Safety
     /// Every row of `0..n` is readable.
-    pub(crate) unsafe fn fit<T: Element>(isa: Isa, pairs: Pairs<T>, n: usize, seed: u64) -> Self {
+    unsafe fn fit<T: Element>(isa: Isa, pairs: Pairs<T>, n: usize, seed: u64) -> Self {
         let k = (n / ROWS_PER_CLUSTER).clamp(1, MAX_CLUSTERS);
-        let size = n.min(SAMPLE);
         let (dim, width) = (pairs.value_dim, pairs.width());
-        // i * n / size < n.
-        let rows: Vec<usize> = (0..size).map(|i| i * n / size).collect();
-        let mut sample = vec![0f32; size * width];
+        let rows: Vec<usize> = sample(n).collect();
+        let mut sample = vec![0f32; rows.len() * width];
         dispatch(isa, Join { pairs, rows: &rows, scale: 1.0, to: &mut sample });
         let key_scale = (spread(&sample, width, 0..dim) / spread(&sample, width, padded(dim)..width)).sqrt() as f32;
         // Keys that are all the same, or whose squares overflow, say nothing.
@@ -222,7 +242,7 @@ impl Clusters {
     /// mean. The rows before `settled` can no longer be taken back.
     ///
     /// # Safety
-    /// `rows` yields `dim` readable elements for every row of `0..ids.len()`.
+    /// `rows` yields `dim` readable elements for every row of `0..ids.len()` that is not settled.
     pub(crate) unsafe fn add<T: Element>(&mut self, rows: Strided<T>, ids: &[u8], settled: usize) {
         // SAFETY: the caller's promise.
         unsafe {
@@ -233,14 +253,22 @@ impl Clusters {
     }
 
     /// Brings the means up to the rows that have a cluster, once enough came. The newest of them stay out of what is settled, so that a
-    /// truncate of a few undoes little.
-    ///
-    /// # Safety
-    /// As [`Self::add`].
-    pub(crate) unsafe fn keep_up<T: Element>(&mut self, rows: Strided<T>, ids: &[u8]) {
-        if self.lack(ids.len(), SUM_STEP) {
-            // SAFETY: the caller's promise.
-            unsafe { self.add(rows, ids, ids.len().saturating_sub(SUM_STEP) / SUM_STEP * SUM_STEP) };
+    /// truncate of a few undoes little. `values` has these rows.
+    pub(crate) fn keep_up(&mut self, values: &KvView, head: usize, ids: &[u8]) {
+        if !self.lack(ids.len(), SUM_STEP) {
+            return;
+        }
+        assert!(ids.len() <= values.shape()[2]);
+        let settled = ids.len().saturating_sub(SUM_STEP) / SUM_STEP * SUM_STEP;
+        let mut memory = Vec::new();
+        for part in head_rows::parts(values, self.members.rows..ids.len()) {
+            // Rows that only settle now are needed once more.
+            let values = HeadRows::of(values, head, self.settled.rows..part.end, &mut memory);
+            let ids = &ids[..part.end];
+            with_element!(values.dtype(), T => {
+                // SAFETY: rows from the settled ones on, which exist by the assertion.
+                unsafe { self.add(values.strided::<T>(), ids, settled.min(ids.len())) };
+            });
         }
     }
 

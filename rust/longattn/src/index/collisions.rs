@@ -16,7 +16,7 @@ use super::lookup::{self, BLOCK, Tables, WHOLE};
 use super::project::{Coder, Multiply, Projection, code_rows};
 use super::rotation::orthogonal;
 use super::snapshot::{Parameters, Saved};
-use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_store};
+use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_numbers};
 use crate::kv::{KvStore, Reader};
 use crate::parallel::Execution;
 use crate::simd::{self, Kernel, MAX_LANES, Simd, dispatch, prefetch};
@@ -180,7 +180,7 @@ impl Coder for Codes {
 impl Collisions {
     /// An index over a store, empty until it is first read.
     pub fn new(store: Arc<KvStore>, options: CollisionOptions) -> Result<Self> {
-        check_store(&store)?;
+        check_numbers(&store)?;
         let dim = store.head_dim();
         if dim > MAX_DIM {
             return Err(Error::value("store", format!("head_dim {dim}"), format!("at most {MAX_DIM}")));

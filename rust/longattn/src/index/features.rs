@@ -7,7 +7,7 @@
 
 use super::postings::Postings;
 use super::snapshot::{Parameters, Saved};
-use super::{Ask, Followed, Grow, Grown, Index, Pick, Select, View, check_store, not_finite, numbers};
+use super::{Ask, Followed, Grow, Grown, Index, Pick, Select, View, check_numbers, not_finite, numbers};
 use crate::dense::matrix::{PackedMatrix, ROWS};
 use crate::dense::rows::{Rows, Strided, widen_row};
 use crate::dense::scratch::Buffer;
@@ -264,7 +264,7 @@ pub struct Features {
 impl Features {
     /// An index over a store, empty until it is first read.
     pub fn new(store: Arc<KvStore>, encoder: Encoder, options: FeatureOptions) -> Result<Self> {
-        check_store(&store)?;
+        check_numbers(&store)?;
         let heads = store.kv_heads();
         if encoder.dim != store.head_dim() || ![1, heads].contains(&encoder.heads()) {
             let got = format!("weights of {} heads of width {}", encoder.heads(), encoder.dim);

@@ -1,6 +1,6 @@
 //! No index: every candidate is scored exactly, over the store's own rows.
 
-use super::{Followed, Grow, Grown, Index, Parameters, Saved, View, check_store, not_finite, numbers};
+use super::{Followed, Grow, Grown, Index, Parameters, Saved, View, check_numbers, not_finite, numbers};
 use crate::index::{Ask, Pick};
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map};
@@ -49,12 +49,12 @@ pub struct Flat {
 impl Flat {
     /// A scan over a store of numbers.
     pub fn new(store: Arc<KvStore>) -> Result<Self> {
-        check_store(&store)?;
+        check_numbers(&store)?;
         Ok(Self { rows: Followed::new(store, Checked::default()) })
     }
 
     pub(crate) fn load(store: Arc<KvStore>, saved: Saved) -> Result<Self> {
-        check_store(&store)?;
+        check_numbers(&store)?;
         Ok(Self { rows: Followed::new(store, Checked(saved.rows)) })
     }
 }

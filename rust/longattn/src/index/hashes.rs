@@ -6,7 +6,7 @@
 use super::lookup::{self, BLOCK, HALVES, Tables};
 use super::project::{Coder, Multiply, Projection, code_rows};
 use super::snapshot::{Parameters, Saved};
-use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_store};
+use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_numbers};
 use crate::kv::{KvStore, Reader};
 use crate::parallel::Execution;
 use crate::retrieval::select::{Budget, Weights, select};
@@ -107,7 +107,7 @@ impl Coder for Bits {
 impl Hashes {
     /// An index over a store, empty until it is first read.
     pub fn new(store: Arc<KvStore>, options: HashOptions) -> Result<Self> {
-        check_store(&store)?;
+        check_numbers(&store)?;
         let (heads, dim, bits) = (store.kv_heads(), store.head_dim(), options.code_bits);
         if bits == 0 || bits > MAX_BITS {
             return Err(Error::value("weights", format!("{bits} bits"), format!("1 to {MAX_BITS}")));

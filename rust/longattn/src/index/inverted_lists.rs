@@ -1,7 +1,7 @@
 //! Inverted lists: keys by their nearest centroid. The lists of the centroids that suit a query group are scanned exactly.
 
 use super::flat::check_keys;
-use super::{Followed, Grow, Grown, Index, Parameters, Saved, View, check_store, kmeans, numbers};
+use super::{Followed, Grow, Grown, Index, Parameters, Saved, View, check_numbers, kmeans, numbers};
 use crate::dense::rows::Strided;
 use crate::index::{Ask, Pick, Select};
 use crate::kv::{KvStore, Reader};
@@ -111,7 +111,7 @@ pub struct InvertedLists {
 impl InvertedLists {
     /// An index over a store, without lists until it is first read.
     pub fn new(store: Arc<KvStore>, options: InvertedListOptions) -> Result<Self> {
-        check_store(&store)?;
+        check_numbers(&store)?;
         if store.capacity() >= u32::MAX as usize {
             return Err(Error::value("store", format!("capacity {}", store.capacity()), "fewer than 2^32 - 1 rows"));
         }

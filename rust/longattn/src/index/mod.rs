@@ -12,6 +12,7 @@ mod flat;
 mod follow;
 mod graph;
 mod hashes;
+mod head_rows;
 mod inverted_lists;
 mod key_clusters;
 mod kmeans;
@@ -178,9 +179,9 @@ pub struct Ask<'a> {
     /// Whether the mean values of the rows left unread are wanted.
     pub rest: bool,
     /// Keys of the store.
-    pub keys: &'a TensorView<'a>,
+    pub keys: KvView<'a>,
     /// Values of the store.
-    pub values: &'a TensorView<'a>,
+    pub values: KvView<'a>,
     /// Instruction set to run on.
     pub isa: Isa,
     /// Where the work of this one group may be shared out; `None` to do it here.
@@ -227,15 +228,19 @@ pub struct RestMass {
     pub mean: Vec<f32>,
 }
 
-/// Rows of a store that an index takes: numbers, not codes.
+/// Rows of a store of numbers, as [`check_numbers`] has seen to.
 pub(crate) fn numbers(rows: KvView<'_>) -> TensorView<'_> {
     rows.numbers().expect("asked when the index was made")
 }
 
 /// Refuses stores whose rows are codes.
-pub(crate) fn check_store(store: &KvStore) -> Result<()> {
+pub(crate) fn check_numbers(store: &KvStore) -> Result<()> {
     if matches!(store.storage(), Storage::Codes(_)) {
-        return Err(Error::dtype("store", store.storage(), "a store of float32, float16 or bfloat16 rows"));
+        return Err(Error::dtype(
+            "store",
+            store.storage(),
+            "float32, float16 or bfloat16 rows, or an index that takes codes",
+        ));
     }
     Ok(())
 }

@@ -1,13 +1,14 @@
 //! Pages: runs of neighbouring rows, scored by their mean key, by the range of their keys, or by one of them (Quest and its kin).
 
+use super::head_rows::HeadRows;
 use super::snapshot::{Parameters, Saved};
-use super::units::{HeadUnits, Members, UnitScore};
-use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_store, numbers};
+use super::units::{HeadUnits, Members, UnitScore, table_storage};
+use super::{Ask, Followed, Grow, Grown, Index, Pick, View};
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map};
 use crate::retrieval::units::{Units, pick};
 use crate::simd;
-use crate::tensor::{Error, Result, Storage};
+use crate::tensor::{Error, Result};
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
@@ -68,7 +69,6 @@ impl Pages {
     }
 
     fn empty(store: &KvStore, options: PageOptions) -> Result<State> {
-        check_store(store)?;
         if options.page_size == 0 || options.page_size > u32::MAX as usize {
             return Err(Error::value("page_size", options.page_size, "1 to 2^32 - 1"));
         }
@@ -77,8 +77,7 @@ impl Pages {
         {
             return Err(Error::value("landmark", place, format!("a place in a page of {} rows", options.page_size)));
         }
-        let Storage::Numbers(dtype) = store.storage() else { unreachable!("checked above") };
-        let head = HeadUnits::new(options.score, dtype, store.head_dim(), store.value_dim());
+        let head = HeadUnits::new(options.score, table_storage(store.storage()), store.head_dim(), store.value_dim());
         Ok(State { options, heads: vec![head; store.kv_heads()] })
     }
 
@@ -105,16 +104,19 @@ impl Pages {
     }
 
     fn extend(&self, state: &mut State, reader: &Reader, execution: &Execution) -> Result<()> {
-        let (keys, values) = (numbers(reader.keys()), numbers(reader.values()));
+        let (keys, values) = (reader.keys(), reader.values());
         let size = self.options.page_size;
         let (first, pages) = (state.pages(), reader.len() / size);
         let items = (pages - first).div_ceil(ITEM);
         let isa = simd::current();
         let made = map(execution, items * state.heads.len(), |i| {
             let start = first + i % items * ITEM;
-            let units: Vec<Members> =
-                (start..(start + ITEM).min(pages)).map(|p| Members::Range(p * size..(p + 1) * size)).collect();
-            HeadUnits::build(isa, self.options.score, &keys, &values, i / items, &units)
+            let end = (start + ITEM).min(pages);
+            let units: Vec<Members> = (start..end).map(|p| Members::Range(p * size..(p + 1) * size)).collect();
+            let (mut of_keys, mut of_values, rows) = (Vec::new(), Vec::new(), start * size..end * size);
+            let keys = HeadRows::of(&keys, i / items, rows.clone(), &mut of_keys);
+            let values = HeadRows::of(&values, i / items, rows, &mut of_values);
+            HeadUnits::build(isa, self.options.score, &keys, &values, &units)
         })?;
         let made = made.into_iter().collect::<Result<Vec<_>>>()?;
         for (i, made) in made.iter().enumerate() {

@@ -14,9 +14,10 @@
 mod scan;
 
 use super::clusters::{Clusters, Pairs};
+use super::head_rows::HeadRows;
 use super::kmeans;
 use super::snapshot::{Parameters, Saved};
-use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_store, not_finite, numbers};
+use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_numbers, not_finite, numbers};
 use crate::dense::rows::Strided;
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map};
@@ -136,7 +137,7 @@ pub struct ProductQuantisation {
 impl ProductQuantisation {
     /// An index over a store, empty until it is first read.
     pub fn new(store: Arc<KvStore>, options: ProductOptions) -> Result<Self> {
-        check_store(&store)?;
+        check_numbers(&store)?;
         let dim = store.head_dim();
         if options.bits != 4 && options.bits != 8 {
             return Err(Error::value("bits", options.bits, "4 or 8"));
@@ -223,9 +224,12 @@ impl ProductQuantisation {
             let (h, start) = (i / chunks, first + i % chunks * CHUNK);
             let range = start..(start + CHUNK).min(target);
             let codes = self.code(isa, &state.heads[h], &keys, h, range.clone())?;
+            let (mut of_keys, mut of_values) = (Vec::new(), Vec::new());
+            let keys = HeadRows::of(&reader.keys(), h, range.clone(), &mut of_keys);
+            let values = HeadRows::of(&reader.values(), h, range.clone(), &mut of_values);
             let ids = with_element!(values.dtype(), T => {
                 // SAFETY: the range lies inside the reader's rows.
-                unsafe { state.heads[h].values.assign(isa, Pairs::<T>::of(&keys, &values, h), range) }
+                unsafe { state.heads[h].values.assign(isa, Pairs::<T>::of(&keys, &values), range) }
             });
             Ok((codes, ids))
         });
@@ -246,11 +250,7 @@ impl ProductQuantisation {
         }
         state.coded = target;
         for (h, head) in state.heads.iter_mut().enumerate() {
-            with_element!(values.dtype(), T => {
-                let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
-                // SAFETY: the rows coded lie inside the reader's rows.
-                unsafe { head.values.keep_up(rows, &head.value_ids) };
-            });
+            head.values.keep_up(&reader.values(), h, &head.value_ids);
         }
         Ok(())
     }
@@ -279,10 +279,7 @@ impl ProductQuantisation {
                 return Err(first_not_finite(keys, h, n));
             }
             let sample = self.mapped(keys, h, rows.into_iter(), &centre)?;
-            let values = with_element!(values.dtype(), T => {
-                // SAFETY: the views have n or more rows.
-                unsafe { Clusters::fit(isa, Pairs::<T>::of(keys, values, h), n, seed(h)) }
-            });
+            let values = Clusters::of(isa, [&(*keys).into(), &(*values).into()], h, n, seed(h));
             Ok((Head { centre, values, ..Head::default() }, sample))
         })?;
         let samples = samples.into_iter().collect::<Result<Vec<_>>>()?;

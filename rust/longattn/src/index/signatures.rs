@@ -2,10 +2,11 @@
 
 use super::clusters::{Clusters, Pairs};
 use super::codes::{BLOCK, Encode, Format, Scan, ScanQuery};
+use super::head_rows::{HeadRows, parts};
 use super::project::Multiply;
 use super::rotation::orthogonal;
 use super::snapshot::{Parameters, Saved};
-use super::{Ask, Estimates, Followed, Grow, Grown, Index, Pick, View, check_store, not_finite, numbers};
+use super::{Ask, Estimates, Followed, Grow, Grown, Index, Pick, View, not_finite};
 use crate::dense::matrix::{PackedMatrix, ROWS};
 use crate::dense::rows::Strided;
 use crate::dense::scratch::Buffer;
@@ -126,7 +127,6 @@ impl Signatures {
     /// An index over a store, empty until it is first read.
     pub fn new(store: Arc<KvStore>, options: SignatureOptions) -> Result<Self> {
         let dim = store.head_dim();
-        check_store(&store)?;
         if ![1, 2, 4].contains(&options.bits) {
             return Err(Error::value("bits", options.bits, "1, 2 or 4"));
         }
@@ -227,54 +227,55 @@ impl Signatures {
 
     /// Brings the value clusters' means up to the rows coded.
     fn average(&self, state: &mut State, reader: &Reader) {
-        let values = numbers(reader.values());
         for (h, head) in state.heads.iter_mut().enumerate() {
-            with_element!(values.dtype(), T => {
-                let rows = Strided { base: values.head::<T>(0, h), stride: values.row_stride() };
-                // SAFETY: the rows coded lie inside the reader's rows.
-                unsafe { head.values.keep_up(rows, &head.value_ids) };
-            });
+            head.values.keep_up(&reader.values(), h, &head.value_ids);
         }
     }
 
     /// Centres, scales and value clusters of the rows `0..n`.
     fn fit(&self, isa: Isa, reader: &Reader, n: usize, execution: &Execution) -> Result<Vec<HeadCodes>> {
-        let (keys, values) = (numbers(reader.keys()), numbers(reader.values()));
-        let dim = keys.shape()[3];
-        with_element!(keys.dtype(), T => {
-            map(execution, keys.shape()[1], |h| {
-                let mut centre = vec![0f64; dim];
-                for j in 0..n {
-                    centre.iter_mut().zip(keys.row::<T>(0, h, j)).for_each(|(c, x)| *c += f64::from(x.to_f32()));
-                }
-                let centre: Vec<f32> = centre.iter().map(|c| (c / n as f64) as f32).collect();
-                if !centre.iter().all(|x| x.is_finite()) {
-                    let finite = |j: &usize| keys.row::<T>(0, h, *j).iter().all(|x| x.to_f32().is_finite());
-                    return Err(not_finite((0..n).find(|j| !finite(j)).unwrap_or(0), h));
-                }
-                let longest = (0..n)
-                    .map(|j| {
-                        let row = keys.row::<T>(0, h, j).iter().zip(&centre);
-                        row.map(|(x, c)| f64::from(x.to_f32() - c).powi(2)).sum::<f64>()
-                    })
-                    .fold(0.0, f64::max)
-                    .sqrt();
-                let unit = if longest.is_finite() { (longest / UNITS).log2().round().clamp(-100.0, 100.0).exp2() } else { 1.0 };
-                let pairs = Pairs::<T>::of(&keys, &values, h);
-                // SAFETY: the views have n or more rows.
-                let values = unsafe { Clusters::fit(isa, pairs, n, self.options.seed ^ h as u64) };
-                Ok(HeadCodes {
-                    codes: Vec::new(),
-                    centre,
-                    unit: unit as f32,
-                    deviations: Moments::default(),
-                    value_ids: Vec::new(),
-                    values,
-                })
-            })?
-            .into_iter()
-            .collect()
-        })
+        let (keys, values) = (reader.keys(), reader.values());
+        let [_, heads, _, dim] = keys.shape();
+        let made = map(execution, heads, |h| {
+            let mut centre = vec![0f64; dim];
+            let mut memory = Vec::new();
+            for part in parts(&keys, 0..n) {
+                let rows = HeadRows::of(&keys, h, part.clone(), &mut memory);
+                with_element!(rows.dtype(), T => for j in part {
+                    centre.iter_mut().zip(rows.row::<T>(j)).for_each(|(c, x)| *c += f64::from(x.to_f32()));
+                });
+            }
+            let centre: Vec<f32> = centre.iter().map(|c| (c / n as f64) as f32).collect();
+            let (mut longest, mut bad) = (0f64, None);
+            let all_finite = centre.iter().all(|x| x.is_finite());
+            for part in parts(&keys, 0..n) {
+                let rows = HeadRows::of(&keys, h, part.clone(), &mut memory);
+                with_element!(rows.dtype(), T => for j in part {
+                    let row = rows.row::<T>(j);
+                    if all_finite {
+                        let square = row.iter().zip(&centre).map(|(x, c)| f64::from(x.to_f32() - c).powi(2)).sum();
+                        longest = longest.max(square);
+                    } else if !row.iter().all(|x| x.to_f32().is_finite()) {
+                        bad = bad.or(Some(j));
+                    }
+                });
+            }
+            if !all_finite {
+                return Err(not_finite(bad.unwrap_or(0), h));
+            }
+            let longest = longest.sqrt();
+            let unit =
+                if longest.is_finite() { (longest / UNITS).log2().round().clamp(-100.0, 100.0).exp2() } else { 1.0 };
+            Ok(HeadCodes {
+                codes: Vec::new(),
+                centre,
+                unit: unit as f32,
+                deviations: Moments::default(),
+                value_ids: Vec::new(),
+                values: Clusters::of(isa, [&keys, &values], h, n, self.options.seed ^ h as u64),
+            })
+        })?;
+        made.into_iter().collect()
     }
 
     /// Codes the rows `state.coded..target`. Returns false where a key is too long for its head's unit.
@@ -297,7 +298,7 @@ impl Signatures {
         target: usize,
         execution: &Execution,
     ) -> Result<bool> {
-        let (keys, values) = (numbers(reader.keys()), numbers(reader.values()));
+        let (keys, values) = (reader.keys(), reader.values());
         let heads = keys.shape()[1];
         let first = state.coded;
         let chunks = (target - first).div_ceil(CHUNK);
@@ -305,12 +306,15 @@ impl Signatures {
             let (h, chunk) = (i / chunks, i % chunks);
             let start = first + chunk * CHUNK;
             let range = start..(start + CHUNK).min(target);
+            let (mut of_keys, mut of_values) = (Vec::new(), Vec::new());
+            let keys = HeadRows::of(&keys, h, range.clone(), &mut of_keys);
+            let values = HeadRows::of(&values, h, range.clone(), &mut of_values);
             with_element!(keys.dtype(), T => {
-                let rows = Strided { base: keys.head::<T>(0, h), stride: keys.row_stride() };
+                let rows = keys.strided::<T>();
                 let coded = dispatch(isa, CodeRows { index: self, head: h, state, rows, range: range.clone() })?;
                 let Some(coded) = coded else { return Ok(None) };
                 // SAFETY: the range lies inside the reader's rows.
-                let ids = unsafe { state.heads[h].values.assign(isa, Pairs::<T>::of(&keys, &values, h), range) };
+                let ids = unsafe { state.heads[h].values.assign(isa, Pairs::<T>::of(&keys, &values), range) };
                 Ok(Some((coded, ids)))
             })
         })?

@@ -12,11 +12,13 @@
 //! landmark        one of the keys       q                 the logit of that key
 //! ```
 
-use crate::dense::rows::{Rows, Strided};
+use crate::dense::rows::{Coded, Rows, Strided};
+use crate::index::head_rows::HeadRows;
 use crate::index::{Saved, not_finite};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd, dispatch};
-use crate::tensor::{DType, Element, Error, Result, TensorView, with_element};
+use crate::tensor::{CODE_STEP, CodeFormat, DType, Element, Error, KvView, Result, Storage, with_element};
 use half::{bf16, f16};
+use std::fmt::Display;
 use std::ops::Range;
 
 /// How a unit is scored against a query.
@@ -149,34 +151,66 @@ impl Members<'_> {
     }
 }
 
-/// A matrix that rows are appended to, in a storage dtype.
+/// A matrix that rows are appended to, as numbers or as codes of 8 bits.
 #[derive(Clone, Debug)]
 pub(crate) struct Table {
-    dtype: DType,
+    storage: Storage,
     width: usize,
     lines: Vec<[u32; LINE / 4]>,
+    /// Rows that are codes.
+    codes: Vec<u8>,
 }
 
-/// Bytes that rows are made of.
+/// The rows of a table, one way or the other.
+macro_rules! with_table {
+    ($table:expr, |$rows:ident| $body:expr) => {{
+        let table = $table;
+        match table.storage() {
+            $crate::tensor::Storage::Numbers(dtype) => $crate::tensor::with_element!(dtype, T => {
+                let $rows = table.rows::<T>();
+                $body
+            }),
+            $crate::tensor::Storage::Codes(_) => {
+                let $rows = table.codes();
+                $body
+            }
+        }
+    }};
+}
+pub(crate) use with_table;
+
+/// Bytes that rows of numbers are made of.
 const LINE: usize = 32;
+
+/// The most channels of a row of codes that share a scale.
+const MOST_PER_SCALE: usize = 64;
 
 impl Table {
     /// No rows of `width` numbers, a multiple of [`MAX_LANES`].
-    pub(crate) fn new(dtype: DType, width: usize) -> Self {
-        assert!(width.is_multiple_of(MAX_LANES));
-        Self { dtype, width, lines: Vec::new() }
+    pub(crate) fn new(storage: Storage, width: usize) -> Self {
+        assert!(width.is_multiple_of(MAX_LANES) && storage != Storage::Codes(4));
+        Self { storage, width, lines: Vec::new(), codes: Vec::new() }
+    }
+
+    /// How rows are coded: with a scale for as many channels as are likely to be alike.
+    fn format(&self) -> CodeFormat {
+        let group = (self.width & self.width.wrapping_neg()).clamp(CODE_STEP, MOST_PER_SCALE);
+        CodeFormat::new(8, self.width, Some(group)).expect("a power of two")
     }
 
     pub(crate) fn width(&self) -> usize {
         self.width
     }
 
-    pub(crate) fn dtype(&self) -> DType {
-        self.dtype
+    pub(crate) fn storage(&self) -> Storage {
+        self.storage
     }
 
     pub(crate) fn row_bytes(&self) -> usize {
-        self.width * self.dtype.size()
+        match self.storage {
+            Storage::Numbers(dtype) => self.width * dtype.size(),
+            Storage::Codes(_) => self.format().row_bytes(),
+        }
     }
 
     fn row_lines(&self) -> usize {
@@ -184,26 +218,34 @@ impl Table {
     }
 
     pub(crate) fn len(&self) -> usize {
-        if self.width == 0 { 0 } else { self.lines.len() / self.row_lines() }
+        match self.storage {
+            _ if self.width == 0 => 0,
+            Storage::Numbers(_) => self.lines.len() / self.row_lines(),
+            Storage::Codes(_) => self.codes.len() / self.row_bytes(),
+        }
     }
 
     pub(crate) fn nbytes(&self) -> usize {
-        self.lines.len() * LINE
+        self.lines.len() * LINE + self.codes.len()
     }
 
     pub(crate) fn truncate(&mut self, rows: usize) {
-        self.lines.truncate(rows * self.row_lines());
+        match self.storage {
+            Storage::Numbers(_) => self.lines.truncate(rows * self.row_lines()),
+            Storage::Codes(_) => self.codes.truncate(rows * self.row_bytes()),
+        }
     }
 
-    /// Appends a row; false, and nothing happens, where a number is too large for the dtype.
+    /// Appends a row of numbers; false, and nothing happens, where one is too large for the dtype.
     fn push(&mut self, row: &[f32]) -> bool {
+        let Storage::Numbers(dtype) = self.storage else { unreachable!("rows are coded as tables are appended") };
         assert!(row.len() == self.width);
         let start = self.lines.len();
         self.lines.resize(start + self.row_lines(), [0; LINE / 4]);
         let to = self.lines[start..].as_mut_ptr();
         // SAFETY: the lines just added hold `width` numbers of the dtype, and are aligned for it.
         let fits = unsafe {
-            match self.dtype {
+            match dtype {
                 DType::F32 => write(row, to.cast::<f32>()),
                 DType::F16 => write(row, to.cast::<f16>()),
                 DType::BF16 => write(row, to.cast::<bf16>()),
@@ -215,8 +257,22 @@ impl Table {
         fits
     }
 
-    /// Appends the rows of another table; the memory grows by an eighth, not by doubling.
+    /// Appends the rows of another table, coded where this one's are; the memory grows by an eighth, not by doubling.
     pub(crate) fn append(&mut self, other: &Self) {
+        if let Storage::Codes(_) = self.storage
+            && self.width > 0
+        {
+            let (format, bytes) = (self.format(), self.row_bytes());
+            let (start, coming) = (self.codes.len(), other.len() * bytes);
+            if self.codes.capacity() - start < coming {
+                self.codes.reserve_exact(coming.max(start / 8));
+            }
+            self.codes.resize(start + coming, 0);
+            for (i, to) in self.codes[start..].chunks_exact_mut(bytes).enumerate() {
+                format.encode(&other.row(i), to);
+            }
+            return;
+        }
         if self.lines.capacity() - self.lines.len() < other.lines.len() {
             self.lines.reserve_exact(other.lines.len().max(self.lines.len() / 8));
         }
@@ -225,14 +281,25 @@ impl Table {
 
     /// The rows, whose dtype `T` is.
     pub(crate) fn rows<T: Element>(&self) -> Strided<T> {
-        assert!(T::DTYPE == self.dtype);
+        assert!(self.storage == Storage::Numbers(T::DTYPE));
         Strided { base: self.lines.as_ptr().cast(), stride: self.width as isize }
+    }
+
+    /// The rows, which are codes.
+    pub(crate) fn codes(&self) -> Coded<8> {
+        assert!(self.storage == Storage::Codes(8));
+        Coded::new(self.codes.as_ptr(), self.format())
     }
 
     /// One row as floats.
     pub(crate) fn row(&self, i: usize) -> Vec<f32> {
         assert!(i < self.len());
-        with_element!(self.dtype, T => {
+        let Storage::Numbers(dtype) = self.storage else {
+            let (bytes, mut row) = (self.row_bytes(), vec![0.0; self.width]);
+            self.format().decode(&self.codes[i * bytes..(i + 1) * bytes], &mut row);
+            return row;
+        };
+        with_element!(dtype, T => {
             // SAFETY: the row exists, by the assertion.
             let row = unsafe { std::slice::from_raw_parts(self.rows::<T>().row(i), self.width) };
             row.iter().map(|x| x.to_f32()).collect()
@@ -240,12 +307,19 @@ impl Table {
     }
 
     pub(crate) fn save(&self, saved: Saved, name: &str) -> Saved {
+        if let Storage::Codes(_) = self.storage {
+            return saved.tensor(name, &[self.len(), self.row_bytes()], self.codes.clone());
+        }
         let words: Vec<u32> = self.lines.iter().flatten().copied().collect();
         saved.tensor(name, &[self.len(), self.row_bytes() / 4], words)
     }
 
-    pub(crate) fn load(saved: &mut Saved, name: &str, dtype: DType, width: usize, rows: usize) -> Result<Self> {
-        let mut table = Self::new(dtype, width);
+    pub(crate) fn load(saved: &mut Saved, name: &str, storage: Storage, width: usize, rows: usize) -> Result<Self> {
+        let mut table = Self::new(storage, width);
+        if let Storage::Codes(_) = storage {
+            table.codes = saved.take(name, &[rows, table.row_bytes()])?;
+            return Ok(table);
+        }
         let words: Vec<u32> = saved.take(name, &[rows, table.row_bytes() / 4])?;
         table.lines = words.as_chunks().0.to_vec();
         Ok(table)
@@ -272,30 +346,38 @@ pub(crate) struct HeadUnits {
     pub(crate) values: Table,
 }
 
+/// What tables of units are stored in: the store's dtype, or float32 where it has codes.
+pub(crate) fn table_storage(storage: Storage) -> Storage {
+    match storage {
+        Storage::Numbers(dtype) => Storage::Numbers(dtype),
+        Storage::Codes(_) => Storage::Numbers(DType::F32),
+    }
+}
+
 impl HeadUnits {
     /// No units.
-    pub(crate) fn new(score: UnitScore, dtype: DType, dim: usize, value_dim: usize) -> Self {
+    pub(crate) fn new(score: UnitScore, storage: Storage, dim: usize, value_dim: usize) -> Self {
         let values = if score.estimates() { padded(value_dim) } else { 0 };
-        Self { vectors: Table::new(dtype, score.width(dim)), values: Table::new(dtype, values) }
+        Self { vectors: Table::new(storage, score.width(dim)), values: Table::new(storage, values) }
     }
 
     /// The vectors of some units of a head.
     pub(crate) fn build(
         isa: Isa,
         score: UnitScore,
-        keys: &TensorView,
-        values: &TensorView,
-        head: usize,
+        keys: &HeadRows,
+        values: &HeadRows,
         units: &[Members],
     ) -> Result<Self> {
+        let head = keys.head();
         with_element!(keys.dtype(), T => {
             let work = Summarise {
                 score,
-                keys: Strided { base: keys.head::<T>(0, head), stride: keys.row_stride() },
-                dim: keys.shape()[3],
-                values: Strided { base: values.head::<T>(0, head), stride: values.row_stride() },
-                value_dim: values.shape()[3],
-                rows: keys.shape()[2],
+                keys: keys.strided::<T>(),
+                dim: keys.dim(),
+                values: values.strided::<T>(),
+                value_dim: values.dim(),
+                rows: keys.end().min(values.end()),
                 units,
             };
             dispatch(isa, work).map_err(|unfit| match unfit {
@@ -322,15 +404,16 @@ impl HeadUnits {
         self.vectors.nbytes() + self.values.nbytes()
     }
 
-    pub(crate) fn save(&self, saved: Saved, head: usize) -> Saved {
-        let saved = self.vectors.save(saved, &format!("vectors.{head}"));
-        if self.values.width() == 0 { saved } else { self.values.save(saved, &format!("values.{head}")) }
+    /// Adds them to an index as data, under names that end in `suffix`.
+    pub(crate) fn save(&self, saved: Saved, suffix: impl Display) -> Saved {
+        let saved = self.vectors.save(saved, &format!("vectors.{suffix}"));
+        if self.values.width() == 0 { saved } else { self.values.save(saved, &format!("values.{suffix}")) }
     }
 
-    /// Units of a head that were saved.
-    pub(crate) fn load(&self, saved: &mut Saved, head: usize, units: usize) -> Result<Self> {
+    /// What [`Self::save`] saved: units kept as these are.
+    pub(crate) fn load(&self, saved: &mut Saved, suffix: impl Display, units: usize) -> Result<Self> {
         let load = |saved: &mut Saved, name: &str, like: &Table| {
-            Table::load(saved, &format!("{name}.{head}"), like.dtype, like.width, units)
+            Table::load(saved, &format!("{name}.{suffix}"), like.storage, like.width, units)
         };
         let vectors = load(saved, "vectors", &self.vectors)?;
         let values = if self.values.width() == 0 { self.values.clone() } else { load(saved, "values", &self.values)? };
@@ -363,7 +446,7 @@ impl<T: Element> Kernel for Summarise<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Self::Output {
         let Self { score, keys, dim, values, value_dim, rows, units } = self;
-        let mut made = HeadUnits::new(score, T::DTYPE, dim, value_dim);
+        let mut made = HeadUnits::new(score, Storage::Numbers(T::DTYPE), dim, value_dim);
         let mut vector = vec![0f32; score.width(dim)];
         let mut value = vec![0f32; made.values.width()];
         for unit in units {
@@ -554,7 +637,7 @@ unsafe fn radius<T: Element>(rows: Strided<T>, dim: usize, members: &Members, ce
 /// The mean over the members at `places` of a unit, of whose rows all together it is `whole`: from those rows, or from the others where
 /// these are fewer.
 pub(crate) fn part_mean(
-    rows: &TensorView,
+    rows: &KvView,
     head: usize,
     members: &Members,
     places: Range<usize>,
@@ -565,21 +648,28 @@ pub(crate) fn part_mean(
     if part == n {
         return whole[..dim].to_vec();
     }
-    with_element!(rows.dtype(), T => {
-        let sum = |places: Range<usize>, sums: &mut [f64]| {
+    let mut decoded = vec![0f32; dim];
+    let mut sum = |places: Range<usize>, sums: &mut [f64]| match rows {
+        KvView::Numbers(rows) => with_element!(rows.dtype(), T => {
             for place in places {
                 let row = rows.row::<T>(0, head, members.row(place));
                 sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x.to_f32()));
             }
-        };
-        let mut sums = vec![0f64; dim];
-        if 2 * part <= n {
-            sum(places, &mut sums);
-        } else {
-            sum(0..places.start, &mut sums);
-            sum(places.end..n, &mut sums);
-            sums.iter_mut().zip(whole).for_each(|(sum, &mean)| *sum = n as f64 * f64::from(mean) - *sum);
+        }),
+        KvView::Codes(rows) => {
+            for place in places {
+                rows.decode(head, members.row(place), &mut decoded);
+                sums.iter_mut().zip(&decoded).for_each(|(sum, &x)| *sum += f64::from(x));
+            }
         }
-        sums.into_iter().map(|sum| (sum / part as f64) as f32).collect()
-    })
+    };
+    let mut sums = vec![0f64; dim];
+    if 2 * part <= n {
+        sum(places, &mut sums);
+    } else {
+        sum(0..places.start, &mut sums);
+        sum(places.end..n, &mut sums);
+        sums.iter_mut().zip(whole).for_each(|(sum, &mean)| *sum = n as f64 * f64::from(mean) - *sum);
+    }
+    sums.into_iter().map(|sum| (sum / part as f64) as f32).collect()
 }

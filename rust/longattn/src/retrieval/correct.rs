@@ -12,9 +12,8 @@
 //! random signs, have the error's covariance: from their products follows how many directions it has.
 
 use super::sample::Key;
-use crate::dense::rows::{Row, Rows, Strided, widen_row};
+use crate::dense::rows::{Row, Rows, widen_row};
 use crate::simd::{Kernel, Simd};
-use crate::tensor::Element;
 
 /// Sums with random signs, a power of two.
 pub(super) const SKETCHES: usize = 16;
@@ -159,9 +158,9 @@ impl Correction {
 }
 
 /// Reads some rows of a sample for a query group.
-pub(super) struct Correct<'a, T> {
-    pub(super) k: Strided<T>,
-    pub(super) v: Strided<T>,
+pub(super) struct Correct<'a, R> {
+    pub(super) k: R,
+    pub(super) v: R,
     pub(super) dim: usize,
     pub(super) value_dim: usize,
     /// `[group, padded_dim]`, times the softmax scale, zeros beyond `dim`.
@@ -192,7 +191,7 @@ struct Drawn {
     sketch: usize,
 }
 
-impl<T: Element> Kernel for Correct<'_, T> {
+impl<R: Rows> Kernel for Correct<'_, R> {
     type Output = Vec<Sums>;
 
     #[inline(always)]
@@ -224,6 +223,8 @@ impl<T: Element> Kernel for Correct<'_, T> {
                     widen_row(s, row, self.value_dim, value.as_mut_ptr(), width);
                     widen_row(s, self.stand_ins[start + j].as_ptr(), self.value_dim, stand_in.as_mut_ptr(), width);
                 }
+                // Codes decode to something behind their row, too.
+                value[self.value_dim..].fill(0.0);
                 let drawn = self.drawn(start + j);
                 for (g, sums) in sums.iter_mut().enumerate() {
                     let weights = [exact[g * BLOCK + j], self.estimated[g][start + j]];
@@ -235,7 +236,7 @@ impl<T: Element> Kernel for Correct<'_, T> {
     }
 }
 
-impl<T: Element> Correct<'_, T> {
+impl<R: Rows> Correct<'_, R> {
     /// Asks for a row's memory.
     #[inline(always)]
     fn ask(&self, i: usize) {

@@ -6,7 +6,7 @@ use crate::dense::rows::{Indexed, Rows, Strided};
 use crate::dense::stream::KEYS;
 use crate::index::clusters::Clusters;
 use crate::index::codes::BLOCK;
-use crate::index::{Ask, Pick};
+use crate::index::{Ask, Pick, numbers};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd, dispatch};
 use crate::tensor::{Element, with_element};
 use std::marker::PhantomData;
@@ -51,7 +51,8 @@ impl<T: Element> RowCodes for Exactly<'_, T> {
     fn scan(&self, isa: Isa, head: usize, blocks: Range<usize>, queries: &Vec<f32>, scores: &mut [f32], stride: usize) {
         let Self { ask, list, .. } = self;
         let (dim, n) = (ask.keys.shape()[3], ask.queries.len());
-        let all = Strided { base: ask.keys.head::<T>(0, head), stride: ask.keys.row_stride() };
+        let rows = numbers(ask.keys);
+        let all = Strided { base: rows.head::<T>(0, head), stride: rows.row_stride() };
         // Scores beyond the candidates do not matter.
         let end = list.map_or(ask.candidates.end, <[u32]>::len);
         let keys = blocks.start * BLOCK..(blocks.end * BLOCK).min(end);
@@ -80,7 +81,7 @@ impl<T: Element> RowCodes for Exactly<'_, T> {
 /// Picks among all candidates, each scored exactly. What is left unread is known, but for its values.
 pub(crate) fn pick_all(ask: &Ask) -> Pick {
     assert!(ask.candidates.end <= ask.keys.shape()[2]);
-    with_element!(ask.keys.dtype(), T => scan::pick(&Exactly::<T> { ask, list: None, element: PhantomData }, ask))
+    with_element!(numbers(ask.keys).dtype(), T => scan::pick(&Exactly::<T> { ask, list: None, element: PhantomData }, ask))
 }
 
 /// Picks among some candidates, ascending and each once, which are scored exactly. Nothing is said of the others.
@@ -91,7 +92,7 @@ pub(crate) fn pick_among(ask: &Ask, rows: &[u32]) -> Pick {
     if rows.is_empty() {
         return Pick::default();
     }
-    let mut pick = with_element!(ask.keys.dtype(), T => {
+    let mut pick = with_element!(numbers(ask.keys).dtype(), T => {
         scan::pick_places(&Exactly::<T> { ask, list: Some(rows), element: PhantomData }, ask, 0..rows.len())
     });
     (pick.rest, pick.bound) = (None, None);

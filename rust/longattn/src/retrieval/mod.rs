@@ -13,13 +13,14 @@
 mod chunks;
 mod correct;
 pub(crate) mod exact;
+mod levels;
 mod sample;
 pub(crate) mod scan;
 pub(crate) mod select;
 pub(crate) mod units;
 mod weigh;
 
-use crate::dense::rows::{Indexed, numbers, widen_row};
+use crate::dense::rows::{Indexed, widen_row, with_rows};
 use crate::dense::scores::{RowId, Running, exp_difference};
 use crate::dense::scratch::{Buffer, Scratch, with_scratch};
 use crate::dense::stream::{self, MAX_QUERY_ROWS, RowState, scale_row};
@@ -29,7 +30,7 @@ use crate::index::{Ask, Index, Pick, Seconds, View};
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map, num_threads};
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
-use crate::tensor::{DType, Element, Error, Result, Storage, TensorView, TensorViewMut, with_element};
+use crate::tensor::{DType, Element, Error, Result, TensorView, TensorViewMut, with_element};
 pub use sample::{ErrorBudget, Sampling};
 use std::ops::Range;
 use std::sync::Arc;
@@ -48,6 +49,8 @@ pub enum Rest {
 pub struct RetrievalOptions<'a> {
     /// How rows are selected.
     pub select: Select,
+    /// Rows of each KV head, in place of `select`: heads that spread their mass need more.
+    pub by_head: Option<&'a [usize]>,
     /// First rows that are always read.
     pub sinks: usize,
     /// Last rows that are always read.
@@ -93,8 +96,6 @@ pub struct RowStats {
 
 struct Call<'a> {
     problem: Problem<'a>,
-    /// Of the store's rows.
-    dtype: DType,
     options: RetrievalOptions<'a>,
     view: Box<dyn View + 'a>,
     isa: Isa,
@@ -166,12 +167,9 @@ pub fn retrieval_attention_batch(
         let (options, index) = (sequence.options, sequence.index);
         let dense = Options { scale: options.scale, causal: true, sinks: options.sink_logits, ..Options::default() };
         let problem = Problem::new(sequence.q, reader.keys(), reader.values(), dense)?;
-        let Storage::Numbers(dtype) = problem.k.storage() else {
-            return Err(Error::dtype("store", problem.k.storage(), "a store of float32, float16 or bfloat16 rows"));
-        };
         if problem.queries > 0 {
             let view = index.read(reader, execution)?;
-            calls[i] = Some(Call { problem, dtype, options, view, isa: simd::current(), keep_selected });
+            calls[i] = Some(Call { problem, options, view, isa: simd::current(), keep_selected });
         }
     }
     // (sequence, KV head, position)
@@ -232,6 +230,12 @@ fn check(
         let expected = format!("float32 [1, {heads}, {queries}, 1]");
         return Err(Error::value("lse", format!("{} {:?}", lse.dtype(), lse.shape()), expected));
     }
+    if let Some(rows) = options.by_head
+        && (rows.len() != store.kv_heads() || rows.contains(&0))
+    {
+        let expected = format!("a positive number for each of {} KV heads", store.kv_heads());
+        return Err(Error::value("top_k", format!("{rows:?}"), expected));
+    }
     match options.select {
         Select::TopK(0) => return Err(Error::value("top_k", 0, "at least 1")),
         Select::TopP(p) if !(p > 0.0 && p < 1.0) => return Err(Error::value("top_p", p, "between 0 and 1")),
@@ -245,7 +249,7 @@ fn check(
         _ => {}
     }
     if let Some(sampling) = &options.sampling {
-        check_sampling(sampling, index, options.select)?;
+        check_sampling(sampling, index, options.by_head.map_or(options.select, |_| Select::TopK(1)))?;
     }
     if options.rest == Rest::Estimated && !index.estimates() {
         let got = format!("values with {} that estimate nothing", index.kind());
@@ -278,6 +282,11 @@ fn check_sampling(sampling: &Sampling, index: &dyn Index, select: Select) -> Res
 const MAX_GROUP: usize = 64;
 
 impl Call<'_> {
+    /// How rows are selected for a KV head.
+    fn select(&self, head: usize) -> Select {
+        self.options.by_head.map_or(self.options.select, |rows| Select::TopK(rows[head]))
+    }
+
     /// Attends from one query position of one KV head's group.
     fn row(
         &self,
@@ -348,17 +357,15 @@ impl Call<'_> {
         let group = self.problem.group;
         let queries: Vec<&[f32]> = (0..group).map(|g| rows.query(g)).collect();
         let steady: Vec<f32> = rows.running.iter().map(|running| running.lse()).collect();
-        let (keys, values) = (self.problem.k.numbers(), self.problem.v.numbers());
-        let (keys, values) = (keys.expect("checked before"), values.expect("checked before"));
         question(&Ask {
             head,
             queries: &queries,
             steady: &steady,
             candidates: candidates.clone(),
-            select: self.options.select,
+            select: self.select(head),
             rest: self.options.rest == Rest::Estimated,
-            keys: &keys,
-            values: &values,
+            keys: self.problem.k,
+            values: self.problem.v,
             isa: self.isa,
             parallel,
         })
@@ -430,6 +437,8 @@ enum Keys<'a> {
 /// Query rows of one group and what they accumulated.
 struct GroupRows {
     queries: Buffer,
+    /// The queries times the factors of the channels, where keys are codes that lack these: for products with keys as they lie.
+    of_codes: Vec<f32>,
     padded_dim: usize,
     dim: usize,
     outputs: Vec<f32>,
@@ -462,8 +471,16 @@ impl GroupRows {
             isa,
             Load(problem, ids, &mut queries.take(ids.len() * padded_dim)[..ids.len() * padded_dim], padded_dim),
         );
+        let mut of_codes = Vec::new();
+        if let Some(channels) = problem.k.channels(ids[0].head / problem.group) {
+            of_codes.extend_from_slice(&queries.filled()[..ids.len() * padded_dim]);
+            for row in of_codes.chunks_exact_mut(padded_dim) {
+                row.iter_mut().zip(channels).for_each(|(x, c)| *x *= c);
+            }
+        }
         Self {
             queries,
+            of_codes,
             padded_dim,
             dim: problem.dim,
             outputs: vec![0.0; ids.len() * padded_value_dim],
@@ -475,6 +492,11 @@ impl GroupRows {
     /// Scaled query of a head of the group.
     fn query(&self, g: usize) -> &[f32] {
         &self.queries.filled()[g * self.padded_dim..][..self.dim]
+    }
+
+    /// Scaled queries, for products with keys as they lie.
+    fn for_keys(&self) -> &[f32] {
+        if self.of_codes.is_empty() { self.queries.filled() } else { &self.of_codes }
     }
 
     /// Exact attention to some rows, added to what is there.
@@ -519,7 +541,7 @@ impl Kernel for Exact<'_> {
         };
         let problem = weighted.as_ref().unwrap_or(&call.problem);
         let scores = scratch.scores.take(MAX_QUERY_ROWS * stream::KEYS);
-        let queries = rows.queries.filled();
+        let queries = if rows.of_codes.is_empty() { rows.queries.filled() } else { &rows.of_codes };
         for first in (0..ids.len()).step_by(MAX_QUERY_ROWS) {
             let last = (first + MAX_QUERY_ROWS).min(ids.len());
             let mut state = RowState {
@@ -532,17 +554,14 @@ impl Kernel for Exact<'_> {
             let ids = &ids[first..last];
             // SAFETY: ranges and indices are rows of the reader; the buffers are padded as RowState says.
             unsafe {
-                with_element!(call.dtype, T => {
-                    let (k, v) = (numbers::<T>(&problem.k, 0, head), numbers::<T>(&problem.v, 0, head));
-                    match &keys {
-                        Keys::Range(range) => {
-                            stream::attend(s, problem, ids, k, v, range.clone(), None, &mut state, scores, false);
-                        }
-                        Keys::Picked(Pick { rows: index, .. }) => {
-                            let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
-                            let all = 0..index.len();
-                            stream::attend(s, problem, ids, k, v, all.clone(), Some(all), &mut state, scores, false);
-                        }
+                with_rows!(problem, 0, head, |k, v| match &keys {
+                    Keys::Range(range) => {
+                        stream::attend(s, problem, ids, k, v, range.clone(), None, &mut state, scores, false);
+                    }
+                    Keys::Picked(Pick { rows: index, .. }) => {
+                        let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
+                        let all = 0..index.len();
+                        stream::attend(s, problem, ids, k, v, all.clone(), Some(all), &mut state, scores, false);
                     }
                 });
             }

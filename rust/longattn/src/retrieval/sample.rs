@@ -10,12 +10,12 @@
 use super::correct::{Correct, Correction, Sample, Sums};
 use super::select::{self, Budget, Weights};
 use super::{Call, GroupRows, Keys, Pick, RowStats};
-use crate::dense::rows::numbers;
+use crate::dense::rows::with_rows;
 use crate::dense::scores::{RowId, Running, exp_difference};
 use crate::index::{Ask, Estimates, Select};
 use crate::parallel::{Execution, map};
 use crate::simd::{Kernel, Simd, dispatch};
-use crate::tensor::{TensorViewMut, with_element};
+use crate::tensor::TensorViewMut;
 use std::ops::Range;
 
 /// Share of the probabilities that does not follow the weights: no row is out of reach, whatever its code says.
@@ -269,23 +269,26 @@ impl<'a, 'b> Group<'a, 'b> {
         let parts = self.each(sample.rows.len().div_ceil(PART), |i| {
             let range = i * PART..((i + 1) * PART).min(sample.rows.len());
             let estimated: Vec<&[f32]> = weights.iter().map(|weights| &weights[range.clone()]).collect();
-            with_element!(self.call.dtype, T => {
-                dispatch(self.call.isa, Correct::<T> {
-                    k: numbers::<T>(&problem.k, 0, self.head),
-                    v: numbers::<T>(&problem.v, 0, self.head),
-                    dim: problem.dim,
-                    value_dim: problem.value_dim,
-                    queries: self.rows.queries.filled(),
-                    padded_dim: self.rows.padded_dim,
-                    log_unit: self.estimates.log_total(),
-                    rows: &sample.rows[range.clone()],
-                    probabilities: &sample.probabilities[range.clone()],
-                    estimated: &estimated,
-                    stand_ins: &stand_ins[range.clone()],
-                    centres: &self.centres,
-                    padded_value_dim: self.rows.padded_value_dim,
-                    key: self.key,
-                })
+            with_rows!(problem, 0, self.head, |k, v| {
+                dispatch(
+                    self.call.isa,
+                    Correct {
+                        k,
+                        v,
+                        dim: problem.dim,
+                        value_dim: problem.value_dim,
+                        queries: self.rows.for_keys(),
+                        padded_dim: self.rows.padded_dim,
+                        log_unit: self.estimates.log_total(),
+                        rows: &sample.rows[range.clone()],
+                        probabilities: &sample.probabilities[range.clone()],
+                        estimated: &estimated,
+                        stand_ins: &stand_ins[range.clone()],
+                        centres: &self.centres,
+                        padded_value_dim: self.rows.padded_value_dim,
+                        key: self.key,
+                    },
+                )
             })
         });
         let mut sums: Option<Vec<Sums>> = None;
@@ -388,7 +391,7 @@ impl Call<'_> {
         (stats.keys_scored, stats.index_bytes) = (estimates.scored(), estimates.bytes());
         let key = Key::new(sampling.seed, stats.keys_total - 1, head);
         let group = Group::new(self, ids, candidates.clone(), rows, &*estimates, key, parallel);
-        let found = match (&sampling.error, self.options.select) {
+        let found = match (&sampling.error, self.select(head)) {
             (Some(budget), _) => group.verified(budget),
             (None, Select::TopK(k)) => Some(group.fixed(k)),
             (None, Select::TopP(_)) => unreachable!("refused before any work"),

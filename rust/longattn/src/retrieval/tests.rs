@@ -107,7 +107,7 @@ impl Case {
 }
 
 fn options(select: Select, sinks: usize, window: usize, rest: Rest) -> RetrievalOptions<'static> {
-    RetrievalOptions { select, sinks, window, scale: None, rest, sink_logits: None, sampling: None }
+    RetrievalOptions { select, by_head: None, sinks, window, scale: None, rest, sink_logits: None, sampling: None }
 }
 
 fn close(got: &[f32], expected: &[f64], tolerance: f64) -> bool {

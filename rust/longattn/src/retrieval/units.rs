@@ -1,34 +1,21 @@
 //! Picking whole units of keys (pages, clusters) by a score of each, and weighing those that are left unread.
 //!
 //! ```text
-//! score     one product of a vector per unit with each query of the group: each unit's bytes are read once       (dense/stream.rs)
+//! open      where units lie in groups: groups by their own scores, as below, until they hold several times the budget
+//! score     one product of a vector per unit with each query of the group: each unit's bytes are read once    (levels.rs)
 //! rank      the mean over the group of the share of all mass that a row of the unit has
 //! pick      units in this order until the budget of rows is full; of the last one, its first rows
-//! rest      rows left unread have their unit's weight and their unit's mean value
+//! rest      rows left unread have their unit's weight and their unit's mean value, those of groups left closed their group's
 //! ```
 //! A unit may lie partly outside the candidates. Its share, where it is a mean, is then of its candidates alone, and so is its mean value.
+//! Groups of such units are always opened.
 
-use super::chunks::{Shared, Slots};
+use super::levels::{Level, Places};
 use super::select::{BINS, bin};
-use crate::dense::dots::BlockScores;
-use crate::dense::rows::Strided;
 use crate::dense::scores::{Running, exp_difference};
-use crate::dense::scratch::Buffer;
-use crate::dense::stream::{KEYS, MAX_QUERY_ROWS};
-use crate::dense::values::BlockValues;
-use crate::index::units::{HeadUnits, Members, Table, UnitScore, padded, part_mean};
+use crate::index::units::{HeadUnits, Members, UnitScore, part_mean};
 use crate::index::{Ask, Pick, RestMass, Select};
-use crate::parallel::for_each;
-use crate::simd::{Kernel, Simd, dispatch};
-use crate::tensor::{Element, with_element};
 use std::ops::Range;
-use std::sync::OnceLock;
-
-/// Units that one item goes through, whole blocks of [`KEYS`].
-const CHUNK: usize = 16 * KEYS;
-
-/// A block none of whose units has this share of a row's mass is not added to the estimate of the rest: f32 would not show it.
-const NEGLIGIBLE: f32 = 1.0 / (1u64 << 40) as f32;
 
 /// Units of one head.
 pub(crate) trait Units: Sync {
@@ -38,11 +25,25 @@ pub(crate) trait Units: Sync {
     fn whole(&self, candidates: &Range<usize>) -> Range<usize>;
     /// Rows of a unit.
     fn members(&self, unit: usize) -> Members<'_>;
+    /// Groups that the units lie in.
+    fn groups(&self) -> Option<Groups<'_>> {
+        None
+    }
+}
+
+/// Groups of units that follow one another; no group is partly [`Units::within`].
+pub(crate) struct Groups<'a> {
+    /// What is kept of each, as of a unit.
+    pub(crate) of: &'a HeadUnits,
+    /// The first unit of each, and the end of the last one.
+    pub(crate) starts: &'a [u32],
+    /// Groups are opened until they hold so many times the rows that are picked.
+    pub(crate) probe: usize,
 }
 
 /// A unit that is not simply read or left unread as a whole.
 struct Part {
-    /// Counted from the first one scored.
+    /// Its place.
     unit: usize,
     /// Places of its members that are candidates and, once rows were picked, unread.
     places: Range<usize>,
@@ -50,26 +51,97 @@ struct Part {
 
 /// Picks units for a query group.
 pub(crate) fn pick<U: Units>(units: &U, of: &HeadUnits, score: UnitScore, ask: &Ask) -> Pick {
-    let group = ask.queries.len();
+    if let Some(groups) = units.groups() {
+        let (closed, opened) = open(units, &groups, score, ask);
+        if let Some(pick) = pick_among(units, of, score, ask, Places::List(&opened), Some(&closed)) {
+            return pick;
+        }
+    }
     let range = units.within(&ask.candidates);
-    let n = range.len();
-    let chunks = n.div_ceil(CHUNK);
-    let run = |work: &(dyn Fn(usize) + Sync)| match ask.parallel {
-        // A cancelled call's results are never seen.
-        Some(execution) => drop(for_each(execution, chunks, work)),
-        None => (0..chunks).for_each(work),
-    };
-    let chunk_units = |c: usize| c * CHUNK..((c + 1) * CHUNK).min(n);
-    let chunk_floats =
-        |c: usize| c * CHUNK * group..((c * CHUNK + chunk_units(c).len().next_multiple_of(KEYS)) * group);
+    pick_among(units, of, score, ask, Places::Run(range.start, range.len()), None).expect("all units hold all mass")
+}
 
+/// The groups that are left closed, and the units of the others, ascending.
+fn open<'a, U: Units>(units: &U, groups: &Groups<'a>, score: UnitScore, ask: &Ask) -> (Level<'a>, Vec<u32>) {
+    let (range, whole) = (units.within(&ask.candidates), units.whole(&ask.candidates));
+    let first = groups.starts.partition_point(|&start| (start as usize) < range.start);
+    let n = groups.starts.partition_point(|&start| (start as usize) < range.end) - first;
+    let members = |i: usize| groups.starts[first + i] as usize..groups.starts[first + i + 1] as usize;
+    let (mut counts, mut opened) = (vec![0u32; n], vec![false; n]);
+    for (i, (count, opened)) in counts.iter_mut().zip(&mut opened).enumerate() {
+        let mut rows = 0;
+        for unit in members(i) {
+            let members = units.members(unit);
+            let inside = if whole.contains(&unit) { members.len() } else { members.inside(&ask.candidates).len() };
+            rows += members.len();
+            *count += inside as u32;
+        }
+        *opened = *count > 0 && (*count as usize) < rows;
+    }
+    let mut level = Level::score(groups.of, score, Places::Run(first, n), counts, ask);
+    let totals = totals(ask, [&level]);
+    let wanted = match ask.select {
+        Select::TopK(rows) => rows.saturating_mul(groups.probe),
+        Select::TopP(_) => 0,
+    };
+    let weights = level.ranks(ask, &totals, wanted.min(ask.candidates.len()));
+    let mass = |g: usize, i: usize| level.mass(g, i, totals[g]);
+    let mut held = steady_shares(ask, &totals);
+    let mut counts = level.counts.clone();
+    for i in (0..n).filter(|&i| opened[i]) {
+        held.iter_mut().enumerate().for_each(|(g, held)| *held += mass(g, i));
+        counts[i] = 0;
+    }
+    let picked = match ask.select {
+        Select::TopK(_) => {
+            let (mut picked, last) = fill(&weights, &counts, wanted);
+            picked.extend(last.map(|(i, _)| i as u32));
+            picked
+        }
+        Select::TopP(p) => reach(&weights, &counts, 1.0 - (1.0 - f64::from(p)) / groups.probe as f64, held, mass),
+    };
+    picked.iter().for_each(|&i| opened[i as usize] = true);
+    let mut list = Vec::new();
+    for i in (0..n).filter(|&i| opened[i]) {
+        level.counts[i] = 0;
+        list.extend(members(i).map(|unit| unit as u32));
+    }
+    (level, list)
+}
+
+/// Log of each query's mass: steady rows and what is scored.
+fn totals<'a>(ask: &Ask, levels: impl IntoIterator<Item = &'a Level<'a>>) -> Vec<f32> {
+    let steady = |&lse: &f32| Running { max: lse, sum: if lse == f32::NEG_INFINITY { 0.0 } else { 1.0 } };
+    let mut totals: Vec<Running> = ask.steady.iter().map(steady).collect();
+    for level in levels {
+        level.masses(ask, &mut totals);
+    }
+    totals.into_iter().map(Running::lse).collect()
+}
+
+/// The share of each query's mass that the steady rows have.
+fn steady_shares(ask: &Ask, totals: &[f32]) -> Vec<f64> {
+    ask.steady.iter().zip(totals).map(|(&lse, &total)| f64::from(exp_difference(lse, total))).collect()
+}
+
+/// Picks among some units; `closed` are groups of others. `None` where these hold too much of the mass that is to be read.
+fn pick_among<U: Units>(
+    units: &U,
+    of: &HeadUnits,
+    score: UnitScore,
+    ask: &Ask,
+    places: Places,
+    closed: Option<&Level>,
+) -> Option<Pick> {
+    let group = ask.queries.len();
     // How many candidates each unit has.
-    let (mut counts, mut parts) = (vec![0u32; n], Vec::new());
+    let (mut counts, mut parts) = (vec![0u32; places.len()], Vec::new());
     let whole = units.whole(&ask.candidates);
     for (i, count) in counts.iter_mut().enumerate() {
-        let members = units.members(range.start + i);
+        let unit = places.unit(i);
+        let members = units.members(unit);
         *count = members.len() as u32;
-        if !whole.contains(&(range.start + i)) {
+        if !whole.contains(&unit) {
             let places = members.inside(&ask.candidates);
             if places.len() < members.len() {
                 *count = places.len() as u32;
@@ -79,158 +151,86 @@ pub(crate) fn pick<U: Units>(units: &U, of: &HeadUnits, score: UnitScore, ask: &
             }
         }
     }
-
-    // Scores, blocks of [group, KEYS].
-    let mut queries = Buffer::default();
-    let width = of.vectors.width();
-    let long = queries.take(group * width);
-    for (to, q) in long.chunks_exact_mut(width).zip(ask.queries) {
-        score.query(q, to);
-    }
-    let queries = queries.filled();
-    let blocks = n.div_ceil(KEYS);
-    let mut memory = vec![0f32; blocks * KEYS * group];
-    let scores = Shared::new(&mut memory);
-    run(&|c| {
-        let (units, floats) = (chunk_units(c), chunk_floats(c));
-        // SAFETY: chunk c is this worker's own.
-        let scores = unsafe { scores.part(floats.start, floats.len()) };
-        let units = range.start + units.start..range.start + units.end;
-        with_element!(of.vectors.dtype(), T => {
-            dispatch(ask.isa, Scan { queries, group, width, vectors: of.vectors.rows::<T>(), units, scores });
-        });
-    });
-    // SAFETY: the workers are done.
-    let all = unsafe { scores.part(0, blocks * KEYS * group) };
-    let at = |g: usize, i: usize| (i / KEYS * group + g) * KEYS + i % KEYS;
+    let mut level = Level::score(of, score, places, counts, ask);
     if score.estimates() {
         for part in &parts {
-            let members = units.members(range.start + part.unit);
-            let stored = of.vectors.row(range.start + part.unit);
-            let mean = part_mean(ask.keys, ask.head, &members, part.places.clone(), &stored);
+            let unit = places.unit(part.unit);
+            let stored = of.vectors.row(unit);
+            let mean = part_mean(&ask.keys, ask.head, &units.members(unit), part.places.clone(), &stored);
             for (g, q) in ask.queries.iter().enumerate() {
                 let change = q.iter().zip(mean.iter().zip(&stored)).map(|(q, (new, old))| q * (new - old));
-                all[at(g, part.unit)] += change.sum::<f32>();
+                level.add(g, part.unit, change.sum::<f32>());
             }
         }
     }
-
-    // Mass of the candidates, and each unit's share by row.
-    let logs: Vec<f32> =
-        counts.iter().map(|&n| log(n)).chain(std::iter::repeat_n(f32::NEG_INFINITY, blocks * KEYS - n)).collect();
-    let masses = Slots::new(chunks);
-    run(&|c| {
-        // SAFETY: only read from here on.
-        let scores = unsafe { &*scores.part(chunk_floats(c).start, chunk_floats(c).len()) };
-        masses.set(c, dispatch(ask.isa, Masses { scores, group, logs: &logs[c * CHUNK..] }));
-    });
-    let mut totals: Vec<Running> = ask
-        .steady
-        .iter()
-        .map(|&lse| Running { max: lse, sum: if lse == f32::NEG_INFINITY { 0.0 } else { 1.0 } })
-        .collect();
-    for masses in masses.into_values() {
-        totals.iter_mut().zip(&masses).for_each(|(total, mass)| *total = join(*total, *mass));
-    }
-    let totals: Vec<f32> = totals.into_iter().map(Running::lse).collect();
-    let mut weights = vec![0f32; blocks * KEYS];
-    let shares = Shared::new(&mut weights);
-    run(&|c| {
-        let floats = chunk_floats(c);
-        // SAFETY: the shares of chunk c are this worker's own; scores are only read.
-        let (scores, shares) =
-            unsafe { (&*scores.part(floats.start, floats.len()), shares.part(c * CHUNK, floats.len() / group)) };
-        dispatch(ask.isa, Shares { scores, totals: &totals, shares });
-    });
+    let totals = totals(ask, [Some(&level), closed].into_iter().flatten());
 
     // The units that fill the budget.
-    let score_of = |g: usize, i: usize| all[at(g, i)] - totals[g];
     let (mut picked, last) = match ask.select {
-        Select::TopK(rows) => {
-            let positive = (0..n).filter(|&i| weights[i] > 0.0).map(|i| counts[i] as usize).sum::<usize>();
-            if positive < rows.min(ask.candidates.len()) {
-                // Shares below the smallest float are all 0. There the scores keep the order; they stay below every share.
-                for (i, weight) in weights[..n].iter_mut().enumerate().filter(|(_, weight)| **weight == 0.0) {
-                    *weight = (0..group).map(|g| score_of(g, i)).fold(f32::NEG_INFINITY, f32::max);
+        Select::TopK(rows) => fill(&level.ranks(ask, &totals, rows.min(ask.candidates.len())), &level.counts, rows),
+        Select::TopP(p) => {
+            let (weights, p) = (level.ranks(ask, &totals, 0), f64::from(p));
+            let mut held = steady_shares(ask, &totals);
+            let mass = |g: usize, i: usize| level.mass(g, i, totals[g]);
+            let picked = reach(&weights, &level.counts, p, held.clone(), mass);
+            if closed.is_some() {
+                for (g, held) in held.iter_mut().enumerate() {
+                    *held += picked.iter().map(|&i| mass(g, i as usize)).sum::<f64>();
+                }
+                if held.iter().any(|&held| held < p) {
+                    return None;
                 }
             }
-            fill(&weights[..n], &counts, rows)
-        }
-        Select::TopP(p) => {
-            let steady: Vec<f64> =
-                ask.steady.iter().zip(&totals).map(|(&lse, &total)| f64::from(exp_difference(lse, total))).collect();
-            let mass = |g: usize, i: usize| f64::from((score_of(g, i) + logs[i]).exp());
-            (reach(&weights[..n], &counts, f64::from(p), steady, mass), None)
+            (picked, None)
         }
     };
-    let mut rows = Vec::new();
-    let mut unread: Vec<f32> = counts.iter().map(|&n| n as f32).collect();
-    unread.resize(blocks * KEYS, 0.0);
+    let mut read = Vec::new();
+    let mut unread: Vec<f32> = level.counts.iter().map(|&n| n as f32).collect();
     picked.sort_unstable();
     for &i in &picked {
-        let (members, i) = (units.members(range.start + i as usize), i as usize);
+        let (members, i) = (units.members(places.unit(i as usize)), i as usize);
         let places = match parts.iter().position(|part| part.unit == i) {
             Some(part) => parts.swap_remove(part).places,
             None => 0..members.len(),
         };
-        rows.extend(places.map(|place| members.row(place) as u32));
+        read.extend(places.map(|place| members.row(place) as u32));
         unread[i] = 0.0;
     }
     if let Some((i, taken)) = last {
-        let members = units.members(range.start + i);
+        let members = units.members(places.unit(i));
         if !parts.iter().any(|part| part.unit == i) {
             parts.push(Part { unit: i, places: 0..members.len() });
         }
         let part = parts.iter_mut().find(|part| part.unit == i).expect("pushed where it was not there");
         let first = part.places.start;
-        rows.extend((first..first + taken).map(|place| members.row(place) as u32));
+        read.extend((first..first + taken).map(|place| members.row(place) as u32));
         part.places.start += taken;
     }
-    rows.sort_unstable();
     // Those in part are added one by one.
     parts.iter().for_each(|part| unread[part.unit] = 0.0);
 
-    let scored = counts.iter().filter(|&&n| n > 0).count();
+    let scored = level.scored() + closed.map_or(0, Level::all);
     let mut bytes = scored * of.vectors.row_bytes();
     let (mut rest, mut bound) = (None, None);
     if score.estimates() || score.bounds() {
-        let means = (ask.rest && score.estimates()).then_some(&of.values);
-        bytes += means.map_or(0, |means| scored * means.row_bytes());
+        let means = ask.rest && score.estimates();
+        bytes += if means { (level.scored() + closed.map_or(0, Level::scored)) * of.values.row_bytes() } else { 0 };
         let value_dim = ask.values.shape()[3];
-        let unread = &unread;
-        let sums = Slots::new(chunks);
-        run(&|c| {
-            let (units, floats) = (chunk_units(c), chunk_floats(c));
-            // SAFETY: scores are only read.
-            let scores = unsafe { &*scores.part(floats.start, floats.len()) };
-            let unread = &unread[c * CHUNK..];
-            let first = range.start + units.start;
-            let of = of.vectors.dtype();
-            let summed = with_element!(of, T => {
-                let values = means.map(|means: &Table| means.rows::<T>());
-                let rest = |careful| Rest { scores, totals: &totals, unread, first, values, value_dim, careful };
-                let summed = dispatch(ask.isa, rest(false));
-                // A mean that is not finite times a weight of 0 is NaN: then only units that weigh something are added.
-                let fine = summed.outputs.iter().all(|x| x.is_finite());
-                if fine { summed } else { dispatch(ask.isa, rest(true)) }
-            });
-            sums.set(c, summed);
-        });
         let mut mass = vec![0f64; group];
-        let mut outputs = vec![0f64; if means.is_some() { group * value_dim } else { 0 }];
-        for part in sums.into_values() {
-            mass.iter_mut().zip(&part.mass).for_each(|(a, &b)| *a += b);
-            for (sum, part) in outputs.chunks_exact_mut(value_dim).zip(part.outputs.chunks_exact(padded(value_dim))) {
-                sum.iter_mut().zip(part).for_each(|(a, &b)| *a += f64::from(b));
-            }
+        let mut outputs = vec![0f64; if means { group * value_dim } else { 0 }];
+        level.rest(ask, &totals, unread, means, &mut mass, &mut outputs);
+        if let Some(closed) = closed {
+            let unread = closed.counts.iter().map(|&n| n as f32).collect();
+            closed.rest(ask, &totals, unread, means, &mut mass, &mut outputs);
         }
-        for Part { unit, places } in parts.iter().filter(|part| !part.places.is_empty()) {
-            let mean = means.map(|means| {
-                let (members, stored) = (units.members(range.start + unit), means.row(range.start + unit));
-                part_mean(ask.values, ask.head, &members, places.clone(), &stored)
+        for Part { unit, places: members } in parts.iter().filter(|part| !part.places.is_empty()) {
+            let mean = means.then(|| {
+                let unit = places.unit(*unit);
+                let stored = of.values.row(unit);
+                part_mean(&ask.values, ask.head, &units.members(unit), members.clone(), &stored)
             });
             for g in 0..group {
-                let weight = f64::from(score_of(g, *unit).exp()) * places.len() as f64;
+                let weight = f64::from((level.logit(g, *unit) - totals[g]).exp()) * members.len() as f64;
                 mass[g] += weight;
                 if let Some(mean) = &mean
                     && weight > 0.0
@@ -243,31 +243,36 @@ pub(crate) fn pick<U: Units>(units: &U, of: &HeadUnits, score: UnitScore, ask: &
         let log_masses: Vec<f32> = mass.iter().zip(&totals).map(|(mass, total)| mass.ln() as f32 + total).collect();
         if score.estimates() {
             let mean = |g: usize| match means {
-                Some(_) if mass[g] > 0.0 => {
+                true if mass[g] > 0.0 => {
                     outputs[g * value_dim..(g + 1) * value_dim].iter().map(|x| (x / mass[g]) as f32).collect()
                 }
-                Some(_) => vec![0.0; value_dim],
-                None => Vec::new(),
+                true => vec![0.0; value_dim],
+                false => Vec::new(),
             };
             rest = Some((0..group).map(|g| RestMass { log_mass: log_masses[g], mean: mean(g) }).collect());
         } else {
             bound = Some(log_masses);
         }
     }
-    Pick { rows, rest, bound, scored, bytes, ..Pick::default() }
+    Some(Pick { rows: ascending(&read, &ask.candidates), rest, bound, scored, bytes, ..Pick::default() })
 }
 
-/// ln n.
-fn log(n: u32) -> f32 {
-    static LOGS: OnceLock<Vec<f32>> = OnceLock::new();
-    let exact = |n: u32| (f64::from(n)).ln() as f32;
-    let logs = LOGS.get_or_init(|| (0..1024).map(exact).collect());
-    logs.get(n as usize).copied().unwrap_or_else(|| exact(n))
-}
-
-fn join(a: Running, b: Running) -> Running {
-    let max = a.max.max(b.max);
-    Running { max, sum: a.sum * exp_difference(a.max, max) + b.sum * exp_difference(b.max, max) }
+/// Different rows of a range, in order: by a bit for each row, which is several times as fast as sorting many.
+fn ascending(rows: &[u32], range: &Range<usize>) -> Vec<u32> {
+    let mut bits = vec![0u64; range.len().div_ceil(64)];
+    for &row in rows {
+        let i = row as usize - range.start;
+        bits[i / 64] |= 1 << (i % 64);
+    }
+    let mut sorted = Vec::with_capacity(rows.len());
+    for (word, &bits) in bits.iter().enumerate() {
+        let (first, mut left) = ((range.start + 64 * word) as u32, bits);
+        while left != 0 {
+            sorted.push(first + left.trailing_zeros());
+            left &= left - 1;
+        }
+    }
+    sorted
 }
 
 /// Units of the largest weights that fill a budget of rows, and how many rows of one more. Ties go to the lower unit.
@@ -319,193 +324,6 @@ fn reach(weights: &[f32], counts: &[u32], p: f64, mut held: Vec<f64>, mass: impl
     picked
 }
 
-/// `scores[block][g][j]`: the product of each unit's vector with each query.
-struct Scan<'a, T> {
-    /// `[group, width]`.
-    queries: &'a [f32],
-    group: usize,
-    width: usize,
-    vectors: Strided<T>,
-    units: Range<usize>,
-    scores: &'a mut [f32],
-}
-
-impl<T: Element> Kernel for Scan<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self { queries, group, width, vectors, units, scores } = self;
-        assert!(scores.len() >= units.len().next_multiple_of(KEYS) * group);
-        for (b, scores) in scores.chunks_exact_mut(KEYS * group).enumerate() {
-            let first = units.start + b * KEYS;
-            let keys = first..(first + KEYS).min(units.end);
-            let following = Strided { base: vectors.base.wrapping_offset(KEYS as isize * vectors.stride), ..vectors };
-            for g in (0..group).step_by(MAX_QUERY_ROWS) {
-                s.call(BlockScores {
-                    queries: &queries[g * width..],
-                    padded_dim: width,
-                    rows: MAX_QUERY_ROWS.min(group - g),
-                    dim: width,
-                    k: vectors,
-                    keys: keys.clone(),
-                    next: (following, width),
-                    scores: &mut scores[g * KEYS..],
-                });
-            }
-            for row in scores.chunks_exact_mut(KEYS) {
-                row[keys.len()..].fill(f32::NEG_INFINITY);
-            }
-        }
-    }
-}
-
-/// Softmax sums of each head over units of `e^log` rows each.
-struct Masses<'a> {
-    scores: &'a [f32],
-    group: usize,
-    logs: &'a [f32],
-}
-
-impl Kernel for Masses<'_> {
-    type Output = Vec<Running>;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Vec<Running> {
-        let Self { scores, group, logs } = self;
-        let mut all = Vec::with_capacity(group);
-        for g in 0..group {
-            let mut largest = s.splat(f32::NEG_INFINITY);
-            for (block, logs) in scores.chunks_exact(KEYS * group).zip(logs.chunks_exact(KEYS)) {
-                for j in (0..KEYS).step_by(S::LANES) {
-                    // SAFETY: j + LANES <= KEYS, which both have.
-                    let x = unsafe { s.add(s.load(block.as_ptr().add(g * KEYS + j)), s.load(logs.as_ptr().add(j))) };
-                    largest = s.max(x, largest);
-                }
-            }
-            let max = s.max_lane(largest);
-            let mut sum = 0.0;
-            if max > f32::NEG_INFINITY {
-                let mut sums = s.zero();
-                for (block, logs) in scores.chunks_exact(KEYS * group).zip(logs.chunks_exact(KEYS)) {
-                    for j in (0..KEYS).step_by(S::LANES) {
-                        // SAFETY: as above.
-                        let x =
-                            unsafe { s.add(s.load(block.as_ptr().add(g * KEYS + j)), s.load(logs.as_ptr().add(j))) };
-                        sums = s.add(sums, s.exp(s.sub(x, s.splat(max))));
-                    }
-                }
-                sum = s.sum(sums);
-            }
-            all.push(Running { max, sum });
-        }
-        all
-    }
-}
-
-/// The mean over the group of the share that a row of each unit has.
-struct Shares<'a> {
-    scores: &'a [f32],
-    totals: &'a [f32],
-    shares: &'a mut [f32],
-}
-
-impl Kernel for Shares<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self { scores, totals, shares } = self;
-        let group = totals.len();
-        let part = s.splat(1.0 / group as f32);
-        for (block, shares) in scores.chunks_exact(KEYS * group).zip(shares.chunks_exact_mut(KEYS)) {
-            for j in (0..KEYS).step_by(S::LANES) {
-                let mut sum = s.zero();
-                // SAFETY: j + LANES <= KEYS, which every row has.
-                unsafe {
-                    for (g, &total) in totals.iter().enumerate() {
-                        let share = s.exp(s.sub(s.load(block.as_ptr().add(g * KEYS + j)), s.splat(total)));
-                        sum = s.fma(share, part, sum);
-                    }
-                    s.store(shares.as_mut_ptr().add(j), sum);
-                }
-            }
-        }
-    }
-}
-
-/// Adds up what units left unread weigh, times their mean values.
-struct Rest<'a, T> {
-    scores: &'a [f32],
-    totals: &'a [f32],
-    /// Rows left unread of each unit.
-    unread: &'a [f32],
-    /// The unit of the first score.
-    first: usize,
-    values: Option<Strided<T>>,
-    value_dim: usize,
-    careful: bool,
-}
-
-struct Summed {
-    mass: Vec<f64>,
-    /// `[group, padded value_dim]`.
-    outputs: Vec<f32>,
-}
-
-impl<T: Element> Kernel for Rest<'_, T> {
-    type Output = Summed;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Summed {
-        let Self { scores, totals, unread, first, values, value_dim, careful } = self;
-        let group = totals.len();
-        let stride = padded(value_dim);
-        let mut summed = Summed { mass: vec![0.0; group], outputs: vec![0.0; group * stride] };
-        let mut buffer = Buffer::default();
-        let weights = buffer.take(group * KEYS);
-        for (b, (block, unread)) in scores.chunks_exact(KEYS * group).zip(unread.chunks_exact(KEYS)).enumerate() {
-            let mut largest = s.zero();
-            for (g, &total) in totals.iter().enumerate() {
-                let mut sum = s.zero();
-                for j in (0..KEYS).step_by(S::LANES) {
-                    // SAFETY: j + LANES <= KEYS, which every row has.
-                    unsafe {
-                        let share = s.exp(s.sub(s.load(block.as_ptr().add(g * KEYS + j)), s.splat(total)));
-                        let weight = s.mul(share, s.load(unread.as_ptr().add(j)));
-                        s.store(weights.as_mut_ptr().add(g * KEYS + j), weight);
-                        sum = s.add(sum, weight);
-                        largest = s.max(weight, largest);
-                    }
-                }
-                summed.mass[g] += f64::from(s.sum(sum));
-            }
-            let Some(values) = values else { continue };
-            if s.max_lane(largest) < NEGLIGIBLE {
-                continue;
-            }
-            // Units beyond the last one weigh nothing and must not be read.
-            let last = unread.iter().rposition(|&n| n > 0.0).map_or(0, |last| last + 1);
-            let keys = first + b * KEYS..first + b * KEYS + last;
-            let following = Strided { base: values.base.wrapping_offset(KEYS as isize * values.stride), ..values };
-            for g in (0..group).step_by(MAX_QUERY_ROWS) {
-                s.call(BlockValues {
-                    weights: &weights[g * KEYS..],
-                    rows: MAX_QUERY_ROWS.min(group - g),
-                    dim: value_dim,
-                    v: values,
-                    keys: keys.clone(),
-                    next: (following, value_dim),
-                    outputs: &mut summed.outputs[g * stride..],
-                    padded_dim: stride,
-                    careful,
-                });
-            }
-        }
-        summed
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -536,6 +354,22 @@ mod tests {
                 expected.sort_unstable();
                 assert_eq!((picked, last), (expected, part), "{n} units, {budget} rows");
             }
+        }
+    }
+
+    #[test]
+    fn rows_come_out_in_order() {
+        let mut random = Random::new(4);
+        for (range, n) in [(3..4, 1), (5..70, 65), (1000..9000, 700), (64..128, 0)] {
+            let mut rows: Vec<u32> = range.clone().map(|row| row as u32).collect();
+            for i in 0..n {
+                let left = rows.len() - i;
+                rows.swap(i, i + random.below(left));
+            }
+            rows.truncate(n);
+            let found = ascending(&rows, &range);
+            rows.sort_unstable();
+            assert_eq!(found, rows);
         }
     }
 

@@ -20,7 +20,7 @@ mod tests;
 mod view;
 
 use super::flat::check_keys;
-use super::{Followed, Grow, Index, Parameters, Saved, View, check_store, numbers};
+use super::{Followed, Grow, Index, Parameters, Saved, View, check_numbers, numbers};
 use crate::dense::rows::Strided;
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map};
@@ -117,7 +117,7 @@ pub struct Graph {
 impl Graph {
     /// An index over a store, without links until it is first read.
     pub fn new(store: Arc<KvStore>, options: GraphOptions) -> Result<Self> {
-        check_store(&store)?;
+        check_numbers(&store)?;
         let (dim, heads) = (store.head_dim(), store.kv_heads());
         if dim > MAX_DIM {
             return Err(Error::value("store", format!("head_dim {dim}"), format!("at most {MAX_DIM}")));

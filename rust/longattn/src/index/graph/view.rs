@@ -4,7 +4,7 @@ use super::build;
 use super::search::{Metric, row_of, search, with_memory};
 use super::{FIRST_BUILD, Graph, SearchBy, State};
 use crate::dense::rows::Strided;
-use crate::index::{Ask, Grown, Pick, Select, View};
+use crate::index::{Ask, Grown, Pick, Select, View, numbers};
 use crate::parallel::map;
 use crate::retrieval::exact::pick_among;
 use crate::simd::{Kernel, MAX_LANES, Simd, dispatch};
@@ -34,7 +34,7 @@ impl View for GraphView<'_> {
         let linked = if linked - start < FIRST_BUILD / 2 { start } else { linked };
         let (mut rows, mut scored, mut bytes) = (Vec::new(), 0, 0);
         if linked > start {
-            let dim = ask.keys.shape()[3];
+            let (keys, dim) = (numbers(ask.keys), ask.keys.shape()[3]);
             let mean: Vec<f32>;
             let of_mean: [&[f32]; 1];
             let queries = match self.index.options.search_by {
@@ -51,8 +51,8 @@ impl View for GraphView<'_> {
             let one = |i: usize| {
                 // Asked by other heads than it was trained for, an index still has a graph for each.
                 let (query, graph) = (queries[i % queries.len()], &graphs[i % graphs.len()]);
-                with_element!(ask.keys.dtype(), T => {
-                    let rows = Strided { base: ask.keys.head::<T>(0, ask.head), stride: ask.keys.row_stride() };
+                with_element!(keys.dtype(), T => {
+                    let rows = Strided { base: keys.head::<T>(0, ask.head), stride: keys.row_stride() };
                     dispatch(ask.isa, SearchGraph { rows, dim, graph, query, wanted: wanted.clone(), width: ef })
                 })
             };
@@ -66,7 +66,7 @@ impl View for GraphView<'_> {
             for Found { rows: found, scored: of_one, expanded } in found {
                 rows.extend(found);
                 scored += of_one;
-                bytes += of_one * row_bytes(ask.keys) + expanded * 4 * self.index.options.max_degree;
+                bytes += of_one * row_bytes(&keys) + expanded * 4 * self.index.options.max_degree;
             }
             rows.sort_unstable();
             rows.dedup();
@@ -76,7 +76,7 @@ impl View for GraphView<'_> {
         // What a search found was scored there.
         let tail = end - linked;
         pick.scored = scored + tail;
-        pick.bytes = bytes + tail * row_bytes(ask.keys);
+        pick.bytes = bytes + tail * row_bytes(&numbers(ask.keys));
         pick
     }
 }

@@ -13,7 +13,7 @@ mod tables;
 use super::project::{Coder, Multiply, Projection, code_rows};
 use super::rotation::Random;
 use super::snapshot::{Parameters, Saved};
-use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_store, not_finite, numbers};
+use super::{Ask, Followed, Grow, Grown, Index, Pick, View, check_numbers, not_finite, numbers};
 use crate::dense::rows::{Row, Rows, Strided};
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, for_each, map};
@@ -130,7 +130,7 @@ fn bucket_numbers(x: &[f32], bits: usize, buckets: &mut [u16]) {
 impl LshTables {
     /// An index over a store, empty until it is first read.
     pub fn new(store: Arc<KvStore>, options: LshOptions) -> Result<Self> {
-        check_store(&store)?;
+        check_numbers(&store)?;
         if !(2..=255).contains(&options.tables) {
             return Err(Error::value("tables", options.tables, "2 to 255"));
         }
@@ -386,8 +386,9 @@ impl Snapshot<'_> {
     /// `[queries, rows]`: minus the log of the chance with which a query meets a row, where it met it.
     fn log_weights(&self, ask: &Ask, rows: &[u32], met: &[Met]) -> Vec<f32> {
         let head = &self.content.heads[ask.head];
-        let dots = with_element!(ask.keys.dtype(), T => {
-            let keys = Strided { base: ask.keys.head::<T>(0, ask.head), stride: ask.keys.row_stride() };
+        let keys = numbers(ask.keys);
+        let dots = with_element!(keys.dtype(), T => {
+            let keys = Strided { base: keys.head::<T>(0, ask.head), stride: keys.row_stride() };
             dispatch(ask.isa, Dots { queries: ask.queries, keys, rows })
         });
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
