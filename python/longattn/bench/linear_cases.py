@@ -100,9 +100,10 @@ class Inputs:
             gamma_q=self.x(dim), beta_q=self.x(dim), gamma_k=self.x(dim), beta_k=self.x(dim), w_h=self.w(wide, n),
         )  # fmt: skip
 
-    def averages(self) -> tuple[NDArray[np.float32], ...]:
+    def averages(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
         """Parameters of damped averages."""
-        return tuple(self.x(self.channels, STATES) for _ in range(4))
+        alpha, delta, beta, gamma = self.x(4, self.channels, STATES)
+        return alpha, delta, beta, gamma
 
     def ssm(self) -> DiagonalSsm:
         """A diagonal state space model of each channel."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def measure(bench: Bench, heads: int, dim: int) -> list[Row]:
     for length in QUICK_LENGTHS if bench.quick else LENGTHS:
         bench.say(f"linear beside attention {heads} x {dim}, length {length}")
         q, k, v = (np.ascontiguousarray(x) for x in Inputs(places=length, heads=heads, dim=dim).qkv())
-        candidates = [Candidate(ATTENTION, lambda q=q, k=k, v=v: la.attention(q, k, v, causal=True), peer=False)]
+        candidates = [Candidate(ATTENTION, partial(la.attention, q, k, v, causal=True), peer=False)]
         candidates += [Candidate(name, _call(name, length, heads, dim), peer=False) for name in METHODS]
         for threads in bench.each_threads():
             outcomes = bench.interleave(candidates)
@@ -80,7 +81,7 @@ def faster_from(ratios: dict[int, float]) -> float | None:
     above = lengths[lengths.index(below) + 1]
     # Ratios are close to straight lines where both axes are logarithmic.
     share = -math.log(ratios[below]) / math.log(ratios[above] / ratios[below])
-    return below * (above / below) ** share
+    return float(below * (above / below) ** share)
 
 
 def lines(rows: Sequence[Row]) -> list[str]:

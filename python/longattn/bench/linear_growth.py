@@ -46,7 +46,7 @@ def measure(bench: Bench, shapes: Grid, with_memory: bool) -> dict[str, list[Row
             row = {**case, "keys": max(shapes.keys), **_exponent(bench, form, heads, dim, dtype, shapes.keys)}
             row["of"] = f"{case['method']}, D {dim}, {dtype}, {count(threads)}"
             if with_memory:
-                mine = [
+                mine: list[Row] = [
                     {**case, "keys": n, **_memory(form, heads, dim, n, dtype, threads)} for n in sorted(shapes.keys)
                 ]
                 more = {name: mine[-1][name] - mine[0][name] for name in ("extra_mb", "arrays_mb")}
