@@ -30,7 +30,7 @@ def gated_linear_attention(
         k: {keys}
         v: {values}
         g: natural logarithms of the decays, at most 0 (`-inf` forgets), floating `[B, H, L, D]`.
-        scale: factor of outputs; `None` is `D ** -0.5`.
+        scale: {scale}
         initial_state: {initial_state}
         out_state: {out_state}
         chunk_size: {chunk_size}

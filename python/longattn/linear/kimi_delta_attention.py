@@ -41,9 +41,9 @@ def kimi_delta_attention(
         k: {keys}
         v: {values}
         g: natural logarithms of the decays, at most 0 (`-inf` forgets), floating `[B, H, L, D]`.
-        beta: how much of what is new is written, floating `[B, H, L]`, finite.
-        scale: factor of outputs; `None` is `D ** -0.5`.
-        normalize_qk: divide rows of `q` and `k` by `sqrt(sum of squares + 1e-6)` first.
+        beta: {beta}
+        scale: {scale}
+        normalize_qk: {normalize_qk}
         initial_state: {initial_state}
         out_state: {out_state}
         chunk_size: {chunk_size}

@@ -38,7 +38,7 @@ def retention(
         k: {keys}
         v: {values}
         gamma: decays from 0 to 1, floating `[H]`; `None` is the paper's `1 - 2^(-5 - h)` of head `h`.
-        scale: factor of outputs; `None` is `D ** -0.5`.
+        scale: {scale}
         initial_state: {initial_state}
         out_state: {out_state}
         chunk_size: {chunk_size}
