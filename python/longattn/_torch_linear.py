@@ -19,7 +19,7 @@ from longattn.linear._recurrence import CHUNK, recurrence
 #: Arguments that have no meaning under autograd: results that are written somewhere.
 WRITTEN = ("out", "out_state")
 
-_DOCUMENTED = """`longattn.linear.{name}` for torch's autograd and `torch.compile`, with equal results.
+_DOCUMENTED = """`longattn.linear.{name}` for torch's autograd and `torch.compile`, with equal results{note}.
 
 Args:
 {arguments}
@@ -42,7 +42,7 @@ Cost:
 
 
 def _like(
-    ours: Callable[..., Any], *, without: Sequence[str] = (), backward: str = "recurrence_backward"
+    ours: Callable[..., Any], *, without: Sequence[str] = (), backward: str = "recurrence_backward", note: str = ""
 ) -> Callable[[Callable[[Given], Pair]], Callable[..., Pair]]:
     """Gives a function of arguments by name the signature of `ours`, less what is `without`, and its documentation."""
     dropped = (*WRITTEN, *without)
@@ -67,7 +67,7 @@ def _like(
 
         call.__name__, call.__qualname__, call.__module__ = body.__name__, body.__qualname__, body.__module__
         listed = _arguments(ours, dropped)
-        call.__doc__ = _DOCUMENTED.format(name=ours.__name__, arguments=listed, backward=backward)
+        call.__doc__ = _DOCUMENTED.format(name=ours.__name__, arguments=listed, backward=backward, note=note)
         tensors = [p.replace(annotation=str(p.annotation).replace("Array", "torch.Tensor")) for p in kept]
         returned = "tuple[torch.Tensor, torch.Tensor]"
         vars(call)["__signature__"] = inspect.Signature(tensors, return_annotation=returned)
@@ -126,6 +126,37 @@ def gated_delta_rule(x: Given) -> Pair:
 @_like(linear.kimi_delta_attention)
 def kimi_delta_attention(x: Given) -> Pair:
     return _run(x, delta=True, channels=True)
+
+
+@_like(linear.rwkv6, note=" up to rounding: the two parts of an output are added in another order")
+def rwkv6(x: Given) -> Pair:
+    """States before a row are those after it where keys, values and decays come a row later.
+
+    So a sequence has one row more, whose output is none, and whose key, value and decay, being the first, are zeros.
+    """
+    q, k, v, g, u, ends = (x.pop(name) for name in ("q", "k", "v", "g", "u", "cu_seqlens"))
+    check_tensors({"q": q, "k": k, "v": v, "g": g, "u": u, "cu_seqlens": ends})
+    heads, length = v.shape[-3], v.shape[-2]
+    if u.shape != (heads, k.shape[-1]):
+        raise ValueError(f"u: got shape {tuple(u.shape)}, expected {(heads, k.shape[-1])}")
+    at, sequences = torch.arange(length), 1
+    if ends is not None:
+        sequences = ends.shape[0] - 1
+        at = at + torch.searchsorted(ends[1:].long(), at, right=True)
+        ends = ends + torch.arange(sequences + 1)
+
+    def spread(rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        room = rows.new_zeros(*rows.shape[:-2], length + sequences, rows.shape[-1])
+        return room.index_copy(-2, where, rows)
+
+    later = {name: spread(rows, at + 1) for name, rows in (("k", k), ("v", v), ("g", g))}
+    # The sum of both parts is rounded once.
+    before, state = _run({**x, **later, "q": spread(q.float(), at), "cu_seqlens": ends}, channels=True)
+    readers = before.shape[-3]
+    of_rows = (rows.float().repeat_interleave(readers // rows.shape[-3], -3) for rows in (q, k, u[:, None], v))
+    queries, keys, weights, values = of_rows
+    own = (queries * keys * weights).sum(-1, keepdim=True)
+    return (before.index_select(-2, at) + x["scale"] * own * values).to(q.dtype), state
 
 
 @_like(linear.state_space_duality)

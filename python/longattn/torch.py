@@ -8,8 +8,8 @@ enable_gqa=True)` for CPU tensors. What differs: masks of booleans go to `mask`,
 heads need no flag; with fewer queries than keys `causal` aligns at the end; there is no dropout.
 
 With states of fixed size there are `linear_attention`, `lightning_attention`, `retention`, `gated_linear_attention`,
-`delta_rule_attention`, `gated_delta_rule`, `kimi_delta_attention`, `state_space_duality` and `selective_scan`, as in
-`longattn.linear`.
+`delta_rule_attention`, `gated_delta_rule`, `kimi_delta_attention`, `rwkv6`, `state_space_duality` and `selective_scan`,
+as in `longattn.linear`.
 
 The operators behind the functions are `torch.ops.longattn.attention`, `.attention_varlen`, `.merge`,
 `.neighborhood_attention`, `.block_sparse_attention`, `.recurrence` and `.selective_scan`, each with its gradient and
@@ -32,6 +32,7 @@ from longattn._torch_linear import (
     lightning_attention,
     linear_attention,
     retention,
+    rwkv6,
     selective_scan,
     state_space_duality,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "merge",
     "neighborhood_attention",
     "retention",
+    "rwkv6",
     "selective_scan",
     "state_space_duality",
     "windowed_attention",
