@@ -5,9 +5,9 @@ import pytest
 
 import longattn as la
 import tolerances
-from longattn import _core
 from random_arrays import F32
 from random_stores import queries, rows, store_of
+from running import on_threads
 
 
 def answer(index, store, *, seed=5, **call):
@@ -136,13 +136,7 @@ def check_threads_and_callers(make):
     """One index, several callers, and any number of threads: the same bits."""
     rng = np.random.default_rng(16)
     store = store_of(*rows(rng, 1, 6000, 24, 20), room=60_000)
-    before, found = _core.num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            _core.set_num_threads(n)
-            found.append(answer(make(store), store, top_k=300))
-    finally:
-        _core.set_num_threads(before)
+    found = on_threads(lambda: answer(make(store), store, top_k=300))
     check_same(found[0], found[1])
     check_same(found[0], found[2])
 

@@ -1,26 +1,12 @@
 """Random queries, keys and score options, for functions that look at weights."""
 
-import contextlib
-
 import numpy as np
 from hypothesis import strategies as st
 
-from longattn import _core
 from random_arrays import DTYPES, F32, LAYOUTS, normal
 
 DIMS = st.sampled_from([1, 3, 16, 40, 64, 130])
 LENGTHS = st.one_of(st.integers(0, 20), st.sampled_from([31, 65, 127, 129, 255, 257, 300]))
-
-
-@contextlib.contextmanager
-def running_on(isa):
-    """Runs the block on an instruction set."""
-    before = _core.isa()
-    _core.set_isa(isa)
-    try:
-        yield
-    finally:
-        _core.set_isa(before)
 
 
 @st.composite

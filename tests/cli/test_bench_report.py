@@ -95,6 +95,27 @@ def test_report_without_docs_prints(capsys):
     assert "### Targets" in out and ".png" not in out
 
 
+def test_the_figures_of_a_front_page(tmp_path, found):
+    begin, end = report.FIGURES
+    page = tmp_path / "front.md"
+    page.write_text(f"before\n\n{begin}\n| old |\n{end}\n\nbehind\n")
+    shutil.copytree(RESULTS, tmp_path / "results")
+    for result in found:  # one of the sizes that the page shows
+        if result["routine"] == "prefill":
+            at = {"keys": 16384, "head_dim": 128, "dtype": "bfloat16"}
+            row = next(row for row in result["rows"] if row["ours"])
+            result["rows"] = [
+                row | at | {"threads": 1, "ms": 1.0},
+                row | at | {"threads": 2, "ms": 1500.0},
+                row | at | {"threads": 2, "ms": 3000.0, "method": "torch SDPA", "ours": False},
+            ]
+            results.write(result, tmp_path / "results" / "prefill.json")
+    assert cli.main(["bench", "report", str(tmp_path / "results"), "--readme", str(page)]) == 0
+    written = page.read_text()
+    assert written.startswith("before\n") and written.endswith("behind\n") and "old" not in written
+    assert "| 2 | 1,500 | 3,000 (torch SDPA) | 2.0 |" in written
+
+
 @pytest.mark.parametrize("page", ["no markers", f"{report.END} {report.BEGIN}", PAGE + report.END])
 def test_report_leaves_a_page_without_its_markers_alone(tmp_path, capsys, page):
     pytest.importorskip("matplotlib")

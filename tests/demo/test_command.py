@@ -100,6 +100,12 @@ def test_the_prompt_is_read_through_selectors(tmp_path: Path, capsys: pytest.Cap
     assert [row["name"] for row in result["prefill_ways"]] == ["power of two", "dynamic blocks"]
     for row in result["prefill_ways"]:
         assert 0 < row["density"] <= 1 and 0 <= row["accuracy"] <= 1 and row["attention_s"] < row["prefill_s"]
+    exact, *others = result["prompts"]
+    assert exact["faster_prefill"] == 1 and [row["method"] for row in others] == ["power of two", "dynamic blocks"]
+    for row in others:
+        assert row["faster_prefill"] == pytest.approx(exact["prefill_s"] / row["prefill_s"])
+    well = [row for row in others if row["faster_prefill"] >= 3 and row["accuracy"] >= exact["accuracy"] - 0.03]
+    assert result["summary"][0]["fast_prompts"] == len(well)
     assert "prompt read through" in capsys.readouterr().out
     assert demo.main([*SMALL, "--prefill-ways", "no such"]) == 2
 

@@ -9,9 +9,9 @@ import pytest
 
 import longattn as la
 import tolerances
-from longattn import _core
 from longattn.reference import dense as reference
 from random_arrays import BF16, DTYPES, F32, F64, LAYOUTS, lay, normal, qkv
+from running import on_threads
 
 backward = la.dense.attention_backward
 
@@ -328,13 +328,9 @@ def test_the_same_bits_on_any_number_of_threads(rng, isa, dtype, heads):
     q, k, v = qkv(rng, heads=heads[0], kv_heads=heads[1], rows=200, keys=700, dim=24, q_dtype=dtype)
     sinks = normal(rng, (heads[0],))
     out, lse = la.attention(q, k, v, causal=True, sinks=sinks, return_lse=True)
-    before, results = _core.num_threads(), []
-    try:
-        for threads in (1, 2, 3, 5):
-            _core.set_num_threads(threads)
-            results.append(backward(out, q, k, v, out, lse, causal=True, sinks=sinks, return_d_sinks=True))
-    finally:
-        _core.set_num_threads(before)
+    results = on_threads(
+        lambda: backward(out, q, k, v, out, lse, causal=True, sinks=sinks, return_d_sinks=True), (1, 2, 3, 5)
+    )
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(one.view(np.uint8), two.view(np.uint8))

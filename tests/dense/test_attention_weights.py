@@ -12,7 +12,8 @@ import tolerances
 from longattn import _core
 from longattn.reference import dense as reference
 from random_arrays import BF16, DTYPES, F32, LAYOUTS, normal, qkv
-from score_options import options_for, running_on
+from running import on_threads, running_on
+from score_options import options_for
 
 
 def check(q, k, rows, *, offset=0.0, **options):
@@ -187,11 +188,6 @@ def test_refuses(change, error, message):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_the_same_bits_on_any_number_of_threads(rng, dtype):
     q, k, _ = qkv(rng, heads=4, kv_heads=2, rows=150, keys=9000, dim=32, q_dtype=dtype)
-    results = []
-    for threads in (1, 2, 3):
-        before = _core.num_threads()
-        _core.set_num_threads(threads)
-        results.append(la.dense.attention_weights(q, k, [0, 70, -1], causal=True))
-        _core.set_num_threads(before)
+    results = on_threads(lambda: la.dense.attention_weights(q, k, [0, 70, -1], causal=True))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])

@@ -11,6 +11,7 @@ from longattn.reference.kv import coded_rows
 from random_arrays import BF16, DTYPES, F32, LAYOUTS, normal
 from random_stores import rows as random_rows
 from random_stores import store_of
+from running import on_threads
 
 BITS = {"int8": 8, "int4": 4}
 KINDS = list(BITS)
@@ -344,13 +345,7 @@ def test_queries_of_zeros_and_of_any_size(rng, isa, kind):
 def test_the_same_bits_on_any_number_of_threads(rng, isa, kind, shape):
     rows, keys, heads = shape
     q, store = problem(rng, kind, heads=heads, rows=rows, keys=keys, dim=64, group_size=32, channel_scales=True)
-    before, results = _core.num_threads(), []
-    try:
-        for threads in (1, 2, 3, 1):
-            _core.set_num_threads(threads)
-            results.append(la.attention(q, store.keys, store.values, causal=True, return_lse=True))
-    finally:
-        _core.set_num_threads(before)
+    results = on_threads(lambda: la.attention(q, store.keys, store.values, causal=True, return_lse=True), (1, 2, 3, 1))
     for out, lse in results[1:]:
         np.testing.assert_array_equal(out.view(np.uint32), results[0][0].view(np.uint32))
         np.testing.assert_array_equal(lse.view(np.uint32), results[0][1].view(np.uint32))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import longattn as la
-from longattn import _core
 from random_arrays import BF16, F32, normal, qkv
+from running import on_threads
 
 SHAPES = {
     "decode": {"heads": 8, "kv_heads": 2, "rows": 1, "keys": 20_011, "dim": 64},
@@ -20,20 +20,11 @@ SHAPES = {
 }
 
 
-def on_threads(n, function):
-    before = _core.num_threads()
-    _core.set_num_threads(n)
-    try:
-        return function()
-    finally:
-        _core.set_num_threads(before)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_attention(rng, isa, shape, dtype):
     q, k, v = qkv(rng, **SHAPES[shape], q_dtype=dtype)
-    results = [on_threads(n, lambda: la.attention(q, k, v, causal=True, return_lse=True)) for n in (1, 2, 1, 2, 3)]
+    results = on_threads(lambda: la.attention(q, k, v, causal=True, return_lse=True), (1, 2, 1, 2, 3))
     for out, lse in results[1:]:
         np.testing.assert_array_equal(out.view(np.uint8), results[0][0].view(np.uint8))
         np.testing.assert_array_equal(lse.view(np.uint8), results[0][1].view(np.uint8))
@@ -47,7 +38,7 @@ def test_varlen_and_merge(rng, isa):
         out, lse = la.attention_varlen(q, k, v, lengths, lengths, causal=True, return_lse=True)
         return la.merge([(out, lse.T), (2 * out, lse.T + 1)])
 
-    one, two = on_threads(1, run), on_threads(2, run)
+    one, two = on_threads(run, (1, 2))
     for a, b in zip(one, two, strict=True):
         np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 

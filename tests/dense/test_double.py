@@ -5,9 +5,9 @@ import pytest
 
 import longattn as la
 import tolerances
-from longattn import _core
 from longattn.reference import dense as reference
 from random_arrays import F64, LAYOUTS, lay, normal, qkv
+from running import on_threads
 
 
 def check(q, k, v, *, offset=0.0, **options):
@@ -127,13 +127,7 @@ def test_empty(rng):
 
 def test_the_same_bits_on_any_number_of_threads(rng, isa):
     q, k, v = qkv(rng, rows=300, keys=500, q_dtype=F64)
-    before, results = _core.num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            _core.set_num_threads(threads)
-            results.append(la.attention(q, k, v, causal=True))
-    finally:
-        _core.set_num_threads(before)
+    results = on_threads(lambda: la.attention(q, k, v, causal=True))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
 

@@ -8,6 +8,7 @@ import tolerances
 from longattn.dense import grouped_query_attention, mha_to_gqa, multi_query_attention
 from longattn.reference import dense as reference
 from random_arrays import BF16, DTYPES, F32, LAYOUTS, normal, qkv
+from running import on_threads
 
 ORDERS = pytest.mark.parametrize("interleaved", [False, True], ids=["consecutive", "interleaved"])
 
@@ -102,11 +103,7 @@ def test_steps_are_the_prefill(rng, isa, interleaved):
 
 def test_any_number_of_threads(rng):
     q, k, v = qkv(rng, heads=6, kv_heads=2, rows=2, keys=5000, dim=32)
-    before, results = la.get_num_threads(), []
-    for threads in (1, 2, 3):
-        la.set_num_threads(threads)
-        results.append(grouped_query_attention(q, k, v, interleaved=True))
-    la.set_num_threads(before)
+    results = on_threads(lambda: grouped_query_attention(q, k, v, interleaved=True))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
 

@@ -10,6 +10,7 @@ import tolerances
 from longattn.dense import multi_head_latent_attention as latent_attention
 from longattn.reference import dense as reference
 from random_arrays import BF16, DTYPES, F16, F32, lay, normal
+from running import on_threads
 
 FORMS = pytest.mark.parametrize("absorb", [True, False], ids=["absorbed", "expanded"])
 
@@ -161,11 +162,7 @@ def test_a_store_holds_the_packed_cache(rng, isa):
 @FORMS
 def test_any_number_of_threads(rng, absorb):
     a = arguments(rng, batch=1, rows=2, keys=5000, cache=BF16)
-    before, results = la.get_num_threads(), []
-    for threads in (1, 2, 3):
-        la.set_num_threads(threads)
-        results.append(latent_attention(**a, causal=True, absorb=absorb))
-    la.set_num_threads(before)
+    results = on_threads(lambda: latent_attention(**a, causal=True, absorb=absorb))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
 

@@ -14,7 +14,8 @@ import tolerances
 from longattn import _core
 from longattn.reference import dense as reference
 from random_arrays import BF16, DTYPES, F32, LAYOUTS, normal, qkv
-from score_options import options_for, running_on
+from running import on_threads, running_on
+from score_options import options_for
 
 EVERYTHING = {"column_mass": True, "column_max": True, "entropy": True, "distance_moments": 4, "row_max": True}
 
@@ -294,16 +295,11 @@ def test_memory_grows_with_the_length_only():
 def test_the_same_bits_on_any_number_of_threads(rng, dtype, rows, keys):
     q, k, _ = qkv(rng, rows=rows, keys=keys, dim=32, q_dtype=dtype)
     weights = rng.standard_normal(rows)
-    results = []
-    for threads in (1, 2, 3):
-        before = _core.num_threads()
-        _core.set_num_threads(threads)
-        results.append(
-            la.dense.prob_reduce(
-                q, k, **EVERYTHING, query_weights=weights, segment_ids=np.arange(keys) // 100, causal=True
-            )
+    results = on_threads(
+        lambda: la.dense.prob_reduce(
+            q, k, **EVERYTHING, query_weights=weights, segment_ids=np.arange(keys) // 100, causal=True
         )
-        _core.set_num_threads(before)
+    )
     for other in results[1:]:
         for name in other.__dataclass_fields__:
             np.testing.assert_array_equal(getattr(other, name), getattr(results[0], name))

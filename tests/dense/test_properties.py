@@ -1,7 +1,5 @@
 """Random shapes, dtypes, layouts and options against the reference, on every instruction set."""
 
-import contextlib
-
 import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -11,19 +9,10 @@ import tolerances
 from longattn import _core
 from longattn.reference import dense as reference
 from random_arrays import DTYPES, F32, LAYOUTS, normal
+from running import running_on
 
 DIMS = st.sampled_from([1, 3, 4, 16, 40, 64, 80, 96, 128, 200])
 LENGTHS = st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 127, 129, 255, 256, 257, 300]))
-
-
-@contextlib.contextmanager
-def running_on(isa):
-    before = _core.isa()
-    _core.set_isa(isa)
-    try:
-        yield
-    finally:
-        _core.set_isa(before)
 
 
 @st.composite

@@ -7,6 +7,7 @@ import longattn as la
 import tolerances
 from longattn.reference import dense as reference
 from random_arrays import BF16, DTYPES, F32, qkv
+from running import on_threads
 
 #: Instruction sets that multiply bytes; others compute the logits in float32.
 BYTES = ("scalar", "avx512vnni", "avx512bf16")
@@ -127,13 +128,7 @@ def test_constant_keys_zero_queries_and_no_keys(isa):
 
 def test_same_bits_on_any_number_of_threads(isa, rng):
     q, k, v = qkv(rng, heads=4, kv_heads=2, rows=130, keys=700, dim=64, q_dtype=F32)
-    before, results = la.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            la.set_num_threads(threads)
-            results.append(la.attention(q, k, v, causal=True, qk_int8=True))
-    finally:
-        la.set_num_threads(before)
+    results = on_threads(lambda: la.attention(q, k, v, causal=True, qk_int8=True))
     assert all(np.array_equal(result, results[0]) for result in results)
 
 

@@ -5,9 +5,9 @@ import pytest
 
 import longattn as la
 import tolerances
-from longattn import _core
 from longattn.reference import dense as reference
 from random_arrays import BF16, DTYPES, F16, F32, normal, qkv
+from running import on_threads
 
 # Few rows take one kernel, many another; more keys than one piece are split and merged.
 SHAPES = [(1, 67), (3, 2500), (20, 67), (33, 600), (9, 5)]
@@ -383,12 +383,7 @@ def test_all_together(rng, isa, rows, keys, dtype):
 def test_bits_do_not_depend_on_threads(rng):
     q, k, v = qkv(rng, batch=2, rows=40, keys=3000)
     options = everything(rng, 2, 40, 3000) | {"skip_threshold": 0.01}
-    before = _core.num_threads()
-    results = []
-    for threads in (1, 2):
-        _core.set_num_threads(threads)
-        results.append(la.attention(q, k, v, **options))
-    _core.set_num_threads(before)
+    results = on_threads(lambda: la.attention(q, k, v, **options), (1, 2))
     np.testing.assert_array_equal(*results)
 
 

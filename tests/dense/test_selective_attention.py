@@ -12,7 +12,7 @@ import tolerances
 from longattn import _core
 from longattn.reference import dense as reference
 from random_arrays import BF16, DTYPES, F32, LAYOUTS, normal, qkv
-from score_options import running_on
+from running import on_threads, running_on
 
 selective = la.dense.selective_attention
 
@@ -170,12 +170,7 @@ def test_a_selected_key_is_lost_to_all_heads(rng, isa):
 def test_the_same_bits_on_any_number_of_threads(rng, dtype):
     q, k, v = qkv(rng, rows=300, keys=3000, dim=32, q_dtype=dtype)
     state = rng.random((1, 2700))
-    results = []
-    for threads in (1, 2, 3):
-        before = _core.num_threads()
-        _core.set_num_threads(threads)
-        results.append(selective(q, k, v, state=state, return_state=True, return_lse=True))
-        _core.set_num_threads(before)
+    results = on_threads(lambda: selective(q, k, v, state=state, return_state=True, return_lse=True))
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             np.testing.assert_array_equal(a, b)

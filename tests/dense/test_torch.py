@@ -13,17 +13,10 @@ from longattn._arrays import as_numpy, like
 from random_arrays import normal, qkv
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16}
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tensors(rng, dtype, **shape):

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from longattn.bench import report, results
+
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 IMPORT = re.compile(r"^(?:import|from) (torch|transformers)\b", re.MULTILINE)
 
-README = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+README = BLOCK.findall(TEXT)
 
 #: Every example, with arguments that make it short, and a line of its output.
 EXAMPLES = {
@@ -47,6 +50,19 @@ def test_the_readme_shows_each_way_of_use():
 def test_readme(block):
     need(block)
     run("-c", block)
+
+
+def test_the_rust_example_is_the_tested_one():
+    crate = (ROOT / "rust/longattn/src/lib.rs").read_text(encoding="utf-8")
+    (tested,) = re.findall(r"^//! ```\n(.*?)^//! ```$", crate, re.MULTILINE | re.DOTALL)
+    shown = [line.removeprefix("//!").removeprefix(" ") for line in tested.splitlines()]
+    (block,) = re.findall(r"^```rust\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    assert block.splitlines() == [line for line in shown if line != "#" and not line.startswith("# ")]
+
+
+def test_the_figures_are_those_of_the_results():
+    page = report.put_between(TEXT, report.front(results.read_folder(ROOT / "benches/results")), report.FIGURES)
+    assert page == TEXT, "run: longattn bench report benches/results --docs docs/benchmarks --readme README.md"
 
 
 def test_every_example_is_tested():

@@ -9,6 +9,7 @@ from longattn import vectors
 from longattn.reference import retrieval as reference
 from random_arrays import BF16, DTYPES, F32, normal
 from random_stores import queries, rows, store, store_of
+from running import on_threads
 
 CALL = {"sinks": 4, "window": 100, "return_selected": True}
 
@@ -108,12 +109,7 @@ def test_growth_truncate_and_threads(rng, threads):
 def test_the_same_lists_whatever_the_threads(rng):
     s = store(rng, 2, 9000, 16)
     q = queries(rng, 4, dim=16)
-    before = la.get_num_threads()
-    results = []
-    for count in (1, 2, 3):
-        la.set_num_threads(count)
-        results.append(la.retrieval_attention(q, s, la.index.InvertedLists(s, nprobe=3), top_k=30, **CALL))
-    la.set_num_threads(before)
+    results = on_threads(lambda: la.retrieval_attention(q, s, la.index.InvertedLists(s, nprobe=3), top_k=30, **CALL))
     for other in results[1:]:
         np.testing.assert_array_equal(results[0].out, other.out)
         np.testing.assert_array_equal(results[0].stats.keys_scored, other.stats.keys_scored)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import tolerances
-from longattn.linear import kernelized_rpe_attention
+from longattn.linear import FeatureMap, kernelized_rpe_attention
 from longattn.reference import linear as reference
 from random_arrays import DTYPES, F32, LAYOUTS, normal
 
@@ -70,6 +70,17 @@ def test_several_blocks_of_queries(rng):
 @ways
 def test_a_function_of_features(rng, method):
     given = inputs(rng) | {"features": lambda x: np.maximum(x, 0) + 0.1}
+    check(kernelized_rpe_attention(**given, method=method), reference.kernelized_rpe_attention(**given))
+
+
+@ways
+@pytest.mark.parametrize("kind", ["relu", "exp", "taylor"])
+def test_a_feature_map(rng, method, kind):
+    given = inputs(rng, count=5)
+    phi = FeatureMap(kind=kind, offset=0.1) if kind != "taylor" else FeatureMap(kind="taylor")
+    if kind == "taylor":  # features of one sign are those of channels of one sign
+        given["q"], given["k"] = abs(given["q"]), abs(given["k"])
+    given["features"] = phi
     check(kernelized_rpe_attention(**given, method=method), reference.kernelized_rpe_attention(**given))
 
 

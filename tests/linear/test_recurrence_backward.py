@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import tolerances
-from longattn import _core
 from longattn.linear import (
     delta_rule_attention,
     gated_delta_rule,
@@ -19,6 +18,7 @@ from longattn.linear import (
 from longattn.reference import linear as reference
 from longattn.reference.linear._recurrence import recurrence
 from random_arrays import BF16, DTYPES, F32, LAYOUTS, lay
+from running import on_threads
 
 #: Query heads, key heads and heads of values.
 HEADS = ((2, 2, 2), (4, 2, 2), (2, 2, 4), (2, 1, 2), (6, 1, 3))
@@ -204,11 +204,7 @@ def test_long_sequences_keep_some_states(rng):
 def test_threads_do_not_matter(rng, kind):
     found, options = arguments(rng, kind, batch=2, heads=(4, 2, 4), length=130)
     d_out = rng.standard_normal((2, 4, 130, 12)).astype(F32)
-    before, results = _core.num_threads(), []
-    for n in (1, 2, 3):
-        _core.set_num_threads(n)
-        results.append(recurrence_backward(d_out, None, **found, **options))
-    _core.set_num_threads(before)
+    results = on_threads(lambda: recurrence_backward(d_out, None, **found, **options))
     for other in results[1:]:
         for name in ("dq", "dk", "dv", "d_initial_state"):
             np.testing.assert_array_equal(getattr(other, name), getattr(results[0], name))

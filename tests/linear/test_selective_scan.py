@@ -9,6 +9,7 @@ import tolerances
 from longattn.linear import selective_scan
 from longattn.reference import linear as reference
 from random_arrays import BF16, DTYPES, F32, LAYOUTS, normal
+from running import on_threads
 
 
 def inputs(rng, batch=2, length=37, channels=70, states=16, dtype=F32, layout="contiguous"):
@@ -82,14 +83,8 @@ def test_layouts(rng, layout):
 
 
 def test_threads_do_not_change_a_bit(rng):
-    from longattn import _core
-
-    given, before = whole(rng), _core.num_threads()
-    results = []
-    for threads in (1, 2):
-        _core.set_num_threads(threads)
-        results.append(selective_scan(**given))
-    _core.set_num_threads(before)
+    given = whole(rng)
+    results = on_threads(lambda: selective_scan(**given), (1, 2))
     for one, two in zip(*results, strict=True):
         np.testing.assert_array_equal(one, two)
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import tolerances
-from longattn import _core
 from longattn.linear import selective_scan_backward
 from longattn.reference import linear as reference
 from random_arrays import DTYPES, F32
+from running import on_threads
 
 
 def arguments(rng, *, batch=1, length=37, channels=20, states=5, sequences=None, options=(), dtype=F32):
@@ -101,11 +101,7 @@ def test_packed_sequences(rng, bounds):
 def test_threads_do_not_matter(rng):
     found = arguments(rng, batch=3, length=50, channels=150, options=ALL)
     d_out = rng.standard_normal((3, 50, 150)).astype(F32)
-    before, results = _core.num_threads(), []
-    for n in (1, 2, 3):
-        _core.set_num_threads(n)
-        results.append(selective_scan_backward(d_out, None, **found, softplus=True))
-    _core.set_num_threads(before)
+    results = on_threads(lambda: selective_scan_backward(d_out, None, **found, softplus=True))
     for other in results[1:]:
         for name in results[0].__slots__:
             np.testing.assert_array_equal(getattr(other, name), getattr(results[0], name))

@@ -10,6 +10,7 @@ import tolerances
 from longattn.pool import CoreContextCache, core_context_attention, core_context_pool
 from longattn.reference import pool as reference
 from random_arrays import DTYPES, F32, LAYOUTS, normal, qkv
+from running import on_threads
 
 
 def check(q, k, v, **options):
@@ -82,11 +83,7 @@ def test_rank_3_out_and_torch(rng):
 
 def test_any_number_of_threads(rng):
     q, k, v = qkv(rng, rows=200, keys=200)
-    before, results = la.get_num_threads(), []
-    for threads in (1, 2, 3):
-        la.set_num_threads(threads)
-        results.append(core_context_attention(q, k, v, group=4, window=8))
-    la.set_num_threads(before)
+    results = on_threads(lambda: core_context_attention(q, k, v, group=4, window=8))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
 

@@ -10,6 +10,7 @@ import tolerances
 from longattn.reference import retrieval as reference
 from longattn.retrieval import LandmarkCache, landmark_attention
 from random_arrays import DTYPES, F32, LAYOUTS, normal, qkv
+from running import on_threads
 
 SELECT = pytest.mark.parametrize("select", ["row", "chunk"])
 
@@ -71,11 +72,7 @@ def test_rank_3_out_stats_and_torch(rng):
 
 def test_any_number_of_threads(rng):
     q, k, v = qkv(rng, rows=60, keys=60)
-    before, results = la.get_num_threads(), []
-    for threads in (1, 2, 3):
-        la.set_num_threads(threads)
-        results.append(landmark_attention(q, k, v, block_len=7, top_k=2))
-    la.set_num_threads(before)
+    results = on_threads(lambda: landmark_attention(q, k, v, block_len=7, top_k=2))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
 

@@ -14,6 +14,7 @@ from longattn import _core
 from longattn.reference import retrieval as reference
 from random_arrays import BF16, DTYPES, F16, F32, normal
 from random_stores import queries, rows, store, store_of
+from running import on_threads
 
 
 def check_read_rows(q, s, index, result, **call):
@@ -433,15 +434,6 @@ def test_hash_codes_ignore_the_length_of_keys_unless_asked(rng):
 # The same bits
 
 
-def on_threads(n, function):
-    before = _core.num_threads()
-    _core.set_num_threads(n)
-    try:
-        return function()
-    finally:
-        _core.set_num_threads(before)
-
-
 def digest(bits, kv_heads, top):
     """Everything that a call returns, as one hash; the index is built anew."""
     rng = np.random.default_rng(7)
@@ -457,7 +449,7 @@ def digest(bits, kv_heads, top):
 @pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize("top", [{"top_k": 500}, {"top_p": 0.5}], ids=str)
 def test_any_number_of_threads(kv_heads, top):
-    one, two, three = (on_threads(n, lambda: digest(4, kv_heads, top)) for n in (1, 2, 3))
+    one, two, three = on_threads(lambda: digest(4, kv_heads, top))
     assert one == two == three
 
 

@@ -15,6 +15,7 @@ from longattn.reference.retrieval.signatures import encode
 from longattn.retrieval import verified_sparse_attention
 from random_arrays import BF16, DTYPES, F32, normal
 from random_stores import queries, store, store_of
+from running import on_threads
 
 COUNT, WINDOW, SINKS = 12_288, 64, 4
 CALL = {"window": WINDOW, "sinks": SINKS}
@@ -301,12 +302,9 @@ def test_threads_and_positions_change_nothing(rng, mode):
     index = la.index.Signatures(s)
     index.update()
     q = queries(rng, 4, 6, dim=32)
-    before = _core.num_threads()
-    results = []
-    for threads in (1, 2, 3, 16):
-        _core.set_num_threads(threads)
-        results.append(la.retrieval_attention(q, s, index, return_selected=True, **mode, **CALL))
-    _core.set_num_threads(before)
+    results = on_threads(
+        lambda: la.retrieval_attention(q, s, index, return_selected=True, **mode, **CALL), (1, 2, 3, 16)
+    )
     for result in results[1:]:
         np.testing.assert_array_equal(result.out, results[0].out)
         np.testing.assert_array_equal(result.lse, results[0].lse)

@@ -11,7 +11,8 @@ from longattn import _core
 from longattn.reference import dense as reference
 from random_arrays import BF16, DTYPES, F16, F32, LAYOUTS, normal, qkv
 from random_lists import over_heads, random_mask
-from score_options import options_for, running_on
+from running import on_threads, running_on
+from score_options import options_for
 
 
 def check(q, k, v, blocks, *, offset=0.0, **options):
@@ -142,22 +143,14 @@ def test_lists_of_few_queries_hide_nan(rng, isa):
 def test_lists_of_few_queries_on_any_number_of_threads(rng):
     q, k, v = qkv(rng, rows=3000, keys=3000)
     mask = random_mask(rng, lengths=(3000, 3000), block_q=1, block_k=100)
-    before, found = la.get_num_threads(), []
-    for threads in (1, 2):
-        la.set_num_threads(threads)
-        found.append(la.block_sparse_attention(q, k, v, mask, causal=True))
-    la.set_num_threads(before)
+    found = on_threads(lambda: la.block_sparse_attention(q, k, v, mask, causal=True), (1, 2))
     np.testing.assert_array_equal(*found)
 
 
 def test_any_number_of_threads(rng):
     q, k, v = qkv(rng, heads=2, kv_heads=1, rows=20, keys=9000, dim=32)
     mask = random_mask(rng, heads=2, lengths=(20, 9000), block_q=20, block_k=100)
-    before, results = la.get_num_threads(), []
-    for threads in (1, 2, 3):
-        la.set_num_threads(threads)
-        results.append(la.block_sparse_attention(q, k, v, mask))
-    la.set_num_threads(before)
+    results = on_threads(lambda: la.block_sparse_attention(q, k, v, mask))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
     check(q, k, v, mask)

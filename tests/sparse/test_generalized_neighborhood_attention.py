@@ -13,7 +13,7 @@ from longattn import _core
 from longattn.reference import sparse as reference
 from longattn.sparse._grid import window_axis
 from random_arrays import BF16, DTYPES, F32, LAYOUTS, normal
-from score_options import running_on
+from running import on_threads, running_on
 
 gna = la.sparse.generalized_neighborhood_attention
 
@@ -208,11 +208,7 @@ def test_heads_last_is_a_view(rng):
 
 def test_threads_do_not_matter(rng):
     q, k, v = grid_qkv(rng, (30, 31), heads=3, dim=16)
-    before, results = _core.num_threads(), []
-    for threads in (1, 2, 3):
-        _core.set_num_threads(threads)
-        results.append(gna(q, k, v, window=7))
-    _core.set_num_threads(before)
+    results = on_threads(lambda: gna(q, k, v, window=7))
     assert all(np.array_equal(results[0], other) for other in results[1:])
 
 

@@ -8,6 +8,7 @@ import tolerances
 from longattn.reference import sparse as reference
 from longattn.sparse import hyper_attention
 from random_arrays import BF16, DTYPES, LAYOUTS, qkv
+from running import on_threads
 
 SMALL = {"block_size": 16, "sample_size": 12, "lsh_num_projs": 4, "min_seq_len": 30}
 
@@ -129,11 +130,7 @@ def _hashes(x, bits):
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_seed_gives_the_same_bits(rng, causal):
     q, k, v = qkv(rng, rows=300, keys=300)
-    before, results = la.get_num_threads(), []
-    for threads in (1, 2, 3):
-        la.set_num_threads(threads)
-        results.append(hyper_attention(q, k, v, causal=causal, seed=5, **SMALL))
-    la.set_num_threads(before)
+    results = on_threads(lambda: hyper_attention(q, k, v, causal=causal, seed=5, **SMALL))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
     assert not np.array_equal(results[0], hyper_attention(q, k, v, causal=causal, seed=6, **SMALL))

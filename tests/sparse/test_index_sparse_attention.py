@@ -11,7 +11,8 @@ from longattn import _core
 from longattn.reference import dense as reference
 from random_arrays import BF16, DTYPES, F32, LAYOUTS, normal, qkv
 from random_lists import over_heads, random_lists
-from score_options import options_for, running_on
+from running import on_threads, running_on
+from score_options import options_for
 
 
 def check(q, k, v, lists, *, offset=0.0, **options):
@@ -122,11 +123,7 @@ def test_hidden_nan_stays_hidden(rng, isa):
 def test_any_number_of_threads(rng, rows):
     q, k, v = qkv(rng, heads=2, kv_heads=1, rows=rows, keys=9000, dim=32)
     lists = random_lists(rng, heads=2, lengths=(rows, 9000), block_q=20, bias=True)
-    before, results = la.get_num_threads(), []
-    for threads in (1, 2, 3):
-        la.set_num_threads(threads)
-        results.append(la.index_sparse_attention(q, k, v, lists))
-    la.set_num_threads(before)
+    results = on_threads(lambda: la.index_sparse_attention(q, k, v, lists))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
     check(q, k, v, lists)

@@ -11,19 +11,12 @@ import tolerances
 from random_arrays import normal, qkv
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 import longattn.torch  # noqa: E402
 
 attend = longattn.torch.attention
 sdpa = torch.nn.functional.scaled_dot_product_attention
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tensors(rng, dtype=torch.float32, *, grad=True, **shape):

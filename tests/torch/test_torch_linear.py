@@ -8,6 +8,7 @@ import tolerances
 from random_arrays import DTYPES, F32
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 import longattn.torch  # noqa: E402
 
@@ -27,14 +28,6 @@ CASES = {
     "kimi_delta_attention": (CHANNELS, {}, False),
     "rwkv6": ({"g": CHANNELS["g"], "u": (2, 8)}, {}, False),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def function(name):

@@ -8,22 +8,16 @@ import tolerances
 from longattn.reference import sparse as reference
 from random_arrays import normal, qkv
 from random_lists import random_mask
+from running import on_threads
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 import longattn.torch  # noqa: E402
 
 neighborhood = longattn.torch.neighborhood_attention
 block_sparse = longattn.torch.block_sparse_attention
 windowed = longattn.torch.windowed_attention
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def dense(q, k, v, mask, *, bias=None, scale=None, softcap=0.0):
@@ -146,11 +140,7 @@ def test_storage_dtypes(rng, dtype):
 
 def test_threads_do_not_matter(rng):
     q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (20, 21))[:3])
-    before, found = la.get_num_threads(), []
-    for threads in (1, 2):
-        la.set_num_threads(threads)
-        found.append(torch.autograd.grad(neighborhood(q, k, v, window=5).square().sum(), (q, k, v)))
-    la.set_num_threads(before)
+    found = on_threads(lambda: torch.autograd.grad(neighborhood(q, k, v, window=5).square().sum(), (q, k, v)), (1, 2))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

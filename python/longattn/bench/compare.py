@@ -22,7 +22,7 @@ from longattn.bench.asked import Asked, Built
 from longattn.bench.harness import Bench, Candidate, timed
 from longattn.bench.plots import Bars, Panel, Scatter
 from longattn.bench.results import Result, Row
-from longattn.bench.sections import Section, all_rows, whole
+from longattn.bench.sections import Section, all_rows, grouped, whole
 from longattn.bench.stored import empty_store, prepared
 from longattn.bench.tables import Column, count, table
 from longattn.kv.evict.compressed import CompressedPrompt
@@ -189,18 +189,16 @@ class _Case:
 def panels(result: Result) -> list[Panel | Bars | Scatter]:
     """Error over time, a panel per data set and length."""
     drawn: list[Panel | Bars | Scatter] = []
-    for name, keys in dict.fromkeys((row["vectors"], row["keys"]) for row in result["rows"]):
-        rows = [row for row in result["rows"] if (row["vectors"], row["keys"]) == (name, keys) and row.get("ms")]
-        points = {row["method"]: (row["us"], row["error_v"]) for row in rows if row.get("error_v") is not None}
+    for (name, keys), rows in grouped(result["rows"], "vectors", "keys").items():
+        timed = [row for row in rows if row.get("ms") and row.get("error_v") is not None]
+        points = {row["method"]: (row["us"], row["error_v"]) for row in timed}
         drawn.append(Scatter(f"{name}, {keys} keys", "µs per query head", "mean error / rms ‖v‖", points))
     return drawn
 
 
 def _tables(found: Sequence[Result]) -> list[str]:
     lines: list[str] = []
-    rows = all_rows(found, "compare")
-    for name, keys, threads in dict.fromkeys((row["vectors"], row["keys"], row["threads"]) for row in rows):
-        mine = [row for row in rows if (row["vectors"], row["keys"], row["threads"]) == (name, keys, threads)]
+    for (name, keys, threads), mine in grouped(all_rows(found, "compare"), "vectors", "keys", "threads").items():
         mine.sort(key=lambda row: row.get("error_v") or 0)
         lines += ["", f"{name}, {keys} keys, {count(threads)}:", "", *table(mine, COLUMNS[2:])]
     return lines

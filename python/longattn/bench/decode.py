@@ -22,7 +22,18 @@ from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import Grid, add_grid, chosen_grid
 from longattn.bench.plots import Bars, Panel, Scatter, series
 from longattn.bench.results import Result, Row
-from longattn.bench.sections import Figures, Section, all_rows, by_lengths, number, short, slope_of, titled, values_of
+from longattn.bench.sections import (
+    Figures,
+    Section,
+    all_rows,
+    by_lengths,
+    grouped,
+    number,
+    short,
+    slope_of,
+    titled,
+    values_of,
+)
 from longattn.bench.tables import Column, count, grid
 from longattn.bench.targets import GQA, LONG, MHA, Target
 
@@ -226,10 +237,7 @@ def _compare(rows: Sequence[Row]) -> None:
 
 def panels(result: Result) -> list[Panel | Bars]:
     """Share of the read bandwidth over length, a line per dtype; a panel per heads, width and thread count."""
-    ours: dict[tuple[str, int, int], list[Row]] = {}
-    for row in result["rows"]:
-        if row["ours"]:
-            ours.setdefault((row["heads"], row["head_dim"], row["threads"]), []).append(_percent(row))
+    ours = [_percent(row) for row in result["rows"] if row["ours"]]
     return [
         Panel(
             f"decode {heads} x {dim}, {count(threads)}",
@@ -239,7 +247,7 @@ def panels(result: Result) -> list[Panel | Bars]:
             log_y=False,
             limit=100,
         )
-        for (heads, dim, threads), rows in ours.items()
+        for (heads, dim, threads), rows in grouped(ours, "heads", "head_dim", "threads").items()
     ]
 
 

@@ -19,7 +19,7 @@ from longattn.bench.asked import Asked, Built
 from longattn.bench.harness import Bench, timed
 from longattn.bench.plots import Bars, Panel, Scatter
 from longattn.bench.results import Result, Row
-from longattn.bench.sections import Section, all_rows, whole
+from longattn.bench.sections import Section, all_rows, grouped, whole
 from longattn.bench.stored import empty_store, prepared
 from longattn.bench.tables import Column, table
 from longattn.bench.targets import Target
@@ -169,9 +169,8 @@ class _Case:
 def panels(result: Result) -> list[Panel | Bars | Scatter]:
     """Recall at the start, at the end and of an index built anew, a panel per data set of what finds most."""
     drawn: list[Panel | Bars | Scatter] = []
-    for name in dict.fromkeys(row["vectors"] for row in result["rows"]):
-        rows = sorted((row for row in result["rows"] if row["vectors"] == name), key=lambda row: -row["recall_end"])
-        rows = rows[:DRAWN]
+    for (name,), mine in grouped(result["rows"], "vectors").items():
+        rows = sorted(mine, key=lambda row: -row["recall_end"])[:DRAWN]
         bars: dict[str, tuple[float | None, ...]] = {
             label: tuple(row[f"recall_{time}"] for row in rows)
             for label, time in (("behind the prefill", "start"), ("at the end", "end"), ("built anew", "anew"))
@@ -183,9 +182,7 @@ def panels(result: Result) -> list[Panel | Bars | Scatter]:
 
 def _tables(found: Sequence[Result]) -> list[str]:
     lines: list[str] = []
-    rows = all_rows(found, "drift")
-    for name, first, keys in dict.fromkeys((row["vectors"], row["prefill"], row["keys"]) for row in rows):
-        mine = [row for row in rows if (row["vectors"], row["prefill"], row["keys"]) == (name, first, keys)]
+    for (name, first, keys), mine in grouped(all_rows(found, "drift"), "vectors", "prefill", "keys").items():
         mine.sort(key=lambda row: -row["recall_end"])
         lines += ["", f"{name}, a prefill of {first} keys and {keys - first} behind it:", ""]
         lines += table(mine, COLUMNS[3:])

@@ -18,8 +18,8 @@ from longattn.bench.harness import Bench, slopes
 from longattn.bench.options import Grid, add_common, add_grid, chosen_grid
 from longattn.bench.plots import Bars, Panel, Scatter
 from longattn.bench.results import Result, Row
-from longattn.bench.sections import Figures, Section, all_rows, short, titled, values_of
-from longattn.bench.tables import count, table
+from longattn.bench.sections import Figures, Section, all_rows, by_threads, grouped, short, values_of
+from longattn.bench.tables import count
 from longattn.bench.targets import GQA, MHA, Target
 
 ROUTINE = "decode-peer"
@@ -102,20 +102,14 @@ def run_script(
 
 
 def _tables(found: Sequence[Result]) -> list[str]:
-    rows = all_rows(found, ROUTINE)
-    lines: list[str] = []
-    for threads in values_of(rows, "threads"):
-        lines += titled(threads, table([row for row in rows if row["threads"] == threads], decode.COLUMNS[1:]))
-    return lines
+    return by_threads(all_rows(found, ROUTINE), decode.COLUMNS[1:])
 
 
 def _ratios(rows: Sequence[Row]) -> list[Panel | Bars | Scatter]:
     """How many times as long the peers take, a panel per shape and thread count."""
     theirs = [row for row in rows if row.get("peer") and row["times_ours"] is not None]
-    kinds = dict.fromkeys((row["heads"], row["head_dim"], row["threads"]) for row in theirs)
     panels: list[Panel | Bars | Scatter] = []
-    for heads, dim, threads in kinds:
-        mine = [row for row in theirs if (row["heads"], row["head_dim"], row["threads"]) == (heads, dim, threads)]
+    for (heads, dim, threads), mine in grouped(theirs, "heads", "head_dim", "threads").items():
         lengths = values_of(mine, "keys")
         found = {(row["method"], row["keys"]): row["times_ours"] for row in mine}
         bars = {

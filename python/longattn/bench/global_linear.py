@@ -17,8 +17,8 @@ from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import Grid, add_grid, chosen_grid
 from longattn.bench.plots import Bars, Panel, series
 from longattn.bench.results import Result, Row
-from longattn.bench.sections import Section, all_rows, titled, values_of
-from longattn.bench.tables import Column, count, table
+from longattn.bench.sections import Section, all_rows, by_threads, grouped
+from longattn.bench.tables import Column, count
 
 SUMMARY = "linear attention over all keys at once, beside the same formula as torch's matrix products"
 COLUMNS: tuple[Column, ...] = (
@@ -187,31 +187,15 @@ def _case(bench: Bench, batch: int, heads: int, dim: int, length: int, dtype: st
 
 def panels(result: Result) -> list[Panel | Bars]:
     """Time over length, a panel per formula, head_dim and thread count."""
-    kinds = list(dict.fromkeys((row["formula"], row["head_dim"], row["threads"]) for row in result["rows"]))
+    groups = grouped(result["rows"], "formula", "head_dim", "threads")
     return [
-        Panel(
-            f"{formula}, D {dim}, {count(threads)}",
-            "length",
-            "ms",
-            series(
-                [row for row in result["rows"] if (row["formula"], row["head_dim"], row["threads"]) == kind],
-                "keys",
-                "ms",
-            ),
-            log_y=True,
-        )
-        for kind in kinds
-        for formula, dim, threads in [kind]
+        Panel(f"{formula}, D {dim}, {count(threads)}", "length", "ms", series(mine, "keys", "ms"), log_y=True)
+        for (formula, dim, threads), mine in groups.items()
     ]
 
 
 def _tables(found: Sequence[Result]) -> list[str]:
-    rows = all_rows(found, "global-linear")
-    lines: list[str] = []
-    for threads in values_of(rows, "threads"):
-        mine = [row for row in rows if row["threads"] == threads and row["ours"]]
-        lines += titled(threads, table(mine, COLUMNS[1:]))
-    return lines
+    return by_threads([row for row in all_rows(found, "global-linear") if row["ours"]], COLUMNS[1:])
 
 
 SECTIONS = (

@@ -22,7 +22,7 @@ from longattn.bench.kept import Kept
 from longattn.bench.options import integers
 from longattn.bench.plots import Bars, Panel, Scatter
 from longattn.bench.results import Result, Row
-from longattn.bench.sections import Section, all_rows, by_lengths, number, short, slope_of, values_of, whole
+from longattn.bench.sections import Section, all_rows, by_lengths, grouped, number, short, slope_of, values_of, whole
 from longattn.bench.stored import empty_store, prepared
 from longattn.bench.tables import Column, count, grid
 from longattn.bench.targets import Target
@@ -280,8 +280,7 @@ def panels(result: Result | Mapping[str, Any]) -> list[Panel | Bars | Scatter]:
     """Time over length, a panel per data set; exact attention beside the ways."""
     drawn: list[Panel | Bars | Scatter] = []
     rows = [row for row in result["rows"] if row.get("ms")]
-    for name, threads in dict.fromkeys((row["vectors"], row["threads"]) for row in rows):
-        mine = [row for row in rows if (row["vectors"], row["threads"]) == (name, threads)]
+    for (name, _), mine in grouped(rows, "vectors", "threads").items():
         series: dict[str, list[tuple[float, float]]] = {}
         for row in mine:
             series.setdefault(row["method"], []).append((row["keys"], row["ms"]))
@@ -294,11 +293,9 @@ def panels(result: Result | Mapping[str, Any]) -> list[Panel | Bars | Scatter]:
 
 
 def _tables(found: Sequence[Result]) -> list[str]:
-    rows = all_rows(found, "growth")
     grown = all_rows(found, "growth", "slopes")
     lines: list[str] = []
-    for name, threads in dict.fromkeys((row["vectors"], row["threads"]) for row in rows):
-        mine = [row for row in rows if (row["vectors"], row["threads"]) == (name, threads)]
+    for (name, threads), mine in grouped(all_rows(found, "growth"), "vectors", "threads").items():
         lengths = values_of(mine, "keys")
         heads = ["way", *(f"{short(n)}: ms (rows)" for n in lengths), "slope"]
         heads += [f"× la.attention at {short(lengths[-1])}", "build s", "not run"]

@@ -19,8 +19,8 @@ from longattn.bench.harness import Bench, Candidate, rows_of
 from longattn.bench.options import Grid, add_grid, chosen_grid
 from longattn.bench.plots import Bars, Panel
 from longattn.bench.results import Result, Row
-from longattn.bench.sections import Section, all_rows, titled, values_of
-from longattn.bench.tables import Column, table
+from longattn.bench.sections import Section, all_rows, by_threads
+from longattn.bench.tables import Column
 
 SUMMARY = "transformers' hybrid and state space models: prompts, tokens and training steps, on our kernels and theirs"
 OURS = "longattn.transformers.use_linear_kernels"
@@ -206,11 +206,7 @@ def panels(result: Result) -> list[Panel | Bars]:
 
 
 def _tables(found: Sequence[Result]) -> list[str]:
-    rows = all_rows(found, "hybrid")
-    lines: list[str] = []
-    for threads in values_of(rows, "threads"):
-        lines += titled(threads, table([row for row in rows if row["threads"] == threads], COLUMNS[1:]))
-    return lines
+    return by_threads(all_rows(found, "hybrid"), COLUMNS[1:])
 
 
 SECTIONS = (

@@ -22,7 +22,7 @@ from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import names
 from longattn.bench.plots import Bars, Panel
 from longattn.bench.results import Result, Row
-from longattn.bench.sections import Figures, Section, all_rows, number, slope_of
+from longattn.bench.sections import Figures, Section, all_rows, grouped, number, slope_of
 from longattn.bench.tables import Column, count, grid
 from longattn.bench.targets import Target
 from longattn.sparse._grid import window_axis
@@ -195,8 +195,7 @@ def panels(result: Result) -> list[Panel | Bars]:
     """Time as a multiple of ours, by grid and window, a panel per dtype and thread count."""
     rows = [row for row in result["rows"] if row["times_ours"] and not row["ours"]]
     drawn: list[Panel | Bars] = []
-    for dtype, threads in dict.fromkeys((row["dtype"], row["threads"]) for row in rows):
-        mine = [row for row in rows if (row["dtype"], row["threads"]) == (dtype, threads)]
+    for (dtype, threads), mine in grouped(rows, "dtype", "threads").items():
         kinds = list(dict.fromkeys((row["grid"], row["window"]) for row in mine))
         times = {(row["method"], row["grid"], row["window"]): row["times_ours"] for row in mine}
         bars = {

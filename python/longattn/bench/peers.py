@@ -108,7 +108,8 @@ def sparse(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: la.BlockMask
         torch.zeros_like(counts), torch.zeros_like(order), counts, order, BLOCK_SIZE=(block, block), mask_mod=kept,
         seq_lengths=mask.lengths,
     )  # fmt: skip
-    compiled = torch.compile(flex_attention)
+    # Another block size or dtype would be compiled for any shape, which fails on a CPU.
+    compiled = torch.compile(flex_attention, dynamic=False)
     ways = [Candidate("torch flex_attention", lambda: compiled(tq, tk, tv, block_mask=blocks))]
     if masked:
         pairs = torch.repeat_interleave(torch.repeat_interleave(dense, block, 2), block, 3)

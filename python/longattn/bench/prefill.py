@@ -20,7 +20,18 @@ from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import Grid, add_grid, chosen_grid
 from longattn.bench.plots import Bars, Panel, Scatter, series
 from longattn.bench.results import Result, Row
-from longattn.bench.sections import Figures, Section, all_rows, by_lengths, number, short, slope_of, titled, values_of
+from longattn.bench.sections import (
+    Figures,
+    Section,
+    all_rows,
+    by_lengths,
+    grouped,
+    number,
+    short,
+    slope_of,
+    titled,
+    values_of,
+)
 from longattn.bench.tables import Column, count, grid
 from longattn.bench.targets import HALF, VNNI, Target
 
@@ -128,21 +139,16 @@ def calls_for_memory(heads: int, dim: int, length: int, dtype: str) -> tuple[Cal
 
 def panels(result: Result) -> list[Panel | Bars]:
     """GFLOP/s over length, a panel per head_dim, dtype and thread count."""
-    kinds = list(dict.fromkeys((row["head_dim"], row["dtype"], row["threads"]) for row in result["rows"]))
+    groups = grouped(result["rows"], "head_dim", "dtype", "threads")
     return [
         Panel(
             f"causal prefill, D {dim}, {dtype}, {count(threads)}",
             "length",
             "GFLOP/s",
-            series(
-                [row for row in result["rows"] if (row["head_dim"], row["dtype"], row["threads"]) == kind],
-                "keys",
-                "gflop_s",
-            ),
+            series(mine, "keys", "gflop_s"),
             log_y=False,
         )
-        for kind in kinds
-        for dim, dtype, threads in [kind]
+        for (dim, dtype, threads), mine in groups.items()
     ]
 
 

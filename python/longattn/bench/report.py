@@ -1,7 +1,7 @@
 """`longattn bench report DIR`: tables, plots and verdicts from the JSON files of a suite, and from nothing else.
 
 The page `DOCS.md` keeps all of its text; what stands between its two marker comments is made anew, and the
-plots go into the folder `DOCS`.
+plots go into the folder `DOCS`. So does the front page with its own marker comments.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from longattn.bench import registry, results, targets
+from longattn.bench import headlines, registry, results, targets
 from longattn.bench.plots import draw, need_matplotlib
 from longattn.bench.results import Result
 from longattn.bench.tables import grid, limits
 
 SUMMARY = "make tables, plots and verdicts of the JSON files in a folder"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+BEGIN, END = RESULTS = "<!-- results: begin -->", "<!-- results: end -->"
+FIGURES = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the plots into this folder and the rest into the page beside it: docs/benchmarks is "
         "docs/benchmarks/*.png and docs/benchmarks.md (default: print the page, draw nothing)",
     )
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="write the main figures into this page")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,32 +42,46 @@ def run(args: argparse.Namespace) -> int:
         ModuleNotFoundError: matplotlib is not installed.
     """
     found = results.read_folder(args.results)
-    if args.docs is None:
+    if args.docs is None and args.readme is None:
         print(body(found, None))
-        return 0
+    page = "" if args.readme is None else put_between(args.readme.read_text(), front(found), FIGURES)
+    if args.docs is not None:
+        _write_docs(args.docs, found)
+    if args.readme is not None:
+        args.readme.write_text(page)
+        print(f"{args.readme}: figures of {len(found)} results")
+    return 0
+
+
+def front(found: Sequence[Result]) -> str:
+    """What stands between the markers of the front page."""
+    return "\n".join(headlines.lines(found)) + "\n"
+
+
+def _write_docs(docs: Path, found: Sequence[Result]) -> None:
     need_matplotlib("report --docs")
-    page = args.docs.with_name(args.docs.name + ".md")
+    page = docs.with_name(docs.name + ".md")
     text = page.read_text()
     put_between(text, "")  # complains before anything is drawn
     figures = {name: panels for section in registry.sections() for name, panels in section.figures(found).items()}
     for name, panels in figures.items():
-        draw(panels, args.docs / f"{name}.png")
-    page.write_text(put_between(text, body(found, args.docs.name, list(figures))))
+        draw(panels, docs / f"{name}.png")
+    page.write_text(put_between(text, body(found, docs.name, list(figures))))
     verdicts = ", ".join(targets.counted(targets.judge(found, registry.targets())))
-    print(f"{page}: {verdicts}; {len(figures)} plots in {args.docs}")
-    return 0
+    print(f"{page}: {verdicts}; {len(figures)} plots in {docs}")
 
 
-def put_between(page: str, text: str) -> str:
-    """The page with `text` between the markers.
+def put_between(page: str, text: str, markers: tuple[str, str] = RESULTS) -> str:
+    """The page with `text` between its two markers.
 
     Raises:
         ValueError: not exactly one of each marker, in order.
     """
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise ValueError(f"the page needs one line {BEGIN!r} and, behind it, one line {END!r}")
-    before, after = page[: page.index(BEGIN)], page[page.index(END) :]
-    return f"{before}{BEGIN}\n\n{text}\n{after}" if text else f"{before}{BEGIN}\n{after}"
+    begin, end = markers
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"the page needs one line {begin!r} and, behind it, one line {end!r}")
+    before, after = page[: page.index(begin)], page[page.index(end) :]
+    return f"{before}{begin}\n\n{text}\n{after}" if text else f"{before}{begin}\n{after}"
 
 
 def body(found: Sequence[Result], folder: str | None, figures: Sequence[str] = ()) -> str:

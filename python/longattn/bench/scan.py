@@ -15,8 +15,8 @@ from longattn.bench.harness import Bench, Candidate, rows_of, slopes
 from longattn.bench.options import integers
 from longattn.bench.plots import Bars, Panel, series
 from longattn.bench.results import Result, Row
-from longattn.bench.sections import Section, all_rows, titled, values_of, whole
-from longattn.bench.tables import Column, table
+from longattn.bench.sections import Section, all_rows, by_threads, grouped, whole
+from longattn.bench.tables import Column, count
 from longattn.linear import causal_conv1d, diagonal_scan, selective_scan, toeplitz
 
 SUMMARY = (
@@ -233,24 +233,14 @@ def _torch_fft(x: Any, kernel: Any, double: bool = False) -> Callable[[], Any]:
 def panels(result: Result) -> list[Panel | Bars]:
     """Milliseconds over the length, a panel per operation and thread count."""
     rows = [row for row in result["rows"] if row["keys"] > 1 and row["ms"] is not None]
-    kinds = list(dict.fromkeys((row["operation"], row["threads"]) for row in rows))
     return [
-        Panel(
-            f"{operation}, {threads} thread{'s' if threads > 1 else ''}",
-            "length",
-            "ms",
-            series([row for row in rows if (row["operation"], row["threads"]) == (operation, threads)], "keys", "ms"),
-        )
-        for operation, threads in kinds
+        Panel(f"{operation}, {count(threads)}", "length", "ms", series(mine, "keys", "ms"))
+        for (operation, threads), mine in grouped(rows, "operation", "threads").items()
     ]
 
 
 def _tables(found: Sequence[Result]) -> list[str]:
-    rows = all_rows(found, "scan")
-    lines: list[str] = []
-    for threads in values_of(rows, "threads"):
-        lines += titled(threads, table([row for row in rows if row["threads"] == threads], COLUMNS[1:]))
-    return lines
+    return by_threads(all_rows(found, "scan"), COLUMNS[1:])
 
 
 SECTIONS = (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from longattn.bench.plots import Bars, Panel, Scatter
 from longattn.bench.results import Result, Row
-from longattn.bench.tables import count
+from longattn.bench.tables import Column, count, table
 
 Chapter = Literal["dense", "sparse", "retrieval", "linear"]
 Figures = Mapping[str, Sequence[Panel | Bars | Scatter]]
@@ -61,6 +61,14 @@ def values_of(rows: Sequence[Row], key: str) -> list[int]:
     return sorted({row[key] for row in rows})
 
 
+def grouped(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by their values of some keys, in the order in which these appear."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
 def number(value: float | None, form: str) -> str:
     """A figure, or nothing where there is none."""
     return "" if value is None else format(value, form)
@@ -87,3 +95,9 @@ def short(length: int) -> str:
 def titled(threads: int, lines: list[str]) -> list[str]:
     """Lines below their number of threads."""
     return ["", f"{count(threads)}:", "", *lines]
+
+
+def by_threads(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
+    """A table for each number of threads."""
+    groups = sorted(grouped(rows, "threads").items())
+    return [line for (threads,), mine in groups for line in titled(threads, table(mine, columns))]

@@ -23,8 +23,8 @@ from longattn.bench.kept import Kept
 from longattn.bench.options import Grid, add_grid, chosen_grid
 from longattn.bench.plots import Bars, Panel, Points
 from longattn.bench.results import Result, Row
-from longattn.bench.sections import Section, all_rows, titled, values_of, whole
-from longattn.bench.tables import Column, count, table
+from longattn.bench.sections import Section, all_rows, by_threads, grouped, whole
+from longattn.bench.tables import Column, count
 from longattn.bench.targets import Target
 
 ROUTINE = "sparse"
@@ -53,8 +53,9 @@ GRID = Grid(heads=((8, 8),), head_dims=(64, 128), keys=(16384, 65536), dtypes=("
 QUICK_GRID = Grid(heads=((2, 2),), head_dims=(64,), keys=(512,), dtypes=("float32", "bfloat16"))
 DENSITIES, QUICK_DENSITIES = (0.02, 0.05, 0.1, 0.25, 0.5), (0.1, 0.5)
 BLOCKS = (64, 128)
-#: Peers take a mask of all pairs up to this length, and masks of at most this density.
-MASKED, PEER_DENSITY = 16384, 0.1
+#: Peers take a mask of all pairs up to this length, and masks of at most this density. A mask of all pairs takes
+#: gigabytes and as much time whatever its blocks are: that of one block size is measured.
+MASKED, MASKED_BLOCK, PEER_DENSITY = 16384, 64, 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +124,7 @@ def _case(bench: Bench, arrays: list[NDArray[Any]], case: Row) -> list[Row]:
         masks[name] = (f"blocks of {block}", mask.density())
         candidates.append(Candidate(name, _over(q, k, v, mask), peer=False))
         if bench.peers and density <= PEER_DENSITY:
-            for peer in peers.sparse(q, k, v, mask, masked=length <= MASKED):
+            for peer in peers.sparse(q, k, v, mask, masked=length <= MASKED and block == MASKED_BLOCK):
                 named = f"{peer.name}, blocks of {block}"
                 masks[named] = masks[name]
                 candidates.append(Candidate(named, peer.call))
@@ -158,24 +159,18 @@ def _within(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], radius: int) -> A
 def panels(result: Result) -> list[Panel | Bars]:
     """Time over dense time against density, a panel for each head_dim, dtype, length and thread count."""
     rows = [row for row in result["rows"] if row["ms"] is not None and row["method"] != DENSE]
-    kinds = dict.fromkeys((row["head_dim"], row["dtype"], row["keys"], row["threads"]) for row in rows)
     drawn: list[Panel | Bars] = []
-    for dim, dtype, keys, threads in kinds:
+    for (dim, dtype, keys, threads), mine in grouped(rows, "head_dim", "dtype", "keys", "threads").items():
         lines: dict[str, Points] = {}
-        for row in rows:
-            if (row["head_dim"], row["dtype"], row["keys"], row["threads"]) == (dim, dtype, keys, threads):
-                lines.setdefault(row["method"].removeprefix("longattn."), []).append((row["density"], row["of_dense"]))
+        for row in mine:
+            lines.setdefault(row["method"].removeprefix("longattn."), []).append((row["density"], row["of_dense"]))
         title = f"D {dim}, {dtype}, {keys} keys, {count(threads)}"
         drawn.append(Panel(title, "density", "time / dense time", {name: sorted(line) for name, line in lines.items()}))
     return drawn
 
 
 def _tables(found: Sequence[Result]) -> list[str]:
-    rows = [row for row in all_rows(found, "sparse") if row["method"] != DENSE]
-    lines: list[str] = []
-    for threads in values_of(rows, "threads"):
-        lines += titled(threads, table([row for row in rows if row["threads"] == threads], COLUMNS[2:]))
-    return lines
+    return by_threads([row for row in all_rows(found, "sparse") if row["method"] != DENSE], COLUMNS[2:])
 
 
 SECTIONS = (
@@ -208,9 +203,12 @@ TARGETS = (
             "times_ours",
             bound,
             "longattn bench sparse",
-            {"method": tuple(f"{peer}, blocks of {block}" for block in BLOCKS)},
+            {"method": tuple(f"{peer}, blocks of {block}" for block in blocks)},
             {"density": (0, 0.1)},
         )
-        for peer, bound in (("torch flex_attention", 3.0), ("torch SDPA, masked", 5.0))
+        for peer, blocks, bound in (
+            ("torch flex_attention", BLOCKS, 3.0),
+            ("torch SDPA, masked", (MASKED_BLOCK,), 5.0),
+        )
     ),
 )

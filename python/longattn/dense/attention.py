@@ -3,8 +3,9 @@
 Arrays are numpy arrays, torch CPU tensors or other DLPack CPU arrays; CuPy arrays and torch CUDA tensors go to
 `longattn.gpu.attention`, with fewer options. They are read where they lie, with any
 strides whose last axis is contiguous; another layout costs one copy (`bias` and `mask` may have any). Storage
-is float32, float16 or bfloat16, arithmetic float32; or both are float64. Results have the kind and dtype of `q`,
-and the same bits whatever the number of threads.
+is float32, float16 or bfloat16, arithmetic float32; or both are float64. Where eight rows of bfloat16 queries share
+bfloat16 keys and values and the CPU multiplies pairs of bfloat16, their softmax weights are rounded to bfloat16.
+Results have the kind and dtype of `q`, and the same bits whatever the number of threads.
 """
 
 from __future__ import annotations

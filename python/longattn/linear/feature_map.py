@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longattn import _core
 from longattn._arrays import Array, as_numpy
 from longattn._checks import check_floating, integer, real
 
@@ -117,6 +118,12 @@ def parts(phi: FeatureMap, heads: int, dim: int, *, keys: bool) -> dict[str, Any
     if phi.kind == "taylor" and keys:
         found["coefficients"] = tuple(float(c) for c in phi.coefficients or (1.0, 1.0, 0.5))
     return found
+
+
+def features(x: NDArray[Any], phi: FeatureMap, *, keys: bool = False) -> NDArray[np.float32]:
+    """Features `[B, H, L, features]` of rows `[B, H, L, D]`, exponents of "gaussian" as they are."""
+    _, heads, _, dim = x.shape
+    return _core.write_features(x, parts(phi, heads, dim, keys=keys)).reshape(*x.shape[:3], phi.features(dim))
 
 
 def directions(projection: Array, heads: int, dim: int) -> NDArray[np.float32]:

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, like
-from longattn._checks import attention_inputs, check_heads, flag, real
-from longattn.linear._channels import Float32, map_size, parameter, pointwise
+from longattn._checks import attention_inputs, check_heads, flag
+from longattn.linear._channels import Float32, map_size, parameter
+from longattn.linear.feature_map import FeatureMap, finite
+from longattn.linear.feature_map import features as mapped
 from longattn.linear.toeplitz import Precision, Way, is_direct, is_double, on_lines
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -22,7 +24,7 @@ def kernelized_rpe_attention(
     k: Array,
     v: Array,
     rpe: Array,
-    features: Array | Callable[[NDArray[np.float32]], NDArray[Any]],
+    features: Array | FeatureMap | Callable[[NDArray[np.float32]], NDArray[Any]],
     *,
     causal: bool = False,
     size: tuple[int, int] | None = None,
@@ -33,9 +35,10 @@ def kernelized_rpe_attention(
 ) -> Array:
     """Attention with the kernel `exp(b[j - i]) phi(q_i) . phi(k_j)` in place of an exponential, normalised.
 
-    By default `phi(x)_r = exp(w_r . x - |x|^2 / 2) / sqrt(m)`, positive random features, of queries and keys that are
-    divided by their norms first (the stabiliser of the paper; queries are then multiplied by `scale`, which the paper
-    leaves open). The bias is a Toeplitz matrix, so transforms multiply by it.
+    By default `phi(x)_r = exp(w_r . x - |x|^2 / 2)`, positive random features (a factor, such as the paper's `1 /
+    sqrt(m)`, cancels), of queries and keys that are divided by their norms first (the stabiliser of the paper; queries
+    are then multiplied by `scale`, which the paper leaves open). The bias is a Toeplitz matrix, so transforms multiply
+    by it.
 
     Args:
         q: queries `[B, Hq, Lq, D]`; float32, float16 or bfloat16.
@@ -43,8 +46,8 @@ def kernelized_rpe_attention(
         v: values `[B, Hkv, Lk, Dv]`; dtype of `k`.
         rpe: biases `b`, floating `[Hq, 2 M - 1]`, entry `j - i + M - 1` for key j and query i, M at least both lengths;
             with `size` `[Hq, 2 h - 1, 2 w - 1]` likewise. -inf hides a distance.
-        features: directions `w`, floating `[m, D]`; or a function that takes float32 rows `[.., D]` and returns
-            non-negative features `[.., m]`.
+        features: directions `w`, floating `[m, D]`; a `FeatureMap` (exponents of "gaussian" are taken as they are); or
+            a function that takes float32 rows `[.., D]` and returns `[.., m]`. Features must not be negative.
         causal: query i sees keys up to i; as many queries as keys, and no `size`.
         size: height and width of a map whose places, row by row, are both queries and keys.
         qk_norm: whether queries and keys are divided by their norms (rows of zeros stay so).
@@ -76,7 +79,7 @@ def kernelized_rpe_attention(
     hides, normed = flag(causal, "causal"), flag(qk_norm, "qk_norm")
     if (hides or size is not None) and rows != keys:
         raise ValueError(f"q: got {rows} queries and {keys} keys, expected as many with causal or size")
-    factor = real(scale, "scale")
+    factor = finite(scale, "scale")
     phi = _feature_map(features, dim)
     is_direct(method, 0, 0)  # a bad one is found before any work
     double = is_double(precision)
@@ -94,8 +97,10 @@ def kernelized_rpe_attention(
     if np.isnan(table).any() or (table == np.inf).any():
         raise ValueError("rpe: got NaN or infinity, expected finite numbers or -inf")
     kernel = _kernel(table, reach, width, hides)
-    wide_q, wide_k = (_normed(x, normed) for x in (qn, kn))
-    phi_q, phi_k = _checked(phi(wide_q * np.float32(factor)), "q"), _checked(phi(wide_k), "k")
+    norm = "length" if normed else "none"
+    wide_q, wide_k = (mapped(x, FeatureMap(norm=norm)) for x in (qn, kn))
+    wide_q *= np.float32(factor)
+    phi_q, phi_k = _features(phi, wide_q, "q"), _features(phi, wide_k, "k")
     values = np.ascontiguousarray(vn, np.float32)
     sums = np.zeros((batch, heads, rows, vn.shape[3] + 1), np.float32)
     if rows and keys:
@@ -164,33 +169,22 @@ def _multiply(
                 sums[b, h, part] = weights @ values[b, h // group]
 
 
-def _normed(x: NDArray[Any], normed: bool) -> Float32:
-    wide = np.ascontiguousarray(x, np.float32)
-    if not normed:
-        return wide
-    size = np.sqrt((wide * wide).sum(axis=-1, keepdims=True))
-    unit: Float32 = (wide / np.where(size > 0, size, 1)).astype(np.float32, copy=False)
-    return unit
-
-
-def _feature_map(features: Any, dim: int) -> Callable[[Float32], NDArray[Any]]:
+def _feature_map(features: Any, dim: int) -> FeatureMap | Callable[[Float32], NDArray[Any]]:
+    if isinstance(features, FeatureMap):
+        return features
     if callable(features):
         found: Callable[[Float32], NDArray[Any]] = features
         return found
-    directions = parameter(features, "features", (None, dim), "[m, D] or a function")
+    directions = parameter(features, "features", (None, dim), "[m, D], a FeatureMap or a function")
     if len(directions) == 0:
         raise ValueError(f"features: got shape {directions.shape}, expected at least one direction")
-    return lambda x: positive_features(x, directions)
+    return FeatureMap(kind="gaussian", projection=directions)
 
 
-def positive_features(x: Float32, directions: Float32) -> Float32:
-    """`exp(w_r . x - |x|^2 / 2) / sqrt(m)`."""
-    logits = x @ directions.T - 0.5 * (x * x).sum(axis=-1, keepdims=True) - np.float32(0.5 * np.log(len(directions)))
-    return pointwise("exp", logits)
-
-
-def _checked(phi: NDArray[Any], name: str) -> Float32:
-    found = np.ascontiguousarray(phi, np.float32)
+def _features(phi: FeatureMap | Callable[[Float32], NDArray[Any]], rows: Float32, name: str) -> Float32:
+    """Features of the rows of `name`, none of them negative."""
+    found = mapped(rows, phi, keys=name == "k") if isinstance(phi, FeatureMap) else phi(rows)
+    found = np.ascontiguousarray(found, np.float32)
     if not (np.isfinite(found) & (found >= 0)).all():
         raise ValueError(f"features: got features of {name} that are negative or not finite, expected neither")
     return found

@@ -72,7 +72,7 @@ mod _core {
     #[pymodule_export]
     use super::linear::scan::{diagonal_scan, selective_scan, selective_scan_backward};
     #[pymodule_export]
-    use super::linear::statistics::{feature_norms, key_statistics, read_statistics};
+    use super::linear::statistics::{feature_norms, key_statistics, read_statistics, write_features};
     #[pymodule_export]
     use super::neighbourhood::{
         neighbourhood, neighbourhood_backward, neighbourhood_scores, neighbourhood_values, windowed, windowed_backward,

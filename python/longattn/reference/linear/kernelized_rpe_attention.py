@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from longattn.reference.linear.features import features as rows_of_map
+
 Float64 = NDArray[np.float64]
 
 
@@ -47,6 +49,8 @@ def kernelized_rpe_attention(
 
 def phi(x: Float64, features: Any) -> Any:
     """Features of rows."""
+    if hasattr(features, "kind"):
+        return rows_of_map(x, features)
     if callable(features):
         return features(x)
     w = np.asarray(features, np.float64)

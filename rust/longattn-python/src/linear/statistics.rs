@@ -2,7 +2,9 @@
 
 use crate::arrays::{view, view_mut};
 use crate::running;
-use longattn::linear::{FeatureMap, Map, Power, ReadOut, RowNorm, Sums, accumulate, feature_norms as norms, read};
+use longattn::linear::{
+    self, FeatureMap, Map, Power, ReadOut, RowNorm, Sums, accumulate, feature_norms as norms, read,
+};
 use longattn::tensor::TensorView;
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1, PyReadonlyArrayDyn, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::PyTypeError;
@@ -187,4 +189,19 @@ pub(crate) fn feature_norms<'py>(
     let (mut before, mut after) = (vec![0f32; batch * heads * rows], vec![0f32; batch * heads * rows]);
     running::run(py, operations(&x, &map, 1), |execution| norms(x, &map, &mut before, &mut after, execution))?;
     Ok([before, after].map(|x| x.into_pyarray(py)))
+}
+
+/// Features `[batch * heads * rows * features]` of the rows of `x`.
+#[pyfunction]
+pub(crate) fn write_features<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyUntypedArray>,
+    map: &Bound<'py, PyDict>,
+) -> PyResult<Floats<'py>> {
+    let (x, given) = (view("x", x)?, Given::new(map)?);
+    let map = given.map()?;
+    let [batch, heads, rows, dim] = x.shape();
+    let mut out = vec![0f32; batch * heads * rows * map.features(dim)];
+    running::run(py, operations(&x, &map, dim), |execution| linear::write_features(x, &map, &mut out, execution))?;
+    Ok(out.into_pyarray(py))
 }

@@ -277,7 +277,7 @@ pub(super) struct ByteProduct<'a> {
     pub(super) first_key: usize,
 }
 
-impl<S: Simd> super::tile::Product<S> for ByteProduct<'_> {
+impl<S: Simd> super::micro::Product<S> for ByteProduct<'_> {
     type Sum = S::I32;
     type Part = S::I32;
 

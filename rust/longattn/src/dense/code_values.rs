@@ -10,9 +10,10 @@
 //! what that value may add, the rounding of a float. With two bytes, of 15 bits, it would show where one key has most of the weight.
 //! Offsets are added in f32.
 
+use super::ahead::Coming;
 use super::codes::Parameters;
 use super::rows::{BareRows, Rows};
-use super::stream::{Coming, KEYS, MAX_QUERY_ROWS};
+use super::stream::{KEYS, MAX_QUERY_ROWS};
 use crate::simd::{Kernel, Simd};
 use std::ops::Range;
 

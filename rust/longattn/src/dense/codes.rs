@@ -9,8 +9,11 @@
 //! Where the CPU multiplies bytes, `q . c_j` is an exact sum of integers, of the query rounded to 15 bits of its largest element:
 //! `q = f (128 high + low)` with signed bytes `high` and `low`. Values by bytes are in `code_values.rs`.
 
+use super::ahead::Coming;
+use super::dots::rows_together;
+use super::lanes::{LaneDots, Words, fill_lanes, starts};
 use super::rows::{BareRows, Rows};
-use super::stream::{Coming, KEYS, MAX_QUERY_ROWS, rows_together};
+use super::stream::{KEYS, MAX_QUERY_ROWS};
 use crate::simd::{Kernel, MAX_LANES, Simd};
 use crate::tensor::CODE_STEP;
 use std::ops::Range;
@@ -105,28 +108,19 @@ impl<K: BareRows, V: Rows> Kernel for ByteScores<'_, K, V> {
         let bytes = k.code_bytes();
         assert!(queries.words.len() * K::BITS >= 2 * bytes && n <= MAX_QUERY_ROWS);
         assert!(keys.len() <= KEYS && scores.len() >= n * KEYS);
+        let dots = ByteLanes { queries, k, bytes };
         let mut r = 0;
         while r < n {
             let together = rows_together::<S>(n - r);
-            for j in keys.clone().step_by(S::LANES) {
-                // The last key stands for those that would come after it.
-                let mut rows = [k.start(j); MAX_LANES];
-                for (lane, row) in rows.iter_mut().enumerate().take(S::LANES) {
-                    *row = k.start((j + lane).min(keys.end - 1));
-                }
-                // Rows of codes are short: while a block's keys are computed with, all of its values come, whose scales are wanted
-                // first.
-                let coming = if r == 0 { Coming::rows(next.0, next.1, j) } else { Coming::none() };
-                // SAFETY: the queries are there by the assertion, whoever made this vouches for the keys; rows of scores are KEYS
-                // apart, a multiple of LANES, and there are n of them.
-                unsafe {
-                    let to = scores.as_mut_ptr().add(r * KEYS + j - keys.start);
-                    match together {
-                        1 => store_rows(s, dots::<S, K, 1>(s, queries, r, &rows, bytes, coming), to),
-                        2 => store_rows(s, dots::<S, K, 2>(s, queries, r, &rows, bytes, coming), to),
-                        4 => store_rows(s, dots::<S, K, 4>(s, queries, r, &rows, bytes, coming), to),
-                        _ => store_rows(s, dots::<S, K, 8>(s, queries, r, &rows, bytes, coming), to),
-                    }
+            let next = (r == 0).then_some(next);
+            let (keys, scores) = (keys.clone(), &mut scores[r * KEYS..]);
+            // SAFETY: the queries are there by the assertion, whoever made this vouches for the keys.
+            unsafe {
+                match together {
+                    1 => fill_lanes::<S, _, V, 1>(s, dots, r, keys, next, scores),
+                    2 => fill_lanes::<S, _, V, 2>(s, dots, r, keys, next, scores),
+                    4 => fill_lanes::<S, _, V, 4>(s, dots, r, keys, next, scores),
+                    _ => fill_lanes::<S, _, V, 8>(s, dots, r, keys, next, scores),
                 }
             }
             r += together;
@@ -134,75 +128,72 @@ impl<K: BareRows, V: Rows> Kernel for ByteScores<'_, K, V> {
     }
 }
 
-/// Stores a vector to each of `R` rows of scores.
-///
-/// # Safety
-/// The rows are writable for a vector.
-#[inline(always)]
-unsafe fn store_rows<S: Simd, const R: usize>(s: S, v: [S::F32; R], to: *mut f32) {
-    for (r, &v) in v.iter().enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe { s.store(to.add(r * KEYS), v) };
-    }
+/// Products of bytes.
+#[derive(Clone, Copy)]
+struct ByteLanes<'a, K> {
+    queries: &'a ByteQueries,
+    k: K,
+    bytes: usize,
 }
 
-/// Room for a vector of bytes of as many keys.
-#[repr(align(64))]
-struct Words([u8; 4 * MAX_LANES * MAX_LANES]);
-
-/// `128 high . c_j + low . c_j` of the `R` query rows from `first` on with the `LANES` keys that begin at `rows`, a key per lane: sums
-/// across lanes would take longer than the products. Asks for what is `coming` meanwhile.
-///
-/// # Safety
-/// The query rows and the keys exist, `bytes` bytes each.
-#[inline(always)]
-unsafe fn dots<S: Simd, K: BareRows, const R: usize>(
-    s: S,
-    queries: &ByteQueries,
-    first: usize,
-    rows: &[*const u8; MAX_LANES],
-    bytes: usize,
-    coming: Coming<MAX_LANES>,
-) -> [S::F32; R] {
-    let step = 4 * S::LANES;
-    let halves = if K::BITS == 4 { 2 } else { 1 };
-    let low_halves = s.splat_i32(0x0f0f_0f0f);
-    let mut words = Words([0; _]);
-    let mut acc = [[s.splat_i32(0); 2]; R];
-    let mut at = 0;
-    while at < bytes {
-        let n = (bytes - at).min(step);
-        // SAFETY: the rows have `bytes` bytes, and there are queries for as many.
-        unsafe {
-            s.transpose_words(rows, at, n, words.0.as_mut_ptr());
-            let queries = queries.words.as_ptr().add(at / 4 * halves).cast::<i32>().add(2 * first);
-            for t in 0..n.div_ceil(4) {
-                let x = s.load_bytes(words.0.as_ptr().add(t * step));
-                for half in 0..halves {
-                    let codes = match (K::BITS, half) {
-                        (4, 0) => s.and(x, low_halves),
-                        (4, _) => s.and(s.shift_right_16::<4>(x), low_halves),
-                        _ => x,
-                    };
-                    let queries = queries.add((t * halves + half) * 2 * MAX_QUERY_ROWS);
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        for (part, acc) in acc.iter_mut().enumerate() {
-                            let q = queries.add(2 * r + part).read_unaligned();
-                            *acc = s.dot4(*acc, codes, s.splat_i32(q));
+impl<K: BareRows> LaneDots for ByteLanes<'_, K> {
+    /// `128 high . c_j + low . c_j`.
+    #[inline(always)]
+    unsafe fn lane_dots<S: Simd, const R: usize>(
+        self,
+        s: S,
+        first: usize,
+        keys: Range<usize>,
+        coming: Coming<MAX_LANES>,
+        words: &mut Words,
+    ) -> [S::F32; R] {
+        let Self { queries, k, bytes } = self;
+        let rows = starts::<S, K>(k, keys);
+        let step = 4 * S::LANES;
+        let halves = if K::BITS == 4 { 2 } else { 1 };
+        let low_halves = s.splat_i32(0x0f0f_0f0f);
+        let mut acc = [[s.splat_i32(0); 2]; R];
+        let mut at = 0;
+        while at < bytes {
+            let n = (bytes - at).min(step);
+            // SAFETY: the rows have `bytes` bytes, and there are queries for as many.
+            unsafe {
+                s.transpose_words(&rows, at, n, words.0.as_mut_ptr().cast());
+                let queries = queries.words.as_ptr().add(at / 4 * halves).cast::<i32>().add(2 * first);
+                for t in 0..n.div_ceil(4) {
+                    let x = s.load_bytes(words.0.as_ptr().cast::<u8>().add(t * step));
+                    for half in 0..halves {
+                        let codes = match (K::BITS, half) {
+                            (4, 0) => s.and(x, low_halves),
+                            (4, _) => s.and(s.shift_right_16::<4>(x), low_halves),
+                            _ => x,
+                        };
+                        let queries = queries.add((t * halves + half) * 2 * MAX_QUERY_ROWS);
+                        for (r, acc) in acc.iter_mut().enumerate() {
+                            for (part, acc) in acc.iter_mut().enumerate() {
+                                let q = queries.add(2 * r + part).read_unaligned();
+                                *acc = s.dot4(*acc, codes, s.splat_i32(q));
+                            }
                         }
                     }
                 }
             }
+            coming.ask(at, at + step);
+            at += step;
         }
-        coming.ask(at, at + step);
-        at += step;
+        coming.ask(at, usize::MAX);
+        let mut sums = [s.zero(); R];
+        for (sum, &[high, low]) in sums.iter_mut().zip(&acc) {
+            *sum = s.fma(s.to_f32(high), s.splat(128.0), s.to_f32(low));
+        }
+        sums
     }
-    coming.ask(at, usize::MAX);
-    let mut sums = [s.zero(); R];
-    for (sum, &[high, low]) in sums.iter_mut().zip(&acc) {
-        *sum = s.fma(s.to_f32(high), s.splat(128.0), s.to_f32(low));
+
+    /// Rows of codes are short: while a block's keys are computed with, all of its values come, whose scales are wanted first.
+    #[inline(always)]
+    fn coming<V: Rows>(self, j: usize, _: &Range<usize>, next: Option<(V, usize)>) -> Coming<MAX_LANES> {
+        next.map_or(Coming::none(), |(next, dim)| Coming::rows(next, dim, j))
     }
-    sums
 }
 
 /// Turns products with bare codes into scores.

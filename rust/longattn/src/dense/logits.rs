@@ -10,11 +10,14 @@
 //! ```
 
 use super::bytes::{ByteProduct, ByteRows, HeadBytes, words};
+use super::dots::BlockScores;
+use super::micro::{multiply, multiply_by, panel};
+use super::packing::PackKeys;
 use super::rows::{Strided, with_rows};
 use super::scores::{RowId, Running, exp_difference, modify};
 use super::scratch::Buffer;
-use super::stream::{self, BlockScores, MAX_QUERY_ROWS};
-use super::tile::{self, PackKeys, QUERY_ROWS, multiply, multiply_by, panel};
+use super::stream::{self, MAX_QUERY_ROWS};
+use super::tile::{self, QUERY_ROWS};
 use super::{Problem, load_query, load_query_bytes};
 use crate::simd::Simd;
 use std::ops::Range;

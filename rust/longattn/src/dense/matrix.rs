@@ -1,8 +1,9 @@
 //! Rows times a small matrix, with the attention tiles' micro-kernel: projections of keys and distances to centroids.
 
+use super::micro::{multiply, panel};
+use super::packing::pack_transposed;
 use super::rows::{Rows, Strided, widen_row};
 use super::scratch::Buffer;
-use super::tile::{multiply, pack_transposed, panel};
 use crate::simd::Simd;
 use crate::tensor::Element;
 

@@ -8,20 +8,25 @@
 //! ```
 //! How the work is cut depends on shapes only, so results do not depend on the number of threads.
 
+mod ahead;
 pub(crate) mod backward;
 pub(crate) mod bytes;
 mod chunk;
 mod code_values;
 mod codes;
+pub(crate) mod dots;
 pub mod double;
 pub(crate) mod grid;
 pub(crate) mod keys;
+mod lanes;
 pub(crate) mod listed;
 pub(crate) mod logits;
 pub(crate) mod matrix;
 mod merge;
+pub(crate) mod micro;
 mod options;
 pub(crate) mod packed;
+pub(crate) mod packing;
 mod pairs;
 mod ranks;
 mod reduce;
@@ -33,6 +38,7 @@ mod selective;
 pub(crate) mod stream;
 mod sums;
 pub(crate) mod tile;
+pub(crate) mod values;
 mod weighted;
 mod weights;
 
@@ -240,7 +246,7 @@ impl Kernel for Item<'_, '_> {
             _ => problem.dim,
         }
         .next_multiple_of(S::LANES);
-        let vp = problem.value_dim.next_multiple_of(if few { S::LANES } else { tile::panel::<S>() });
+        let vp = problem.value_dim.next_multiple_of(if few { S::LANES } else { micro::panel::<S>() });
         let queries = scratch.queries.take(padded_rows * dp);
         let form = match problem.byte_keys {
             Some(all) if as_bytes => {

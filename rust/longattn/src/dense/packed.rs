@@ -1,9 +1,11 @@
 //! Keys and values of whole heads, packed once for all the items that pick blocks of them.
 
 use super::Problem;
+use super::micro::panel;
+use super::packing::{PackKeys, PackValues};
 use super::rows::{Rows, Strided, numbers, with_rows};
 use super::scratch::Buffer;
-use super::tile::{KEYS, PackKeys, PackValues, multiplies_pairs, panel};
+use super::tile::{KEYS, multiplies_pairs};
 use crate::parallel::{Execution, for_each};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use crate::tensor::{Result, TensorViewMut};

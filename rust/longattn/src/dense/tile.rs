@@ -12,11 +12,13 @@
 use super::Problem;
 use super::bytes::{ByteProduct, ByteRows, HeadBytes, words};
 use super::keys::List;
-use super::rows::{Indexed, Row, Rows, Strided, numbers, prefetch_bytes, widen_part, widen_row, with_rows};
+use super::micro::{Floats, Pairs, multiply_by, panel};
+use super::packing::{PackKeys, PackValues};
+use super::rows::{Indexed, Rows, Strided, numbers, prefetch_bytes, with_rows};
 use super::scores::{RowId, Running, is_negligible, modify, modify_listed, online_softmax};
 use super::scratch::Buffer;
 use super::stream::scale_row;
-use crate::simd::{Kernel, MAX_ROWS, PANEL_VECTORS, Simd};
+use crate::simd::{MAX_ROWS, Simd};
 use crate::tensor::{DType, KvView};
 use half::bf16;
 use std::ops::Range;
@@ -24,241 +26,12 @@ use std::ops::Range;
 /// Keys per block.
 pub(crate) const KEYS: usize = 256;
 
-/// Rows of values that lie anywhere are asked for so many rows before they are packed.
-const ASKED_AHEAD: usize = 16;
-
 /// Query rows per item, a multiple of every instruction set's `ROWS`.
 pub(crate) const QUERY_ROWS: usize = 192;
 
 const _: () = assert!(
     QUERY_ROWS.is_multiple_of(12) && QUERY_ROWS.is_multiple_of(6) && QUERY_ROWS.is_multiple_of(4) && MAX_ROWS == 12
 );
-
-/// Columns of a packed panel.
-#[inline(always)]
-pub(crate) const fn panel<S: Simd>() -> usize {
-    PANEL_VECTORS * S::LANES
-}
-
-/// How the micro-kernel multiplies and adds. A row's part is one float of `a` (or what its four bytes hold), a column's a vector of `b`.
-pub(super) trait Product<S: Simd>: Copy {
-    type Sum: Copy;
-    type Part: Copy;
-    /// A sum to begin with, for the columns from `column` on of the row at `c`.
-    ///
-    /// # Safety
-    /// `c` is the row's place in the result.
-    unsafe fn start(self, s: S, c: *const f32, column: usize) -> Self::Sum;
-    /// # Safety
-    /// `a` is readable for a float.
-    unsafe fn row(self, s: S, a: *const f32) -> Self::Part;
-    /// # Safety
-    /// `b` is readable for `LANES` floats.
-    unsafe fn column(self, s: S, b: *const f32) -> Self::Part;
-    fn add(self, s: S, sum: Self::Sum, row: Self::Part, column: Self::Part) -> Self::Sum;
-    /// The result for the columns from `column` on of row `r`.
-    fn finish(self, s: S, sum: Self::Sum, r: usize, column: usize) -> S::F32;
-}
-
-/// Sums of products of floats; added to what is there, or in its place.
-#[derive(Clone, Copy)]
-struct Floats {
-    add: bool,
-}
-
-impl<S: Simd> Product<S> for Floats {
-    type Sum = S::F32;
-    type Part = S::F32;
-
-    #[inline(always)]
-    unsafe fn start(self, s: S, c: *const f32, column: usize) -> S::F32 {
-        // SAFETY: the caller's promise.
-        if self.add { unsafe { s.load(c.add(column)) } } else { s.zero() }
-    }
-    #[inline(always)]
-    unsafe fn row(self, s: S, a: *const f32) -> S::F32 {
-        // SAFETY: the caller's promise.
-        s.splat(unsafe { *a })
-    }
-    #[inline(always)]
-    unsafe fn column(self, s: S, b: *const f32) -> S::F32 {
-        // SAFETY: the caller's promise.
-        unsafe { s.load(b) }
-    }
-    #[inline(always)]
-    fn add(self, s: S, sum: S::F32, row: S::F32, column: S::F32) -> S::F32 {
-        s.fma(row, column, sum)
-    }
-    #[inline(always)]
-    fn finish(self, _: S, sum: S::F32, _r: usize, _column: usize) -> S::F32 {
-        sum
-    }
-}
-
-/// Scaled sums of products of pairs of bf16.
-#[derive(Clone, Copy)]
-struct Pairs {
-    scale: f32,
-}
-
-impl<S: Simd> Product<S> for Pairs {
-    type Sum = S::F32;
-    type Part = S::I32;
-
-    #[inline(always)]
-    unsafe fn start(self, s: S, _c: *const f32, _column: usize) -> S::F32 {
-        s.zero()
-    }
-    #[inline(always)]
-    unsafe fn row(self, s: S, a: *const f32) -> S::I32 {
-        // SAFETY: the caller's promise; a pair of bf16 is four plain bytes.
-        s.splat_i32(unsafe { *a.cast::<i32>() })
-    }
-    #[inline(always)]
-    unsafe fn column(self, s: S, b: *const f32) -> S::I32 {
-        // SAFETY: the caller's promise.
-        unsafe { s.load_bytes(b.cast()) }
-    }
-    #[inline(always)]
-    fn add(self, s: S, sum: S::F32, row: S::I32, column: S::I32) -> S::F32 {
-        s.dot2_bf16(sum, row, column)
-    }
-    #[inline(always)]
-    fn finish(self, s: S, sum: S::F32, _r: usize, _column: usize) -> S::F32 {
-        s.mul(sum, s.splat(self.scale))
-    }
-}
-
-/// `c[r][0..PANEL] = sum_k a[r][k] b[k][0..PANEL]` for `R` rows, as `product` says; rows of `b` are `ldb` floats apart.
-///
-/// # Safety
-/// `a` holds `R` rows of `k` floats, `b` `k` rows of `PANEL`, `c` `R` rows of `PANEL`.
-#[inline(always)]
-unsafe fn micro<S: Simd, P: Product<S>, const R: usize>(
-    s: S,
-    product: P,
-    k: usize,
-    a: *const f32,
-    lda: usize,
-    b: *const f32,
-    ldb: usize,
-    c: *mut f32,
-    ldc: usize,
-) {
-    // SAFETY: the caller's promise on a, b and c.
-    unsafe {
-        let mut acc = [[product.start(s, c, 0); PANEL_VECTORS]; R];
-        for (r, acc) in acc.iter_mut().enumerate() {
-            for (v, acc) in acc.iter_mut().enumerate() {
-                *acc = product.start(s, c.add(r * ldc), v * S::LANES);
-            }
-        }
-        for i in 0..k {
-            let row = b.add(i * ldb);
-            let columns: [P::Part; PANEL_VECTORS] = [product.column(s, row), product.column(s, row.add(S::LANES))];
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let x = product.row(s, a.add(r * lda + i));
-                for (acc, &column) in acc.iter_mut().zip(&columns) {
-                    *acc = product.add(s, *acc, x, column);
-                }
-            }
-        }
-        for (r, acc) in acc.iter().enumerate() {
-            for (v, &acc) in acc.iter().enumerate() {
-                s.store(c.add(r * ldc + v * S::LANES), product.finish(s, acc, r, v * S::LANES));
-            }
-        }
-    }
-}
-
-/// [`micro`] over packed panels with the instruction set's own number of rows, or with 4 of many where no more than `rows` of them
-/// count.
-///
-/// # Safety
-/// As [`micro`], with `S::ROWS` rows.
-#[inline(always)]
-pub(super) unsafe fn multiply_by<S: Simd, P: Product<S>>(
-    s: S,
-    product: P,
-    k: usize,
-    a: *const f32,
-    lda: usize,
-    b: *const f32,
-    c: *mut f32,
-    ldc: usize,
-    rows: usize,
-) {
-    // SAFETY: the caller's promise.
-    unsafe { multiply_apart(s, product, k, a, lda, b, panel::<S>(), c, ldc, rows) }
-}
-
-/// [`multiply_by`] with rows of `b` that are `ldb` floats apart.
-///
-/// # Safety
-/// As [`micro`], with `S::ROWS` rows.
-#[inline(always)]
-unsafe fn multiply_apart<S: Simd, P: Product<S>>(
-    s: S,
-    product: P,
-    k: usize,
-    a: *const f32,
-    lda: usize,
-    b: *const f32,
-    ldb: usize,
-    c: *mut f32,
-    ldc: usize,
-    rows: usize,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match S::ROWS {
-            12 if rows <= 4 => micro::<S, P, 4>(s, product, k, a, lda, b, ldb, c, ldc),
-            12 => micro::<S, P, 12>(s, product, k, a, lda, b, ldb, c, ldc),
-            6 => micro::<S, P, 6>(s, product, k, a, lda, b, ldb, c, ldc),
-            _ => micro::<S, P, 4>(s, product, k, a, lda, b, ldb, c, ldc),
-        }
-    }
-}
-
-/// `c[r][0..PANEL] (+)= sum_k a[r][k] b[k][0..PANEL]` of floats, for the instruction set's own number of rows.
-///
-/// # Safety
-/// As [`micro`], with `S::ROWS` rows.
-#[inline(always)]
-pub(crate) unsafe fn multiply<S: Simd>(
-    s: S,
-    k: usize,
-    a: *const f32,
-    lda: usize,
-    b: *const f32,
-    c: *mut f32,
-    ldc: usize,
-    add: bool,
-) {
-    // SAFETY: the caller's promise.
-    unsafe { multiply_by(s, Floats { add }, k, a, lda, b, c, ldc, S::ROWS) }
-}
-
-/// [`multiply`] with rows of `b` that are `ldb` floats apart, where `rows` of the result's rows count.
-///
-/// # Safety
-/// As [`micro`], with `S::ROWS` rows.
-#[inline(always)]
-pub(crate) unsafe fn multiply_strided<S: Simd>(
-    s: S,
-    k: usize,
-    a: *const f32,
-    lda: usize,
-    b: *const f32,
-    ldb: usize,
-    c: *mut f32,
-    ldc: usize,
-    rows: usize,
-    add: bool,
-) {
-    // SAFETY: the caller's promise.
-    unsafe { multiply_apart(s, Floats { add }, k, a, lda, b, ldb, c, ldc, rows) }
-}
 
 /// Whether queries and keys of a problem can stay pairs of bf16.
 #[inline(always)]
@@ -270,131 +43,10 @@ pub(crate) fn multiplies_pairs<S: Simd>(problem: &Problem) -> bool {
         && problem.dim.is_multiple_of(2)
 }
 
-/// Packs K^T of `keys` into panels `[panel][padded_dim][PANEL]`, zeros in the columns beyond the last key.
-///
-/// # Safety
-/// `rows` yields `dim` readable elements for every key; `to` holds the panels; `wide` holds `PANEL` rows of `padded_dim` floats.
-#[inline(always)]
-pub(crate) unsafe fn pack_transposed<S: Simd, K: Rows>(
-    s: S,
-    rows: K,
-    keys: Range<usize>,
-    dim: usize,
-    padded_dim: usize,
-    wide: *mut f32,
-    to: *mut f32,
-) {
-    let panel = panel::<S>();
-    for (p, first) in keys.clone().step_by(panel).enumerate() {
-        // SAFETY: the caller's promise; blocks of LANES x LANES stay inside a panel of padded_dim rows.
-        unsafe {
-            for c in 0..panel {
-                let row = wide.add(c * padded_dim);
-                if first + c < keys.end {
-                    if K::SCATTERED && first + c + panel < keys.end {
-                        rows.row(first + c + panel).prefetch(dim);
-                    }
-                    widen_row(s, rows.row(first + c), dim, row, padded_dim);
-                } else {
-                    std::ptr::write_bytes(row, 0, padded_dim);
-                }
-            }
-            let out = to.add(p * padded_dim * panel);
-            for d in (0..padded_dim).step_by(S::LANES) {
-                for c in (0..panel).step_by(S::LANES) {
-                    s.transpose(wide.add(c * padded_dim + d), padded_dim, out.add(d * panel + c), panel);
-                }
-            }
-        }
-    }
-}
-
-/// Packs V of `keys` into panels `[panel of columns][between][PANEL]`, whose first rows they become.
-///
-/// # Safety
-/// `rows` yields `dim` readable elements for every key; `to` holds `padded_dim / PANEL` panels of `between` rows, `wide` one row.
-#[inline(always)]
-pub(crate) unsafe fn pack_values<S: Simd, V: Rows>(
-    s: S,
-    rows: V,
-    keys: Range<usize>,
-    dim: usize,
-    padded_dim: usize,
-    wide: *mut f32,
-    between: usize,
-    to: *mut f32,
-) {
-    let panel = panel::<S>();
-    let whole = dim / panel * panel;
-    let end = keys.end;
-    for (j, key) in keys.enumerate() {
-        let row = rows.row(key);
-        if V::SCATTERED && key + ASKED_AHEAD < end {
-            rows.row(key + ASKED_AHEAD).prefetch(dim);
-        }
-        // SAFETY: the caller's promise; the last, ragged panel is copied from the padded row in `wide`.
-        unsafe {
-            for d in (0..whole).step_by(panel) {
-                let out = to.add((d / panel * between + j) * panel);
-                for v in 0..PANEL_VECTORS {
-                    s.store(out.add(v * S::LANES), row.load(s, d + v * S::LANES));
-                }
-            }
-            if whole < dim {
-                widen_part(s, row, whole, dim, wide, padded_dim - whole);
-                let out = to.add((whole / panel * between + j) * panel);
-                for v in 0..PANEL_VECTORS {
-                    s.store(out.add(v * S::LANES), s.load(wide.add(v * S::LANES)));
-                }
-            }
-        }
-    }
-}
-
-/// [`pack_transposed`] as a part of a kernel.
-pub(crate) struct PackKeys<K> {
-    pub(crate) k: K,
-    pub(crate) keys: Range<usize>,
-    pub(crate) dim: usize,
-    pub(crate) padded_dim: usize,
-    pub(crate) wide: *mut f32,
-    pub(crate) to: *mut f32,
-}
-
-impl<K: Rows> Kernel for PackKeys<K> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        // SAFETY: whoever makes this gives it buffers of the right size and rows of a problem, whose maker vouched for them.
-        unsafe { pack_transposed(s, self.k, self.keys, self.dim, self.padded_dim, self.wide, self.to) }
-    }
-}
-
-/// [`pack_values`] as a part of a kernel.
-pub(crate) struct PackValues<V> {
-    pub(crate) v: V,
-    pub(crate) keys: Range<usize>,
-    pub(crate) dim: usize,
-    pub(crate) padded_dim: usize,
-    pub(crate) wide: *mut f32,
-    /// Rows between two panels.
-    pub(crate) between: usize,
-    pub(crate) to: *mut f32,
-}
-
-impl<V: Rows> Kernel for PackValues<V> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        // SAFETY: as in `PackKeys`.
-        unsafe { pack_values(s, self.v, self.keys, self.dim, self.padded_dim, self.wide, self.between, self.to) }
-    }
-}
-
 /// Packs keys and values, of rows `index` if there is one.
 ///
 /// # Safety
-/// As [`pack_transposed`] and [`pack_values`]; `dims` and `padded` are those of keys and of values.
+/// As [`PackKeys`] and [`PackValues`] with panels of [`KEYS`] rows; `dims` and `padded` are those of keys and of values.
 #[inline(always)]
 unsafe fn pack<S: Simd, K: Rows, V: Rows>(
     s: S,
@@ -408,31 +60,19 @@ unsafe fn pack<S: Simd, K: Rows, V: Rows>(
     to_keys: *mut f32,
     to_values: *mut f32,
 ) {
-    let [key_dim, value_dim] = dims;
-    let [padded_key_dim, padded_value_dim] = padded;
-    if let Some(index) = index {
-        let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
-        s.call(PackKeys { k, keys: keys.clone(), dim: key_dim, padded_dim: padded_key_dim, wide, to: to_keys });
-        s.call(PackValues {
-            v,
-            keys,
-            dim: value_dim,
-            padded_dim: padded_value_dim,
-            wide,
-            between: KEYS,
-            to: to_values,
-        });
-    } else {
-        s.call(PackKeys { k, keys: keys.clone(), dim: key_dim, padded_dim: padded_key_dim, wide, to: to_keys });
-        s.call(PackValues {
-            v,
-            keys,
-            dim: value_dim,
-            padded_dim: padded_value_dim,
-            wide,
-            between: KEYS,
-            to: to_values,
-        });
+    let ([dim, value_dim], [padded_dim, padded_value_dim]) = (dims, padded);
+    match index {
+        Some(index) => {
+            let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
+            s.call(PackKeys { k, keys: keys.clone(), dim, padded_dim, wide, to: to_keys });
+            let (dim, padded_dim, to) = (value_dim, padded_value_dim, to_values);
+            s.call(PackValues { v, keys, dim, padded_dim, wide, between: KEYS, to });
+        }
+        None => {
+            s.call(PackKeys { k, keys: keys.clone(), dim, padded_dim, wide, to: to_keys });
+            let (dim, padded_dim, to) = (value_dim, padded_value_dim, to_values);
+            s.call(PackValues { v, keys, dim, padded_dim, wide, between: KEYS, to });
+        }
     }
 }
 

@@ -8,10 +8,12 @@
 //!         weights in the place of S;  O = O + W V
 //! ```
 
+use super::micro::{Product, multiply, multiply_by, panel};
+use super::packing::{PackKeys, PackValues};
 use super::rows::{Rows, widen_row, with_rows};
 use super::scores::{RowId, Running, modify, online_softmax};
 use super::scratch::{Scratch, with_scratch};
-use super::tile::{KEYS, PackKeys, PackValues, Product, QUERY_ROWS, multiply, multiply_by, panel};
+use super::tile::{KEYS, QUERY_ROWS};
 use super::{Options, Problem, load_query};
 use crate::parallel::{Execution, for_each};
 use crate::simd::{self, Kernel, Simd, dispatch};

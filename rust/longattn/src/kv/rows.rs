@@ -10,6 +10,22 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Appends of fewer bytes than this stay on the calling thread.
 const PARALLEL_BYTES: usize = 4 << 20;
 
+/// How many rows there are of keys and values, `[1, kv_heads, rows, dim]` each with its dim.
+pub(super) fn check_pair(k: &TensorView, v: &TensorView, kv_heads: usize, dims: [usize; 2]) -> Result<usize> {
+    for (argument, view, dim) in [("k", k, dims[0]), ("v", v, dims[1])] {
+        let [batch, heads, count, width] = view.shape();
+        if (batch, heads, width) != (1, kv_heads, dim) {
+            let expected = format!("[1, {kv_heads}, T, {dim}]");
+            return Err(Error::value(argument, format!("shape [{batch}, {heads}, {count}, {width}]"), expected));
+        }
+    }
+    let (count, values) = (k.shape()[2], v.shape()[2]);
+    if values != count {
+        return Err(Error::value("v", format!("{values} rows"), format!("as many as k has, {count}")));
+    }
+    Ok(count)
+}
+
 /// In what form rows lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RowFormat {

@@ -1,6 +1,6 @@
 //! The keys and values of one sequence.
 
-use super::rows::{RowFormat, Rows};
+use super::rows::{RowFormat, Rows, check_pair};
 use crate::tensor::{CodeFormat, DType, Error, KvView, Result, Storage, TensorView, with_element};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
@@ -253,7 +253,7 @@ impl KvStore {
     /// Appends rows `k`, `[1, kv_heads, T, head_dim]`, and `v`, `[1, kv_heads, T, value_dim]`, converted to the store's dtype, and
     /// returns the new length. On an error nothing changes.
     pub fn append(&self, k: &TensorView, v: &TensorView) -> Result<usize> {
-        let count = self.check_rows(k, v)?;
+        let count = check_pair(k, v, self.kv_heads, [self.head_dim(), self.value_dim()])?;
         let _writer = lock(&self.writer);
         let len = self.len();
         let Some(new_len) = len.checked_add(count).filter(|&n| n <= self.capacity) else {
@@ -282,21 +282,6 @@ impl KvStore {
         }
         self.len.store(new_len, Ordering::Release);
         Ok(new_len)
-    }
-
-    fn check_rows(&self, k: &TensorView, v: &TensorView) -> Result<usize> {
-        for (argument, view, dim) in [("k", k, self.head_dim()), ("v", v, self.value_dim())] {
-            let [batch, heads, count, width] = view.shape();
-            if (batch, heads, width) != (1, self.kv_heads, dim) {
-                let expected = format!("[1, {}, T, {dim}]", self.kv_heads);
-                return Err(Error::value(argument, format!("shape [{batch}, {heads}, {count}, {width}]"), expected));
-            }
-        }
-        let (count, values) = (k.shape()[2], v.shape()[2]);
-        if values != count {
-            return Err(Error::value("v", format!("{values} rows"), format!("as many as k has, {count}")));
-        }
-        Ok(count)
     }
 
     /// The rows stored now, frozen: appends go on beyond them, truncates wait until the reader is dropped. A thread that holds a

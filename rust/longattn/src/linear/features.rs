@@ -9,16 +9,15 @@
 //! y *= factor of the row          (sums of features are taken here)       pairs of features rotated
 //! ```
 
+use super::rows::{dot, each, exponential, largest, multiply_row, raise, softmax};
 use crate::dense::backward::load_row;
 use crate::dense::matrix::{self, PackedMatrix};
+use crate::dense::micro::panel;
 use crate::dense::rows::Strided;
 use crate::dense::scratch::Buffer;
-use crate::dense::tile::panel;
-use crate::parallel::{Execution, for_each};
-use crate::simd::{self, Kernel, Simd, dispatch};
+use crate::simd::Simd;
 use crate::tensor::{Error, Result, TensorView};
 use std::ops::Range;
-use std::sync::Mutex;
 
 /// The function that makes features.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -179,90 +178,6 @@ impl FeatureMap<'_> {
             }
         }
         Ok(())
-    }
-}
-
-/// Replaces every vector `x` of a row whose length is a multiple of `LANES`.
-macro_rules! each {
-    ($s:ident, $row:expr, $x:ident => $y:expr) => {
-        for chunk in $row.chunks_exact_mut(S::LANES) {
-            // SAFETY: the chunk has LANES floats.
-            let $x = unsafe { $s.load(chunk.as_ptr()) };
-            let y = $y;
-            // SAFETY: as above.
-            unsafe { $s.store(chunk.as_mut_ptr(), y) };
-        }
-    };
-}
-
-/// Largest number of a row whose length is a multiple of `LANES`.
-#[inline(always)]
-pub(super) fn largest<S: Simd>(s: S, row: &[f32]) -> f32 {
-    let mut most = s.splat(f32::NEG_INFINITY);
-    for chunk in row.chunks_exact(S::LANES) {
-        // SAFETY: the chunk has LANES floats.
-        most = s.max(unsafe { s.load(chunk.as_ptr()) }, most);
-    }
-    s.max_lane(most)
-}
-
-/// Sum of the products of two rows of one length, a multiple of `LANES`.
-#[inline(always)]
-pub(super) fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
-    let mut sum = s.zero();
-    for (a, b) in a.chunks_exact(S::LANES).zip(b.chunks_exact(S::LANES)) {
-        // SAFETY: both chunks have LANES floats.
-        unsafe { sum = s.fma(s.load(a.as_ptr()), s.load(b.as_ptr()), sum) };
-    }
-    s.sum(sum)
-}
-
-/// `e^(x - shift)` of a row whose length is a multiple of `LANES`.
-#[inline(always)]
-pub(super) fn exponential<S: Simd>(s: S, row: &mut [f32], shift: f32) {
-    let shift = s.splat(shift);
-    each!(s, row, x => s.exp(s.sub(x, shift)));
-}
-
-#[inline(always)]
-pub(super) fn multiply_row<S: Simd>(s: S, row: &mut [f32], factor: f32) {
-    let factor = s.splat(factor);
-    each!(s, row, x => s.mul(x, factor));
-}
-
-/// Softmax of the first `n` numbers of a padded row; zeros in the padding.
-#[inline(always)]
-fn softmax<S: Simd>(s: S, row: &mut [f32], n: usize) {
-    row[n..].fill(f32::NEG_INFINITY);
-    let most = largest(s, row);
-    exponential(s, row, most);
-    row[n..].fill(0.0);
-    let mut sum = s.zero();
-    for chunk in row.chunks_exact(S::LANES) {
-        // SAFETY: the chunk has LANES floats.
-        sum = s.add(sum, unsafe { s.load(chunk.as_ptr()) });
-    }
-    multiply_row(s, row, 1.0 / s.sum(sum));
-}
-
-/// `x^n` of a row of `inverse * x`.
-#[inline(always)]
-fn raise<S: Simd>(s: S, row: &mut [f32], exponent: f32, inverse: f32) {
-    let by = s.splat(inverse);
-    if exponent.fract() == 0.0 && (1.0..=8.0).contains(&exponent) {
-        let times = exponent as usize;
-        each!(s, row, x => {
-            let x = s.mul(x, by);
-            let mut y = x;
-            for _ in 1..times {
-                y = s.mul(y, x);
-            }
-            y
-        });
-    } else {
-        for x in row {
-            *x = (*x * inverse).powf(exponent);
-        }
     }
 }
 
@@ -529,78 +444,6 @@ impl<'a> Mapper<'a> {
                 let (a, b, cosine, sine) = (pair[0], pair[1], angle[0], angle[1]);
                 pair[0] = a * cosine - b * sine;
                 pair[1] = a * sine + b * cosine;
-            }
-        }
-    }
-}
-
-/// Rows of one item of [`feature_norms`].
-const ROWS: usize = 1024;
-
-/// Squared lengths of the features of each row, `[batch, heads, rows]`: before powers are taken, and after (the same without
-/// powers). Lengths are not kept and row factors not applied, whatever the map says.
-pub fn feature_norms(
-    x: TensorView,
-    map: &FeatureMap,
-    before: &mut [f32],
-    after: &mut [f32],
-    execution: &Execution,
-) -> Result<()> {
-    map.check("x", &x)?;
-    let [batch, heads, rows, _] = x.shape();
-    for (name, to) in [("before", &before), ("after", &after)] {
-        if to.len() != batch * heads * rows {
-            return Err(Error::value(name, format!("{} numbers", to.len()), batch * heads * rows));
-        }
-    }
-    if rows == 0 {
-        return Ok(());
-    }
-    let isa = simd::current();
-    let pieces = rows.div_ceil(ROWS);
-    let parts: Vec<_> = before.chunks_mut(rows).zip(after.chunks_mut(rows)).collect();
-    let parts: Vec<_> = parts
-        .into_iter()
-        .flat_map(|(before, after)| before.chunks_mut(ROWS).zip(after.chunks_mut(ROWS)))
-        .map(Mutex::new)
-        .collect();
-    for_each(execution, parts.len(), |i| {
-        let (head, first) = (i / pieces, i % pieces * ROWS);
-        let mut part = parts[i].lock().unwrap_or_else(|e| e.into_inner());
-        let (before, after) = &mut *part;
-        let item = Norms { x, map, batch: head / heads, head: head % heads, first, before, after };
-        dispatch(isa, item);
-    })
-}
-
-struct Norms<'a, 'o> {
-    x: TensorView<'a>,
-    map: &'a FeatureMap<'a>,
-    batch: usize,
-    head: usize,
-    first: usize,
-    before: &'o mut [f32],
-    after: &'o mut [f32],
-}
-
-impl Kernel for Norms<'_, '_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self { x, map, batch, head, first, before, after } = self;
-        let plain = FeatureMap { power: None, row_factors: None, ..*map };
-        let mut mapper = Mapper::new(s, &plain, x, batch, head);
-        let width = mapper.width;
-        let mut row = vec![0f32; width];
-        for (r, (before, after)) in before.iter_mut().zip(after.iter_mut()).enumerate() {
-            mapper.apply(s, first + r..first + r + 1, &mut row);
-            *before = dot(s, &row, &row);
-            *after = *before;
-            if let Some(Power { exponent, .. }) = map.power {
-                raise(s, &mut row[..], exponent, 1.0);
-                row[mapper.features..].fill(0.0);
-                *after = dot(s, &row, &row);
             }
         }
     }

@@ -3,15 +3,18 @@
 pub mod convolution;
 pub mod dynamic;
 pub mod fast_weight;
+mod feature_rows;
 mod features;
 pub mod neighbours;
 pub mod pointwise;
 pub mod recurrence;
 pub mod row_maps;
+mod rows;
 pub mod scan;
 mod statistics;
 mod tiles;
 pub mod toeplitz;
 
-pub use features::{FeatureMap, Map, Power, RowNorm, feature_norms};
+pub use feature_rows::{feature_norms, write_features};
+pub use features::{FeatureMap, Map, Power, RowNorm};
 pub use statistics::{ReadOut, Statistics, Sums, accumulate, read};

@@ -12,10 +12,13 @@
 //! ```
 //! Pieces depend on the shape alone, so results do not depend on the number of threads.
 
-use super::features::{FeatureMap, Map, Mapper, dot, exponential, largest, multiply_row};
+use super::features::{FeatureMap, Map, Mapper};
+use super::rows::{dot, exponential, largest, multiply_row};
 use crate::dense::backward::load_row;
+use crate::dense::micro::{multiply_strided, panel};
+use crate::dense::packing::pack_values;
 use crate::dense::rows::Strided;
-use crate::dense::tile::{KEYS, multiply_strided, pack_values, panel};
+use crate::dense::tile::KEYS;
 use crate::parallel::{Execution, for_each, map};
 use crate::simd::{self, Kernel, MAX_ROWS, Simd, dispatch};
 use crate::tensor::{Element, Error, Result, TensorView, TensorViewMut, with_element};

@@ -1,8 +1,9 @@
 //! Picking rows by their exact logits: of a range of rows, or of rows that a search listed.
 
 use super::scan::{self, CodeError, RowCodes};
+use crate::dense::dots::BlockScores;
 use crate::dense::rows::{Indexed, Rows, Strided};
-use crate::dense::stream::{BlockScores, KEYS};
+use crate::dense::stream::KEYS;
 use crate::index::clusters::Clusters;
 use crate::index::codes::BLOCK;
 use crate::index::{Ask, Pick};

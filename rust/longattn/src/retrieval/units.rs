@@ -10,10 +10,12 @@
 
 use super::chunks::{Shared, Slots};
 use super::select::{BINS, bin};
+use crate::dense::dots::BlockScores;
 use crate::dense::rows::Strided;
 use crate::dense::scores::{Running, exp_difference};
 use crate::dense::scratch::Buffer;
-use crate::dense::stream::{BlockScores, BlockValues, KEYS, MAX_QUERY_ROWS};
+use crate::dense::stream::{KEYS, MAX_QUERY_ROWS};
+use crate::dense::values::BlockValues;
 use crate::index::units::{HeadUnits, Members, Table, UnitScore, padded, part_mean};
 use crate::index::{Ask, Pick, RestMass, Select};
 use crate::parallel::for_each;

@@ -15,9 +15,7 @@ pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx2(()))
 }
 
-// SAFETY of every block below: an `Avx2` only exists inside `run`, so the CPU has the instructions; memory is vouched for by the
-// caller of the trait's unsafe methods.
-#[allow(clippy::undocumented_unsafe_blocks, reason = "one reason for all, stated above")]
+// An `Avx2` only exists inside `run`: with it, the CPU has the instructions. What SAFETY lines add is about memory.
 impl Simd for Avx2 {
     type F32 = __m256;
     type I32 = __m256i;
@@ -26,30 +24,36 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: the CPU has what it had when `run` made this value.
         unsafe { run(kernel) }
     }
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
-        unsafe { _mm256_set1_ps(x) }
+        instructions!(_mm256_set1_ps(x))
     }
     #[inline(always)]
     unsafe fn load(self, p: *const f32) -> __m256 {
+        // SAFETY: the caller vouches for eight floats.
         unsafe { _mm256_loadu_ps(p) }
     }
     #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> __m256 {
+        // SAFETY: the caller vouches for eight elements.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
     unsafe fn load_bf16(self, p: *const bf16) -> __m256 {
+        // SAFETY: the caller vouches for eight elements.
         unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())))) }
     }
     #[inline(always)]
     unsafe fn load_u8(self, p: *const u8) -> __m256 {
+        // SAFETY: the caller vouches for eight bytes.
         unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()))) }
     }
     #[inline(always)]
     unsafe fn decode4(self, p: *const u8, high: bool, scale: f32, offset: f32) -> __m256 {
+        // SAFETY: the caller vouches for eight bytes.
         unsafe {
             let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
             let codes =
@@ -59,47 +63,48 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32, v: __m256) {
+        // SAFETY: the caller vouches for eight floats.
         unsafe { _mm256_storeu_ps(p, v) }
     }
     #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_add_ps(a, b) }
+        instructions!(_mm256_add_ps(a, b))
     }
     #[inline(always)]
     fn sub(self, a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_sub_ps(a, b) }
+        instructions!(_mm256_sub_ps(a, b))
     }
     #[inline(always)]
     fn mul(self, a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_mul_ps(a, b) }
+        instructions!(_mm256_mul_ps(a, b))
     }
     #[inline(always)]
     fn div(self, a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_div_ps(a, b) }
+        instructions!(_mm256_div_ps(a, b))
     }
     #[inline(always)]
     fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
-        unsafe { _mm256_fmadd_ps(a, b, c) }
+        instructions!(_mm256_fmadd_ps(a, b, c))
     }
     #[inline(always)]
     fn max(self, a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_max_ps(a, b) }
+        instructions!(_mm256_max_ps(a, b))
     }
     #[inline(always)]
     fn min(self, a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_min_ps(a, b) }
+        instructions!(_mm256_min_ps(a, b))
     }
     #[inline(always)]
     fn select_less(self, a: __m256, b: __m256, x: __m256, y: __m256) -> __m256 {
-        unsafe { _mm256_blendv_ps(y, x, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) }
+        instructions!(_mm256_blendv_ps(y, x, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)))
     }
     #[inline(always)]
     fn round(self, a: __m256) -> __m256 {
-        unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+        instructions!(_mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
     }
     #[inline(always)]
     fn scale2(self, a: __m256, n: __m256) -> __m256 {
-        unsafe {
+        instructions!({
             let low = _mm256_cmp_ps::<_CMP_LT_OQ>(n, _mm256_set1_ps(-126.0));
             // Two factors, so that n = 128 stays finite.
             let e = _mm256_cvtps_epi32(n);
@@ -107,20 +112,21 @@ impl Simd for Avx2 {
             let power = |k| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(k, _mm256_set1_epi32(127))));
             let scaled = _mm256_mul_ps(_mm256_mul_ps(a, power(half)), power(_mm256_sub_epi32(e, half)));
             _mm256_andnot_ps(low, scaled)
-        }
+        })
     }
     #[inline(always)]
     fn sum(self, a: __m256) -> f32 {
-        unsafe {
+        instructions!({
             let x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
             let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
             _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps::<1>(x, x)))
-        }
+        })
     }
     #[inline(always)]
     fn sums<const R: usize, const C: usize>(self, v: [[__m256; C]; R]) -> [[f32; C]; R] {
         let mut sums = [[0.0; C]; R];
         if R * C == 8 {
+            // SAFETY: `sums` holds the eight floats that are written.
             unsafe {
                 let mut all = [v[0][0]; 8];
                 for i in 0..8 {
@@ -142,19 +148,19 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn max_lane(self, a: __m256) -> f32 {
-        unsafe {
+        instructions!({
             let x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
             let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
             _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps::<1>(x, x)))
-        }
+        })
     }
     #[inline(always)]
     fn at_least(self, a: __m256, b: __m256) -> u32 {
-        unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(a, b)) as u32 }
+        instructions!(_mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(a, b)) as u32)
     }
     #[inline(always)]
     fn turn4(self, [a, b, c, d]: [__m256; 4]) -> [__m256; 4] {
-        unsafe {
+        instructions!({
             let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
             let (ab2, cd2) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
             [
@@ -163,11 +169,12 @@ impl Simd for Avx2 {
                 _mm256_shuffle_ps::<0x44>(ab2, cd2),
                 _mm256_shuffle_ps::<0xee>(ab2, cd2),
             ]
-        }
+        })
     }
 
     #[inline(always)]
     unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+        // SAFETY: the caller vouches for eight rows of eight floats on both sides.
         unsafe {
             let row = |i: usize| _mm256_loadu_ps(from.add(i * from_stride));
             // Pairs of rows, then quadruples, each within 128-bit halves; then the halves change places.
@@ -188,30 +195,34 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn splat_i32(self, x: i32) -> __m256i {
-        unsafe { _mm256_set1_epi32(x) }
+        instructions!(_mm256_set1_epi32(x))
     }
     #[inline(always)]
     unsafe fn load_bytes(self, p: *const u8) -> __m256i {
+        // SAFETY: the caller vouches for a vector.
         unsafe { _mm256_loadu_si256(p.cast()) }
     }
     #[inline(always)]
     unsafe fn store_bytes(self, p: *mut u8, v: __m256i) {
+        // SAFETY: the caller vouches for a vector.
         unsafe { _mm256_storeu_si256(p.cast(), v) }
     }
     #[inline(always)]
     fn add_i32(self, a: __m256i, b: __m256i) -> __m256i {
-        unsafe { _mm256_add_epi32(a, b) }
+        instructions!(_mm256_add_epi32(a, b))
     }
     #[inline(always)]
     unsafe fn load_table16(self, p: *const u8) -> __m256i {
+        // SAFETY: the caller vouches for 16 bytes.
         unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
     fn lookup16(self, table: __m256i, a: __m256i) -> __m256i {
-        unsafe { _mm256_shuffle_epi8(table, a) }
+        instructions!(_mm256_shuffle_epi8(table, a))
     }
     #[inline(always)]
     unsafe fn lookup256<const N: usize>(self, table: *const u8, a: [__m256i; N]) -> [__m256i; N] {
+        // SAFETY: the caller vouches for 256 bytes.
         unsafe {
             let mut found = [_mm256_setzero_si256(); N];
             for i in 0..16 {
@@ -228,22 +239,22 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn and(self, a: __m256i, b: __m256i) -> __m256i {
-        unsafe { _mm256_and_si256(a, b) }
+        instructions!(_mm256_and_si256(a, b))
     }
     #[inline(always)]
     fn add_16(self, a: __m256i, b: __m256i) -> __m256i {
-        unsafe { _mm256_add_epi16(a, b) }
+        instructions!(_mm256_add_epi16(a, b))
     }
     #[inline(always)]
     fn shift_right_16<const BITS: i32>(self, a: __m256i) -> __m256i {
-        unsafe { _mm256_srli_epi16::<BITS>(a) }
+        instructions!(_mm256_srli_epi16::<BITS>(a))
     }
     #[inline(always)]
     fn dot4(self, acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
-        unsafe { _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1))) }
+        instructions!(_mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1))))
     }
     #[inline(always)]
     fn to_f32(self, a: __m256i) -> __m256 {
-        unsafe { _mm256_cvtepi32_ps(a) }
+        instructions!(_mm256_cvtepi32_ps(a))
     }
 }

@@ -100,9 +100,8 @@ unsafe fn transposed(rows: [__m512; 16]) -> [__m512; 16] {
     }
 }
 
-// SAFETY of every block below: an `Avx512` only exists inside the `run` of its parameters, so the CPU has the instructions; memory is
-// vouched for by the caller of the trait's unsafe methods.
-#[allow(clippy::undocumented_unsafe_blocks, reason = "one reason for all, stated above")]
+// An `Avx512` only exists inside the `run` of its parameters: with it, the CPU has the instructions. What SAFETY lines add is about
+// memory.
 impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI, BF16, VBMI> {
     type F32 = __m512;
     type I32 = __m512i;
@@ -111,30 +110,36 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: the CPU has what every `run` that makes such a value asks for.
         unsafe { run(kernel) }
     }
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
-        unsafe { _mm512_set1_ps(x) }
+        instructions!(_mm512_set1_ps(x))
     }
     #[inline(always)]
     unsafe fn load(self, p: *const f32) -> __m512 {
+        // SAFETY: the caller vouches for sixteen floats.
         unsafe { _mm512_loadu_ps(p) }
     }
     #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> __m512 {
+        // SAFETY: the caller vouches for sixteen elements.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
     }
     #[inline(always)]
     unsafe fn load_bf16(self, p: *const bf16) -> __m512 {
+        // SAFETY: the caller vouches for sixteen elements.
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())))) }
     }
     #[inline(always)]
     unsafe fn load_u8(self, p: *const u8) -> __m512 {
+        // SAFETY: the caller vouches for sixteen bytes.
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))) }
     }
     #[inline(always)]
     unsafe fn decode4(self, p: *const u8, high: bool, scale: f32, offset: f32) -> __m512 {
+        // SAFETY: the caller vouches for sixteen bytes.
         unsafe {
             // The sixteen values a code can have, looked up by the low four bits of each lane.
             let codes = _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.);
@@ -145,60 +150,62 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32, v: __m512) {
+        // SAFETY: the caller vouches for sixteen floats.
         unsafe { _mm512_storeu_ps(p, v) }
     }
     #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_add_ps(a, b) }
+        instructions!(_mm512_add_ps(a, b))
     }
     #[inline(always)]
     fn sub(self, a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_sub_ps(a, b) }
+        instructions!(_mm512_sub_ps(a, b))
     }
     #[inline(always)]
     fn mul(self, a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_mul_ps(a, b) }
+        instructions!(_mm512_mul_ps(a, b))
     }
     #[inline(always)]
     fn div(self, a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_div_ps(a, b) }
+        instructions!(_mm512_div_ps(a, b))
     }
     #[inline(always)]
     fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
-        unsafe { _mm512_fmadd_ps(a, b, c) }
+        instructions!(_mm512_fmadd_ps(a, b, c))
     }
     #[inline(always)]
     fn max(self, a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_max_ps(a, b) }
+        instructions!(_mm512_max_ps(a, b))
     }
     #[inline(always)]
     fn min(self, a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_min_ps(a, b) }
+        instructions!(_mm512_min_ps(a, b))
     }
     #[inline(always)]
     fn select_less(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
-        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x) }
+        instructions!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x))
     }
     #[inline(always)]
     fn round(self, a: __m512) -> __m512 {
-        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+        instructions!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
     }
     #[inline(always)]
     fn scale2(self, a: __m512, n: __m512) -> __m512 {
-        unsafe {
+        instructions!({
             let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(n, _mm512_set1_ps(-126.0));
             _mm512_maskz_scalef_ps(normal, a, n)
-        }
+        })
     }
     #[inline(always)]
     fn sum(self, a: __m512) -> f32 {
-        unsafe { _mm512_reduce_add_ps(a) }
+        instructions!(_mm512_reduce_add_ps(a))
     }
     const SUMS: usize = 16;
     #[inline(always)]
     fn sums<const R: usize, const C: usize>(self, v: [[__m512; C]; R]) -> [[f32; C]; R] {
         let mut sums = [[0.0; C]; R];
         if R * C == 16 || R * C == 8 {
+            // SAFETY: `sums` holds the sixteen or eight floats that are written.
             unsafe {
                 let mut all = [v[0][0]; 16];
                 for i in 0..R * C {
@@ -224,15 +231,15 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
     }
     #[inline(always)]
     fn max_lane(self, a: __m512) -> f32 {
-        unsafe { _mm512_reduce_max_ps(a) }
+        instructions!(_mm512_reduce_max_ps(a))
     }
     #[inline(always)]
     fn at_least(self, a: __m512, b: __m512) -> u32 {
-        unsafe { u32::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(a, b)) }
+        instructions!(u32::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(a, b)))
     }
     #[inline(always)]
     fn turn4(self, [a, b, c, d]: [__m512; 4]) -> [__m512; 4] {
-        unsafe {
+        instructions!({
             let (ab, cd) = (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d));
             let (ab2, cd2) = (_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d));
             [
@@ -241,11 +248,12 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
                 _mm512_shuffle_ps::<0x44>(ab2, cd2),
                 _mm512_shuffle_ps::<0xee>(ab2, cd2),
             ]
-        }
+        })
     }
 
     #[inline(always)]
     unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+        // SAFETY: the caller vouches for sixteen rows of sixteen floats on both sides.
         unsafe {
             let mut rows = [_mm512_setzero_ps(); 16];
             for (i, row) in rows.iter_mut().enumerate() {
@@ -260,18 +268,21 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
 
     #[inline(always)]
     fn splat_i32(self, x: i32) -> __m512i {
-        unsafe { _mm512_set1_epi32(x) }
+        instructions!(_mm512_set1_epi32(x))
     }
     #[inline(always)]
     unsafe fn load_bytes(self, p: *const u8) -> __m512i {
+        // SAFETY: the caller vouches for a vector.
         unsafe { _mm512_loadu_si512(p.cast()) }
     }
     #[inline(always)]
     unsafe fn load_bytes_first(self, p: *const u8, n: usize) -> __m512i {
+        // SAFETY: the caller vouches for n bytes; masked loads touch no others.
         unsafe { _mm512_maskz_loadu_epi8(!(u64::MAX.checked_shl(n as u32).unwrap_or(0)), p.cast()) }
     }
     #[inline(always)]
     unsafe fn transpose_words(self, rows: &[*const u8; MAX_LANES], at: usize, n: usize, to: *mut u8) {
+        // SAFETY: the caller vouches for n bytes of each row and for sixteen vectors of `to`; masked loads touch no others.
         unsafe {
             let mut words = [_mm512_setzero_ps(); 16];
             for (words, row) in words.iter_mut().zip(rows) {
@@ -301,8 +312,7 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
     }
     #[inline(always)]
     fn interleave(self, x: [__m512i; 4]) -> [__m512i; 4] {
-        // SAFETY: the CPU has AVX-512 F and BW, as a value of this type says.
-        unsafe {
+        instructions!({
             let (low, high) = (_mm512_unpacklo_epi8(x[0], x[1]), _mm512_unpackhi_epi8(x[0], x[1]));
             let (low2, high2) = (_mm512_unpacklo_epi8(x[2], x[3]), _mm512_unpackhi_epi8(x[2], x[3]));
             [
@@ -311,11 +321,11 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
                 _mm512_unpacklo_epi16(high, high2),
                 _mm512_unpackhi_epi16(high, high2),
             ]
-        }
+        })
     }
     #[inline(always)]
     fn in_order(self, v: [__m512; 4]) -> [__m512; 4] {
-        unsafe {
+        instructions!({
             // Quarter q of vector t is the t-th part of quarter q of the bytes.
             let (a, b) = (_mm512_shuffle_f32x4::<0x44>(v[0], v[1]), _mm512_shuffle_f32x4::<0x44>(v[2], v[3]));
             let (c, d) = (_mm512_shuffle_f32x4::<0xee>(v[0], v[1]), _mm512_shuffle_f32x4::<0xee>(v[2], v[3]));
@@ -325,31 +335,35 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
                 _mm512_shuffle_f32x4::<0x88>(c, d),
                 _mm512_shuffle_f32x4::<0xdd>(c, d),
             ]
-        }
+        })
     }
     const DOT_BYTES: bool = VNNI;
     #[inline(always)]
     fn call_bytes<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: a value with VNNI proves that the CPU has it.
         unsafe { if VNNI { run_vnni(kernel) } else { run(kernel) } }
     }
     #[inline(always)]
     unsafe fn store_bytes(self, p: *mut u8, v: __m512i) {
+        // SAFETY: the caller vouches for a vector.
         unsafe { _mm512_storeu_si512(p.cast(), v) }
     }
     #[inline(always)]
     fn add_i32(self, a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_add_epi32(a, b) }
+        instructions!(_mm512_add_epi32(a, b))
     }
     #[inline(always)]
     unsafe fn load_table16(self, p: *const u8) -> __m512i {
+        // SAFETY: the caller vouches for 16 bytes.
         unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
     fn lookup16(self, table: __m512i, a: __m512i) -> __m512i {
-        unsafe { _mm512_shuffle_epi8(table, a) }
+        instructions!(_mm512_shuffle_epi8(table, a))
     }
     #[inline(always)]
     unsafe fn lookup256<const N: usize>(self, table: *const u8, a: [__m512i; N]) -> [__m512i; N] {
+        // SAFETY: the caller vouches for 256 bytes.
         unsafe {
             let mut found = [_mm512_setzero_si512(); N];
             if VBMI {
@@ -375,39 +389,41 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
     }
     #[inline(always)]
     fn call_tables<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: VBMI is asked for right here.
         unsafe { if is_x86_feature_detected!("avx512vbmi") { run_vbmi(kernel) } else { run(kernel) } }
     }
     #[inline(always)]
     fn and(self, a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_and_si512(a, b) }
+        instructions!(_mm512_and_si512(a, b))
     }
     #[inline(always)]
     fn add_16(self, a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_add_epi16(a, b) }
+        instructions!(_mm512_add_epi16(a, b))
     }
     #[inline(always)]
     fn shift_right_16<const BITS: i32>(self, a: __m512i) -> __m512i {
-        unsafe { _mm512_srl_epi16(a, _mm_cvtsi32_si128(BITS)) }
+        instructions!(_mm512_srl_epi16(a, _mm_cvtsi32_si128(BITS)))
     }
     #[inline(always)]
     fn dot4(self, acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
-        unsafe {
+        instructions!({
             if VNNI {
                 _mm512_dpbusd_epi32(acc, a, b)
             } else {
                 _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)))
             }
-        }
+        })
     }
     #[inline(always)]
     fn call_pairs<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: a value with BF16 proves that the CPU has it, and VNNI.
         unsafe { if BF16 { run_bf16(kernel) } else { run(kernel) } }
     }
     const DOT2_BF16: bool = BF16;
     #[inline(always)]
     fn dot2_bf16(self, acc: __m512, a: __m512i, b: __m512i) -> __m512 {
         if BF16 {
-            // Both types are 512 plain bits.
+            // SAFETY: both types are 512 plain bits.
             unsafe {
                 _mm512_dpbf16_ps(
                     acc,
@@ -419,9 +435,31 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
             acc
         }
     }
+    #[inline(always)]
+    fn interleave_pairs(self, [a, b]: [__m512i; 2]) -> [__m512i; 2] {
+        instructions!([_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)])
+    }
+    #[inline(always)]
+    fn in_order_pairs(self, [low, high]: [__m512; 2]) -> [__m512; 2] {
+        instructions!({
+            // Quarter q of `low` holds numbers 8 q to 8 q + 3, that of `high` the next four.
+            let first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+            let second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+            [_mm512_permutex2var_ps(low, first, high), _mm512_permutex2var_ps(low, second, high)]
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, v: __m512) {
+        if BF16 {
+            // SAFETY: both types are sixteen numbers of two plain bytes, for which the caller vouches.
+            unsafe { _mm256_storeu_si256(p.cast(), std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v))) }
+        } else {
+            unreachable!("only where pairs are multiplied");
+        }
+    }
 
     #[inline(always)]
     fn to_f32(self, a: __m512i) -> __m512 {
-        unsafe { _mm512_cvtepi32_ps(a) }
+        instructions!(_mm512_cvtepi32_ps(a))
     }
 }

@@ -7,6 +7,15 @@
 //! Vectors never pass through a closure that an iterator adaptor calls: it may be compiled as a function of its own, without the
 //! features, and every instruction in it becomes a call.
 
+/// What an instruction set does with vectors alone. What reads or writes memory has an `unsafe` block of its own.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! instructions {
+    ($instructions:expr) => {{
+        // SAFETY: used in methods of types that implement `Simd`, values of which prove that the CPU has the instructions.
+        unsafe { $instructions }
+    }};
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -259,6 +268,25 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn dot2_bf16(self, acc: Self::F32, a: Self::I32, b: Self::I32) -> Self::F32 {
         let _ = (a, b);
         acc
+    }
+    /// Pairs of a bf16 of either vector. The order of the lanes is that of the instruction set; [`Self::in_order_pairs`] turns it into
+    /// the order of the numbers. Only where [`Self::DOT2_BF16`] says so, as the next two.
+    #[inline(always)]
+    fn interleave_pairs(self, x: [Self::I32; 2]) -> [Self::I32; 2] {
+        x
+    }
+    /// What came of [`Self::interleave_pairs`] lane by lane, in the order of the numbers.
+    #[inline(always)]
+    fn in_order_pairs(self, v: [Self::F32; 2]) -> [Self::F32; 2] {
+        v
+    }
+    /// Rounds to bf16, to nearest even.
+    ///
+    /// # Safety
+    /// `p` is writable for `LANES` numbers.
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, v: Self::F32) {
+        let _ = (p, v);
     }
 
     /// Widening load of `LANES` elements.

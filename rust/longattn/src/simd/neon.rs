@@ -12,9 +12,7 @@ pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Neon(()))
 }
 
-// SAFETY of every block below: Advanced SIMD is in the baseline of this architecture; memory is vouched for by the caller of the
-// trait's unsafe methods.
-#[allow(clippy::undocumented_unsafe_blocks, reason = "one reason for all, stated above")]
+// Advanced SIMD is in the baseline of this architecture. What SAFETY lines add is about memory.
 #[allow(unused_unsafe, reason = "intrinsics of the baseline are safe from Rust 1.87 on")]
 impl Simd for Neon {
     type F32 = float32x4_t;
@@ -28,24 +26,29 @@ impl Simd for Neon {
     }
     #[inline(always)]
     fn splat(self, x: f32) -> float32x4_t {
-        unsafe { vdupq_n_f32(x) }
+        instructions!(vdupq_n_f32(x))
     }
     #[inline(always)]
     unsafe fn load(self, p: *const f32) -> float32x4_t {
+        // SAFETY: the caller vouches for four floats.
         unsafe { vld1q_f32(p) }
     }
     #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> float32x4_t {
         // The scalar conversion of `half` uses the CPU's own instruction where there is one.
+        // SAFETY: the caller vouches for four elements.
         let x = unsafe { p.cast::<[f16; 4]>().read_unaligned() }.map(f16::to_f32);
+        // SAFETY: there are four floats.
         unsafe { vld1q_f32(x.as_ptr()) }
     }
     #[inline(always)]
     unsafe fn load_bf16(self, p: *const bf16) -> float32x4_t {
+        // SAFETY: the caller vouches for four elements.
         unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.cast()))) }
     }
     #[inline(always)]
     unsafe fn load_u8(self, p: *const u8) -> float32x4_t {
+        // SAFETY: the caller vouches for four bytes.
         unsafe {
             let bytes = vcreate_u8(u64::from(p.cast::<u32>().read_unaligned()));
             vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))))
@@ -53,6 +56,7 @@ impl Simd for Neon {
     }
     #[inline(always)]
     unsafe fn decode4(self, p: *const u8, high: bool, scale: f32, offset: f32) -> float32x4_t {
+        // SAFETY: the caller vouches for four bytes.
         unsafe {
             let four = p.cast::<u32>().read_unaligned();
             let codes = if high { four >> 4 } else { four } & 0x0f0f_0f0f;
@@ -62,47 +66,48 @@ impl Simd for Neon {
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32, v: float32x4_t) {
+        // SAFETY: the caller vouches for four floats.
         unsafe { vst1q_f32(p, v) }
     }
     #[inline(always)]
     fn add(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        unsafe { vaddq_f32(a, b) }
+        instructions!(vaddq_f32(a, b))
     }
     #[inline(always)]
     fn sub(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        unsafe { vsubq_f32(a, b) }
+        instructions!(vsubq_f32(a, b))
     }
     #[inline(always)]
     fn mul(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        unsafe { vmulq_f32(a, b) }
+        instructions!(vmulq_f32(a, b))
     }
     #[inline(always)]
     fn div(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        unsafe { vdivq_f32(a, b) }
+        instructions!(vdivq_f32(a, b))
     }
     #[inline(always)]
     fn fma(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
-        unsafe { vfmaq_f32(c, a, b) }
+        instructions!(vfmaq_f32(c, a, b))
     }
     #[inline(always)]
     fn max(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        unsafe { vbslq_f32(vcgtq_f32(a, b), a, b) }
+        instructions!(vbslq_f32(vcgtq_f32(a, b), a, b))
     }
     #[inline(always)]
     fn min(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        unsafe { vbslq_f32(vcltq_f32(a, b), a, b) }
+        instructions!(vbslq_f32(vcltq_f32(a, b), a, b))
     }
     #[inline(always)]
     fn select_less(self, a: float32x4_t, b: float32x4_t, x: float32x4_t, y: float32x4_t) -> float32x4_t {
-        unsafe { vbslq_f32(vcltq_f32(a, b), x, y) }
+        instructions!(vbslq_f32(vcltq_f32(a, b), x, y))
     }
     #[inline(always)]
     fn round(self, a: float32x4_t) -> float32x4_t {
-        unsafe { vrndnq_f32(a) }
+        instructions!(vrndnq_f32(a))
     }
     #[inline(always)]
     fn scale2(self, a: float32x4_t, n: float32x4_t) -> float32x4_t {
-        unsafe {
+        instructions!({
             let low = vcltq_f32(n, vdupq_n_f32(-126.0));
             // Two factors, so that n = 128 stays finite.
             let e = vcvtq_s32_f32(n);
@@ -112,15 +117,15 @@ impl Simd for Neon {
             let second = vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(vsubq_s32(e, half), one)));
             let scaled = vmulq_f32(vmulq_f32(a, first), second);
             vbslq_f32(low, vdupq_n_f32(0.0), scaled)
-        }
+        })
     }
     #[inline(always)]
     fn sum(self, a: float32x4_t) -> f32 {
-        unsafe { vaddvq_f32(a) }
+        instructions!(vaddvq_f32(a))
     }
     #[inline(always)]
     fn max_lane(self, a: float32x4_t) -> f32 {
-        unsafe { vmaxnmvq_f32(a) }
+        instructions!(vmaxnmvq_f32(a))
     }
     #[inline(always)]
     unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
@@ -134,30 +139,34 @@ impl Simd for Neon {
 
     #[inline(always)]
     fn splat_i32(self, x: i32) -> int32x4_t {
-        unsafe { vdupq_n_s32(x) }
+        instructions!(vdupq_n_s32(x))
     }
     #[inline(always)]
     unsafe fn load_bytes(self, p: *const u8) -> int32x4_t {
+        // SAFETY: the caller vouches for a vector.
         unsafe { vreinterpretq_s32_u8(vld1q_u8(p)) }
     }
     #[inline(always)]
     unsafe fn store_bytes(self, p: *mut u8, v: int32x4_t) {
+        // SAFETY: the caller vouches for a vector.
         unsafe { vst1q_u8(p, vreinterpretq_u8_s32(v)) }
     }
     #[inline(always)]
     fn add_i32(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
-        unsafe { vaddq_s32(a, b) }
+        instructions!(vaddq_s32(a, b))
     }
     #[inline(always)]
     unsafe fn load_table16(self, p: *const u8) -> int32x4_t {
+        // SAFETY: the caller vouches for 16 bytes.
         unsafe { self.load_bytes(p) }
     }
     #[inline(always)]
     fn lookup16(self, table: int32x4_t, a: int32x4_t) -> int32x4_t {
-        unsafe { vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(table), vreinterpretq_u8_s32(a))) }
+        instructions!(vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(table), vreinterpretq_u8_s32(a))))
     }
     #[inline(always)]
     unsafe fn lookup256<const N: usize>(self, table: *const u8, a: [int32x4_t; N]) -> [int32x4_t; N] {
+        // SAFETY: the caller vouches for 256 bytes.
         unsafe {
             let mut found = [vdupq_n_u8(0); N];
             for i in 0..4 {
@@ -177,31 +186,31 @@ impl Simd for Neon {
     }
     #[inline(always)]
     fn and(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
-        unsafe { vandq_s32(a, b) }
+        instructions!(vandq_s32(a, b))
     }
     #[inline(always)]
     fn add_16(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
-        unsafe { vreinterpretq_s32_u16(vaddq_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b))) }
+        instructions!(vreinterpretq_s32_u16(vaddq_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b))))
     }
     #[inline(always)]
     fn shift_right_16<const BITS: i32>(self, a: int32x4_t) -> int32x4_t {
-        unsafe {
+        instructions!({
             let x = vreinterpretq_u16_s32(a);
             vreinterpretq_s32_u16(vshlq_u16(x, vdupq_n_s16(-(BITS as i16))))
-        }
+        })
     }
     #[inline(always)]
     fn dot4(self, acc: int32x4_t, a: int32x4_t, b: int32x4_t) -> int32x4_t {
-        unsafe {
+        instructions!({
             // Codes are at most 15, so reading them as signed bytes changes nothing.
             let (x, y) = (vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
             let low = vmull_s8(vget_low_s8(x), vget_low_s8(y));
             let high = vmull_high_s8(x, y);
             vpadalq_s16(acc, vpaddq_s16(low, high))
-        }
+        })
     }
     #[inline(always)]
     fn to_f32(self, a: int32x4_t) -> float32x4_t {
-        unsafe { vcvtq_f32_s32(a) }
+        instructions!(vcvtq_f32_s32(a))
     }
 }

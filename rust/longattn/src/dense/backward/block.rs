@@ -2,10 +2,12 @@
 
 use super::{Forward, Job, ROWS, Sum, Tile, load_row, store_row};
 use crate::dense::keys::List;
+use crate::dense::micro::{multiply, panel};
+use crate::dense::packing::{pack_transposed, pack_values};
 use crate::dense::rows::{Strided, is_finite};
 use crate::dense::scores::{RowId, modify, modify_listed};
 use crate::dense::scratch::{Buffer, Scratch};
-use crate::dense::tile::{KEYS, multiply, pack_transposed, pack_values, panel};
+use crate::dense::tile::KEYS;
 use crate::dense::{Problem, load_query};
 use crate::parallel::Cancel;
 use crate::simd::{MAX_ROWS, Simd};

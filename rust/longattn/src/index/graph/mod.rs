@@ -12,28 +12,29 @@
 mod build;
 mod links;
 mod neighbours;
+mod options;
 mod prune;
 mod search;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use super::flat::check_keys;
-use super::{Followed, Grow, Grown, Index, Parameters, Saved, View, check_store, numbers};
+use super::{Followed, Grow, Index, Parameters, Saved, View, check_store, numbers};
 use crate::dense::rows::Strided;
-use crate::index::{Ask, Pick, Select};
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map};
-use crate::retrieval::exact::pick_among;
-use crate::simd::{self, Kernel, MAX_LANES, Simd, dispatch};
+use crate::simd;
 use crate::tensor::{Element, Error, Result, TensorView, with_element};
 use build::{Builder, Norms, Shape, central};
 use links::{Links, SPARE};
+pub use options::{GraphOptions, IndexPer, SearchBy};
 use prune::Space;
 pub use search::KeyMetric;
-use search::{Metric, row_of, search, with_memory};
+use search::Metric;
 use std::any::Any;
-use std::ops::Range;
 use std::sync::Arc;
+use view::GraphView;
 
 /// Stores of fewer rows are scanned.
 const FIRST_BUILD: usize = 4096;
@@ -43,53 +44,6 @@ const REBUILD_GROWTH: usize = 4;
 
 /// Widest keys.
 const MAX_DIM: usize = 4096;
-
-/// How many graphs a KV head has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum IndexPer {
-    /// One, around the queries of the whole group.
-    KvHead,
-    /// One for each query head, around its queries.
-    QueryHead,
-}
-
-/// What is searched for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SearchBy {
-    /// Each query of the group.
-    Head,
-    /// The mean query of the group.
-    Mean,
-}
-
-/// How graphs are made and searched.
-#[derive(Clone, Debug)]
-pub struct GraphOptions {
-    /// Links of a row that pruning leaves.
-    pub neighbours: usize,
-    /// The most links of a row.
-    pub max_degree: usize,
-    /// Nearest rows of each training query.
-    pub query_neighbours: usize,
-    /// Beam of the searches that link rows.
-    pub beam: usize,
-    /// Beam of a query's search; the rows asked for, if they are more.
-    pub ef: usize,
-    /// What rows are near each other by.
-    pub kk_metric: KeyMetric,
-    /// How many graphs there are.
-    pub per: IndexPer,
-    /// What is searched for.
-    pub search_by: SearchBy,
-    /// Rows that may wait to be linked.
-    pub tail_max: usize,
-    /// Seed of the order in which rows are linked.
-    pub seed: u64,
-    /// Training queries, `[query_heads, queries, head_dim]`; empty for a graph of the keys alone.
-    pub queries: Vec<f32>,
-    /// Query heads of the training queries; 0 without any.
-    pub query_heads: usize,
-}
 
 /// What is held of one KV head.
 #[derive(Clone, Debug, Default)]
@@ -480,139 +434,7 @@ impl Index for Graph {
     }
 }
 
-macro_rules! names {
-    ($type:ident: $($variant:ident $name:literal),*) => {
-        impl $type {
-            /// By its name, as in files and in Python.
-            pub fn from_name(name: &str) -> Option<Self> {
-                match name {
-                    $($name => Some(Self::$variant),)*
-                    _ => None,
-                }
-            }
-
-            fn name(self) -> &'static str {
-                match self {
-                    $(Self::$variant => $name,)*
-                }
-            }
-        }
-    };
-}
-names!(KeyMetric: Ip "ip", L2 "l2", Cos "cos");
-names!(IndexPer: KvHead "kv_head", QueryHead "query_head");
-names!(SearchBy: Head "head", Mean "mean");
-
-/// Graphs at one moment.
-struct GraphView<'a> {
-    index: &'a Graph,
-    state: Grown<'a, State>,
-}
-
-impl View for GraphView<'_> {
-    fn covered(&self) -> usize {
-        self.state.checked
-    }
-
-    fn pick(&self, ask: &Ask) -> Pick {
-        let Range { start, end } = ask.candidates;
-        let Select::TopK(k) = ask.select else { unreachable!("refused: a graph does not know the mass of rows") };
-        if k >= end - start {
-            return Pick { rows: (start as u32..end as u32).collect(), ..Pick::default() };
-        }
-        let ef = self.index.options.ef.max(k);
-        // Among few rows there is nothing to search for, and no beam could fill.
-        let linked = self.state.linked.clamp(start, end);
-        let linked = if linked - start < FIRST_BUILD / 2 { start } else { linked };
-        let (mut rows, mut scored, mut bytes) = (Vec::new(), 0, 0);
-        if linked > start {
-            let dim = ask.keys.shape()[3];
-            let mean: Vec<f32>;
-            let of_mean: [&[f32]; 1];
-            let queries = match self.index.options.search_by {
-                SearchBy::Head => ask.queries,
-                SearchBy::Mean => {
-                    let sum = |d: usize| ask.queries.iter().map(|q| q[d]).sum::<f32>();
-                    mean = (0..dim).map(|d| sum(d) / ask.queries.len() as f32).collect();
-                    of_mean = [&mean];
-                    &of_mean
-                }
-            };
-            let graphs = &self.state.heads[ask.head].graphs;
-            let wanted = start as u32..linked as u32;
-            let one = |i: usize| {
-                // Asked by other heads than it was trained for, an index still has a graph for each.
-                let (query, graph) = (queries[i % queries.len()], &graphs[i % graphs.len()]);
-                with_element!(ask.keys.dtype(), T => {
-                    let rows = Strided { base: ask.keys.head::<T>(0, ask.head), stride: ask.keys.row_stride() };
-                    dispatch(ask.isa, SearchGraph { rows, dim, graph, query, wanted: wanted.clone(), width: ef })
-                })
-            };
-            // The mean query is looked for in every graph.
-            let n = queries.len().max(if queries.len() == 1 { graphs.len() } else { 1 });
-            let found: Vec<Found> = match ask.parallel {
-                // A cancelled call's results are never seen.
-                Some(execution) => map(execution, n, one).unwrap_or_default(),
-                None => (0..n).map(one).collect(),
-            };
-            for Found { rows: found, scored: of_one, expanded } in found {
-                rows.extend(found);
-                scored += of_one;
-                bytes += of_one * row_bytes(ask.keys) + expanded * 4 * self.index.options.max_degree;
-            }
-            rows.sort_unstable();
-            rows.dedup();
-        }
-        rows.extend(linked as u32..end as u32);
-        let mut pick = pick_among(ask, &rows);
-        // What a search found was scored there.
-        let tail = end - linked;
-        pick.scored = scored + tail;
-        pick.bytes = bytes + tail * row_bytes(ask.keys);
-        pick
-    }
-}
-
 /// One number of each training query.
 fn column<N>(graph: &build::Graph, of: impl Fn(&(u32, u64)) -> N) -> Vec<N> {
     graph.pivots.iter().map(of).collect()
-}
-
-/// Bytes of a key.
-fn row_bytes(keys: &TensorView) -> usize {
-    keys.shape()[3] * keys.dtype().size()
-}
-
-/// What a search found.
-struct Found {
-    rows: Vec<u32>,
-    scored: usize,
-    expanded: usize,
-}
-
-struct SearchGraph<'a, T> {
-    rows: Strided<T>,
-    dim: usize,
-    graph: &'a build::Graph,
-    query: &'a [f32],
-    wanted: Range<u32>,
-    width: usize,
-}
-
-impl<T: Element> Kernel for SearchGraph<'_, T> {
-    type Output = Found;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Found {
-        let Self { rows, dim, graph, query, wanted, width } = self;
-        let mut padded = query.to_vec();
-        padded.resize(dim.next_multiple_of(MAX_LANES), 0.0);
-        with_memory(|memory| {
-            let (links, entry, metric) = (&graph.links, graph.entry, Metric::PRODUCT);
-            // SAFETY: rows of the graph are rows of the store that the view's reader sees.
-            let [scored, expanded] =
-                unsafe { search(s, rows, dim, links, entry, &padded, metric, wanted, width, memory) };
-            Found { rows: memory.found.iter().map(|&rank| row_of(rank)).collect(), scored, expanded }
-        })
-    }
 }

@@ -1,8 +1,8 @@
 //! Beam search: from the entry, always on from the best row seen so far.
 
 use super::links::Links;
+use crate::dense::dots::BlockScores;
 use crate::dense::rows::{Indexed, Row, Rows, Strided};
-use crate::dense::stream::BlockScores;
 use crate::simd::{Simd, prefetch};
 use crate::tensor::Element;
 use std::cell::RefCell;

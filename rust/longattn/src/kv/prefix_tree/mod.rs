@@ -9,7 +9,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-use super::rows::{RowFormat, Rows};
+use super::rows::{RowFormat, Rows, check_pair};
 use crate::tensor::{DType, Error, KvView, Result, TensorView};
 pub(crate) use reader::Path;
 pub use reader::TreeReader;
@@ -110,25 +110,6 @@ impl PrefixTree {
     }
 
     /// How many rows `k` or `v` has, if the rest of its shape is right.
-    fn check_rows(&self, argument: &'static str, rows: &TensorView, dim: usize) -> Result<usize> {
-        let [batch, heads, count, width] = rows.shape();
-        if (batch, heads, width) != (1, self.kv_heads, dim) {
-            let expected = format!("{} heads of {dim}", self.kv_heads);
-            let batch = if batch == 1 { String::new() } else { format!("a batch of {batch} with ") };
-            return Err(Error::value(argument, format!("{batch}{heads} heads of {width}"), expected));
-        }
-        Ok(count)
-    }
-
-    fn check_pair(&self, k: &TensorView, v: &TensorView) -> Result<usize> {
-        let count = self.check_rows("k", k, self.head_dim())?;
-        let values = self.check_rows("v", v, self.value_dim())?;
-        if values != count {
-            return Err(Error::value("v", format!("{values} rows"), format!("as many as k has, {count}")));
-        }
-        Ok(count)
-    }
-
     /// Takes chunks and commits their memory, or changes nothing.
     fn take_chunks(&self, state: &mut State, count: usize) -> Result<Vec<u32>> {
         let taken = state.chunks.take(count, self.capacity).ok_or_else(|| {
@@ -197,7 +178,7 @@ impl PrefixTree {
         k: &TensorView,
         v: &TensorView,
     ) -> Result<Sequence> {
-        let rows = self.check_pair(k, v)?;
+        let rows = check_pair(k, v, self.kv_heads, [self.head_dim(), self.value_dim()])?;
         let (size, had) = (self.chunk_size, sequence.tail.len());
         let all = [&sequence.tail, tokens].concat();
         let (matched, node) = state.descend(sequence.node, &all, size);
@@ -251,7 +232,7 @@ impl PrefixTree {
     /// Appends one token to each of `ids` (all sequences, ascending, if none are named), in their order: `k`, `[1, kv_heads, ids,
     /// head_dim]`, and `v`, `[1, kv_heads, ids, value_dim]`. On an error nothing changes.
     pub fn append(&self, ids: Option<&[u64]>, tokens: &[i64], k: &TensorView, v: &TensorView) -> Result<()> {
-        let rows = self.check_pair(k, v)?;
+        let rows = check_pair(k, v, self.kv_heads, [self.head_dim(), self.value_dim()])?;
         let mut state = self.write();
         let all: Vec<u64>;
         let ids = match ids {

@@ -8,7 +8,7 @@ mod attend;
 #[cfg(test)]
 mod tests;
 
-use super::rows::{RowFormat, Rows};
+use super::rows::{RowFormat, Rows, check_pair};
 use crate::parallel::{Execution, map};
 use crate::tensor::{DType, Element, Error, Result, TensorView, TensorViewMut, with_element};
 pub use attend::Observe;
@@ -235,7 +235,7 @@ impl SlotStore {
     /// the head's mean with `fold`. Returns the slots that rows went to, `[kv_heads, T]`, -1 for those not kept. On an error nothing
     /// changes.
     pub fn append(&self, k: &TensorView, v: &TensorView, keep: Option<&[u8]>, fold: bool) -> Result<Vec<i64>> {
-        let count = self.check_rows(k, v)?;
+        let count = check_pair(k, v, self.kv_heads, [self.head_dim, self.value_dim])?;
         if let Some(keep) = keep.filter(|keep| keep.len() != self.kv_heads * count) {
             return Err(Error::value("keep", format!("{} flags", keep.len()), format!("{} x {count}", self.kv_heads)));
         }
@@ -383,21 +383,6 @@ impl SlotStore {
             return Ok(());
         }
         Err(Error::value(name, format!("{got} entries"), format!("{} x {}", self.kv_heads, self.slots)))
-    }
-
-    fn check_rows(&self, k: &TensorView, v: &TensorView) -> Result<usize> {
-        for (argument, view, dim) in [("k", k, self.head_dim), ("v", v, self.value_dim)] {
-            let [batch, heads, count, width] = view.shape();
-            if (batch, heads, width) != (1, self.kv_heads, dim) {
-                let expected = format!("[1, {}, T, {dim}]", self.kv_heads);
-                return Err(Error::value(argument, format!("shape [{batch}, {heads}, {count}, {width}]"), expected));
-            }
-        }
-        let (count, values) = (k.shape()[2], v.shape()[2]);
-        if values != count {
-            return Err(Error::value("v", format!("{values} rows"), format!("as many as k has, {count}")));
-        }
-        Ok(count)
     }
 }
 

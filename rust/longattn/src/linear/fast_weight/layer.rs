@@ -2,7 +2,7 @@
 
 use super::Retention;
 use super::functions::{power_sum, softmax_columns};
-use crate::dense::tile::panel;
+use crate::dense::micro::panel;
 use crate::linear::recurrence::{multiply_rows, product, scale_row, turn};
 use crate::simd::{MAX_LANES, Simd};
 

@@ -2,7 +2,7 @@
 
 use super::rows::{exp_row, forgotten, multiply_rows};
 use super::scores::{BLOCK, Sizes, product};
-use crate::dense::tile::panel;
+use crate::dense::micro::panel;
 use crate::simd::{PANEL_VECTORS, Simd};
 
 /// What a panel of columns needs of the chunk.

@@ -1,7 +1,7 @@
 //! Products and transposes as parts of a kernel: compiled once, however many places call them.
 
 use super::scores::product;
-use crate::dense::tile::panel;
+use crate::dense::micro::panel;
 use crate::simd::{Kernel, Simd};
 
 /// Which sums of a product there are.

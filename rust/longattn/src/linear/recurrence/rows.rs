@@ -1,7 +1,8 @@
 //! Rows of inputs as floats, and the check of gates.
 
 use crate::dense::rows::{Rows, Strided, is_finite, widen_row};
-use crate::linear::features::{FeatureMap, Map, Mapper, exponential};
+use crate::linear::features::{FeatureMap, Map, Mapper};
+use crate::linear::rows::exponential;
 use crate::simd::{Kernel, Simd};
 use crate::tensor::{Element, TensorView, with_element};
 use std::marker::PhantomData;

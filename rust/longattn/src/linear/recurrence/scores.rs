@@ -2,7 +2,7 @@
 //! that the delta rule takes.
 
 use super::rows::{exp_row, multiply_rows, scale_row};
-use crate::dense::tile::{multiply_strided, panel};
+use crate::dense::micro::{multiply_strided, panel};
 use crate::simd::{MAX_LANES, PANEL_VECTORS, Simd};
 use std::ops::Range;
 

@@ -3,8 +3,8 @@
 use super::Decay;
 use super::backward::Backward;
 use super::scores::Sizes;
+use crate::dense::micro::panel;
 use crate::dense::scratch::Scratch;
-use crate::dense::tile::panel;
 use crate::simd::{MAX_LANES, Simd};
 use std::ops::Range;
 

@@ -3,10 +3,12 @@
 use super::tiles::Tiles;
 use super::{head_ranges, row_ids, visible_of};
 use crate::dense::grid::{Grid, Patch};
+use crate::dense::micro::{multiply, panel};
+use crate::dense::packing::{PackKeys, PackValues};
 use crate::dense::rows::{Indexed, with_rows};
 use crate::dense::scores::RowId;
 use crate::dense::scratch::{Scratch, with_scratch};
-use crate::dense::tile::{KEYS, PackKeys, PackValues, QUERY_ROWS, multiply, panel};
+use crate::dense::tile::{KEYS, QUERY_ROWS};
 use crate::dense::{Options, Problem, load_query};
 use crate::parallel::{Execution, for_each};
 use crate::simd::{self, Kernel, Simd, dispatch};

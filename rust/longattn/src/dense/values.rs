@@ -1,0 +1,203 @@
+//! Sums of values under a block's weights, for a few rows of weights: `O += P V`.
+
+use super::ahead::ahead;
+use super::dots::rows_together;
+use super::rows::{Row, Rows};
+use super::stream::KEYS;
+use crate::simd::{Kernel, Simd};
+use std::ops::Range;
+
+/// Bytes of values that go through all columns together, so that the second pass finds them in the first-level cache.
+const VALUE_BYTES: usize = 16 << 10;
+
+/// `outputs[r] += sum_j p[r][j] v_j` for `R` rows and the keys `keys`, `C` vectors of columns at a time.
+///
+/// With `next`, the rows to come are asked for, in the first pass: those of the values and, towards the end of the block, the keys of
+/// the next block.
+///
+/// # Safety
+/// `rows` yields `dim` readable elements for every key; outputs hold `R` rows of `padded_dim >= dim` floats, a multiple of `LANES`.
+#[inline(always)]
+unsafe fn accumulate<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
+    s: S,
+    weights: *const f32,
+    rows: V,
+    keys: Range<usize>,
+    next: Option<(K, usize)>,
+    dim: usize,
+    outputs: *mut f32,
+    padded_dim: usize,
+) {
+    let row_bytes = rows.row_bytes(dim);
+    let ahead = ahead(row_bytes);
+    let step = (VALUE_BYTES / row_bytes.max(1)).clamp(16, KEYS);
+    for first in keys.clone().step_by(step) {
+        let part = first..(first + step).min(keys.end);
+        let mut d = 0;
+        // SAFETY: columns d.. + C vectors are inside `dim`, or C is 1 and the rest is read by its length; outputs are padded.
+        unsafe {
+            let weights = weights.add(first - keys.start);
+            while d + C * S::LANES <= dim {
+                let next = if d == 0 { next } else { None };
+                accumulate_columns::<S, K, V, R, C>(
+                    s,
+                    weights,
+                    rows,
+                    part.clone(),
+                    keys.end,
+                    ahead,
+                    next,
+                    d,
+                    dim,
+                    outputs,
+                    padded_dim,
+                );
+                d += C * S::LANES;
+            }
+            while d < dim {
+                let next = if d == 0 { next } else { None };
+                accumulate_columns::<S, K, V, R, 1>(
+                    s,
+                    weights,
+                    rows,
+                    part.clone(),
+                    keys.end,
+                    ahead,
+                    next,
+                    d,
+                    dim,
+                    outputs,
+                    padded_dim,
+                );
+                d += S::LANES;
+            }
+        }
+    }
+}
+
+/// [`accumulate`] for the `C` vectors of columns from `d` on.
+///
+/// # Safety
+/// As [`accumulate`]; the columns are inside `dim`, or `C` is 1.
+#[inline(always)]
+unsafe fn accumulate_columns<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
+    s: S,
+    weights: *const f32,
+    rows: V,
+    keys: Range<usize>,
+    block_end: usize,
+    ahead: usize,
+    next: Option<(K, usize)>,
+    d: usize,
+    dim: usize,
+    outputs: *mut f32,
+    padded_dim: usize,
+) {
+    let mut acc = [[s.zero(); C]; R];
+    let mut v = [s.zero(); C];
+    let ragged = d + C * S::LANES > dim;
+    // SAFETY: the caller's promise.
+    unsafe {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            for (c, acc) in acc.iter_mut().enumerate() {
+                *acc = s.load(outputs.add(r * padded_dim + d + c * S::LANES));
+            }
+        }
+        for j in 0..keys.len() {
+            let row = rows.row(keys.start + j);
+            if let Some((next, next_dim)) = next {
+                let coming = keys.start + j + ahead;
+                if coming < block_end {
+                    rows.row(coming).prefetch(dim);
+                } else {
+                    next.row(coming).prefetch(next_dim);
+                }
+            }
+            if ragged {
+                v[0] = row.load_first(s, d, dim - d);
+            } else {
+                for (c, v) in v.iter_mut().enumerate() {
+                    *v = row.load(s, d + c * S::LANES);
+                }
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let w = s.splat(*weights.add(r * KEYS + j));
+                for (acc, &v) in acc.iter_mut().zip(&v) {
+                    *acc = s.fma(w, v, *acc);
+                }
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            for (c, &acc) in acc.iter().enumerate() {
+                s.store(outputs.add(r * padded_dim + d + c * S::LANES), acc);
+            }
+        }
+    }
+}
+
+/// As [`accumulate`] for one row, passing over keys of weight 0: what they hold may be NaN.
+///
+/// # Safety
+/// As [`accumulate`].
+#[inline(always)]
+unsafe fn accumulate_visible<S: Simd, V: Rows>(
+    s: S,
+    weights: *const f32,
+    rows: V,
+    keys: Range<usize>,
+    dim: usize,
+    outputs: *mut f32,
+    padded_dim: usize,
+) {
+    for j in 0..keys.len() {
+        // SAFETY: as the caller's promise, for a single key.
+        unsafe {
+            if *weights.add(j) != 0.0 {
+                let key = keys.start + j..keys.start + j + 1;
+                accumulate::<S, V, V, 1, 1>(s, weights.add(j), rows, key, None, dim, outputs, padded_dim);
+            }
+        }
+    }
+}
+
+/// Adds a block's values to the outputs of all rows; see [`accumulate`].
+pub(crate) struct BlockValues<'a, K, V> {
+    pub(crate) weights: &'a [f32],
+    pub(crate) rows: usize,
+    pub(crate) dim: usize,
+    pub(crate) v: V,
+    pub(crate) keys: Range<usize>,
+    pub(crate) next: (K, usize),
+    pub(crate) outputs: &'a mut [f32],
+    pub(crate) padded_dim: usize,
+    pub(crate) careful: bool,
+}
+
+impl<K: Rows, V: Rows> Kernel for BlockValues<'_, K, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { weights, rows: n, dim, v, keys, next, outputs, padded_dim: dp, careful } = self;
+        assert!(keys.len() <= KEYS && weights.len() >= n * KEYS && outputs.len() >= n * dp);
+        let mut r = 0;
+        while r < n {
+            let together = if careful { 1 } else { rows_together::<S>(n - r) };
+            let next = (r == 0).then_some(next);
+            let keys = keys.clone();
+            // SAFETY: rows r.. of weights and outputs exist by the assertion; whoever made this vouches for the values.
+            unsafe {
+                let (w, out) = (weights.as_ptr().add(r * KEYS), outputs.as_mut_ptr().add(r * dp));
+                match together {
+                    1 if careful => accumulate_visible(s, w, v, keys, dim, out, dp),
+                    1 => accumulate::<S, K, V, 1, 4>(s, w, v, keys, next, dim, out, dp),
+                    2 => accumulate::<S, K, V, 2, 4>(s, w, v, keys, next, dim, out, dp),
+                    4 if S::SUMS == 16 => accumulate::<S, K, V, 4, 4>(s, w, v, keys, next, dim, out, dp),
+                    4 => accumulate::<S, K, V, 4, 2>(s, w, v, keys, next, dim, out, dp),
+                    _ => accumulate::<S, K, V, 8, 2>(s, w, v, keys, next, dim, out, dp),
+                }
+            }
+            r += together;
+        }
+    }
+}
