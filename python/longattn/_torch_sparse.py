@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import longattn as la
 from longattn._checks import integer
+from longattn._torch_operators import Given, Pair, check_tensors, operator
 from longattn.sparse import BlockMask
 
 
@@ -59,8 +60,10 @@ def neighborhood_attention(
     """
     check_tensors({"q": q, "k": k, "v": v, "extra_k": extra_k, "extra_v": extra_v, "bias": bias})
     axes = max(q.dim() - 3, 1)
-    rule = tuple(_per_axis(x, axes) for x in (window, stride, dilation, causal))
-    out, lse = _neighborhood(q, k, v, *rule, extra_k, extra_v, bias, scale, softcap)
+    values = (window, stride, dilation, causal)
+    rule = {name: _per_axis(x, axes) for name, x in zip(RULE, values, strict=True)}
+    more = {"extra_k": extra_k, "extra_v": extra_v, "bias": bias}
+    out, lse = _neighborhood(q=q, k=k, v=v, **rule, **more, scale=scale, softcap=softcap)
     return (out, lse) if return_lse else out
 
 
@@ -104,9 +107,19 @@ def block_sparse_attention(
     check_tensors({"q": q, "k": k, "v": v})
     if not isinstance(block_mask, BlockMask):
         raise TypeError(f"block_mask: got {type(block_mask).__name__}, expected a BlockMask")
-    lists = torch.from_numpy(block_mask.indptr), torch.from_numpy(block_mask.indices.astype("int64"))
-    shape = [*block_mask.lengths, block_mask.block_q, block_mask.first_q or block_mask.block_q, block_mask.block_k]
-    out, lse = _block_sparse(q, k, v, *lists, shape, causal, window[0], window[1], scale, softcap)
+    out, lse = _block_sparse(
+        q=q,
+        k=k,
+        v=v,
+        indptr=torch.from_numpy(block_mask.indptr),
+        indices=torch.from_numpy(block_mask.indices.astype("int64")),
+        shape=[*block_mask.lengths, block_mask.block_q, block_mask.first_q or block_mask.block_q, block_mask.block_k],
+        causal=causal,
+        window_left=window[0],
+        window_right=window[1],
+        scale=scale,
+        softcap=softcap,
+    )
     return (out, lse) if return_lse else out
 
 
@@ -155,7 +168,8 @@ def windowed_attention(
     given = {"centre": centre, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     check_tensors({"q": q, "k": k, "v": v, **given})
     sides = radius if isinstance(radius, torch.Tensor) else torch.tensor(_pair(radius)).expand(q.shape[-3], 2)
-    out, lse = _windowed(q, k, v, sides.contiguous(), *given.values(), causal, scale, softcap)
+    radii = sides.contiguous()
+    out, lse = _windowed(q=q, k=k, v=v, radius=radii, **given, causal=causal, scale=scale, softcap=softcap)
     return (out, lse) if return_lse else out
 
 
@@ -164,295 +178,88 @@ def _pair(radius: Any) -> tuple[int, int]:
     return integer(pair[0], "radius", 0), integer(pair[1], "radius", 0)
 
 
-def check_tensors(tensors: Mapping[str, torch.Tensor | None]) -> None:
-    """Kinds and devices; `q`, `k` and `v` must be there."""
-    for name, x in tensors.items():
-        if x is None and name not in ("q", "k", "v"):
-            continue
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: got {type(x).__name__}, expected a torch tensor")
-        if x.device.type != "cpu":
-            raise ValueError(
-                f"{name}: got a tensor on device {x.device}, expected a CPU tensor: pass tensor.cpu(), or use "
-                "torch.nn.functional.scaled_dot_product_attention there"
-            )
-
-
 def _per_axis(value: Any, axes: int) -> list[Any]:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * axes
 
 
-def _mask(indptr: torch.Tensor, indices: torch.Tensor, shape: Sequence[int]) -> BlockMask:
-    rows, keys, block_q, first_q, block_k = shape
-    return BlockMask(
-        indptr=indptr.numpy(),
-        indices=indices.numpy(),
+def _lse_shapes(x: Given) -> Pair:
+    q, v = x["q"], x["v"]
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+#: The rule of a window.
+RULE = ("window", "stride", "dilation", "causal")
+
+
+def _near(x: Given) -> Given:
+    return {name: tuple(value) if name in RULE else value for name, value in x.items()}
+
+
+def _near_back(d_out: torch.Tensor, d_lse: torch.Tensor, x: Given, results: Any) -> tuple[Any, ...]:
+    q, k, v = (x.pop(name) for name in "qkv")
+    found = la.sparse.neighborhood_attention_backward(d_out, q, k, v, *results, d_lse=d_lse, **_near(x))
+    return found.dq, found.dk, found.dv, found.d_extra_k, found.d_extra_v, found.d_bias
+
+
+_neighborhood = operator(
+    "neighborhood_attention",
+    "Tensor q, Tensor k, Tensor v, SymInt[] window, SymInt[] stride, SymInt[] dilation, bool[] causal, "
+    "Tensor? extra_k, Tensor? extra_v, Tensor? bias, float? scale, float softcap",
+    lambda x: la.sparse.generalized_neighborhood_attention(**_near(x), return_lse=True),
+    _near_back,
+    _lse_shapes,
+    gradients=("q", "k", "v", "extra_k", "extra_v", "bias"),
+)
+
+
+def _blocks(x: Given) -> tuple[BlockMask, Given]:
+    """The mask, and what else there is."""
+    rows, keys, block_q, first_q, block_k = x.pop("shape")
+    mask = BlockMask(
+        indptr=x.pop("indptr").numpy(),
+        indices=x.pop("indices").numpy(),
         lengths=(rows, keys),
         block_q=block_q,
         first_q=first_q,
         block_k=block_k,
     )
+    window = x.pop("window_left"), x.pop("window_right")
+    return mask, {**x, "window": window}
 
 
-@torch.library.custom_op("longattn::neighborhood_attention", mutates_args=(), device_types="cpu")
-def _neighborhood(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    window: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    causal: Sequence[bool],
-    extra_k: torch.Tensor | None,
-    extra_v: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    scale: float | None,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = la.sparse.generalized_neighborhood_attention(
-        q,
-        k,
-        v,
-        window=tuple(window),
-        stride=tuple(stride),
-        dilation=tuple(dilation),
-        causal=tuple(causal),
-        extra_k=extra_k,
-        extra_v=extra_v,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        return_lse=True,
-    )
-    return out, lse
+def _of_blocks(x: Given) -> Any:
+    mask, given = _blocks(x)
+    return la.block_sparse_attention(**given, block_mask=mask, return_lse=True)
 
 
-@torch.library.custom_op("longattn::neighborhood_attention_backward", mutates_args=(), device_types="cpu")
-def _neighborhood_backward(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    window: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    causal: Sequence[bool],
-    extra_k: torch.Tensor | None,
-    extra_v: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    scale: float | None,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    found = la.sparse.neighborhood_attention_backward(
-        d_out,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        d_lse=d_lse,
-        window=tuple(window),
-        stride=tuple(stride),
-        dilation=tuple(dilation),
-        causal=tuple(causal),
-        extra_k=extra_k,
-        extra_v=extra_v,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-    )
-    # Operators have one number of results: gradients of what is absent are empty.
-    none = q.new_empty(0)
-    d_extra_k, d_extra_v = (q.new_empty(0) if x is None else x for x in (found.d_extra_k, found.d_extra_v))
-    d_bias = none if bias is None or found.d_bias is None else found.d_bias.to(bias.dtype)
-    return found.dq, found.dk, found.dv, d_extra_k, d_extra_v, d_bias
+def _of_blocks_back(d_out: torch.Tensor, d_lse: torch.Tensor, x: Given, results: Any) -> tuple[Any, ...]:
+    mask, given = _blocks(x)
+    out, lse = results
+    return la.sparse.block_sparse_attention_backward(d_out, **given, out=out, lse=lse, block_mask=mask, d_lse=d_lse)
 
 
-@torch.library.custom_op("longattn::block_sparse_attention", mutates_args=(), device_types="cpu")
-def _block_sparse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-    shape: Sequence[int],
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    scale: float | None,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    mask, window = _mask(indptr, indices, shape), (window_left, window_right)
-    out, lse = la.block_sparse_attention(
-        q, k, v, mask, causal=causal, window=window, scale=scale, softcap=softcap, return_lse=True
-    )
-    return out, lse
+_block_sparse = operator(
+    "block_sparse_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor indptr, Tensor indices, SymInt[] shape, bool causal, SymInt window_left, "
+    "SymInt window_right, float? scale, float softcap",
+    _of_blocks,
+    _of_blocks_back,
+    _lse_shapes,
+    gradients=("q", "k", "v"),
+)
 
 
-@torch.library.custom_op("longattn::block_sparse_attention_backward", mutates_args=(), device_types="cpu")
-def _block_sparse_backward(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-    shape: Sequence[int],
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    scale: float | None,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mask, window = _mask(indptr, indices, shape), (window_left, window_right)
-    return la.sparse.block_sparse_attention_backward(
-        d_out, q, k, v, out, lse, mask, d_lse=d_lse, causal=causal, window=window, scale=scale, softcap=softcap
-    )
+def _in_windows_back(d_out: torch.Tensor, d_lse: torch.Tensor, x: Given, results: Any) -> tuple[Any, ...]:
+    qkv = (x.pop(name) for name in "qkv")
+    return la.sparse.windowed_attention_backward(d_out, *qkv, *results, d_lse=d_lse, **x)
 
 
-@torch.library.custom_op("longattn::windowed_attention", mutates_args=(), device_types="cpu")
-def _windowed(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    radius: torch.Tensor,
-    centre: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    causal: bool,
-    scale: float | None,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = la.sparse.windowed_attention(
-        q,
-        k,
-        v,
-        radius=radius,
-        centre=centre,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        causal=causal,
-        scale=scale,
-        softcap=softcap,
-        return_lse=True,
-    )
-    return out, lse
-
-
-@torch.library.custom_op("longattn::windowed_attention_backward", mutates_args=(), device_types="cpu")
-def _windowed_backward(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    radius: torch.Tensor,
-    centre: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    causal: bool,
-    scale: float | None,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return la.sparse.windowed_attention_backward(
-        d_out,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        radius=radius,
-        centre=centre,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        d_lse=d_lse,
-        causal=causal,
-        scale=scale,
-        softcap=softcap,
-    )
-
-
-# Shapes and dtypes of the results, for tensors without memory.
-
-
-def _fake_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-_neighborhood.register_fake(_fake_attention)
-_block_sparse.register_fake(_fake_attention)
-_windowed.register_fake(_fake_attention)
-
-
-@_neighborhood_backward.register_fake
-def _(
-    d_out: torch.Tensor, d_lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, ...]:
-    others = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in rest[-5:-2])
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *others
-
-
-@_block_sparse_backward.register_fake
-@_windowed_backward.register_fake
-def _(
-    d_out: torch.Tensor, d_lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-# Gradients.
-
-
-def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Saves tensors as tensors and the rest as it is, to be put together again in the order of the arguments."""
-    given = (*inputs[:3], *output, *inputs[3:])
-    ctx.save_for_backward(*(x for x in given if isinstance(x, torch.Tensor)))
-    ctx.others = tuple(None if isinstance(x, torch.Tensor) else (x,) for x in given)
-
-
-def saved(ctx: Any) -> list[Any]:
-    """What `save` saved."""
-    tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if other is None else other[0] for other in ctx.others]
-
-
-def no_second_derivative(ctx: Any, *_: torch.Tensor) -> None:
-    """Refuses a second backward pass."""
-    raise RuntimeError(
-        "longattn.torch: got a second backward pass (create_graph=True), expected one: gradients of gradients are not "
-        "computed; use torch.nn.functional.scaled_dot_product_attention for them"
-    )
-
-
-def _backward_of_neighborhood(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[Any, ...]:
-    given = saved(ctx)
-    dq, dk, dv, *others = _neighborhood_backward(d_out, d_lse, *given)
-    # q, k, v, the rule, then what may be absent, then scale and softcap.
-    present = (d if x is not None else None for d, x in zip(others, given[9:12], strict=True))
-    return dq, dk, dv, None, None, None, None, *present, None, None
-
-
-def _backward_of_block_sparse(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[Any, ...]:
-    given = saved(ctx)
-    return *_block_sparse_backward(d_out, d_lse, *given), *(None,) * (len(given) - 5)
-
-
-def _backward_of_windowed(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[Any, ...]:
-    given = saved(ctx)
-    return *_windowed_backward(d_out, d_lse, *given), *(None,) * (len(given) - 5)
-
-
-torch.library.register_autograd("longattn::neighborhood_attention", _backward_of_neighborhood, setup_context=save)
-torch.library.register_autograd("longattn::block_sparse_attention", _backward_of_block_sparse, setup_context=save)
-torch.library.register_autograd("longattn::windowed_attention", _backward_of_windowed, setup_context=save)
-torch.library.register_autograd("longattn::neighborhood_attention_backward", no_second_derivative)
-torch.library.register_autograd("longattn::block_sparse_attention_backward", no_second_derivative)
-torch.library.register_autograd("longattn::windowed_attention_backward", no_second_derivative)
+_windowed = operator(
+    "windowed_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor radius, Tensor? centre, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "bool causal, float? scale, float softcap",
+    lambda x: la.sparse.windowed_attention(**x, return_lse=True),
+    _in_windows_back,
+    _lse_shapes,
+    gradients=("q", "k", "v"),
+)

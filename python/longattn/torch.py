@@ -8,8 +8,8 @@ enable_gqa=True)` for CPU tensors. What differs: masks of booleans go to `mask`,
 heads need no flag; with fewer queries than keys `causal` aligns at the end; there is no dropout.
 
 With states of fixed size there are `linear_attention`, `lightning_attention`, `retention`, `gated_linear_attention`,
-`delta_rule_attention`, `gated_delta_rule`, `kimi_delta_attention`, `state_space_duality` and `selective_scan`, as in
-`longattn.linear`.
+`delta_rule_attention`, `gated_delta_rule`, `kimi_delta_attention`, `rwkv6`, `state_space_duality` and `selective_scan`,
+as in `longattn.linear`.
 
 The operators behind the functions are `torch.ops.longattn.attention`, `.attention_varlen`, `.merge`,
 `.neighborhood_attention`, `.block_sparse_attention`, `.recurrence` and `.selective_scan`, each with its gradient and
@@ -18,7 +18,7 @@ the shapes of its results, so that `torch.compile(fullgraph=True)` keeps them wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -32,16 +32,14 @@ from longattn._torch_linear import (
     lightning_attention,
     linear_attention,
     retention,
+    rwkv6,
     selective_scan,
     state_space_duality,
 )
+from longattn._torch_operators import Given, Pair, check_tensors, operator
 from longattn._torch_sparse import (
     block_sparse_attention,
-    check_tensors,
     neighborhood_attention,
-    no_second_derivative,
-    save,
-    saved,
     windowed_attention,
 )
 
@@ -58,6 +56,7 @@ __all__ = [
     "merge",
     "neighborhood_attention",
     "retention",
+    "rwkv6",
     "selective_scan",
     "state_space_duality",
     "windowed_attention",
@@ -146,24 +145,24 @@ def attention(
     )
     left, right = _pair(window, "window")
     out, lse = _attention(
-        q,
-        k,
-        v,
-        causal,
-        left,
-        right,
-        number,
-        factors,
-        softcap,
-        bias,
-        mask,
-        alibi_slopes,
-        relative_bias,
-        relative_zero,
-        of_queries,
-        of_keys,
-        visible_until,
-        sinks,
+        q=q,
+        k=k,
+        v=v,
+        causal=causal,
+        window_left=left,
+        window_right=right,
+        scale=number,
+        row_scales=factors,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        relative_bias=relative_bias,
+        relative_zero=relative_zero,
+        q_segments=of_queries,
+        k_segments=of_keys,
+        visible_until=visible_until,
+        sinks=sinks,
     )
     return (out, lse) if return_lse else out
 
@@ -222,21 +221,21 @@ def attention_varlen(
     )
     left, right = _pair(window, "window")
     out, lse = _varlen(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        causal,
-        left,
-        right,
-        number,
-        factors,
-        softcap,
-        alibi_slopes,
-        relative_bias,
-        relative_zero,
-        sinks,
+        q=q,
+        k=k,
+        v=v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        causal=causal,
+        window_left=left,
+        window_right=right,
+        scale=number,
+        row_scales=factors,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        relative_bias=relative_bias,
+        relative_zero=relative_zero,
+        sinks=sinks,
     )
     return (out, lse) if return_lse else out
 
@@ -292,182 +291,69 @@ def _pair(values: Any, name: str) -> tuple[Any, Any]:
 # The operators: plain arguments in, tensors out. What they are given is checked by the functions they call.
 
 
-@torch.library.custom_op("longattn::attention", mutates_args=(), device_types="cpu")
-def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    scale: float | None,
-    row_scales: torch.Tensor | None,
-    softcap: float,
-    bias: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    relative_bias: torch.Tensor | None,
-    relative_zero: int | None,
-    q_segments: torch.Tensor | None,
-    k_segments: torch.Tensor | None,
-    visible_until: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return cast(
-        "tuple[torch.Tensor, torch.Tensor]",
-        la.attention(
-            q,
-            k,
-            v,
-            causal=causal,
-            window=(window_left, window_right),
-            scale=scale if row_scales is None else row_scales,
-            softcap=softcap,
-            bias=bias,
-            mask=mask,
-            alibi_slopes=alibi_slopes,
-            relative_bias=relative_bias,
-            relative_zero=relative_zero,
-            segments=None if q_segments is None or k_segments is None else (q_segments, k_segments),
-            visible_until=visible_until,
-            sinks=sinks,
-            return_lse=True,
-        ),
-    )
+def _options(x: Given) -> tuple[list[Any], Given]:
+    """Positional arguments of `longattn`'s functions, and their options."""
+    places = [x.pop(name) for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k") if name in x]
+    x["window"] = x.pop("window_left"), x.pop("window_right")
+    factors = x.pop("row_scales")
+    x["scale"] = x["scale"] if factors is None else factors
+    if "q_segments" in x:
+        both = x.pop("q_segments"), x.pop("k_segments")
+        x["segments"] = None if both[0] is None else both
+    return places, x
 
 
-@torch.library.custom_op("longattn::attention_backward", mutates_args=(), device_types="cpu")
-def _attention_backward(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    scale: float | None,
-    row_scales: torch.Tensor | None,
-    softcap: float,
-    bias: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    relative_bias: torch.Tensor | None,
-    relative_zero: int | None,
-    q_segments: torch.Tensor | None,
-    k_segments: torch.Tensor | None,
-    visible_until: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    gradients = la.dense.attention_backward(
-        d_out,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        d_lse=d_lse,
-        causal=causal,
-        window=(window_left, window_right),
-        scale=scale if row_scales is None else row_scales,
-        softcap=softcap,
-        bias=bias,
-        mask=mask,
-        alibi_slopes=alibi_slopes,
-        relative_bias=relative_bias,
-        relative_zero=relative_zero,
-        segments=None if q_segments is None or k_segments is None else (q_segments, k_segments),
-        visible_until=visible_until,
-        sinks=sinks,
-        return_d_sinks=sinks is not None,
-    )
-    return _with_sinks(gradients, sinks)
+def _forward(function: Callable[..., Any]) -> Callable[[Given], Any]:
+    def forward(x: Given) -> Any:
+        places, options = _options(x)
+        return function(*places, **options, return_lse=True)
+
+    return forward
 
 
-@torch.library.custom_op("longattn::attention_varlen", mutates_args=(), device_types="cpu")
-def _varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    scale: float | None,
-    row_scales: torch.Tensor | None,
-    softcap: float,
-    alibi_slopes: torch.Tensor | None,
-    relative_bias: torch.Tensor | None,
-    relative_zero: int | None,
-    sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return cast(
-        "tuple[torch.Tensor, torch.Tensor]",
-        la.attention_varlen(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            causal=causal,
-            window=(window_left, window_right),
-            scale=scale if row_scales is None else row_scales,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            relative_bias=relative_bias,
-            relative_zero=relative_zero,
-            sinks=sinks,
-            return_lse=True,
-        ),
-    )
+def _backward(function: Callable[..., Any]) -> Callable[..., list[Any]]:
+    def backward(d_out: torch.Tensor, d_lse: torch.Tensor, x: Given, results: Pair) -> list[Any]:
+        (q, k, v, *bounds), options = _options(x)
+        has = options["sinks"] is not None
+        found = function(d_out, q, k, v, *results, *bounds, d_lse=d_lse, **options, return_d_sinks=has)
+        return [*found[:3], found[3] if has else None]
+
+    return backward
 
 
-@torch.library.custom_op("longattn::attention_varlen_backward", mutates_args=(), device_types="cpu")
-def _varlen_backward(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    scale: float | None,
-    row_scales: torch.Tensor | None,
-    softcap: float,
-    alibi_slopes: torch.Tensor | None,
-    relative_bias: torch.Tensor | None,
-    relative_zero: int | None,
-    sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    gradients = la.dense.attention_varlen_backward(
-        d_out,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        d_lse=d_lse,
-        causal=causal,
-        window=(window_left, window_right),
-        scale=scale if row_scales is None else row_scales,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        relative_bias=relative_bias,
-        relative_zero=relative_zero,
-        sinks=sinks,
-        return_d_sinks=sinks is not None,
-    )
-    return _with_sinks(gradients, sinks)
+def _shapes(x: Given) -> Pair:
+    q, v = x["q"], x["v"]
+    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=sums)
+
+
+def _packed_shapes(x: Given) -> Pair:
+    q, v = x["q"], x["v"]
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+_RULE = "SymInt window_left, SymInt window_right, float? scale, Tensor? row_scales, float softcap"
+
+_attention = operator(
+    "attention",
+    f"Tensor q, Tensor k, Tensor v, bool causal, {_RULE}, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, "
+    "Tensor? relative_bias, SymInt? relative_zero, Tensor? q_segments, Tensor? k_segments, Tensor? visible_until, "
+    "Tensor? sinks",
+    _forward(la.attention),
+    _backward(la.dense.attention_backward),
+    _shapes,
+    gradients=("q", "k", "v", "sinks"),
+)
+
+_varlen = operator(
+    "attention_varlen",
+    f"Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, {_RULE}, "
+    "Tensor? alibi_slopes, Tensor? relative_bias, SymInt? relative_zero, Tensor? sinks",
+    _forward(la.attention_varlen),
+    _backward(la.dense.attention_varlen_backward),
+    _packed_shapes,
+    gradients=("q", "k", "v", "sinks"),
+)
 
 
 @torch.library.custom_op("longattn::merge", mutates_args=(), device_types="cpu")
@@ -475,61 +361,9 @@ def _merge(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[
     return la.merge(zip(outs, lses, strict=True))
 
 
-def _with_sinks(
-    gradients: tuple[torch.Tensor, ...], sinks: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Operators have one number of results: without sinks their gradient is empty."""
-    dq, dk, dv = gradients[:3]
-    return dq, dk, dv, dq.new_empty(0) if sinks is None else gradients[3].to(sinks.dtype)
-
-
-# Shapes and dtypes of the results, for tensors without memory.
-
-
-def _sums_dtype(q: torch.Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-@_attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=_sums_dtype(q))
-
-
-@_varlen.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-
-
-def _fake_gradients(
-    d_out: torch.Tensor, d_lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    sinks = rest[-1]
-    d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_sinks
-
-
-_attention_backward.register_fake(_fake_gradients)
-_varlen_backward.register_fake(_fake_gradients)
-
-
 @_merge.register_fake
 def _(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape, dtype=torch.float32)
-
-
-# Gradients.
-
-
-def _backward(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    given = saved(ctx)
-    dq, dk, dv, d_sinks = _attention_backward(d_out, d_lse, *given)
-    return dq, dk, dv, *(None,) * (len(given) - 6), None if given[-1] is None else d_sinks
-
-
-def _backward_of_varlen(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    given = saved(ctx)
-    dq, dk, dv, d_sinks = _varlen_backward(d_out, d_lse, *given)
-    return dq, dk, dv, *(None,) * (len(given) - 6), None if given[-1] is None else d_sinks
 
 
 def _save_parts(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -554,8 +388,4 @@ def _backward_of_merge(
     return d_outs, d_lses
 
 
-torch.library.register_autograd("longattn::attention", _backward, setup_context=save)
-torch.library.register_autograd("longattn::attention_varlen", _backward_of_varlen, setup_context=save)
 torch.library.register_autograd("longattn::merge", _backward_of_merge, setup_context=_save_parts)
-torch.library.register_autograd("longattn::attention_backward", no_second_derivative)
-torch.library.register_autograd("longattn::attention_varlen_backward", no_second_derivative)

@@ -100,18 +100,6 @@ def test_a_hopeless_way_is_left_out_but_not_the_default():
     assert decode._hopeless(rows) == {"torch b"}
 
 
-def test_linear(tmp_path):
-    """Every form agrees with torch's loops and with transformers' fallback, at a shape of its own."""
-    result = run("linear", tmp_path, "--threads", "1", "--keys", "64,128", "--dtypes", "float32")
-    rows = result["rows"]
-    forms = {row["form"] for row in rows}
-    assert len(forms) == 5 and len(result["slopes"]) >= 5
-    assert all(row["difference"] < 1e-3 for row in rows if row.get("difference") is not None)
-    for figure in ("of_fma", "gb_s", "vs_attention"):
-        assert {row["form"] for row in rows if row.get(figure)} == forms
-    assert sum("is faster than longattn.attention" in note for note in result["notes"]) == 5
-
-
 def test_hybrid(tmp_path):
     """Four models and three kinds of calls; that logits are the same is tested with the models."""
     pytest.importorskip("transformers")
@@ -185,15 +173,16 @@ def test_int8_scores_are_a_candidate_where_attention_has_them(tmp_path, monkeypa
 
 @pytest.mark.skipif(not memory.supported(), reason="needs /proc/self/clear_refs")
 def test_extra_memory_is_what_a_call_takes(monkeypatch, threads):
+    calls = prefill.calls_for_memory(2, 64, 512, "bfloat16")
+    own = memory.of_call(*calls, threads)
     plain = la.attention
 
     def greedy(q, k, v, **rest):
         taken = np.ones((32 << 20) * (q.shape[2] > 16), np.uint8)
         return plain(q, k, v, **rest), taken
 
-    own = memory.one_call(2, 64, 512, "bfloat16", threads)
     monkeypatch.setattr(la, "attention", greedy)
-    more = memory.one_call(2, 64, 512, "bfloat16", threads)
+    more = memory.of_call(*calls, threads)
     assert own < 8 << 20
     assert 32 << 20 <= more + (1 << 20) < 48 << 20
 

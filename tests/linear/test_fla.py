@@ -1,7 +1,8 @@
-"""The published reference functions of the package `flash-linear-attention`, beside ours on random inputs.
+"""The published reference functions of `flash-linear-attention`, beside ours on random inputs.
 
-Its packages need Triton to import; the modules of its naive functions need torch and einops only, and are loaded by
-their paths. Without the package the tests are skipped.
+They are in the wheel `fla-core`, which the dependency group `frameworks` has. Its packages need Triton to import; the
+modules of the naive functions need torch and einops only, and are loaded by their paths. Without torch and the wheel
+the tests are skipped; a wheel without one of the functions fails.
 """
 
 import importlib.util
@@ -14,11 +15,9 @@ import longattn.linear
 import tolerances
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("einops", reason="the naive functions of flash-linear-attention take it")
-
 FLA = importlib.util.find_spec("fla")
 if FLA is None or not FLA.submodule_search_locations:
-    pytest.skip("flash-linear-attention is not installed", allow_module_level=True)
+    pytest.skip("fla-core is not installed", allow_module_level=True)
 
 
 def naive(name, function):
@@ -32,7 +31,7 @@ def naive(name, function):
             found = getattr(module, function, None)
             if found is not None:
                 return found
-    pytest.skip(f"this flash-linear-attention has no {function} in fla.ops.{name}.naive")
+    raise AssertionError(f"fla-core has no {function} in fla.ops.{name}.naive")
 
 
 @pytest.fixture

@@ -186,13 +186,13 @@ def test_operators_are_what_torch_expects(rng):
         options = (True, 5, -1, None, *extra)
         torch.library.opcheck(operators.attention.default, (q, k, v, *options))
         out, lse = operators.attention(q, k, v, *options)
-        torch.library.opcheck(operators.attention_backward.default, detached(out, lse, q, k, v, out, lse, *options))
+        torch.library.opcheck(operators.attention_backward.default, detached(out, lse, out, lse, q, k, v, *options))
     bounds = torch.tensor([0, 4, 9])
     packed = [torch.randn(9, heads, 4, requires_grad=True) for heads in (4, 2, 2)]
     options = (True, -1, -1, 0.3, None, 0.0, None, None, None, sinks)
     torch.library.opcheck(operators.attention_varlen.default, (*packed, bounds, bounds, *options))
     out, lse = operators.attention_varlen(*packed, bounds, bounds, *options)
-    saved = detached(out, lse, *packed, out, lse, bounds, bounds, *options)
+    saved = detached(out, lse, out, lse, *packed, bounds, bounds, *options)
     torch.library.opcheck(operators.attention_varlen_backward.default, saved)
     outs = [torch.randn(4, 6, 3, requires_grad=True) for _ in range(2)]
     lses = [torch.randn(4, 6, requires_grad=True) for _ in range(2)]

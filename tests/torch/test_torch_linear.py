@@ -26,6 +26,7 @@ CASES = {
     "delta_rule_attention": ({"beta": ROWS["beta"]}, {"normalize_qk": True}, False),
     "gated_delta_rule": (ROWS, {"normalize_qk": True}, False),
     "kimi_delta_attention": (CHANNELS, {}, False),
+    "rwkv6": ({"g": CHANNELS["g"], "u": (2, 8)}, {}, False),
 }
 
 
@@ -59,7 +60,9 @@ def oracle(name, found, options):
     base = name.split()[0]
     if options.get("normalize_qk", base == "kimi_delta_attention"):
         q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
-    scale = options.get("scale", 1.0 if base in ("linear_attention", "lightning_attention") else q.shape[-1] ** -0.5)
+    scale = options.get(
+        "scale", 1.0 if base in ("linear_attention", "lightning_attention", "rwkv6") else q.shape[-1] ** -0.5
+    )
     readers = max(q.shape[1], v.shape[1])
     q, k = q.repeat_interleave(readers // q.shape[1], 1), k.repeat_interleave(v.shape[1] // k.shape[1], 1)
     divided = CASES[name][2]
@@ -74,6 +77,7 @@ def oracle(name, found, options):
     state = x.get("initial_state", torch.zeros(1, v.shape[1], 8, v.shape[-1], dtype=torch.float64))
     rows = []
     for t in range(v.shape[2]):
+        before = state
         if g is not None:
             state = state * (g[:, :, t, :, None] if g.dim() == 4 else g[:, :, t, None, None]).exp()
         key, new = k[:, :, t], v[:, :, t]
@@ -82,7 +86,10 @@ def oracle(name, found, options):
         if "beta" in x:
             new = new * x["beta"][:, :, t, None]
         state = state + key[..., :, None] * new[..., None, :]
-        read = state.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        read = state
+        if "u" in x:
+            read = before + (x["u"] * key)[..., :, None] * new[..., None, :]
+        read = read.repeat_interleave(q.shape[1] // v.shape[1], 1)
         rows.append(scale * (q[:, :, t, None] @ read).squeeze(-2))
     out = torch.stack(rows, 2)
     if divided:
@@ -141,7 +148,9 @@ def test_same_numbers_as_without_autograd(rng, name):
     with torch.no_grad():
         given = {n: x.detach() for n, x in found.items()}
         expected, last = getattr(la.linear, name.split()[0])(**given, **options)
-    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    # RWKV-6 adds its two parts in another order.
+    rtol, atol = (1e-5, 1e-5) if name == "rwkv6" else (1e-6, 1e-6)
+    torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
     torch.testing.assert_close(state, last, rtol=1e-6, atol=1e-6)
 
 
@@ -163,7 +172,7 @@ def test_whole_graphs(rng, name):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "gated_delta_rule", "kimi_delta_attention"])
+@pytest.mark.parametrize("name", ["linear_attention", "gated_delta_rule", "kimi_delta_attention", "rwkv6"])
 def test_parts_hand_states_on(rng, name):
     """A sequence in parts has the gradients of the whole."""
     found, options = tensors(rng, name)
@@ -171,7 +180,7 @@ def test_parts_hand_states_on(rng, name):
     whole = gradients(found, function(name)(**found, **options), weights)
     state, outs = found["initial_state"], []
     for rows in (slice(0, 1), slice(1, 9), slice(9, 21)):
-        part = {n: x[:, :, rows] for n, x in found.items() if n != "initial_state"}
+        part = {n: x if n == "u" else x[:, :, rows] for n, x in found.items() if n != "initial_state"}
         out, state = function(name)(**part, **options, initial_state=state)
         outs.append(out)
     parts = gradients(found, (torch.cat(outs, 2), state), weights)
@@ -179,13 +188,14 @@ def test_parts_hand_states_on(rng, name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
-def test_packed_sequences(rng):
-    found, options = tensors(rng, "gated_delta_rule", state=False)
+@pytest.mark.parametrize("name", ["gated_delta_rule", "rwkv6"])
+def test_packed_sequences(rng, name):
+    found, options = tensors(rng, name, state=False)
     bounds = torch.tensor([0, 5, 5, 21])
-    out, state = longattn.torch.gated_delta_rule(**found, **options, cu_seqlens=bounds)
+    out, state = function(name)(**found, **options, cu_seqlens=bounds)
     assert state.shape == (3, 2, 8, 6)
-    alone = {n: x[:, :, 5:] for n, x in found.items()}
-    expected, last = longattn.torch.gated_delta_rule(**alone, **options)
+    alone = {n: x if n == "u" else x[:, :, 5:] for n, x in found.items()}
+    expected, last = function(name)(**alone, **options)
     torch.testing.assert_close(out[:, :, 5:], expected)
     torch.testing.assert_close(state[2:], last)
     ours, theirs = (torch.autograd.grad(o.sum(), found["k"])[0][:, :, 5:] for o in (out[:, :, 5:], expected))
@@ -286,6 +296,10 @@ def test_second_derivatives_are_refused(rng):
         (lambda x, g: longattn.torch.gated_delta_rule(x, x, x.to("meta"), g, g), ValueError, "v: got a tensor on"),
         (lambda x, g: longattn.torch.gated_delta_rule(x, x, x, g + 1, g), ValueError, "g: got a number above 0"),
         (lambda x, g: longattn.torch.lightning_attention(x, x, x, g), ValueError, "slopes: got shape"),
+        (lambda x, g: longattn.torch.rwkv6(x, x, x, x, g), ValueError, "u: got shape"),
+        (lambda x, g: longattn.torch.gated_delta_rule(x, x, x, g), TypeError, "beta: got None"),
+        (lambda x, g: longattn.torch.gated_delta_rule(x, x, x, g, g, g), TypeError, "got 6 positional"),
+        (lambda x, g: longattn.torch.retention(x, x, x, gama=g), TypeError, "gama: got it twice or unasked"),
         (lambda x, g: longattn.torch.linear_attention(x.to(torch.float64), x, x), TypeError, "q: got dtype float64"),
         (lambda x, g: longattn.torch.selective_scan(x[0], None, x, x, x), TypeError, "dt: got None"),
     ],

@@ -85,7 +85,7 @@ def _measure(args: argparse.Namespace) -> int:
     command = shlex.join(["longattn", *sys.argv[1:]])
     result = bench.describe(args.routine, command, vars(args)) | routine.measure(bench, args)
     result |= {"limits": bench.limits(), "notes": bench.notes}
-    print(as_text(result, routine.COLUMNS))
+    print(as_text(result, routine.COLUMNS, registry.summary(routine, result)))
     if args.json:
         results.write(result, args.json)
     if args.plot:

@@ -106,7 +106,7 @@ def torch_formulas(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any]) -> dict[st
             z = y**3
             ratio = y.norm(dim=(1, 3), keepdim=True) / z.norm(dim=(1, 3), keepdim=True)
             mapped.append(z * ratio)
-        return divided(mapped[0], mapped[1], 1e-6)
+        return divided(mapped[0], mapped[1], keys * 1e-6)  # of means over the keys
 
     def magnitude_aware() -> Any:
         phi_q, phi_k = functional.elu(tq) + 1, functional.elu(tk) + 1

@@ -8,27 +8,24 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-import longattn as la
-from longattn import linear
-from longattn.bench import linear_peers
-from longattn.bench.arrays import DTYPES, gaussian
-from longattn.bench.harness import Bench, Candidate, rows_of, slopes
+from longattn.bench import linear_crossover, linear_growth, linear_peers
+from longattn.bench.arrays import gaussian
+from longattn.bench.harness import Bench, Candidate, rows_of
+from longattn.bench.linear_forms import FORMS, Form
 from longattn.bench.options import Grid, add_grid, chosen_grid
 from longattn.bench.peers import to_numpy
-from longattn.bench.plots import Bars, Panel, series
+from longattn.bench.plots import Bars, Panel
 from longattn.bench.results import Result, Row
-from longattn.bench.sections import Section, all_rows, titled, values_of, whole
-from longattn.bench.tables import Column, count, table
+from longattn.bench.sections import Figures, Section, all_rows, titled, values_of
+from longattn.bench.tables import Column, table
 from longattn.bench.targets import Target
 
 SUMMARY = "linear attention and recurrences: prefill and decode step, against torch's loops and our own attention"
-ATTENTION = "longattn.attention"
 COLUMNS: tuple[Column, ...] = (
     Column("threads", "threads"),
     Column("form", "form"),
@@ -50,78 +47,22 @@ COLUMNS: tuple[Column, ...] = (
     Column("vs chunk loop", "vs_chunks", ".2f"),
     Column("vs transformers", "vs_transformers", ".2f"),
     Column("vs row loop", "vs_rows", ".1f"),
-    Column("vs attention", "vs_attention", ".2f"),
     Column("max difference", "difference", ".1e"),
 )
 GRID = Grid(heads=((8, 8),), head_dims=(128,), keys=(8192, 65536), dtypes=("float32", "bfloat16"))
 QUICK_GRID = Grid(heads=((2, 2),), head_dims=(32,), keys=(128, 256), dtypes=("float32", "bfloat16"))
-#: Lengths at which our own causal attention is timed beside them.
-CROSSOVER, QUICK_CROSSOVER = (128, 256, 512, 1024, 2048, 4096), (64, 128)
 #: Sequences that decode at once: states of one fit the cache of a core, those of many do not.
 BATCHES, QUICK_BATCHES = (1, 64), (1, 2)
-LINE = ("method", "head_dim", "dtype", "threads")
-
-
-@dataclass(frozen=True)
-class Form:
-    """A recurrence: its name, the function, its gates, and whether it follows the delta rule."""
-
-    name: str
-    call: Callable[..., Any]
-    gates: tuple[str, ...]
-    delta: bool = False
-
-    def arguments(self, rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
-        """Arrays by name; keys have unit length, so that the delta rule is stable."""
-        found = {name: gaussian(rng, shape, DTYPES[dtype]) for name in "qkv"}
-        k = found["k"].astype(np.float32)
-        k /= np.linalg.norm(k, axis=-1, keepdims=True)
-        found["k"] = k.astype(DTYPES[dtype])
-        if "head" in self.gates:
-            found["g"] = np.broadcast_to(-0.1 * rng.random((shape[1], 1), np.float32), shape[:-1])
-        if "row" in self.gates:
-            found["g"] = -0.1 * rng.random(shape[:-1], np.float32)
-        if "channel" in self.gates:
-            found["g"] = -0.1 * rng.random(shape, np.float32)
-        if self.delta:
-            found["beta"] = rng.random(shape[:-1], np.float32)
-        return found
-
-    def flops(self, rows: int, dim: int) -> float:
-        """Operations that are counted for `rows` rows of a head each."""
-        states, chunk = (6 * dim * dim, 320 * dim) if self.delta else (4 * dim * dim, 128 * dim)
-        return float(rows) * (states + chunk)
-
-
-def _identity(q: Any, k: Any, v: Any, **options: Any) -> Any:
-    return linear.linear_attention(q, k, v, normalize=False, **options)
-
-
-def _decayed(q: Any, k: Any, v: Any, g: Any, **options: Any) -> Any:
-    return linear.lightning_attention(q, k, v, -g[0, :, 0], **options)
-
-
-FORMS = (
-    Form("linear_attention", _identity, ()),
-    Form("lightning_attention", _decayed, ("head",)),
-    Form("gated_linear_attention", lambda **x: linear.gated_linear_attention(**{"scale": 1.0, **x}), ("channel",)),
-    Form("gated_delta_rule", lambda **x: linear.gated_delta_rule(**{"scale": 1.0, **x}), ("row",), True),
-    Form(
-        "kimi_delta_attention",
-        lambda **x: linear.kimi_delta_attention(**{"scale": 1.0, "normalize_qk": False, **x}),
-        ("channel",),
-        True,
-    ),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the routine's options to `parser`."""
     add_grid(parser, GRID, heads=False)
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
 
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """Prefill of the grid, decode steps, and the lengths from which each form is faster than attention."""
+    """Prefill of the grid, decode steps, growth over the grid's lengths, and speed against attention by length."""
     grid = chosen_grid(args, GRID, QUICK_GRID)
     rows: list[Row] = []
     for (heads, _), dim, dtype, length in itertools.product(grid.heads, grid.head_dims, grid.dtypes, grid.keys):
@@ -130,20 +71,8 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     heads, dim = grid.heads[0][0], grid.head_dims[0]
     for form, batch in itertools.product(FORMS, QUICK_BATCHES if bench.quick else BATCHES):
         rows += _step(bench, form, heads, dim, batch)
-    crossover = [
-        row
-        for length in (QUICK_CROSSOVER if bench.quick else CROSSOVER)
-        for row in _beside_attention(bench, heads, dim, length)
-    ]
-    rows += crossover
-    for threads in bench.thread_counts:
-        for form in FORMS:
-            mine = [row for row in crossover if (row["form"], row["threads"]) == (form.name, threads)]
-            faster = [row["keys"] for row in mine if row["vs_attention"] > 1]
-            since = f"from {min(faster)} rows on" if faster else f"at no length up to {mine[-1]['keys']}"
-            bench.notes.append(f"{form.name} is faster than longattn.attention {since}, {count(threads)}")
-    prefill = [row for row in rows if row.get("gflop_s") and "vs_attention" not in row]
-    return {"rows": rows, "slopes": slopes(prefill, LINE)}
+    grown = linear_growth.measure(bench, grid, not args.no_memory)
+    return {"rows": rows, **grown, "crossover": linear_crossover.measure(bench, heads, dim)}
 
 
 def _prefill(bench: Bench, form: Form, heads: int, dim: int, length: int, dtype: str, recurrent: bool) -> list[Row]:
@@ -205,60 +134,31 @@ def _step(bench: Bench, form: Form, heads: int, dim: int, batch: int) -> list[Ro
     return rows
 
 
-def _beside_attention(bench: Bench, heads: int, dim: int, length: int) -> list[Row]:
-    bench.say(f"linear beside attention {heads} x {dim}, length {length}")
-    shape = (1, heads, length, dim)
-    given = {form.name: form.arguments(np.random.default_rng(0), shape, "float32") for form in FORMS}
-    q, k, v = (given[FORMS[0].name][name] for name in "qkv")
-    candidates = [Candidate(ATTENTION, lambda: la.attention(q, k, v, causal=True), peer=False)]
-    candidates += [Candidate(form.name, _bound(form, given[form.name]), peer=False) for form in FORMS]
-    rows: list[Row] = []
-    for threads in bench.each_threads():
-        outcomes = bench.interleave(candidates)
-        case = {"threads": threads, "query_heads": heads, "head_dim": dim, "batch": 1, "keys": length}
-        for form in FORMS:
-            own = {"form": form.name, "dtype": "float32", "method": f"longattn.linear.{form.name}", "ours": True}
-            ratio = outcomes[ATTENTION].median_ms / outcomes[form.name].median_ms
-            rows.append({**case, **own, **outcomes[form.name].columns(), "vs_attention": ratio})
-    return rows
-
-
-def _bound(form: Form, arguments: dict[str, Any]) -> Callable[[], Any]:
-    return lambda: form.call(**arguments)
+def summary(result: Result) -> list[str]:
+    """Tables of growth and of the lengths from which on each form is faster than attention."""
+    return [*linear_growth.lines(result["slopes"], result["memory"]), *linear_crossover.lines(result["crossover"])]
 
 
 def panels(result: Result) -> list[Panel | Bars]:
-    """Speed against attention over length, a panel per thread count."""
-    rows = [row for row in result["rows"] if row.get("vs_attention")]
-    return [
-        Panel(
-            f"speed against causal attention, {count(threads)}",
-            "length",
-            "times as fast",
-            series([row for row in rows if row["threads"] == threads], "keys", "vs_attention", by="form"),
-            limit=1,
-        )
-        for threads in sorted({row["threads"] for row in rows})
-    ]
+    """Speed against attention over length."""
+    return linear_crossover.panels(result["crossover"])
 
 
 def _tables(found: Sequence[Result]) -> list[str]:
     rows = all_rows(found, "linear")
-    grown = all_rows(found, "linear", "slopes")
     lines: list[str] = []
     for threads in values_of(rows, "threads"):
         mine = [row for row in rows if row["threads"] == threads]
-        for part in (
-            [row for row in mine if row.get("gflop_s")],
-            [row for row in mine if row.get("gb_s")],
-            [row for row in mine if row.get("vs_attention")],
-        ):
+        for figure in ("gflop_s", "gb_s"):
+            part = [row for row in mine if row.get(figure)]
             if part:
                 lines += titled(threads, table(part, COLUMNS[1:]))
-    slopes = [f"{row['of']}: {row['slope']:.2f}" for row in grown if row["method"].startswith("longattn")]
-    return (
-        [*lines, "", "Slopes of log time over log length:", "", *(f"- {line}" for line in slopes)] if slopes else lines
-    )
+    return lines + linear_growth.lines(all_rows(found, "linear", "slopes"), all_rows(found, "linear", "memory"))
+
+
+def _crossover_figures(found: Sequence[Result]) -> Figures:
+    rows = all_rows(found, "linear", "crossover")
+    return {"linear-crossover": linear_crossover.panels(rows)} if rows else {}
 
 
 def _targets() -> list[Target]:
@@ -278,18 +178,22 @@ def _targets() -> list[Target]:
         found.append(
             Target(f"recurrences: {what} {text}", "linear", figure, bound, "longattn bench linear", where, form=form)
         )
-    found.append(
-        Target(
-            "recurrences: time grows as length to the power",
-            "linear",
-            "slope",
-            1.05,
-            "longattn bench linear",
-            {"method": tuple(f"longattn.linear.{form.name}" for form in FORMS)},
-            table="slopes",
-            at_most=True,
+    for text, figure, bound, form in (
+        ("time over length, exponent's distance from 1", "from_linear", 0.05, ".3f"),
+        ("memory beside inputs and outputs, growth as a share of theirs", "memory_share", 0.01, ".2%"),
+    ):
+        found.append(
+            Target(
+                f"recurrences: {text}",
+                "linear",
+                figure,
+                bound,
+                "longattn bench linear",
+                table="slopes",
+                at_most=True,
+                form=form,
+            )
         )
-    )
     return found
 
 
@@ -300,9 +204,18 @@ SECTIONS = (
         "Linear attention and recurrences",
         "States `[D, D]` of 8 heads. `of FMA`: arithmetic as a share of the multiply-add peak, rows of a chunk of 64 "
         "with each other counted whatever the chunk. Decode steps: bytes of the state read and written per second, as "
-        "a share of the read bandwidth. `vs attention`: speed against causal `longattn.attention` of the same shape.",
+        "a share of the read bandwidth. Exponents: of time over length, lengths in turns, the median of the turns "
+        "with the least and the greatest; memory is exact to about a megabyte.",
         _tables,
-        whole("linear", panels),
+    ),
+    Section(
+        "linear",
+        "linear-crossover",
+        "Linear forms and attention: from which length on",
+        "Time of causal `longattn.attention` over that of the form, same heads and rows, float32; and the length from "
+        "which on the form is faster, between two lengths on straight lines of both logarithms.",
+        lambda found: linear_crossover.lines(all_rows(found, "linear", "crossover")),
+        _crossover_figures,
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Memory that causal attention takes beyond its inputs and its output, in a process of its own.
+"""Memory that a call takes beyond its inputs and its output, in a process of its own.
 
 It is the peak of the resident memory during the call less what was resident before it. The operating system
 counts, so nothing escapes it.
@@ -10,12 +10,11 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 import longattn as la
-from longattn.bench.arrays import DTYPES
 
 PAGE = 4096
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -30,18 +29,28 @@ def supported() -> bool:
     return True
 
 
-def extra_bytes(heads: int, dim: int, length: int, dtype: str, threads: int) -> int:
-    """Bytes beyond q, k, v and the output at the peak of one causal call; at least a page.
+def extra_bytes(makes: str, arguments: Sequence[int | str], threads: int) -> int:
+    """Bytes beyond inputs and outputs at the peak of a call; at least a page.
+
+    Args:
+        makes: "module:function", what `of_call` takes.
+        arguments: numbers and names that it is called with.
+        threads: of longattn.
 
     Raises:
         subprocess.CalledProcessError: the process failed; its message is on stderr.
     """
-    measure = f"memory.one_call({heads}, {dim}, {length}, {dtype!r}, {threads})"
-    command = [sys.executable, "-c", f"from longattn.bench import memory; print({measure})"]
+    module, function = makes.split(":")
+    program = (
+        f"import {module}; from longattn.bench import memory; "
+        f"print(memory.of_call(*{module}.{function}(*{tuple(arguments)!r}), {threads}))"
+    )
     # The process must find the package where this one did.
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    environment = os.environ | {"PYTHONPATH": path}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment)
     return max(PAGE, int(done.stdout))
 
 
@@ -63,19 +72,15 @@ def resident(entry: str) -> int:
     return int(line.split()[1]) << 10
 
 
-def one_call(heads: int, dim: int, length: int, dtype: str, threads: int) -> int:
-    """Bytes that one call takes in this process."""
+def of_call(few: Callable[[], Any], call: Callable[[], Any], threads: int) -> int:
+    """Bytes that a call takes in this process; `few` is the same over a few rows, so that threads and code are there.
+
+    Both write into arrays that are resident.
+    """
     la.set_num_threads(threads)
-    rng = np.random.default_rng(0)
-    shape = (1, heads, length, dim)
-    q, k, v = (rng.standard_normal(shape, dtype=np.float32).astype(DTYPES[dtype]) for _ in "qkv")
-    out = np.zeros(shape, DTYPES[dtype])
-    out.fill(1)  # resident before the call
-    # Threads and code pages are there before; scratch for the length that is measured is not.
-    few = (slice(None), slice(None), slice(0, 16))
-    la.attention(q[few], k[few], v[few], causal=True)
+    few()
     release_freed()
     reset_peak()
     before = resident("VmRSS")
-    la.attention(q, k, v, causal=True, out=out)
+    call()
     return resident("VmHWM") - before

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,9 +120,21 @@ def _case(bench: Bench, heads: int, dim: int, length: int, dtype: str, with_memo
             if row["method"] == INT8_SCORES:
                 row["vs_own"] = 1 / row["times_ours"]
             if row["method"] == OURS and with_memory:
-                row["extra_mb"] = memory.extra_bytes(heads, dim, length, dtype, threads) / 1e6
+                makes = f"{__name__}:calls_for_memory"
+                row["extra_mb"] = memory.extra_bytes(makes, (heads, dim, length, dtype), threads) / 1e6
         rows += found
     return rows
+
+
+def calls_for_memory(heads: int, dim: int, length: int, dtype: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A call over a few rows and the one whose memory is measured, for `memory.of_call`."""
+    q, k, v = (gaussian(np.random.default_rng(0), (1, heads, length, dim), DTYPES[dtype]) for _ in "qkv")
+    out = np.ones_like(v)
+    few = (slice(None), slice(None), slice(0, 16))
+    return (
+        lambda: la.attention(q[few], k[few], v[few], causal=True),
+        lambda: la.attention(q, k, v, causal=True, out=out),
+    )
 
 
 def panels(result: Result) -> list[Panel | Bars]:

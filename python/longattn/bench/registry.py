@@ -72,6 +72,12 @@ def tools() -> dict[str, Tool]:
     return {_spoken(module): cast(Tool, module) for module in _commands("run")}
 
 
+def summary(routine: Routine, result: Result) -> list[str]:
+    """Lines of a routine's own `summary(result)`, further tables say, where its module has one."""
+    make = getattr(routine, "summary", None)
+    return [] if make is None else list(make(result))
+
+
 def sections() -> list[Section]:
     """Sections of the report, by chapter and title."""
     found = [section for module in _modules() for section in getattr(module, "SECTIONS", ())]

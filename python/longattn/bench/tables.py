@@ -36,8 +36,8 @@ def grid(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     return [_line(heads), "|" + "---|" * len(heads), *(_line(cells) for cells in lines)]
 
 
-def as_text(result: Result, columns: Sequence[Column]) -> str:
-    """What a run prints: the table, the limits, growth, failures, notes."""
+def as_text(result: Result, columns: Sequence[Column], more: Sequence[str] = ()) -> str:
+    """What a run prints: the table, the limits, growth, failures, `more`, notes."""
     lines = table(result["rows"], columns)
     lines += ["", f"{result['machine']['cpu']['model']}, {result['machine']['isa']['used']}", *limits(result)]
     lines += [
@@ -47,7 +47,7 @@ def as_text(result: Result, columns: Sequence[Column]) -> str:
         if slope["method"].startswith("longattn")
     ]
     lines += [f"failed: {row['method']}: {row['failure']}" for row in result["rows"] if row.get("failure")]
-    return "\n".join(["", *lines, *result["notes"]])
+    return "\n".join(["", *lines, *more, *result["notes"]])
 
 
 def limits(result: Result) -> list[str]:

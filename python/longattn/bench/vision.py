@@ -1,49 +1,26 @@
-"""One row per vision method, at one size of image or video, beside a plain torch formulation where one is natural.
-
-Weights and features are random, so that times mean something and results do not. `error` is the largest difference
-between both results, the first of them where a method has several.
-"""
+"""One row per vision method, at one size of image or video, beside a plain torch formulation where one is natural."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longattn import vision
-from longattn.bench import peers
-from longattn.bench.harness import Bench, Candidate, rows_of
-from longattn.bench.kept import Kept
-from longattn.bench.plots import Bars, Panel
-from longattn.bench.results import Result, Row
-from longattn.bench.sections import Section, all_rows, titled, values_of, whole
-from longattn.bench.tables import Column, count, table
+from longattn.bench.each_method import COLUMNS, Arguments, EachMethod
+from longattn.bench.each_method import call_with as _a
+from longattn.bench.sections import Section, whole
 from longattn.bench.vision_torch import PLAIN
 from longattn.linear import MambaWeights
-from longattn.methods import methods
 
-ROUTINE = "vision"
+__all__ = ["COLUMNS", "SECTIONS", "SUMMARY", "add_arguments", "measure", "panels"]
+
 SUMMARY = "every vision method at one size, beside plain torch formulations"
-PEER = "torch"
-COLUMNS: tuple[Column, ...] = (
-    Column("threads", "threads"),
-    Column("size", "size"),
-    Column("method", "method"),
-    Column("ms", "ms", ".4g"),
-    Column("min", "ms_min", ".4g"),
-    Column("max", "ms_max", ".4g"),
-    Column("calls", "calls"),
-    Column("× torch", "times_ours", ".2f"),
-    Column("error", "error", ".1e"),
-)
 #: Places of a side of an image, frames of a video, channels, heads.
 SIDE, FRAMES, CHANNELS, HEADS = 48, 4, 64, 4
 QUICK_SIDE, QUICK_FRAMES = 12, 2
-
-Arrays = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Inputs:
@@ -52,6 +29,7 @@ class Inputs:
     def __init__(self, quick: bool) -> None:
         self.rng = np.random.default_rng(0)
         self.side, self.frames = (QUICK_SIDE, QUICK_FRAMES) if quick else (SIDE, FRAMES)
+        self.places, self.size = self.side**2, f"{self.frames} frames of {self.side}x{self.side}"
 
     def x(self, *shape: int) -> NDArray[np.float32]:
         """Features."""
@@ -99,12 +77,8 @@ class Inputs:
         )  # fmt: skip
 
 
-def _a(*arguments: Any, **options: Any) -> Arrays:
-    return arguments, options
-
-
 #: Arguments of each method.
-CASES: dict[str, Callable[[Inputs], Arrays]] = {
+CASES: dict[str, Callable[[Inputs], Arguments]] = {
     "adaptive_cross_layer_attention": lambda i: _a(
         i.image(), [i.image(), i.image()], i.w(), i.w(CHANNELS, 12), i.w(CHANNELS, 6), i.taps(3, 3, CHANNELS)
     ),
@@ -206,78 +180,17 @@ CASES: dict[str, Callable[[Inputs], Arrays]] = {
 }  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the routine's options to `parser`."""
-    parser.add_argument("--only", default="", metavar="A,B", help="methods whose name contains one of these")
-
-
-def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """Every method that is not in the file yet."""
-    kept = Kept(bench, args, ROUTINE, ("quick",), _result)
-    parts = args.only.split(",")
-    every = {method.name: method.function for method in methods("vision")}
-    names = [name for name in every if any(part in name for part in parts)]
-    if not names:
-        raise ValueError(f"--only: got {args.only!r}, expected part of one of {', '.join(every)}")
-    for name in names:
-        for threads in bench.each_threads():
-            if not kept.has(threads=threads, name=name):
-                bench.say(f"vision {name}")
-                kept.keep(*_case(bench, name, every[name], threads))
-    return _result(kept.rows)
-
-
-def _result(rows: Sequence[Row]) -> dict[str, Any]:
-    return {"rows": list(rows), "slopes": []}
-
-
-def _case(bench: Bench, name: str, function: Callable[..., Any], threads: int) -> list[Row]:
-    inputs = Inputs(bench.quick)
-    arguments, options = CASES[name](inputs)
-    ours = f"longattn {name}"
-    candidates = [Candidate(ours, lambda: function(*arguments, **options), peer=False)]
-    if bench.peers and name in PLAIN:
-        candidates.append(Candidate(PEER, PLAIN[name](*arguments, **options)))
-    outcomes = bench.interleave(candidates)
-    size = f"{inputs.frames} frames of {inputs.side}x{inputs.side}"
-    case = {"threads": threads, "name": name, "keys": inputs.side**2, "size": size}
-    rows = rows_of(outcomes, ours, case)
-    for row in rows:
-        row["error"] = None
-        if row["method"] == PEER and row["ms"] is not None:
-            exact = outcomes[ours].result
-            first = peers.to_numpy(exact[0] if isinstance(exact, tuple) else exact)
-            row["error"] = float(np.abs(peers.to_numpy(outcomes[PEER].result).reshape(first.shape) - first).max())
-    return rows
-
-
-def panels(result: Result) -> list[Panel | Bars]:
-    """Torch's time as a multiple of ours, a panel per thread count."""
-    rows = [row for row in result["rows"] if row["method"] == PEER and row["times_ours"]]
-    drawn: list[Panel | Bars] = []
-    for threads in dict.fromkeys(row["threads"] for row in rows):
-        mine = {row["name"]: row["times_ours"] for row in rows if row["threads"] == threads}
-        title = f"vision methods, {count(threads)}: plain torch's time as a multiple of ours"
-        drawn.append(Bars(title, "ratio", tuple(mine), {PEER: tuple(mine.values())}, limit=1))
-    return drawn
-
-
-def _tables(found: Sequence[Result]) -> list[str]:
-    rows = all_rows(found, ROUTINE)
-    lines: list[str] = []
-    for threads in values_of(rows, "threads"):
-        lines += titled(threads, table([row for row in rows if row["threads"] == threads], COLUMNS[1:]))
-    return lines
-
+_EVERY = EachMethod("vision", ("vision",), Inputs, CASES, PLAIN)
+add_arguments, measure, panels = _EVERY.add_arguments, _EVERY.measure, _EVERY.panels
 
 SECTIONS = (
     Section(
         "sparse",
-        ROUTINE,
+        "vision",
         "Methods over images and videos",
         f"Random features and weights, {CHANNELS} channels, {HEADS} heads, float32. `× torch` of torch's row: its time "
         "over ours; `error`: the largest difference of the two results.",
-        _tables,
-        whole(ROUTINE, panels),
+        _EVERY.tables,
+        whole("vision", panels),
     ),
 )

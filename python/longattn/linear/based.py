@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from longattn._arrays import Array, as_numpy
 from longattn._checks import flag, integer, real, scale_factor
+from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.linear.feature_map import FeatureMap
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
 
+@documented
 def based(
     q: Array,
     k: Array,
@@ -33,19 +35,17 @@ def based(
 
     Args:
         q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16. The paper projects to `D = 16`.
-        k: keys `[B, Hk, L, D]`; any of the three dtypes.
-        v: values `[B, H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes. There is a state per head of `v`.
-            `Hq` is a multiple of `H`, whose states are read by groups of query heads, or divides it.
+        k: {keys}
+        v: {values}
         order: of the series, 1 or 2.
         scale: factor on the logits; `None` is `D ** -0.5`.
         normalize: divide outputs by the sum of their weights. A row whose divisor is 0 gives 0.
         eps: added to the divisor.
         initial_state: states before the first row, floating `[N, H, F, Dv]`, with `normalize` `[N, H, F, Dv + 1]`, the
             last column being the sums of features; `None` is zeros.
-        out_state: float32 array for the final states. It may be `initial_state`, which is then updated in place.
-        chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
-        cu_seqlens: integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of
-            1; each has a state of its own. `None`: the batch's entries are the sequences.
+        out_state: {out_state}
+        chunk_size: {chunk_size}
+        cu_seqlens: {cu_seqlens}
         out: array for the output.
 
     Returns:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from longattn._arrays import Array, as_numpy
 from longattn._checks import real, scale_factor
+from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.linear.feature_map import FeatureMap, finite
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
 
+@documented
 def causal_performer_attention(
     q: Array,
     k: Array,
@@ -34,10 +36,9 @@ def causal_performer_attention(
     of them, which cancels where `eps` is 0 and must be the same in every call that shares a state.
 
     Args:
-        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
-        k: keys `[B, Hk, L, D]`; any of the three dtypes.
-        v: values `[B, H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes. There is a state per head of `v`.
-            `Hq` is a multiple of `H`, whose states are read by groups of query heads, or divides it.
+        q: {queries}
+        k: {keys}
+        v: {values}
         projection: `W`, floating `[F, D]`, shared by the heads; `random_directions` draws it.
         kernel: "softmax" or "relu".
         scale: factor on the products, above 0; `None` is `D ** -0.5`.
@@ -45,10 +46,9 @@ def causal_performer_attention(
         shift: taken from the exponents of keys.
         initial_state: states before the first row, floating `[N, H, F, Dv + 1]`, the last column being sums of
             features; `None` is zeros.
-        out_state: float32 array for the final states. It may be `initial_state`, which is then updated in place.
-        chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
-        cu_seqlens: integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of
-            1; each has a state of its own. `None`: the batch's entries are the sequences.
+        out_state: {out_state}
+        chunk_size: {chunk_size}
+        cu_seqlens: {cu_seqlens}
         out: array for the output.
 
     Returns:

@@ -8,12 +8,14 @@ import numpy as np
 
 from longattn._arrays import Array, as_numpy, like
 from longattn._checks import check_float_storage
+from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.linear.feature_map import FeatureMap
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
 
+@documented
 def gated_slot_attention(
     q: Array,
     k: Array,
@@ -43,9 +45,8 @@ def gated_slot_attention(
             `None` is zeros.
         out_state: two float32 arrays for the final slots. They may be those of `initial_state`, which are then updated
             in place.
-        chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
-        cu_seqlens: integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of
-            1; each has slots of its own. `None`: the batch's entries are the sequences.
+        chunk_size: {chunk_size}
+        cu_seqlens: {cu_seqlens}
         out: array for the output.
 
     Returns:

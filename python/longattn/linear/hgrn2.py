@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from longattn._arrays import Array
+from longattn.linear._documented import COST, documented
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
 
+@documented
 def hgrn2(
     q: Array,
     v: Array,
@@ -29,26 +31,21 @@ def hgrn2(
         v: inputs `[B, H, L, Dv]`; any of the three dtypes. There is a state per head of `v`. `Hq` is a multiple of `H`.
         g: natural logarithms of the forget gates, at most 0 (`-inf` forgets), floating `[B, H, L, D]`.
         scale: factor of outputs.
-        initial_state: states before the first row, floating `[N, H, D, Dv]`; `None` is zeros.
-        out_state: float32 array for the final states. It may be `initial_state`, which is then updated in place.
-        chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
-        cu_seqlens: integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of
-            1; each has a state of its own. `None`: the batch's entries are the sequences.
+        initial_state: {initial_state}
+        out_state: {out_state}
+        chunk_size: {chunk_size}
+        cu_seqlens: {cu_seqlens}
         out: array for the output.
 
     Returns:
-        `(output, states)`: the output in the kind and dtype of `q`, and float32 `[N, H, D, Dv]`, the states
-        after the last rows. A call of one row with `initial_state` is the decode step: one pass over the state.
-        Arithmetic is float32, the same bits for any number of threads. A row that holds NaN or an infinity spoils rows
-        after it and none before.
+        {states}
 
     Raises:
         TypeError: an argument of another kind or dtype.
         ValueError: shapes that do not fit, a log decay above 0 or NaN.
 
     Cost:
-        `2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other `Hq * L * C * (D +
-        Dv) / 2`; memory beyond inputs and outputs does not depend on `L`.
+        {cost}
 
     References:
         Z. Qin et al., "HGRN2: Gated Linear RNNs with State Expansion", 2024, arXiv:2404.07904.
@@ -86,6 +83,5 @@ METHOD = Method(
         "Gates of 0 ignore the input.",
     ),
     tests="tests/linear/test_hgrn2.py",
-    cost="`2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with "
-    "each other `Hq * L * C * (D + Dv) / 2`; memory beyond inputs and outputs does not depend on `L`.",
+    cost=COST,
 )

@@ -9,12 +9,14 @@ import numpy as np
 from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy, like
 from longattn._checks import batched, check_floating, flag, result_array
+from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.linear.feature_map import finite
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
 
+@documented
 def kimi_delta_attention(
     q: Array,
     k: Array,
@@ -35,26 +37,21 @@ def kimi_delta_attention(
     The state decays first; what is new is measured against the decayed state.
 
     Args:
-        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
-        k: keys `[B, Hk, L, D]`; any of the three dtypes.
-        v: values `[B, H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes. There is a state per head of `v`.
-            `Hq` is a multiple of `H`, whose states are read by groups of query heads, or divides it.
+        q: {queries}
+        k: {keys}
+        v: {values}
         g: natural logarithms of the decays, at most 0 (`-inf` forgets), floating `[B, H, L, D]`.
-        beta: how much of what is new is written, floating `[B, H, L]`, finite.
-        scale: factor of outputs; `None` is `D ** -0.5`.
-        normalize_qk: divide rows of `q` and `k` by `sqrt(sum of squares + 1e-6)` first.
-        initial_state: states before the first row, floating `[N, H, D, Dv]`; `None` is zeros.
-        out_state: float32 array for the final states. It may be `initial_state`, which is then updated in place.
-        chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
-        cu_seqlens: integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of
-            1; each has a state of its own. `None`: the batch's entries are the sequences.
+        beta: {beta}
+        scale: {scale}
+        normalize_qk: {normalize_qk}
+        initial_state: {initial_state}
+        out_state: {out_state}
+        chunk_size: {chunk_size}
+        cu_seqlens: {cu_seqlens}
         out: array for the output.
 
     Returns:
-        `(output, states)`: the output in the kind and dtype of `q`, and float32 `[N, H, D, Dv]`, the states
-        after the last rows. A call of one row with `initial_state` is the decode step: one pass over the state.
-        Arithmetic is float32, the same bits for any number of threads. A row that holds NaN or an infinity spoils rows
-        after it and none before.
+        {states}
 
     Raises:
         TypeError: an argument of another kind or dtype.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from longattn._arrays import Array
 from longattn._checks import flag, real
+from longattn.linear._documented import COST, documented
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.linear.feature_map import FeatureMap
 from longattn.linear.feature_map import feature_map as named
@@ -11,6 +12,7 @@ from longattn.methods import Method
 from longattn.reference import linear as reference
 
 
+@documented
 def linear_attention(
     q: Array,
     k: Array,
@@ -33,7 +35,7 @@ def linear_attention(
     divisor. This is the causal form of the methods that differ in their map alone.
 
     Args:
-        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
+        q: {queries}
         k: keys `[B, Hk, L, D]`, or `[Hk, L, D]`; any of the three dtypes.
         v: values `[B, H, L, Dv]`, or `[H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes. There is a state
             per head of `v`. `Hq` is a multiple of `H`, whose states are read by groups of query heads, or divides it.
@@ -44,10 +46,9 @@ def linear_attention(
         scale: factor on products of queries and keys.
         initial_state: states before the first row, floating `[N, H, D, Dv]`, with
             `normalize` `[N, H, D, Dv + 1]`, the last column being `z`; `None` is zeros.
-        out_state: float32 array for the final states. It may be `initial_state`, which is then updated in place.
-        chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
-        cu_seqlens: integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of
-            1; each has a state of its own. `None`: the batch's entries are the sequences.
+        out_state: {out_state}
+        chunk_size: {chunk_size}
+        cu_seqlens: {cu_seqlens}
         out: array for the output.
 
     Returns:
@@ -62,8 +63,7 @@ def linear_attention(
         ValueError: shapes that do not fit.
 
     Cost:
-        `2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other `Hq * L * C * (D +
-        Dv) / 2`; memory beyond inputs and outputs does not depend on `L`.
+        {cost}
 
     References:
         A. Katharopoulos et al., "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention", 2020,
@@ -102,6 +102,5 @@ METHOD = Method(
         "A map gives what queries and keys that come mapped give.",
     ),
     tests="tests/linear/test_linear_attention.py",
-    cost="`2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with "
-    "each other `Hq * L * C * (D + Dv) / 2`; memory beyond inputs and outputs does not depend on `L`.",
+    cost=COST,
 )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy, like
 from longattn._checks import batched, check_floating, real, result_array
+from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.linear.feature_map import FeatureMap, finite
 from longattn.methods import Method
@@ -20,6 +21,7 @@ from longattn.reference import linear as reference
 FLOOR = 1e-6
 
 
+@documented
 def regla(
     q: Array,
     k: Array,
@@ -49,8 +51,7 @@ def regla(
     Args:
         q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`, after their learned map; float32, float16 or bfloat16.
         k: keys `[B, Hk, L, D]`, likewise; any of the three dtypes. Numbers of more than about 80 overflow.
-        v: values `[B, H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes. There is a state per head of `v`.
-            `Hq` is a multiple of `H`, whose states are read by groups of query heads, or divides it.
+        v: {values}
         gate: `g`, 0 to 1, floating `[B, H, L, D]`, or `[B, H, L, Dv]` with `gate_axis="value"`. `F` is at least 1e-6.
         refine: `r`, 0 to 1, in the shape of `gate`.
         gate_axis: "key": rows of the state decay, "value": columns.
@@ -58,11 +59,10 @@ def regla(
         gain: factors of the norm, floating `[Hq, Dv]` or `[Dv]` (heads of the output).
         shift: summands of the norm, likewise.
         eps: added to the mean of squares.
-        initial_state: states before the first row, floating `[N, H, D, Dv]`; `None` is zeros.
-        out_state: float32 array for the final states. It may be `initial_state`, which is then updated in place.
-        chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
-        cu_seqlens: integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of
-            1; each has a state of its own. `None`: the batch's entries are the sequences.
+        initial_state: {initial_state}
+        out_state: {out_state}
+        chunk_size: {chunk_size}
+        cu_seqlens: {cu_seqlens}
         out: array for the output.
 
     Returns:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from longattn._arrays import Array
+from longattn.linear._documented import COST, documented
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
 
+@documented
 def rwkv6(
     q: Array,
     k: Array,
@@ -29,32 +31,26 @@ def rwkv6(
 
     Args:
         q: receptances `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
-        k: keys `[B, Hk, L, D]`; any of the three dtypes.
-        v: values `[B, H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes. There is a state per head of `v`.
-            `Hq` is a multiple of `H`, whose states are read by groups of query heads, or divides it.
+        k: {keys}
+        v: {values}
         g: natural logarithms of the decays, at most 0 (`-inf` forgets), floating `[B, H, L, D]`.
         u: weights of the channels of a row's own key, floating `[H, D]`, finite.
         scale: factor of outputs.
-        initial_state: states before the first row, floating `[N, H, D, Dv]`; `None` is zeros.
-        out_state: float32 array for the final states. It may be `initial_state`, which is then updated in place.
-        chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
-        cu_seqlens: integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of
-            1; each has a state of its own. `None`: the batch's entries are the sequences.
+        initial_state: {initial_state}
+        out_state: {out_state}
+        chunk_size: {chunk_size}
+        cu_seqlens: {cu_seqlens}
         out: array for the output.
 
     Returns:
-        `(output, states)`: the output in the kind and dtype of `q`, and float32 `[N, H, D, Dv]`, the states
-        after the last rows. A call of one row with `initial_state` is the decode step: one pass over the state.
-        Arithmetic is float32, the same bits for any number of threads. A row that holds NaN or an infinity spoils rows
-        after it and none before.
+        {states}
 
     Raises:
         TypeError: an argument of another kind or dtype.
         ValueError: shapes that do not fit, a log decay above 0 or NaN, a `u` that is not finite.
 
     Cost:
-        `2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other `Hq * L * C * (D +
-        Dv) / 2`; memory beyond inputs and outputs does not depend on `L`.
+        {cost}
 
     References:
         B. Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", 2024,
@@ -94,6 +90,5 @@ METHOD = Method(
         "States are those of gated linear attention.",
     ),
     tests="tests/linear/test_rwkv6.py",
-    cost="`2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with "
-    "each other `Hq * L * C * (D + Dv) / 2`; memory beyond inputs and outputs does not depend on `L`.",
+    cost=COST,
 )

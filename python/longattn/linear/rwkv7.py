@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from longattn._arrays import Array
+from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
 
+@documented
 def rwkv7(
     q: Array,
     k: Array,
@@ -32,18 +34,16 @@ def rwkv7(
 
     Args:
         q: receptances `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
-        k: keys `[B, Hk, L, D]`; any of the three dtypes.
-        v: values `[B, H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes. There is a state per head of `v`.
-            `Hq` is a multiple of `H`, whose states are read by groups of query heads, or divides it.
+        k: {keys}
+        v: {values}
         g: natural logarithms of the decays, at most 0 (`-inf` forgets), floating `[B, H, L, D]`.
         a: what states are read by before a row, in the shape of `k`; any of the three dtypes.
         b: where what was read is written, in the shape of `k`; any of the three dtypes.
         scale: factor of outputs.
-        initial_state: states before the first row, floating `[N, H, D, Dv]`; `None` is zeros.
-        out_state: float32 array for the final states. It may be `initial_state`, which is then updated in place.
-        chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
-        cu_seqlens: integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of
-            1; each has a state of its own. `None`: the batch's entries are the sequences.
+        initial_state: {initial_state}
+        out_state: {out_state}
+        chunk_size: {chunk_size}
+        cu_seqlens: {cu_seqlens}
         out: array for the output.
 
     Returns:

@@ -6,11 +6,13 @@ import numpy as np
 
 from longattn._arrays import Array, as_numpy
 from longattn._checks import check_floating, per_head, shape_of
+from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
 
+@documented
 def state_space_duality(
     x: Array,
     dt: Array,
@@ -37,10 +39,9 @@ def state_space_duality(
         c: output projections, as `b`.
         skip: factor of `x` in the output, floating `[H]`; `None` is 0.
         initial_state: states before the first row, floating `[S, H, N, P]` of `S` sequences; `None` is zeros.
-        out_state: float32 array for the final states. It may be `initial_state`, which is then updated in place.
-        chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
-        cu_seqlens: integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of
-            1; each has a state of its own. `None`: the batch's entries are the sequences.
+        out_state: {out_state}
+        chunk_size: {chunk_size}
+        cu_seqlens: {cu_seqlens}
         out: array for the output.
 
     Returns:

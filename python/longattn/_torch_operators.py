@@ -1,0 +1,116 @@
+"""Torch operators, each with the operator of its gradient, from one list of arguments.
+
+Operators take plain arguments in a fixed order and return tensors of a fixed number; what they are given is checked by
+the functions they call. Here every argument has its name throughout, and gradients of what is absent are `None`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+Given = dict[str, Any]
+"""Arguments by name."""
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""The two results that every operator has."""
+
+
+def operator(
+    name: str,
+    arguments: str,
+    forward: Callable[[Given], Any],
+    backward: Callable[[torch.Tensor, torch.Tensor, Given, Any], Sequence[Any]],
+    fake: Callable[[Given], Pair],
+    *,
+    gradients: Sequence[str],
+    reads: Callable[[Given], bool] = lambda x: True,
+) -> Callable[..., Pair]:
+    """Registers `torch.ops.longattn.<name>` and `<name>_backward`.
+
+    Args:
+        name: of the operator.
+        arguments: as a schema of torch has them: "Tensor q, Tensor? bias, float scale".
+        forward: computes both results.
+        backward: takes their gradients, the arguments and the results, or `None`, and returns gradients, or `None`, by
+            the arguments that `gradients` names.
+        fake: shapes and dtypes of both results, for tensors without memory.
+        gradients: arguments that may require grad.
+        reads: whether `backward` reads the results.
+
+    Returns:
+        A function that takes all arguments by name and returns both results.
+    """
+    names = tuple(argument.split()[-1] for argument in arguments.split(","))
+    given_for = {"mutates_args": (), "device_types": "cpu"}
+
+    def named(values: Sequence[Any]) -> Given:
+        return dict(zip(names, values, strict=True))
+
+    def run(*values: Any) -> Pair:
+        out, second = forward(named(values))
+        return out, second
+
+    def run_backward(d_out: Any, d_second: Any, out: Any, second: Any, *values: Any) -> tuple[torch.Tensor, ...]:
+        x = named(values)
+        found = backward(d_out, d_second, dict(x), None if out is None else (out, second))
+        pairs = zip(found, (x[name] for name in gradients), strict=True)
+        return tuple(d_out.new_empty(0) if d is None or of is None else d.to(of.dtype) for d, of in pairs)
+
+    def fake_backward(d_out: Any, d_second: Any, out: Any, second: Any, *values: Any) -> tuple[torch.Tensor, ...]:
+        x = named(values)
+        # Operators have one number of results: gradients of what is absent are empty.
+        return tuple(d_out.new_empty(0) if x[n] is None else x[n].new_empty(x[n].shape) for n in gradients)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
+        """Tensors as tensors and the rest as it is, to be put together again."""
+        kept = (*(output if reads(named(inputs)) else (None, None)), *inputs)
+        ctx.save_for_backward(*(x for x in kept if isinstance(x, torch.Tensor)))
+        ctx.others = tuple(None if isinstance(x, torch.Tensor) else (x,) for x in kept)
+
+    def differentiate(ctx: Any, d_out: torch.Tensor, d_second: torch.Tensor) -> tuple[Any, ...]:
+        tensors = iter(ctx.saved_tensors)
+        kept = [next(tensors) if other is None else other[0] for other in ctx.others]
+        x = named(kept[2:])
+        found = dict(zip(gradients, call_backward(d_out, d_second, *kept), strict=True))
+        return tuple(None if x[n] is None else found.get(n) for n in names)
+
+    results = ", ".join("Tensor" for _ in gradients)
+    whole = f"(Tensor d_out, Tensor d_second, Tensor? out, Tensor? second, {arguments}) -> ({results})"
+    define = cast(Any, torch.library.custom_op)
+    define(f"longattn::{name}", run, schema=f"({arguments}) -> (Tensor, Tensor)", **given_for).register_fake(
+        lambda *values: fake(named(values))
+    )
+    define(f"longattn::{name}_backward", run_backward, schema=whole, **given_for).register_fake(fake_backward)
+    torch.library.register_autograd(f"longattn::{name}", differentiate, setup_context=save)
+    torch.library.register_autograd(f"longattn::{name}_backward", no_second_derivative)
+    call, call_backward = (getattr(torch.ops.longattn, n) for n in (name, f"{name}_backward"))
+
+    def by_name(**x: Any) -> Pair:
+        return cast(Pair, call(*[x[name] for name in names]))
+
+    return by_name
+
+
+def no_second_derivative(ctx: Any, *_: torch.Tensor) -> None:
+    """Refuses a second backward pass."""
+    raise RuntimeError(
+        "longattn.torch: got a second backward pass (create_graph=True), expected one: gradients of gradients are not "
+        "computed; use torch.nn.functional.scaled_dot_product_attention for them"
+    )
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor | None], required: Sequence[str] = ("q", "k", "v")) -> None:
+    """Kinds and devices; those of `required` that are named must be there."""
+    for name, x in tensors.items():
+        if x is None and name not in required:
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: got {'None' if x is None else type(x).__name__}, expected a torch tensor")
+        if x.device.type != "cpu":
+            raise ValueError(
+                f"{name}: got a tensor on device {x.device}, expected a CPU tensor: pass tensor.cpu(), or use "
+                "torch.nn.functional.scaled_dot_product_attention there"
+            )

@@ -1,0 +1,51 @@
+"""Arguments that recurrences of matrix states share, documented once."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+#: Descriptions by the names that docstrings have in braces.
+ENTRIES = {
+    "queries": "queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.",
+    "keys": "keys `[B, Hk, L, D]`; any of the three dtypes.",
+    "values": "values `[B, H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes. There is a state per head of "
+    "`v`. `Hq` is a multiple of `H`, whose states are read by groups of query heads, or divides it.",
+    "beta": "how much of what is new is written, floating `[B, H, L]`, finite.",
+    "scale": "factor of outputs; `None` is `D ** -0.5`.",
+    "normalize_qk": "divide rows of `q` and `k` by `sqrt(sum of squares + 1e-6)` first.",
+    "initial_state": "states before the first row, floating `[N, H, D, Dv]`; `None` is zeros.",
+    "out_state": "float32 array for the final states. It may be `initial_state`, which is then updated in place.",
+    "chunk_size": "rows computed at once, at most 252 (more means 252); it changes rounding only.",
+    "cu_seqlens": "integers `[N + 1]`, bounds of `N` sequences that lie one after another along the rows of a batch of "
+    "1; each has a state of its own. `None`: the batch's entries are the sequences.",
+    "states": "`(output, states)`: the output in the kind and dtype of `q`, and float32 `[N, H, D, Dv]`, the states "
+    "after the last rows. A call of one row with `initial_state` is the decode step: one pass over the state. "
+    "Arithmetic is float32, the same bits for any number of threads. A row that holds NaN or an infinity spoils rows "
+    "after it and none before.",
+    "cost": "`2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other "
+    "`Hq * L * C * (D + Dv) / 2`; memory beyond inputs and outputs does not depend on `L`.",
+}
+
+COST = ENTRIES["cost"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_WIDTH = 120
+
+
+def documented(function: _Function) -> _Function:
+    """Puts the entries of `ENTRIES` where the docstring of `function` names them in braces at the end of a line."""
+    if function.__doc__ is not None:  # there are none with python -OO
+        function.__doc__ = "\n".join(_whole(line) for line in function.__doc__.split("\n"))
+    return function
+
+
+def _whole(line: str) -> str:
+    before, brace, name = line.rstrip().rpartition("{")
+    if not brace or not name.endswith("}") or name[:-1] not in ENTRIES:
+        return line
+    indent = " " * (len(before) - len(before.lstrip()))
+    further = indent + 4 * " " if before.strip() else indent
+    text = before + ENTRIES[name[:-1]]
+    return textwrap.fill(text, _WIDTH, subsequent_indent=further, break_long_words=False, break_on_hyphens=False)
