@@ -136,7 +136,11 @@ STEP = np.ones((3, 2, 16), F32)
         (lambda t: t.append([1, 2, 3], STEP, STEP, sequences=[0, 1, 0]), ValueError, "sequences: got 0 twice"),
         (lambda t: t.append([1, 2, 3], STEP, STEP, sequences=[0, 1, -1]), ValueError, "sequences: got -1"),
         (lambda t: t.append([1, 2, 3], STEP, STEP, sequences=5), TypeError, "sequences: got 5"),
-        (lambda t: t.append([1, 2, 3], STEP[:, :1], STEP), ValueError, r"k: got shape \[1, 1, 3, 16\], expected \[1, 2, T, 16\]"),
+        (
+            lambda t: t.append([1, 2, 3], STEP[:, :1], STEP),
+            ValueError,
+            r"k: got shape \[1, 1, 3, 16\], expected \[1, 2, T, 16\]",
+        ),
         (lambda t: t.fork(7), ValueError, "sequence: got 7"),
         (lambda t: t.fork(0, 0), ValueError, "n: got 0"),
         (lambda t: t.fork(0, 1 << 40), ValueError, "n: got 1099511627776, expected at most 65536"),
