@@ -564,9 +564,3 @@ class TestPublicFunctions:
         with pytest.raises(ValueError, match=f"{next(iter(option))}: not offered for arrays of a GPU"):
             la.attention(q, k, v, **option)
         assert not on_gpu
-
-
-def test_importing_needs_no_cupy():
-    """The package imports anywhere; `longattn.attention` refuses nothing it took before."""
-    assert not gpu.is_on_gpu(np.zeros(3))
-    assert "gpu" not in la.__dict__ or la.gpu is gpu

@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import BFLOAT16, as_numpy
-from longattn.gpu._device import Launch, View
+from longattn.gpu._device import INSTALL, Launch, View, not_on_gpu
 from longattn.gpu._sources import source
 
-_INSTALL = "GPU functions need CuPy: pip install 'longattn[gpu]' (cupy-cuda13x; for CUDA 12 install cupy-cuda12x)"
 _DEFAULT_SHARED = 48 << 10  # a kernel that wants more must say so before it is started
 
 
@@ -28,7 +27,7 @@ def current() -> CupyDevice:
     try:
         import cupy
     except ImportError as error:
-        raise ImportError(_INSTALL) from error
+        raise ImportError(INSTALL) from error
     return _of_number(int(cupy.cuda.Device().id))
 
 
@@ -62,8 +61,7 @@ class CupyDevice:
             address = int(x.data_ptr())
             dtype = str(x.dtype).removeprefix("torch.")
             return View(np.uint64(address), tuple(x.shape), tuple(x.stride()), dtype, x.element_size(), address, x)
-        kind = f"{type(x).__module__}.{type(x).__qualname__}"
-        raise TypeError(f"{name}: got {kind}, expected a CuPy array or a torch CUDA tensor")
+        raise TypeError(not_on_gpu(x, name))
 
     def contiguous(self, x: Any) -> Any:
         """`x`, or a C-contiguous copy."""
