@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -74,6 +75,9 @@ class Device(Protocol):
     def upload(self, x: NDArray[Any], like: Any) -> Any:
         """Starts a copy of a host array into a new array of the kind of `like`."""
 
+    def used(self) -> AbstractContextManager[None]:
+        """Where operators of the caller's arrays (assignments, sums) are in order with kernels."""
+
     def seconds(self, call: Callable[[], object]) -> float:
         """From before a call until the device has done what it started."""
 
@@ -98,9 +102,9 @@ def device_of(x: Any, name: str) -> Device:
     """
     if not is_on_gpu(x):
         raise TypeError(not_on_gpu(x, name))
-    from longattn.gpu._cupy import current
+    from longattn.gpu._cupy import holding
 
-    return current()
+    return holding(x)
 
 
 def not_on_gpu(x: Any, name: str) -> str:
