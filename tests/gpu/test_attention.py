@@ -48,6 +48,13 @@ def test_decode_of_ragged_lengths(rng, anywhere, dtype, keys):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [128, 256])
+def test_decode_of_ragged_lengths_of_wide_heads(rng, anywhere, dtype, dim):
+    for keys in (1, 17, 65, 257):
+        check(anywhere, *arrays(rng, dtype, heads=3, kv_heads=1, rows=1, keys=keys, dim=dim))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "keys"), [(2, 90), (5, 5), (4, 2), (3, 300)])
 def test_decode_of_several_positions(rng, anywhere, dtype, rows, keys):
     """Rows before the first key see nothing: output 0, lse -inf."""
@@ -71,7 +78,7 @@ def test_prefill_over_all_keys(rng, anywhere, dtype, dim):
     check(anywhere, *arrays(rng, dtype, heads=2, kv_heads=1, rows=70, keys=100, dim=dim))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "keys"), [(17, 17), (64, 64), (129, 129), (65, 200), (200, 65)])
 def test_prefill_of_ragged_lengths(rng, anywhere, dtype, rows, keys):
     check(anywhere, *arrays(rng, dtype, heads=1, kv_heads=1, rows=rows, keys=keys, dim=64), causal=True)

@@ -1,5 +1,7 @@
 """Attention over lists of rows and of blocks, and merges of parts: the CPU's functions and those of `longattn.gpu`."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -24,7 +26,9 @@ def check(device, q, k, v, out, lse, *, seen=None, values=None, **options):
         held = np.append(v.astype(np.float64).ravel(), np.nan_to_num(options["state"][0])).astype(v.dtype)[:, None]
         offset += largest(options["state"][1])
     scale = None if options.get("scale") is None else float(np.max(options["scale"]))
-    tolerance_of(device, q, k, held, scale=scale, offset=offset).check(get(out), expected, get(lse), expected_lse)
+    # Of eight rows of bfloat16 that share a list, some CPUs round the weights.
+    tolerance = tolerances.pair_attention if device is CPU and q.dtype == BF16 else partial(tolerance_of, device)
+    tolerance(q, k, held, scale=scale, offset=offset).check(get(out), expected, get(lse), expected_lse)
 
 
 def over_rows(device, q, k, v, rows, lengths=None, **options):
@@ -190,9 +194,12 @@ def test_merge_of_disjoint_sets_is_attention_over_all(rng, anywhere, dtype):
             parts.append(attend(*(put(anywhere, x) for x in taken), return_lse=True))
         merged, lse = merge(iter(parts))
         assert get(merged).dtype == kind
-        tolerance_of(anywhere, q.astype(kind), k.astype(kind), v.astype(kind)).check(
-            get(merged), expected, get(lse), expected_lse
-        )
+        # A part of the storage dtype has been rounded: the merge is that of the rounded ones.
+        of_parts, of_parts_lse = reference.merge([tuple(map(get, part)) for part in parts])
+        tolerance = tolerance_of(anywhere, *(x.astype(kind) for x in (q, k, v)))
+        tolerance.check(get(merged), of_parts, get(lse), of_parts_lse)
+        if kind == F32:
+            tolerance.check(get(merged), expected, get(lse), expected_lse)
     if anywhere is not CPU:
         as_float, _ = gpu.merge(parts, dtype="float32", device=anywhere)
         np.testing.assert_array_equal(get(as_float).astype(dtype), get(merged))
@@ -215,7 +222,7 @@ class TestBadInput:
             with pytest.raises(error, match=message):
                 gpu.index_sparse_attention(q, k, v, *given, device=device)
         gpu.index_sparse_attention(q, k, v, over, np.array([4, 3]), device=device)  # what does not count is not read
-        with pytest.raises(ValueError, match="at most 16 rows per KV head"):
+        with pytest.raises(ValueError, match="q: got 17 rows per KV head, expected at most 16"):
             gpu.index_sparse_attention(np.repeat(q, 17, 2), k, v, rows, device=device)
 
     def test_rows_on_the_device(self, rng):
