@@ -1,7 +1,5 @@
 """Attention over lists of rows and of blocks, and merges of parts: the CPU's functions and those of `longattn.gpu`."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 
@@ -26,9 +24,8 @@ def check(device, q, k, v, out, lse, *, seen=None, values=None, **options):
         held = np.append(v.astype(np.float64).ravel(), np.nan_to_num(options["state"][0])).astype(v.dtype)[:, None]
         offset += largest(options["state"][1])
     scale = None if options.get("scale") is None else float(np.max(options["scale"]))
-    # Of eight rows of bfloat16 that share a list, some CPUs round the weights.
-    tolerance = tolerances.pair_attention if device is CPU and q.dtype == BF16 else partial(tolerance_of, device)
-    tolerance(q, k, held, scale=scale, offset=offset).check(get(out), expected, get(lse), expected_lse)
+    tolerance = tolerance_of(device, q, k, held, scale=scale, offset=offset)
+    tolerance.check(get(out), expected, get(lse), expected_lse)
 
 
 def over_rows(device, q, k, v, rows, lengths=None, **options):
