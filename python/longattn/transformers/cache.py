@@ -125,8 +125,8 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
         prefill: one `SparsePrefill` for all full-attention layers, or a mapping from layer number to `SparsePrefill`
             or `None`; layers left out, and all by default, attend from prompts to all keys.
         device: a `DeviceConfig` for a model on a GPU, whose full-attention layers keep sinks and window there and all
-            other rows in host memory, and whose sliding layers stay there; excludes the three above and `routing`. Such a cache
-            cannot go back or be copied. `None` for a model on the CPU.
+            other rows in host memory, and whose sliding layers stay there; excludes the three above and `routing`. Such
+            a cache cannot go back or be copied. `None` for a model on the CPU.
         routing: one `RoutingConfig` for all full-attention layers, or a mapping as for `retrieval`: which heads, or
             whether all, read few keys. A layer has retrieval, eviction or routing, one at most.
 
