@@ -204,7 +204,8 @@ def _needles(found: Sequence[Result]) -> dict[str, float]:
     rows = [row for row in all_rows(found, "demo") if row.get("accuracy_of_exact") is not None]
     longest = max((row["keys"] for row in rows), default=0)
     ours = {"retrieval": WAYS[0].name, "exact": EXACT}
-    return {ours.get(r["method"], r["method"]): r["accuracy_of_exact"] for r in rows if r["keys"] == longest}
+    names = {name: ours.get(name, name) for name in (str(row["method"]) for row in rows)}
+    return {names[row["method"]]: row["accuracy_of_exact"] for row in rows if row["keys"] == longest}
 
 
 def _tables(found: Sequence[Result]) -> list[str]:
