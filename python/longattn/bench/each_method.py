@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class EachMethod:
             many rows or places it has.
         cases: arguments of each method by its name.
         plain: the same in torch: takes the arguments and returns a call.
+        calls: what is called in place of the registry's function, where that is a class say.
     """
 
     routine: str
@@ -62,6 +63,7 @@ class EachMethod:
     inputs: Callable[[bool], Any]
     cases: Mapping[str, Callable[[Any], Arguments]]
     plain: Mapping[str, Callable[..., Call]]
+    calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds the routine's options to `parser`."""
@@ -79,7 +81,7 @@ class EachMethod:
             for threads in bench.each_threads():
                 if not kept.has(threads=threads, name=name):
                     bench.say(f"{self.routine} {name}")
-                    kept.keep(*self._case(bench, name, every[name], threads))
+                    kept.keep(*self._case(bench, name, self.calls.get(name, every[name]), threads))
         return _result(kept.rows)
 
     def _case(self, bench: Bench, name: str, function: Callable[..., Any], threads: int) -> list[Row]:
