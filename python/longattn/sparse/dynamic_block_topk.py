@@ -13,11 +13,12 @@ from longattn.reference import sparse as reference
 from longattn.sparse._choosing import choose, own_blocks, pooled_scores
 from longattn.sparse._selecting import block_bounds, key_limits, selector_inputs
 from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.composed import Composable
 from longattn.sparse.sparse_attention import sparse_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DynamicBlocks:
+class DynamicBlocks(Composable):
     """The block-sparse pattern of MInference: each block of queries takes the `top_k` best key blocks by their means.
 
     Args:

@@ -26,11 +26,12 @@ from longattn.sparse._selecting import (
     selector_inputs,
 )
 from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.composed import Composable
 from longattn.sparse.sparse_attention import sparse_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FlexPrefill:
+class FlexPrefill(Composable):
     """The mask of FlexPrefill, causal, for each query head by one of two rules.
 
     The last `block` queries stand for all. Their true weights, summed over blocks of keys, are compared with those that

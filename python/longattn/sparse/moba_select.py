@@ -15,10 +15,11 @@ from longattn.reference import sparse as reference
 from longattn.sparse._lists import from_flat
 from longattn.sparse._selecting import block_bounds, block_means, selector_inputs
 from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.composed import Composable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moba:
+class Moba(Composable):
     """The gate of MoBA, as a selector; see `moba_select` for the method.
 
     Args:

@@ -15,11 +15,12 @@ from longattn.reference import sparse as reference
 from longattn.sparse._lists import pointers
 from longattn.sparse._selecting import aligned_first, block_bounds, only_causal, selector_inputs
 from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.composed import Composable
 from longattn.sparse.sparse_attention import sparse_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PowerOfTwo:
+class PowerOfTwo(Composable):
     """The mask of PowerAttention: block `I` of positions sees block `J <= I` where a rule says so.
 
     The rule: `I - J < n_window`, or `I - J` is a power of two, or `J < n_sink`. It depends on positions alone, so that

@@ -27,6 +27,7 @@ from longattn.sparse._selecting import (
 )
 from longattn.sparse.block_mask import BlockMask
 from longattn.sparse.block_sparse_attention import block_sparse_attention
+from longattn.sparse.composed import Composable
 
 #: Below this a threshold keeps every block.
 _DENSE_TAU = 1e-5
@@ -35,7 +36,7 @@ _LEVELS = 7.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sale:
+class Sale(Composable):
     """The mask of SALE, as a selector; see `sale_select` for the method.
 
     Args:

@@ -24,11 +24,12 @@ from longattn.sparse._selecting import (
     selector_inputs,
 )
 from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.composed import Composable
 from longattn.sparse.sparse_attention import sparse_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sparge:
+class Sparge(Composable):
     """The prediction of SpargeAttention: the best key blocks by the scores of means.
 
     A block's mean stands for its rows where they are alike (the mean cosine of all pairs of them above `theta`). A

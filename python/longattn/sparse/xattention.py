@@ -16,11 +16,12 @@ from longattn.reference import sparse as reference
 from longattn.sparse._choosing import block_mass, choose, own_blocks
 from longattn.sparse._selecting import block_bounds, key_limits, per_query_head, selector_inputs
 from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.composed import Composable
 from longattn.sparse.sparse_attention import sparse_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Antidiagonal:
+class Antidiagonal(Composable):
     """The prediction of XAttention: the fewest key blocks with enough of the antidiagonal weights.
 
     Queries and keys are cut into strides. The logit of a stride of queries and one of keys is the mean of the scaled
