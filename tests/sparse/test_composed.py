@@ -46,7 +46,11 @@ def test_lists_with_a_bias_make_no_table(rng):
 def test_plot_of_lists(rng):
     pytest.importorskip("matplotlib").use("Agg")
     lists = random_lists(rng, heads=2)
-    ax = lists.plot(head=1, cells=64)
+    ax = lists.plot(head=1, cells=65)
+    (drawn,) = ax.collections
+    shares = lists.to_dense_mask()[0, 1, lists.query_bounds[:-1]].reshape(-1, 65, 2).mean(axis=-1)
+    np.testing.assert_array_equal(drawn.get_array(), shares)
+    assert 0 < shares.mean() < 1
     assert ax.get_xlim() == (0, 130) and ax.get_ylim() == (100, 0)
 
 
