@@ -265,6 +265,8 @@ def fields(**change):
         ({"block_q": 0}, ValueError, r"block_q: got 0, expected at least 1"),
         ({"block_k": 0}, ValueError, r"block_k: got 0, expected at least 1"),
         ({"first_q": 5}, ValueError, r"first_q: got 5, expected 1 to 4"),
+        ({"block_q": 9}, ValueError, r"block_q: got 9, expected at most the length, 8"),
+        ({"block_k": 13}, ValueError, r"block_k: got 13, expected at most the length, 12"),
         ({"block_k": 2.0}, TypeError, r"block_k: got 2.0, expected an integer"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import longattn as la
 import tolerances
 from longattn.sparse import Antidiagonal, DynamicBlocks, Intersection, Moba, PerHead, Sparge, Union, VerticalSlash
+from longattn.sparse.ways import PROMPT_WAYS
 from random_arrays import qkv
 from random_lists import random_lists, random_mask
 
@@ -70,6 +71,18 @@ def test_selectors_compose(rng):
         out = la.sparse_attention(q, k, v, made, causal=True)
         dense = np.repeat(np.repeat(blocks, 16, axis=2), 16, axis=3)
         tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, mask=dense, causal=True))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 9])
+@pytest.mark.parametrize("way", PROMPT_WAYS, ids=lambda way: way.name)
+def test_prompts_shorter_than_a_block(rng, way, rows):
+    """Selectors take them whole: what is left of a block is a block."""
+    q, k, v = qkv(rng, rows=rows, keys=9)
+    chosen = way.selector(q, k, causal=True, scale=None)
+    out = la.sparse_attention(q, k, v, chosen, causal=True)
+    tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, causal=True))
+    if isinstance(chosen, la.BlockMask):
+        assert chosen.block_q <= rows and chosen.block_k <= 9
 
 
 def test_selectors_by_operators(rng):

@@ -20,9 +20,10 @@ class BlockMask(Lists):
     """Which blocks of keys each block of queries attends to.
 
     Blocks of queries are `block_q` rows, the first of them `first_q`, the last what is left; blocks of keys are
-    `block_k` keys, the last what is left. The mask says which blocks are looked at; what causality or a window hides
-    inside them is hidden besides. `a | b` and `a & b` are the union and the intersection of masks of the same lengths:
-    over blocks of the common divisor of their sizes where these differ, and with `RowLists` as lists of keys.
+    `block_k` keys, the last what is left; neither is larger than its length (selectors, which are for prompts of any
+    length, make theirs smaller for shorter ones). The mask says which blocks are looked at; what causality or a window
+    hides inside them is hidden besides. `a | b` and `a & b` are the union and the intersection of masks of the same
+    lengths: over blocks of the common divisor of their sizes where these differ, and with `RowLists` as lists of keys.
 
     Args:
         indptr: integers `[B, H, query blocks + 1]`: the list of block `i` of head `h` is
@@ -38,7 +39,8 @@ class BlockMask(Lists):
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: unsorted, repeated or out-of-range numbers, bounds that do not fit them, another shape.
+        ValueError: unsorted, repeated or out-of-range numbers, bounds that do not fit them, another shape, a block
+            that is larger than its length (where that is not 0).
     """
 
     block_k: int
@@ -47,6 +49,15 @@ class BlockMask(Lists):
         """Checks everything that the kernels rest on."""
         object.__setattr__(self, "block_k", integer(self.block_k, "block_k", 1))
         super(BlockMask, self).__post_init__()
+
+    def _check_lists(self, limit: int) -> None:
+        for name, size, length in (
+            ("block_q", self.block_q, self.lengths[0]),
+            ("block_k", self.block_k, self.lengths[1]),
+        ):
+            if 0 < length < size:
+                raise ValueError(f"{name}: got {size}, expected at most the length, {length}")
+        super(BlockMask, self)._check_lists(limit)
 
     def _keys_of_each(self) -> int:
         return self.block_k
@@ -201,3 +212,15 @@ class BlockMask(Lists):
         if not isinstance(one, BlockMask):
             return one._with(two, operation)
         return BlockMask(**one._combined(two, operation), block_k=one.block_k)
+
+
+def fitted(lengths: tuple[int, int], block_q: int, block_k: int, first_q: int | None = None) -> dict[str, Any]:
+    """Fields of a mask of blocks of these sizes, or of the lengths where those are less: the same blocks."""
+    rows, keys = (max(n, 1) for n in lengths)
+    size = min(block_q, rows)
+    return {
+        "lengths": lengths,
+        "block_q": size,
+        "first_q": None if first_q is None else min(first_q, size),
+        "block_k": min(block_k, keys),
+    }

@@ -14,7 +14,7 @@ from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import pointers
 from longattn.sparse._selecting import aligned_first, block_bounds, only_causal, selector_inputs
-from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.block_mask import BlockMask, fitted
 from longattn.sparse.composed import Composable
 from longattn.sparse.sparse_attention import sparse_attention
 
@@ -73,10 +73,7 @@ class PowerOfTwo(Composable):
         return BlockMask(
             indptr=pointers(codes // max(count, 1), (1, 1, len(own))),
             indices=codes % max(count, 1),
-            lengths=lengths,
-            block_q=self.block,
-            first_q=first,
-            block_k=self.block,
+            **fitted(lengths, self.block, self.block, first),
         )
 
 
