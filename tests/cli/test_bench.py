@@ -245,7 +245,14 @@ def test_sparse(tmp_path):
     assert {row["mask"].split(" of ")[0] for row in rows} >= {"none", "blocks"}
     for row in rows:
         assert 0 < row["density"] <= 1 and row["ms"] > 0
-        assert row["of_dense"] == pytest.approx(row["per_density"] * row["density"])
+        if "selection_ms" not in row:
+            assert row["of_dense"] == pytest.approx(row["per_density"] * row["density"])
+    chosen = [row for row in rows if row["method"] == sparse.CHOSEN]
+    assert [row["asked"] for row in chosen] == list(sparse.QUICK_DENSITIES)
+    for row in chosen:
+        less = max(row["ms"] - row["selection_ms"], 0) / row["ms"] * row["of_dense"]
+        assert row["selection_ms"] > 0 and row["per_density"] * row["density"] == pytest.approx(less)
+        assert row["density"] == pytest.approx(max(round(8 * row["asked"]), 1) / 8)
     windows = [row for row in rows if row["mask"].startswith("window")]
     assert [round(row["density"], 1) for row in windows] == [0.1, 0.5]
 
