@@ -310,14 +310,15 @@ def test_sparse_peers_compute_the_same(rng):
 def test_capture(tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "capture.png"
-    options = ("--length", "512", "--selectors", "sparge,dynamic blocks,vertical and slash", "--plot", str(plot))
+    selectors = ("sparge", "sale", "dynamic blocks", "vertical and slash")
+    options = ("--length", "1280", "--selectors", ",".join(selectors), "--plot", str(plot))
     rows = run("capture", tmp_path, *options)["rows"]
-    assert plot.stat().st_size > 1000 and {row["keys"] for row in rows} == {512}
-    for name in ("sparge", "dynamic blocks", "vertical and slash"):
+    assert plot.stat().st_size > 1000 and {row["keys"] for row in rows} == {1280}
+    for name in selectors:
         mine = [row for row in rows if row["method"] == name]
         assert all(0 < row["density"] <= 1 and row["mass_low"] <= 1 and row["ms"] > 0 for row in mine)
         assert all(a["mass"] <= b["mass"] + 1e-9 for a, b in itertools.pairwise(mine))
-        assert mine[-1]["mass"] > 0.9
+        assert mine[-1]["mass"] > 0.6 and mine[-1]["density"] > mine[0]["density"] + 0.2, "no curve"
 
 
 @pytest.mark.parametrize(
