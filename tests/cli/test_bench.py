@@ -22,6 +22,7 @@ from longattn.bench import (
     prefill,
     quality,
     sparse,
+    sparse_methods,
     vision,
     vision_torch,
 )
@@ -292,6 +293,19 @@ def test_vision_has_a_row_for_every_method(tmp_path):
     assert run("vision", tmp_path, "--threads", "1")["rows"] == result["rows"]
 
 
+def test_sparse_methods_have_a_row_each(tmp_path):
+    pytest.importorskip("torch")
+    result = run("sparse-methods", tmp_path, "--threads", "1")
+    ours = [row for row in result["rows"] if row["ours"]]
+    assert [row["name"] for row in ours] == [*(m.name for m in la.methods("sparse")), *sparse_methods.OTHERS]
+    assert set(sparse_methods.CASES) == {row["name"] for row in ours}
+    plain = {row["name"]: row for row in result["rows"] if not row["ours"]}
+    assert set(plain) == set(sparse_methods.PLAIN)
+    for name, row in plain.items():
+        assert row["ms"] > 0 and row["error"] < 1e-4, name
+    assert len(sparse_methods.panels(result)) == 1 and sparse_methods.SECTIONS[0].tables([result])
+
+
 def test_vision_of_some_methods(tmp_path, capsys):
     rows = run("vision", tmp_path, "--no-peers", "--only", "strip,focal")["rows"]
     assert {row["name"] for row in rows} == {"strip_self_attention", "focal_modulation"}
@@ -311,9 +325,9 @@ def test_capture(tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "capture.png"
     selectors = ("sparge", "sale", "dynamic blocks", "vertical and slash")
-    options = ("--length", "1280", "--selectors", ",".join(selectors), "--plot", str(plot))
+    options = ("--length", "1088", "--selectors", ",".join(selectors), "--plot", str(plot))
     rows = run("capture", tmp_path, *options)["rows"]
-    assert plot.stat().st_size > 1000 and {row["keys"] for row in rows} == {1280}
+    assert plot.stat().st_size > 1000 and {row["keys"] for row in rows} == {1088}
     for name in selectors:
         mine = [row for row in rows if row["method"] == name]
         assert all(0 < row["density"] <= 1 and row["mass_low"] <= 1 and row["ms"] > 0 for row in mine)

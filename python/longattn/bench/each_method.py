@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class EachMethod:
             many rows or places it has.
         cases: arguments of each method by its name.
         plain: the same in torch: takes the arguments and returns a call.
+        others: functions with a row besides, by name.
     """
 
     routine: str
@@ -62,6 +63,7 @@ class EachMethod:
     inputs: Callable[[bool], Any]
     cases: Mapping[str, Callable[[Any], Arguments]]
     plain: Mapping[str, Callable[..., Call]]
+    others: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds the routine's options to `parser`."""
@@ -72,6 +74,7 @@ class EachMethod:
         kept = Kept(bench, args, self.routine, ("quick",), _result)
         parts = args.only.split(",")
         every = {method.name: method.function for family in self.families for method in methods(family)}
+        every |= self.others
         names = [name for name in every if any(part in name for part in parts)]
         if not names:
             raise ValueError(f"--only: got {args.only!r}, expected part of one of {', '.join(every)}")
