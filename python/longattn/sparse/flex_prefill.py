@@ -110,7 +110,7 @@ class FlexPrefill(Composable):
         positions = np.append(own[0], limits[-1:]) if count else np.zeros(1, np.int64)
         on_lines = _core.line_lists((flat[0], columns[1]), (flat[1], distances[1]), positions)
         masks = [
-            BlockMask(indptr=indptr, indices=indices, **fields)  # type: ignore[arg-type]
+            BlockMask(indptr=indptr, indices=indices, **fields)
             for indptr, indices in (every, (from_flat(on_lines[0], shape), on_lines[1]), some)
         ]
         parts = [
@@ -119,7 +119,7 @@ class FlexPrefill(Composable):
         ]
         mask = _stacked(parts) | masks[2]
         scored = batch * heads * (self._last(qn, kn).shape[2] * lengths[1] + count * n)
-        return BlockMask(indptr=mask.indptr, indices=mask.indices, scored=scored, **fields)  # type: ignore[arg-type]
+        return BlockMask(indptr=mask.indptr, indices=mask.indices, scored=scored, **fields)
 
     def _last(self, q: NDArray[Any], k: NDArray[Any]) -> NDArray[Any]:
         return q[:, :, max(0, q.shape[2] - min(self.block, k.shape[2])) :]

@@ -142,6 +142,7 @@ METHOD = Method(
     tests="tests/vision/test_extended_frame_attention.py",
     cost="`2 * F * N * |S| * N * heads * D` multiply-adds.",
     mask=lambda: layer_seen(
-        lambda x, wq, wk, wv: extended_frame_attention(x @ wq, x @ wk, np.float32(x @ wv), anchored_frames(6)), (6, 12)
+        lambda x, wq, wk, wv: extended_frame_attention(x @ wq, x @ wk, (x @ wv).astype(np.float32), anchored_frames(6)),
+        (6, 12),
     ),
 )

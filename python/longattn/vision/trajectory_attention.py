@@ -166,6 +166,6 @@ METHOD = Method(
     tests="tests/vision/test_trajectory_attention.py",
     cost="`Hq * F * H * W * F * (D + Dv)` multiply-adds at most, and a pass over the patches.",
     mask=lambda: seen(
-        trajectory_attention, *example(144), np.broadcast_to(np.float32([1, 0])[:, None, None], (3, 2, 6, 6))
+        trajectory_attention, *example(144), np.broadcast_to(np.array([1, 0], np.float32)[:, None, None], (3, 2, 6, 6))
     ),
 )
