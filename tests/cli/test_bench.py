@@ -21,8 +21,10 @@ from longattn.bench import (
     peers,
     prefill,
     quality,
+    retrieval,
     sparse,
     sparse_methods,
+    targets,
     vision,
     vision_torch,
 )
@@ -223,6 +225,16 @@ def test_retrieval(tmp_path):
     assert ours["scan_gb_s"] > 0 and ours["scan_of_read"] > 0 and ours["weigh_ms"] > 0 and ours["select_of_scan"] > 0
     index = result["indexes"]["synthetic"]
     assert 0 < index["index_bytes_per_key"] < 128 * 2 * 2
+    (build,) = result["builds"]
+    assert build["build_s"] == index["build_s"] and build["prefill_rows"] == 256
+    # 256 of 4,096 rows, the last ones: a sixteenth of the rows, an eighth of the pairs.
+    assert build["prefill_s"] == pytest.approx(build["prefill_rows_s"] * 4096 * 4097 / (256 * (2 * 4096 - 255)))
+    assert build["build_of_prefill"] == build["build_s"] / build["prefill_s"] > 0
+    (section,) = retrieval.SECTIONS
+    assert any("build/prefill" in line for line in section.tables([result]))
+    target = retrieval.TARGETS[-1]
+    judged = targets.judge([result | {"builds": [build | {"keys": 131_072}]}], [target])[0]
+    assert judged.worst == build["build_of_prefill"] and target.bound == 0.05
 
 
 def test_verified(tmp_path):

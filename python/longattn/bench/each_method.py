@@ -55,7 +55,8 @@ class EachMethod:
             many rows or places it has.
         cases: arguments of each method by its name.
         plain: the same in torch: takes the arguments and returns a call.
-        others: functions with a row besides, by name.
+        calls: what is called in place of the registry's function, where that is a class say, and functions with a row
+            besides the registry's.
     """
 
     routine: str
@@ -63,7 +64,7 @@ class EachMethod:
     inputs: Callable[[bool], Any]
     cases: Mapping[str, Callable[[Any], Arguments]]
     plain: Mapping[str, Callable[..., Call]]
-    others: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds the routine's options to `parser`."""
@@ -74,7 +75,7 @@ class EachMethod:
         kept = Kept(bench, args, self.routine, ("quick",), _result)
         parts = args.only.split(",")
         every = {method.name: method.function for family in self.families for method in methods(family)}
-        every |= self.others
+        every |= self.calls
         names = [name for name in every if any(part in name for part in parts)]
         if not names:
             raise ValueError(f"--only: got {args.only!r}, expected part of one of {', '.join(every)}")
