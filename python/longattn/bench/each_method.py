@@ -55,7 +55,8 @@ class EachMethod:
             many rows or places it has.
         cases: arguments of each method by its name.
         plain: the same in torch: takes the arguments and returns a call.
-        calls: what is called in place of the registry's function, where that is a class say.
+        calls: what is called in place of the registry's function, where that is a class say, and functions with a row
+            besides the registry's.
     """
 
     routine: str
@@ -74,6 +75,7 @@ class EachMethod:
         kept = Kept(bench, args, self.routine, ("quick",), _result)
         parts = args.only.split(",")
         every = {method.name: method.function for family in self.families for method in methods(family)}
+        every |= self.calls
         names = [name for name in every if any(part in name for part in parts)]
         if not names:
             raise ValueError(f"--only: got {args.only!r}, expected part of one of {', '.join(every)}")
@@ -81,7 +83,7 @@ class EachMethod:
             for threads in bench.each_threads():
                 if not kept.has(threads=threads, name=name):
                     bench.say(f"{self.routine} {name}")
-                    kept.keep(*self._case(bench, name, self.calls.get(name, every[name]), threads))
+                    kept.keep(*self._case(bench, name, every[name], threads))
         return _result(kept.rows)
 
     def _case(self, bench: Bench, name: str, function: Callable[..., Any], threads: int) -> list[Row]:
