@@ -28,9 +28,13 @@ def attention(q, k, v, *, scale=None, offset=0.0):
 
 
 def _in_pairs(q, k, v):
-    """Whether softmax weights are rounded to bf16, as some CPUs do for eight rows of a KV head that are all bf16."""
+    """Whether eight rows of a KV head, all bf16, may be what is computed together: some CPUs then round their weights.
+
+    That is so for eight rows in all and for what is left of many; of packed sequences each has its own.
+    """
+    group = q.shape[-3] // max(k.shape[-3], 1)
     sixteen = all(x.dtype == ml_dtypes.bfloat16 for x in (q, k, v))
-    return sixteen and q.shape[-3] // max(k.shape[-3], 1) * q.shape[-2] == 8
+    return sixteen and group > 0 and 8 % group == 0 and group * q.shape[-2] >= 8
 
 
 def device_attention(q, k, v, *, scale=None, offset=0.0):
