@@ -34,7 +34,8 @@ def _in_pairs(q, k, v):
     """
     group = q.shape[-3] // max(k.shape[-3], 1)
     sixteen = all(x.dtype == ml_dtypes.bfloat16 for x in (q, k, v))
-    return sixteen and group > 0 and 8 % group == 0 and group * q.shape[-2] >= 8
+    rows = group * q.shape[-2]
+    return sixteen and (rows % 192 == 8 or (rows >= 8 and 8 % group == 0))
 
 
 def device_attention(q, k, v, *, scale=None, offset=0.0):
