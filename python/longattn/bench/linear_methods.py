@@ -1,4 +1,4 @@
-"""One row per linear and recurrent method, and a few near them, beside a plain torch formulation where one is natural."""
+"""A row per linear and recurrent method, and a few near them, at one size, beside plain torch formulations where natural."""
 
 from __future__ import annotations
 
