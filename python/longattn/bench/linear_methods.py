@@ -1,4 +1,4 @@
-"""A row per linear and recurrent method, and a few near them, at one size, beside plain torch formulations where natural."""
+"""One row per linear and recurrent method and some near them, beside a plain torch formulation where one is natural."""
 
 from __future__ import annotations
 

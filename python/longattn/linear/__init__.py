@@ -59,6 +59,12 @@ from longattn.linear.simplified_linear_attention import fold_rep_batch_norm, rep
 from longattn.linear.span_dynamic_convolution import span_dynamic_convolution
 from longattn.linear.state_space_duality import state_space_duality
 from longattn.linear.taipan_selective_attention import taipan_selective_attention
+from longattn.linear.titans_layers import (
+    TitansWeights,
+    titans_memory_as_context,
+    titans_memory_as_gate,
+    titans_memory_as_layer,
+)
 from longattn.linear.titans_neural_memory import titans_neural_memory
 from longattn.linear.toeplitz import toeplitz, toeplitz2d
 from longattn.linear.ttt_linear import ttt_linear
@@ -76,6 +82,7 @@ __all__ = [
     "MemoryState",
     "RecurrenceGradients",
     "SelectiveScanGradients",
+    "TitansWeights",
     "adaptive_frequency_filter",
     "agent_attention",
     "agent_biases",
@@ -146,6 +153,9 @@ __all__ = [
     "span_dynamic_convolution",
     "state_space_duality",
     "taipan_selective_attention",
+    "titans_memory_as_context",
+    "titans_memory_as_gate",
+    "titans_memory_as_layer",
     "titans_neural_memory",
     "toeplitz",
     "toeplitz2d",

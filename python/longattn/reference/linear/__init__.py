@@ -47,6 +47,11 @@ from longattn.reference.linear.simplified_linear_attention import rep_batch_norm
 from longattn.reference.linear.span_dynamic_convolution import span_dynamic_convolution
 from longattn.reference.linear.state_space_duality import state_space_duality
 from longattn.reference.linear.taipan_selective_attention import taipan_selective_attention
+from longattn.reference.linear.titans_layers import (
+    titans_memory_as_context,
+    titans_memory_as_gate,
+    titans_memory_as_layer,
+)
 from longattn.reference.linear.titans_neural_memory import titans_neural_memory
 from longattn.reference.linear.ttt_linear import ttt_linear
 
@@ -106,6 +111,9 @@ __all__ = [
     "span_dynamic_convolution",
     "state_space_duality",
     "taipan_selective_attention",
+    "titans_memory_as_context",
+    "titans_memory_as_gate",
+    "titans_memory_as_layer",
     "titans_neural_memory",
     "toeplitz",
     "toeplitz2d",
