@@ -142,6 +142,7 @@ CASES: dict[str, Callable[[Inputs], Arguments]] = {
     "bidirectional_gated_ssm": lambda i: _a(i.rows(), i.ssm(), i.ssm(), i.w(2 * i.channels), i.w(), i.w()),
     "bidirectional_mamba": lambda i: _a(i.rows(), i.mamba(), i.mamba()),
     "blended_softmax_linear_attention": lambda i: _a(*i.qkv(), 0.5),
+    "causal_fastmax_attention": lambda i: _a(i.heads(NARROW), i.heads(NARROW), i.heads()),
     "causal_performer_attention": lambda i: _a(*i.qkv(), i.directions()),
     "delta_rule_attention": lambda i: _a(*i.qkv(), i.rates(), scale=1.0),
     "efficient_attention": lambda i: _a(*i.qkv()),

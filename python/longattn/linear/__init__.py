@@ -7,6 +7,7 @@ from longattn.linear.based import based
 from longattn.linear.bidirectional_gated_ssm import DiagonalSsm, bidirectional_gated_ssm
 from longattn.linear.bidirectional_mamba import bidirectional_mamba
 from longattn.linear.blended_softmax_linear_attention import blended_softmax_linear_attention
+from longattn.linear.causal_fastmax_attention import causal_fastmax_attention
 from longattn.linear.causal_performer_attention import causal_performer_attention
 from longattn.linear.convolution import causal_conv1d, depthwise_conv1d, depthwise_conv2d, dynamic_conv
 from longattn.linear.delta_rule_attention import delta_rule_attention
@@ -91,6 +92,7 @@ __all__ = [
     "bidirectional_mamba",
     "blended_softmax_linear_attention",
     "causal_conv1d",
+    "causal_fastmax_attention",
     "causal_performer_attention",
     "delta_rule_attention",
     "depthwise_conv1d",

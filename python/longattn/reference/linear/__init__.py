@@ -5,6 +5,7 @@ from longattn.reference.linear.agent_attention import agent_attention
 from longattn.reference.linear.based import based
 from longattn.reference.linear.bidirectional_gated_ssm import bidirectional_gated_ssm
 from longattn.reference.linear.blended_softmax_linear_attention import blended_softmax_linear_attention
+from longattn.reference.linear.causal_fastmax_attention import causal_fastmax_attention
 from longattn.reference.linear.causal_performer_attention import causal_performer_attention
 from longattn.reference.linear.convolution import depthwise, diagonal_scan, dynamic_conv, toeplitz, toeplitz2d
 from longattn.reference.linear.delta_rule_attention import delta_rule_attention
@@ -62,6 +63,7 @@ __all__ = [
     "bidirectional_gated_ssm",
     "bidirectional_mamba",
     "blended_softmax_linear_attention",
+    "causal_fastmax_attention",
     "causal_performer_attention",
     "delta_rule_attention",
     "depthwise",
