@@ -191,9 +191,13 @@ impl Case {
         let (out, lse) = self.expected(&options);
         // A logit errs by a few units of roundoff of its size, and the output by twice that of the largest value (about 4).
         let atol = 2e-5 + 8.0 * 4.0 * 2f64.powi(-24) * self.logit_size(&options);
+        let bf16 = self.q.view().dtype() == DType::BF16 && self.k.view().dtype() == DType::BF16;
         for isa in Isa::available() {
             let (got, got_lse) = self.run(isa, options);
-            for (kind, got, expected) in [("out", &got, &out), ("lse", &got_lse, &lse)] {
+            // Weights of as many rows of pairs are rounded to bf16.
+            let pairs = bf16 && isa.name() == "avx512bf16" && self.shape.group * self.shape.queries == MAX_QUERY_ROWS;
+            let weights = if pairs { 4.0 * 2f64.powi(-8) } else { 0.0 };
+            for (kind, got, expected, atol) in [("out", &got, &out, atol + weights), ("lse", &got_lse, &lse, atol)] {
                 for (i, (&x, &y)) in got.iter().zip(expected).enumerate() {
                     let close = (f64::from(x) - y).abs() <= atol + 2e-5 * y.abs() || f64::from(x) == y;
                     prop_assert!(close, "{} {kind}[{i}]: {x} for {y}, {:?} {options:?}", isa.name(), self.shape);
