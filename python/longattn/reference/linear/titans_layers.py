@@ -80,7 +80,7 @@ def titans_memory_as_gate(
     x, first = _start(x, weights)
     said, last = _remember(weights, heads, x, x, theta, weights=memory_weights, **options)
     seen = _attend(weights, heads, x, first, x, window)
-    factors = (1.0, 1.0) if norms is None else [np.asarray(w, np.float64) for w in norms]
+    factors: Any = (1.0, 1.0) if norms is None else [np.asarray(w, np.float64) for w in norms]
     seen, said = (
         w * y / np.sqrt((y**2).mean(-1, keepdims=True) + eps) for y, w in zip((seen, said), factors, strict=True)
     )
