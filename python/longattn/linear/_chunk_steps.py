@@ -11,6 +11,9 @@ from longattn._arrays import Array, as_numpy, like
 from longattn._checks import integer, result_array
 from longattn.linear._fast_weight import Float32, MemoryState, fast_weight, gate
 
+#: The rate of calls that only read.
+RESTING = np.zeros((), np.float32)
+
 
 def chunk_steps(
     q: Array,
@@ -52,7 +55,15 @@ def chunk_steps(
     chunk, momentum = integer(chunk_size, "chunk_size", 1), None if eta is None else 0.0
     # A call without rows checks everything but lengths, and begins the state.
     _, state = fast_weight(
-        *none, 0.0, weights=weights, momentum=momentum, initial_state=initial_state, chunk_size=chunk, **options
+        none[0],
+        none[1],
+        none[2],
+        RESTING,
+        weights=weights,
+        momentum=momentum,
+        initial_state=initial_state,
+        chunk_size=chunk,
+        **options,
     )
     length = qn.shape[-2]
     for x, name in ((kn, "k"), (vn, "v")):
@@ -66,16 +77,22 @@ def chunk_steps(
     at, empty = 0, np.zeros(0, np.float32)
     while at < length:
         rows = slice(at, min(length, at + chunk - position))
-        parts = [x[..., rows, :] for x in (qn, kn, vn)]
+        of_q, of_k, of_v = (x[..., rows, :] for x in (qn, kn, vn))
         began = MemoryState(live=frozen, step=empty, frozen=frozen, position=0, shapes=state.shapes)
         fast_weight(
-            *parts, 0.0, weights=None, initial_state=began, chunk_size=chunk, out=result[..., rows, :], **options
+            of_q,
+            of_k,
+            of_v,
+            RESTING,
+            weights=None,
+            initial_state=began,
+            chunk_size=chunk,
+            out=result[..., rows, :],
+            **options,
         )
         before = MemoryState(live=live, step=empty, frozen=frozen, position=position, shapes=state.shapes)
-        own = rates[..., rows, 0].reshape(parts[1].shape[:-1])
-        _, after = fast_weight(
-            parts[1], *parts[1:], own, weights=None, initial_state=before, chunk_size=chunk, **options
-        )
+        own = rates[..., rows, 0].reshape(of_k.shape[:-1])
+        _, after = fast_weight(of_k, of_k, of_v, own, weights=None, initial_state=before, chunk_size=chunk, **options)
         live, at, position = after.live, rows.stop, position + rows.stop - rows.start
         if position == chunk:
             moved: Float32 = live - frozen

@@ -88,7 +88,8 @@ class _Layer:
         if before.shape[1]:
             merged["state"] = attention(q, *(self.split(before, w) for w in self.own[1:3]), return_lse=True)
         span = (-1, -1) if window is None else (window - 1, 0)
-        return self.joined(attention(q, k, v, causal=True, window=span, **merged)) @ self.own[3]
+        mixed: Float32 = self.joined(attention(q, k, v, causal=True, window=span, **merged)) @ self.own[3]
+        return mixed
 
 
 def _rows_of(gate: Any, name: str, layer: _Layer) -> Any:
