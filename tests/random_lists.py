@@ -6,7 +6,9 @@ import longattn as la
 
 
 def random_mask(rng, *, batch=1, heads=1, lengths=(100, 130), block_q=16, block_k=8, density=0.4, first_q=None):
-    """A mask with each block in it by chance."""
+    """A mask with each block in it by chance; blocks are no larger than the lengths."""
+    block_q, block_k = (min(size, max(n, 1)) for size, n in zip((block_q, block_k), lengths, strict=True))
+    first_q = None if first_q is None else min(first_q, block_q)
     first = block_q if first_q is None else first_q
     query_blocks = 0 if lengths[0] == 0 else 1 + max(0, -(-(lengths[0] - first) // block_q))
     blocks = rng.random((batch, heads, query_blocks, -(-lengths[1] // block_k))) < density

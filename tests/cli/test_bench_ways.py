@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from longattn import cli, vectors
-from longattn.bench import drift, growth, nearest, targets
-from longattn.retrieval.ways import WAYS
+from longattn.bench import compare, drift, growth, nearest, targets
+from longattn.retrieval.ways import FURTHER, WAYS
 
 SCRIPTS = Path(__file__).parents[2] / "benches" / "peers"
 
@@ -244,6 +244,29 @@ def test_compare(tmp_path):
     assert rows["exact scan"]["recall"] == 1 and rows["longattn.attention"]["faster_than_exact"] == 1
     assert rows["signatures, 4 bits"]["error_v"] < rows["signatures, 4 bits, rows only"]["error_v"]
     assert all(row["rows_read"] == pytest.approx(0.02, abs=1e-3) for row in rows.values() if "rows_read" in row)
+
+
+def test_compare_what_has_no_budget_and_what_was_asked(tmp_path):
+    """Samples and promises stand beside the others; accuracies of a recorded demo join them by name."""
+    options = ("--vectors", "synthetic", "--heads", "0", "--ways", "sampled,verified,radius,landmarks,S3")
+    result = run("compare", tmp_path, *options)
+    rows = {row["method"]: row for row in result["rows"] if "error_v" in row}
+    assert {way.name for way in FURTHER} < rows.keys() | {"LSH tables, sampled"}
+    assert rows["verified, 0.05 of the values"]["error_v_p95"] < 0.05
+    assert rows["verified, 0.1 of the output"]["error_o_p95"] < 0.1
+    assert rows["signatures, sampled"]["rows_read"] < 0.03
+    (section,) = compare.SECTIONS
+    assert "needles" not in "".join(section.tables([result]))
+    asked = {"retrieval": 0.9, "signatures, sampled": 0.25}
+    demo = [{"keys": 4096, "method": name, "accuracy_of_exact": found} for name, found in asked.items()]
+    demo += [
+        {"keys": 512, "method": "pages of 16, radius", "accuracy_of_exact": 0.75},
+        {"keys": 4096, "method": "sdpa"},
+    ]
+    lines = section.tables([result, {"routine": "demo", "rows": demo}])
+    (line,) = [line for line in lines if line.startswith("| signatures, sampled ")]
+    assert line.rstrip(" |").endswith("0.25") and not any("0.75 |" in line for line in lines if "radius" in line)
+    assert compare._needles([{"routine": "demo", "rows": demo}]) == {WAYS[0].name: 0.9, "signatures, sampled": 0.25}
 
 
 def test_verified_counts_what_was_read_whole(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -90,6 +91,9 @@ class EmulatorDevice:
     def upload(self, x: Any, like: Any) -> Any:
         made = self.contiguous(x)
         return _as_torch(made) if is_torch(like) else made
+
+    def used(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def seconds(self, call: Any) -> float:
         start = self.now

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import zlib
 
 import numpy as np
@@ -15,6 +16,8 @@ import pytest
 import tolerances
 from emu import emulator
 from emu.device import EmulatorDevice
+from gpu import fake_cupy
+from longattn.gpu import _cupy
 
 #: In the place of a device: the functions for arrays in host memory.
 CPU = "cpu"
@@ -62,6 +65,17 @@ def _made(request):
         return current()
     # Orders give the same bits (a test of its own), so one is enough here; which one, the test's name says.
     return EmulatorDevice(order=zlib.crc32(request.node.name.encode()) % len(emulator.ORDERS))
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """CuPy, as far as it is needed."""
+    made = fake_cupy.modules()
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    _cupy._back_end.cache_clear()
+    yield made["cupy"]
+    _cupy._back_end.cache_clear()
 
 
 def put(device, x):

@@ -20,7 +20,16 @@ _DEFAULT_SHARED = 48 << 10
 
 
 class ndarray(np.ndarray):
-    """An array in the memory of the device."""
+    """An array in the memory of a device."""
+
+    _number = 0
+
+    def __array_finalize__(self, source):
+        self._number = getattr(source, "_number", 0)
+
+    @property
+    def device(self):
+        return SimpleNamespace(id=self._number)
 
     @property
     def data(self):
@@ -38,6 +47,25 @@ class ndarray(np.ndarray):
         self[...] = arr
 
 
+class Device:
+    """A device, current while it is entered."""
+
+    _current: ClassVar[list[int]] = [0]
+    attributes: ClassVar[dict[str, int]] = {"MultiProcessorCount": 4, "MaxSharedMemoryPerBlockOptin": 227 << 10}
+
+    def __init__(self, number=None):
+        self.id = self._current[-1] if number is None else number
+
+    def __enter__(self):
+        self._current.append(self.id)
+
+    def __exit__(self, *_):
+        self._current.pop()
+
+    def synchronize(self):
+        pass
+
+
 class _Memory:
     """Allocations by address."""
 
@@ -50,16 +78,20 @@ class _Memory:
         raw = np.full(size + 512, 0xFF, np.uint8)
         start = -raw.ctypes.data % 256
         held = raw[start : start + max(size, 1)]
-        self._made[held.ctypes.data] = weakref.ref(raw), held.size
-        return np.ndarray.__new__(ndarray, shape, dtype, buffer=raw, offset=start)
+        number = Device().id
+        self._made[held.ctypes.data] = weakref.ref(raw), held.size, number
+        made = np.ndarray.__new__(ndarray, shape, dtype, buffer=raw, offset=start)
+        made._number = number
+        return made
 
     def at(self, address):
-        """The bytes from an address to the end of its allocation."""
-        for start, (reference, size) in list(self._made.items()):
+        """The bytes from an address of the current device to the end of its allocation."""
+        for start, (reference, size, number) in list(self._made.items()):
             raw = reference()
             if raw is None:
                 del self._made[start]
             elif start <= address < start + size:
+                assert number == Device().id, f"an array of device {number} on device {Device().id}"
                 first = address - raw.ctypes.data
                 return raw[first : start + size - raw.ctypes.data]
         raise AssertionError(f"{address:#x} is no address of the device")
@@ -80,6 +112,7 @@ class _Function:
                 continue
             assert type(value) is np.uint64, f"a pointer as {type(value).__name__}"
             given.append(self._memory.at(int(value)) if value else None)
+        _Stream.launched.append((Device().id, _Stream.current[-1]))
         self._kernel(grid, block, tuple(given), shared_mem=shared_mem)
 
 
@@ -92,8 +125,10 @@ class _Event:
 
 
 class _Stream:
-    #: Addresses of streams that were entered.
-    entered: ClassVar[list[int]] = []
+    #: Addresses of streams that are entered; CuPy's own is 0.
+    current: ClassVar[list[int]] = [0]
+    #: Device and stream of each kernel.
+    launched: ClassVar[list[tuple[int, int]]] = []
 
     @classmethod
     def from_external(cls, stream):
@@ -102,10 +137,20 @@ class _Stream:
 
         @contextmanager
         def used():
-            cls.entered.append(address)
-            yield
+            cls.current.append(address)
+            try:
+                yield
+            finally:
+                cls.current.pop()
 
         return used()
+
+
+def launches(call):
+    """Devices and streams of the kernels that a call starts."""
+    first = len(_Stream.launched)
+    call()
+    return _Stream.launched[first:]
 
 
 def modules() -> dict[str, Any]:
@@ -140,14 +185,6 @@ def modules() -> dict[str, Any]:
 
         def get_function(self, name):
             return _Function(memory, self._module.kernel(name))
-
-    class Device:
-        def __init__(self, number=0):
-            self.id = number
-            self.attributes = {"MultiProcessorCount": 4, "MaxSharedMemoryPerBlockOptin": 227 << 10}
-
-        def synchronize(self):
-            pass
 
     cupy, cupyx = ModuleType("cupy"), ModuleType("cupyx")
     cupy.ndarray, cupy.RawModule = ndarray, RawModule

@@ -6,7 +6,8 @@ import pytest
 import longattn as la
 import tolerances
 from emu.device import EmulatorDevice
-from gpu.conftest import get, put
+from gpu.conftest import CPU, get, put
+from gpu.test_attention import OPTIONS, as_taken, earlier, largest, placed
 from longattn import gpu
 from longattn.reference import dense as reference
 from random_arrays import BF16, DTYPES, F16, F32, qkv
@@ -23,15 +24,46 @@ def arrays(rng, dtype, **shape):
     return qkv(rng, q_dtype=dtype, kv_dtype=dtype, **shape)
 
 
+def check_anywhere(device, q, k, v, **options):
+    """`check`, or on the CPU the same with codes of a store."""
+    if device is not CPU:
+        return check(device, q, k, v, **options)
+    store = la.KVStore(kv_heads=k.shape[1], head_dim=k.shape[3], dtype="int8", capacity=k.shape[2])
+    store.append(k[0], v[0])
+    given = {name: _of_one(name, x) for name, x in options.items()}
+    out, lse = la.attention(q[0], store.keys, store.values, return_lse=True, **given)
+    decoded = [np.asarray(x)[None].astype(np.float64) for x in (store.keys, store.values)]
+    return compare(q, *decoded, out[None], lse[None], options, on_cpu=True)
+
+
+def _of_one(name, x):
+    """An option of a batch of one without the batch."""
+    if name in ("state", "segments"):
+        return tuple(one[0] if name == "state" or one.ndim == 2 else one for one in x)
+    return x[0] if name in ("mask", "bias") and x.ndim == 4 else x
+
+
+def compare(q, k, v, out, lse, options, *, on_cpu=False):
+    expected, expected_lse = reference.attention(q, k, v, return_lse=True, **options)
+    offset = np.max(options.get("alibi_slopes", 0.0)) * k.shape[2] + np.max(options.get("sinks", 0.0))
+    offset += largest(options.get("bias", np.zeros(1)))
+    held = v
+    if "state" in options:  # of which the output is a mean as well
+        held = np.append(v.ravel(), np.nan_to_num(options["state"][0]))[None, :, None]
+        offset += largest(options["state"][1])
+    if on_cpu:  # where some instruction sets round queries to integers
+        tolerance = tolerances.coded_attention(q, k[0], held[0], integers=True, offset=offset)
+    else:
+        tolerance = tolerances.device_coded_attention(q, k, held, offset=offset)
+    tolerance.check(out, expected, lse, expected_lse)
+    return out, lse
+
+
 def check(device, q, k, v, **options):
     (keys, k_decoded), (values, v_decoded) = coded(device, k), coded(device, v)
-    placed = {name: put(device, x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
-    out, lse = gpu.attention(put(device, q), keys, values, return_lse=True, device=device, **placed)
-    expected, expected_lse = reference.attention(q, k_decoded, v_decoded, return_lse=True, **options)
-    offset = np.max(options.get("alibi_slopes", 0.0)) * k.shape[2] + np.max(options.get("sinks", 0.0))
-    tolerances.device_coded_attention(q, k_decoded, v_decoded, offset=offset).check(
-        get(out), expected, get(lse), expected_lse
-    )
+    there = {name: placed(device, x) for name, x in options.items()}
+    out, lse = gpu.attention(put(device, q), keys, values, return_lse=True, device=device, **there)
+    return compare(q, k_decoded, v_decoded, get(out), get(lse), options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,7 +91,7 @@ def test_rows_that_are_not_finite_become_nan(rng, device):
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("group", [1, 4, 8])
 def test_decode(rng, device, dtype, dim, group):
     check(device, *arrays(rng, dtype, batch=2, heads=2 * group, kv_heads=2, rows=1, keys=333, dim=dim), causal=True)
 
@@ -77,6 +109,26 @@ def test_positions_windows_and_options(rng, device, dtype, dim):
     check(device, q, k, v, causal=True)
     check(device, q, k, v, window=(30, 1), sinks=np.array([0.5, 1, -1, 2], np.float32))
     check(device, q[:, :, :1], k, v, window=(30, 0), softcap=2.0, alibi_slopes=np.full(4, 0.1, np.float32))
+
+
+@pytest.mark.parametrize(("dtype", "dim", "rows"), [(F16, 64, 1), (BF16, 128, 3), (F16, 256, 2)])
+def test_what_hides_keys_and_what_came_before(rng, anywhere, dtype, dim, rows):
+    """On the CPU codes of a `KVStore`. Every second row sees nothing in one of them."""
+    q, k, v = arrays(rng, dtype, heads=4, kv_heads=2, rows=rows, keys=70, dim=dim)
+    for option in ("mask", "mask of all", "bias", "bias that hides", "segments", "visible until", "state"):
+        options = {name: as_taken(x) for name, x in OPTIONS[option](rng, 1, 4, rows, 70).items()}
+        if option == "state":
+            options["state"] = tuple(map(as_taken, earlier(rng, 1, 4, rows, dim=dim)))
+        check_anywhere(anywhere, q, k, v, **options)
+    _, lse = check_anywhere(anywhere, q, k, v, mask=np.zeros((rows, 70), bool))
+    assert np.isneginf(lse).all()
+
+
+def test_no_keys(rng, device):
+    q, k, v = arrays(rng, F16, heads=4, kv_heads=2, rows=1, keys=0, dim=64)
+    keys, values = (gpu.encode_rows(put(device, x), device=device) for x in (k, v))
+    out, lse = gpu.attention(put(device, q), keys, values, return_lse=True, device=device)
+    assert not get(out).any() and np.isneginf(get(lse)).all()
 
 
 def test_offsets_far_from_zero(rng, device):

@@ -1,8 +1,6 @@
 """The back end over CuPy, driven by a stand-in for CuPy: public calls from arrays of a device to kernels and back."""
 
 import json
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,24 +8,12 @@ import pytest
 import longattn as la
 import tolerances
 from emu import emulator
-from gpu import fake_cupy
 from longattn import cli, gpu
-from longattn.gpu import _costs, _cupy
+from longattn.gpu import _costs
 from longattn.reference import dense as reference
 from random_arrays import BF16, DTYPES, F16, F32, qkv
 
 pytestmark = pytest.mark.skipif(not emulator.available(), reason="the emulator needs g++ on x86-64")
-
-
-@pytest.fixture
-def cupy(monkeypatch):
-    """CuPy, as far as it is needed."""
-    made = fake_cupy.modules()
-    for name, module in made.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    _cupy._of_number.cache_clear()
-    yield made["cupy"]
-    _cupy._of_number.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,19 +48,6 @@ def test_host_cache(rng, cupy, monkeypatch, reads):
     out = cache.attend(cupy.asarray(q), top_k=600)
     tolerances.device_attention(q, k, v).check(out.get(), reference.attention(q, k, v))
     assert (cache.costs is not None) == (reads == "auto")
-
-
-def test_kernels_go_to_the_stream_that_torch_uses(rng, cupy, monkeypatch):
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
-    monkeypatch.setattr(fake_cupy._Stream, "entered", [])
-    q, k, v = (
-        cupy.asarray(x) for x in qkv(rng, heads=1, kv_heads=1, rows=1, keys=20, dim=64, q_dtype=F32, kv_dtype=F32)
-    )
-    la.attention(q, k, v)
-    assert set(fake_cupy._Stream.entered) == {77} and len(fake_cupy._Stream.entered) == 2  # a split, a merge
 
 
 def test_arrays_of_the_host_beside_those_of_a_device(rng, cupy):

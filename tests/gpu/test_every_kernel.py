@@ -9,6 +9,7 @@ from gpu import (
     test_chunked_recurrence,
     test_coded_rows,
     test_hash_topk,
+    test_lists,
     test_neighborhood_attention,
     test_signatures,
 )
@@ -32,12 +33,12 @@ def attention(rng, device, dtype, dim):
 
 def lists(rng, device, dtype, dim):
     """Blocks of 64 and of 128 rows; merged parts."""
-    test_attention.test_merge_of_disjoint_sets_is_attention_over_all(rng, device, dtype)
+    test_lists.test_merge_of_disjoint_sets_is_attention_over_all(rng, device, dtype)
     test_attention.check(device, *test_attention.arrays(rng, dtype, heads=1, kv_heads=1, rows=70, keys=70, dim=dim))
     if dim == 64:
-        test_attention.test_block_sparse_is_masked_attention(rng, device, dtype, 64, True)
+        test_lists.test_blocks_are_a_mask(rng, device, dtype, 64, True)
     elif dtype != F32:
-        test_attention.test_block_sparse_with_wide_heads(rng, device, dtype)
+        test_lists.test_blocks_with_other_heads(rng, device, dtype, 1, dim, 64)
 
 
 def neighbourhood(rng, device, dtype, dim):

@@ -63,6 +63,13 @@ def test_head_sizes(rng, anywhere, dtype, dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_groups_of_heads(rng, anywhere, dtype, group):
+    q, k, v = arrays(rng, dtype, (5, 6), heads=2 * group, kv_heads=2)
+    check(anywhere, q, k, v, window=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_options_of_scores(rng, anywhere, dtype, dim):
     q, k, v = arrays(rng, dtype, (5, 6), batch=2, heads=4, kv_heads=2, dim=dim)

@@ -7,7 +7,7 @@ import pytest
 
 import longattn as la
 from longattn.index import by_name
-from longattn.retrieval.ways import WAYS, Way, chosen
+from longattn.retrieval.ways import FURTHER, WAYS, Way, chosen
 
 ROWS, HEADS, DIM = 2048, 2, 32
 
@@ -28,21 +28,25 @@ def test_every_kind_is_known_by_its_name():
 
 
 def test_names_of_ways_differ():
-    assert len({way.name for way in WAYS}) == len(WAYS)
-    # The weights of an encoder are the model's: no way has them.
+    assert len({way.name for way in (*WAYS, *FURTHER)}) == len(WAYS) + len(FURTHER)
+    # The weights of an encoder are the model's: those of a further way are random.
+    assert {way.kind for way in (*WAYS, *FURTHER)} == set(la.index.KINDS)
     assert {way.kind for way in WAYS} == {kind for kind in la.index.KINDS if not by_name.needed(kind)}
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("way", (*WAYS, *FURTHER), ids=lambda way: way.name)
 def test_a_way_with_every_row_is_exact_attention(store, way: Way):
     rng = np.random.default_rng(1)
     q = rng.normal(size=(4, 1, DIM)).astype(np.float32)
     index = way.index(store, rng.normal(size=(4, 256, DIM)).astype(np.float32))
-    result = la.retrieval_attention(q, store, index, top_k=ROWS, window=64, rest=way.rest)
+    result = la.retrieval_attention(q, store, index, window=64, **way.budget(2 * ROWS))  # samples read half of it
     if way.kind != "lsh":  # which samples, whatever the budget
         np.testing.assert_allclose(result.out, la.attention(q, store.keys, store.values), atol=2e-5)
-    few = la.retrieval_attention(q, store, index, top_k=100, window=64, rest=way.rest)
+    few = la.retrieval_attention(q, store, index, window=64, **way.budget(100))
     assert few.stats is not None
+    if way.epsilon is not None:  # of so few rows no sample promises anything
+        assert not few.stats.verified.any() and (few.stats.keys_attended == ROWS).all()
+        return
     assert (few.stats.keys_attended <= 4 + 64 + 100 + 16).all()
     assert (few.stats.keys_total == ROWS).all()
 

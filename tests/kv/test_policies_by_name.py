@@ -5,7 +5,7 @@ import pytest
 
 import longattn as la
 from longattn.kv import evict
-from longattn.retrieval.ways import POLICIES, WAYS, chosen_of_all, heaviest
+from longattn.retrieval.ways import FURTHER, POLICIES, WAYS, chosen_of_all, heaviest
 
 HEADS, GROUP, DIM, LENGTH = 2, 2, 16, 300
 BUDGET = {"rows": 60, "sinks": 4, "window": 16}
@@ -95,7 +95,7 @@ def test_heaviest_rows(prompt):
 def test_names_of_ways_and_policies():
     ways, policies = chosen_of_all("H2O,1 bit")
     assert [way.name for way in ways] == ["signatures, 1 bit"] and [way.name for way in policies] == ["H2O"]
-    assert tuple(map(len, chosen_of_all("all"))) == (len(WAYS), len(POLICIES))
+    assert tuple(map(len, chosen_of_all("all"))) == (len(WAYS) + len(FURTHER), len(POLICIES))
     with pytest.raises(ValueError, match=r"ways: got 'no such', expected part of one of .*SnapKV"):
         chosen_of_all("no such")
 

@@ -88,11 +88,31 @@ def test_parts_continue_one_another(rng, isa):
 
 
 def test_skipping_is_bounded(rng, isa):
-    q, k, v = qkv(rng, rows=64, keys=1024, spread=30.0)
+    q, k, v = qkv(rng, rows=64, keys=1024)
+    q[..., 0], q[..., 1:] = 4.0, 0.3 * q[..., 1:]
+    k[..., 0] = np.repeat(np.float32([0, -3, -10, -8]), 256) + 0.3 * k[..., 0]
     mask = random_mask(rng, lengths=(64, 1024), block_q=64, block_k=32)
     exact, lse = la.block_sparse_attention(q, k, v, mask, return_lse=True)
     out, less = la.block_sparse_attention(q, k, v, mask, skip_threshold=1e-3, return_lse=True)
     assert (np.abs(out - exact) <= 2 * 1024 * 1e-3 * np.abs(v).max()).all() and (less <= lse + 1e-5).all()
+    assert (out != exact).any()
+
+
+@pytest.mark.parametrize("rows", [4, 64, 200])
+def test_what_lies_below_the_threshold_is_skipped(rng, isa, rows):
+    """Keys of a hundredth of the largest weight count for a threshold below that, and for one above they do not."""
+    q, k, v = qkv(rng, rows=rows, keys=1024, dim=16)
+    q[:], k[:] = 0.0, 0.01 * k
+    q[..., 0] = 4.0  # logits are the keys' first numbers, but for a little
+    k[..., 0] -= np.where(np.arange(1024) < 256, 0, np.log(100)).astype(np.float32)
+    v[:, :, 256:] += 50.0
+    mask = la.BlockMask.from_blocks(np.ones((1, 4), bool), lengths=(rows, 1024), block_q=rows, block_k=256)
+    first = la.BlockMask.from_blocks(np.eye(1, 4, dtype=bool), lengths=(rows, 1024), block_q=rows, block_k=256)
+    every, near = (la.block_sparse_attention(q, k, v, x, return_lse=True) for x in (mask, first))
+    assert np.abs(every[0] - near[0]).min() > 0.5 and (every[1] - near[1] > 0.02).all()
+    for threshold, (expected, expected_lse) in ((0.05, near), (0.002, every)):
+        out, lse = la.block_sparse_attention(q, k, v, mask, skip_threshold=threshold, return_lse=True)
+        tolerances.same_storage(q, k, v).check(out, expected, lse, expected_lse)
 
 
 def test_codes(rng, isa):
@@ -208,8 +228,15 @@ def test_union_and_intersection(rng):
 
 def test_plot(rng):
     pytest.importorskip("matplotlib").use("Agg")
-    ax = random_mask(rng, heads=2).plot(head=1)
-    assert ax.get_xlabel() == "key"
+    mask = random_mask(rng, batch=2, heads=2)
+    ax = mask.plot(batch=1, head=1)
+    (drawn,) = ax.collections
+    np.testing.assert_array_equal(drawn.get_array(), mask.blocks()[1, 1])
+    places = drawn.get_coordinates()
+    np.testing.assert_array_equal(places[0, :, 0], mask.key_bounds)
+    np.testing.assert_array_equal(places[:, 0, 1], mask.query_bounds)
+    assert ax.get_xlim() == (0, 130) and ax.get_ylim() == (100, 0)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("key", "query")
 
 
 def fields(**change):
@@ -238,6 +265,8 @@ def fields(**change):
         ({"block_q": 0}, ValueError, r"block_q: got 0, expected at least 1"),
         ({"block_k": 0}, ValueError, r"block_k: got 0, expected at least 1"),
         ({"first_q": 5}, ValueError, r"first_q: got 5, expected 1 to 4"),
+        ({"block_q": 9}, ValueError, r"block_q: got 9, expected at most the length, 8"),
+        ({"block_k": 13}, ValueError, r"block_k: got 13, expected at most the length, 12"),
         ({"block_k": 2.0}, TypeError, r"block_k: got 2.0, expected an integer"),
     ],
 )
@@ -247,14 +276,10 @@ def test_bad_masks(change, error, message):
         la.BlockMask(**fields(**change))
 
 
-def test_bad_combinations(rng):
+def test_bad_combinations_and_blocks():
     mask = la.BlockMask(**fields())
-    with pytest.raises(ValueError, match=r"other: got block_k 6, expected 4"):
-        mask | la.BlockMask(**fields(block_k=6, indices=np.array([0, 0, 1])))
     with pytest.raises(TypeError, match=r"other: got int, expected a BlockMask"):
         mask & 3
-    with pytest.raises(ValueError, match=r"other: got shape \(1, 2, 2\), expected \(1, 1, 2\)"):
-        mask & random_mask(rng, heads=2, lengths=(8, 12), block_q=4, block_k=4)
     with pytest.raises(ValueError, match=r"blocks: got 4 key blocks, expected 3"):
         la.BlockMask.from_blocks(np.ones((2, 4), bool), lengths=(8, 12), block_q=4, block_k=4)
     with pytest.raises(TypeError, match=r"blocks: got dtype float64, expected bool"):

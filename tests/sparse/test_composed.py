@@ -6,7 +6,8 @@ import pytest
 
 import longattn as la
 import tolerances
-from longattn.sparse import Antidiagonal, DynamicBlocks, Intersection, PerHead, Union, VerticalSlash
+from longattn.sparse import Antidiagonal, DynamicBlocks, Intersection, Moba, PerHead, Sparge, Union, VerticalSlash
+from longattn.sparse.ways import PROMPT_WAYS
 from random_arrays import qkv
 from random_lists import random_lists, random_mask
 
@@ -46,7 +47,11 @@ def test_lists_with_a_bias_make_no_table(rng):
 def test_plot_of_lists(rng):
     pytest.importorskip("matplotlib").use("Agg")
     lists = random_lists(rng, heads=2)
-    ax = lists.plot(head=1, cells=64)
+    ax = lists.plot(head=1, cells=65)
+    (drawn,) = ax.collections
+    shares = lists.to_dense_mask()[0, 1, lists.query_bounds[:-1]].reshape(-1, 65, 2).mean(axis=-1)
+    np.testing.assert_array_equal(drawn.get_array(), shares)
+    assert 0 < shares.mean() < 1
     assert ax.get_xlim() == (0, 130) and ax.get_ylim() == (100, 0)
 
 
@@ -68,10 +73,100 @@ def test_selectors_compose(rng):
         tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, mask=dense, causal=True))
 
 
-def test_selectors_of_different_kinds_do_not(rng):
-    q, k, _ = qkv(rng, rows=96, keys=96)
-    with pytest.raises(TypeError, match=r"other: got RowLists, expected a BlockMask"):
-        Union([DynamicBlocks(top_k=2, block=16), VerticalSlash()])(q, k, causal=True)
+@pytest.mark.parametrize("rows", [1, 5, 9])
+@pytest.mark.parametrize("way", PROMPT_WAYS, ids=lambda way: way.name)
+def test_prompts_shorter_than_a_block(rng, way, rows):
+    """Selectors take them whole: what is left of a block is a block."""
+    q, k, v = qkv(rng, rows=rows, keys=9)
+    chosen = way.selector(q, k, causal=True, scale=None)
+    out = la.sparse_attention(q, k, v, chosen, causal=True)
+    tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, causal=True))
+    if isinstance(chosen, la.BlockMask):
+        assert chosen.block_q <= rows and chosen.block_k <= 9
+
+
+def test_selectors_by_operators(rng):
+    q, k, v = qkv(rng, rows=96, keys=96)
+    one, other = Sparge(block_q=32, block_k=24, theta=0.0, cdf=0.6), DynamicBlocks(top_k=1, block=16)
+    masks = [x(q, k, causal=True).to_dense_mask() for x in (one, other)]
+    assert masks[0].mean() > masks[1].mean() > 0
+    for made, expected in ((one | other, masks[0] | masks[1]), (one & other, masks[0] & masks[1])):
+        chosen = made(q, k, causal=True)
+        assert isinstance(chosen, la.BlockMask) and (chosen.block_q, chosen.block_k) == (16, 8)
+        np.testing.assert_array_equal(chosen.to_dense_mask(), expected)
+        out = la.sparse_attention(q, k, v, made, causal=True)
+        tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, mask=expected, causal=True))
+
+    def first_keys(q, k, *, causal, scale):
+        return la.BlockMask.from_blocks(np.eye(1, 12, dtype=bool), lengths=(96, 96), block_q=96, block_k=8)
+
+    for made in (first_keys | one, one | first_keys, first_keys | (one & one)):
+        chosen = made(q, k, causal=True).to_dense_mask()
+        np.testing.assert_array_equal(chosen, masks[0] | (np.arange(96) < 8))
+    np.testing.assert_array_equal((first_keys & one)(q, k).to_dense_mask()[..., 8:], False)
+
+
+def test_selectors_of_different_kinds(rng):
+    q, k, v = qkv(rng, rows=96, keys=96)
+    blocks, keys = DynamicBlocks(top_k=2, block=16), VerticalSlash(vertical=3, slash=5, last_q=8, n_sink=1, local=2)
+    masks = [x(q, k, causal=True).to_dense_mask() for x in (blocks, keys)]
+    assert not (masks[0] <= masks[1]).all() and not (masks[1] <= masks[0]).all()
+    table = np.stack([masks[i][:, h] for h, i in enumerate((0, 1, 1, 0))], axis=1)
+    for made, expected in (
+        (blocks | keys, masks[0] | masks[1]),
+        (keys & blocks, masks[0] & masks[1]),
+        (PerHead([blocks, keys], [0, 1, 1, 0]), table),
+        (blocks | keys | Moba(block=32, top_k=1), masks[0] | masks[1] | Moba(block=32, top_k=1)(q, k).to_dense_mask()),
+    ):
+        chosen = made(q, k, causal=True)
+        assert isinstance(chosen, la.RowLists)
+        np.testing.assert_array_equal(chosen.to_dense_mask(), expected)
+        out = la.sparse_attention(q, k, v, made, causal=True)
+        tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, mask=expected, causal=True))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "sizes"),
+    [
+        ({"block_q": 16, "block_k": 8}, {"block_q": 16, "block_k": 12}, (16, 16, 4)),
+        ({"block_q": 16, "block_k": 8}, {"block_q": 24, "block_k": 8}, (8, 8, 8)),
+        ({"block_q": 16, "first_q": 4}, {"block_q": 8}, (4, 4, 8)),
+        ({"block_q": 16, "first_q": 6}, {"block_q": 32, "first_q": 22, "block_k": 64}, (16, 6, 8)),
+        ({"block_q": 7, "block_k": 9}, {"block_q": 5, "block_k": 4}, (1, 1, 1)),
+        ({"block_q": 100, "block_k": 130}, {"block_q": 6, "block_k": 10}, (6, 6, 10)),
+        ({"heads": 2, "batch": 2}, {"heads": 4, "block_k": 4}, (16, 16, 4)),
+        ({"heads": 1}, {"heads": 3}, (16, 16, 8)),
+    ],
+)
+def test_masks_of_different_blocks(rng, one, other, sizes):
+    masks = random_mask(rng, **one), random_mask(rng, **other)
+    dense = [x.to_dense_mask() for x in masks]
+    heads = max(x.shape[1] for x in dense)
+    dense = [np.repeat(x, heads // x.shape[1], axis=1) for x in dense]
+    for made, expected in ((masks[0] | masks[1], dense[0] | dense[1]), (masks[1] & masks[0], dense[0] & dense[1])):
+        assert (made.block_q, made.first_q, made.block_k) == sizes
+        np.testing.assert_array_equal(made.to_dense_mask(), expected)
+    lists = random_lists(rng, block_q=10, heads=heads)
+    for made, expected in (
+        (masks[0] | lists, dense[0] | lists.to_dense_mask()),
+        (lists & masks[1], dense[1] & lists.to_dense_mask()),
+    ):
+        assert isinstance(made, la.RowLists)
+        np.testing.assert_array_equal(made.to_dense_mask(), expected)
+
+
+def test_bad_combinations(rng):
+    mask, lists = random_mask(rng, heads=2), random_lists(rng, heads=3)
+    with pytest.raises(ValueError, match=r"other: got shapes \[\(1, 2\), \(1, 3\)\] of batch and heads, expected"):
+        mask | lists
+    with pytest.raises(ValueError, match=r"other: got lengths \(8, 130\), expected \(100, 130\)"):
+        mask & random_mask(rng, lengths=(8, 130))
+    with pytest.raises(ValueError, match=r"other: got lists with a bias, expected none"):
+        mask | random_lists(rng, bias=True)
+    with pytest.raises(TypeError, match=r"other: got int, expected a selector"):
+        DynamicBlocks() | 3
+    with pytest.raises(TypeError, match=r"other: got int, expected a selector"):
+        3 & DynamicBlocks()
     with pytest.raises(TypeError, match=r"selectors: got \(3,\)"):
         Union((3,))
     with pytest.raises(ValueError, match=r"which: got 1"):

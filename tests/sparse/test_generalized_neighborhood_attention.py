@@ -59,6 +59,84 @@ def test_every_window_of_an_axis(length):
             assert group + dilation * position == x
 
 
+# NATTEN's rule, in the form it is published in
+
+
+def natten_window(index, length, kernel, dilation, causal):
+    """First token and end (`start`, `end`, in steps of `dilation`) of a window without strides."""
+    if causal:
+        return max(index // dilation - kernel + 1, 0) * dilation + index % dilation, min(index + dilation, length)
+    half = kernel // 2
+    if dilation == 1:
+        start = max(index - half, 0) + (index + half >= length) * (length - index - half - 1)
+    elif index - half * dilation < 0:
+        start = index % dilation
+    elif index + half * dilation >= length:
+        whole = length // dilation * dilation
+        rest, place = length - whole, index % dilation
+        start = length - rest + place - 2 * half * dilation if place < rest else whole + place - kernel * dilation
+    else:
+        start = index - half * dilation
+    return start, min(start + kernel * dilation, length)
+
+
+def strided_window(index, length, kernel, stride, causal):
+    """First token and end of a window with strides: that of the leader of the group of queries `index` is in."""
+    group = index // stride * stride
+    if causal:
+        leader = min(group + stride - 1, length - 1)
+        return max(leader - kernel + 1, 0), index + 1
+    leader = min(group + stride // 2, length - 1)
+    left, right = kernel // 2, kernel // 2 + kernel % 2 - 1
+    start = max(leader - left, 0) + (leader + right >= length) * (length - right - leader - 1)
+    return start, start + kernel
+
+
+@pytest.mark.parametrize("length", range(1, 25))
+def test_windows_start_and_end_where_natten_has_them(length):
+    seen = 0
+    for window, stride, dilation, causal in rules_of(length):
+        if stride > 1 or (window % 2 == 0 and not causal):
+            continue
+        for index, (group, first, last, _) in enumerate(window_axis(length, window, 1, dilation, causal).intervals):
+            start, end = natten_window(index, length, window, dilation, causal)
+            expected = list(range(start, end, dilation))
+            assert [int(group) + dilation * u for u in range(int(first), int(last))] == expected
+            assert reference.window_tokens(index, length, window, 1, dilation, causal) == expected
+            seen += 1
+    assert seen >= length * (length + 1) // 2
+
+
+@pytest.mark.parametrize("length", range(1, 25))
+def test_windows_with_strides_start_and_end_where_natten_has_them(length):
+    for window, stride, causal in itertools.product(range(1, length + 1), range(1, length + 1), (False, True)):
+        if stride > window:
+            continue
+        for index, (_, first, last, _) in enumerate(window_axis(length, window, stride, 1, causal).intervals):
+            assert (int(first), int(last)) == strided_window(index, length, window, stride, causal)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 8, 11])
+def test_kernels_look_at_the_windows_that_natten_has(rng, isa, length):
+    """With the identity as values a query's output is other than 0 where its window is."""
+    q, k = (normal(rng, (1, 1, length, 4)) for _ in "qk")
+    v = np.eye(length, dtype=F32)[None, None]
+    for window, stride, dilation, causal in rules_of(length):
+        published = stride == 1 and (window % 2 or causal)
+        if not published and dilation > 1:
+            continue
+        seen = np.zeros((length, length), bool)
+        for index in range(length):
+            start, end = (
+                natten_window(index, length, window, dilation, causal)
+                if published
+                else strided_window(index, length, window, stride, causal)
+            )
+            seen[index, start:end:dilation] = True
+        out = gna(q, k, v, window=window, stride=stride, dilation=dilation, causal=causal)
+        np.testing.assert_array_equal(out[0, 0] != 0, seen)
+
+
 def test_every_rule_on_one_axis(rng):
     q, k, v = grid_qkv(rng, (7,), dim=4)
     for window, stride, dilation, causal in rules_of(7):

@@ -132,12 +132,24 @@ def test_the_density_is_the_share_of_kept_blocks(rng):
     assert stats.density == pytest.approx(blocks.mean()) and stats.scored == blocks.size
 
 
-def test_what_is_skipped_hardly_counts(rng, isa):
+def test_what_fifty_powers_of_two_leave_out_is_nothing(rng, isa):
     q, k, v = clustered(rng)
-    exact = sparge_attention(q, k, v, **SMALL, skip_log2=float("inf"))
-    out = sparge_attention(q, k, v, **SMALL, skip_log2=12.0)
-    assert np.abs(out - exact).max() <= 2 * 400 * 2**-12 * np.abs(v).max()
-    tolerances.same_storage(q, k, v).check(sparge_attention(q, k, v, **SMALL), exact)
+    exact = sparge_attention(8 * q, k, v, **SMALL, skip_log2=float("inf"))
+    tolerances.same_storage(q, k, v).check(sparge_attention(8 * q, k, v, **SMALL), exact)
+
+
+def test_what_is_skipped_does_not_count(rng, isa):
+    """Keys whose weights are 2^-7 of the largest are left out by 6 powers of two, and by 8 they are not."""
+    q, k, v = qkv(rng, rows=128, keys=1024, dim=16)
+    q[:], k[:] = 0.0, 0.01 * k
+    q[..., 0] = 4.0  # logits are the keys' first numbers, but for a little
+    k[..., 0] -= np.where(np.arange(1024) < 256, 0, 7 * np.log(2)).astype(np.float32)
+    v[:, :, 256:] += 50.0
+    every, near = la.attention(q, k, v), la.attention(q, k[:, :, :256], v[:, :, :256])
+    assert np.abs(every - near).min() > 0.5
+    for powers, expected in ((6.0, near), (8.0, every)):
+        out = sparge_attention(q, k, v, theta=1.0, block_k=256, skip_log2=powers)
+        tolerances.same_storage(q, k, v).check(out, expected)
 
 
 @pytest.mark.parametrize(

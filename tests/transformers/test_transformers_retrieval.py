@@ -6,12 +6,16 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.19")
 
+import longattn as la  # noqa: E402
+from longattn.index import by_name  # noqa: E402
 from longattn.transformers import LongAttnCache, RetrievalConfig  # noqa: E402
+from longattn.transformers.sequence import ReadCounts, ScoreOptions, Sequence  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
 WITHOUT_SOFTCAP = ("llama", "qwen3", "smollm3", "gpt_oss")
@@ -128,6 +132,49 @@ def test_budgets_by_error(build_model: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        {"epsilon": 0.3, "delta": 0.1, "relative_to": "values", "seed": 3},
+        {"rest": "sampled", "top_k": 200, "seed": 3},
+        {"rest": "sampled", "error": 0.1, "seed": 3},
+    ],
+    ids=str,
+)
+def test_samples(build_model: Any, arguments: dict[str, Any]) -> None:
+    """A step with an epsilon, or with a sampled rest, is that of `retrieval_attention` with the same seed."""
+    rng = np.random.default_rng(0)
+    store = la.KVStore(kv_heads=2, head_dim=16, dtype="float32", capacity=9000)
+    store.append(*(0.5 * rng.normal(size=(2, 2, 8000, 16))).astype(np.float32))
+    query = torch.from_numpy(rng.normal(size=(4, 40, 16)).astype(np.float32))
+    sequence = Sequence(store, None, RetrievalConfig(window=64, **arguments))
+    options = ScoreOptions(scale=0.25, softcap=0.0, sinks=None)
+    counts, out = ReadCounts(), torch.empty(4, 40, 16)
+    sequence.attend(query, options, decode=False, dense=None, counts=counts, out=out)
+    exact = out[:, -1:].clone()
+    sequence.attend(query[:, -1:], options, decode=True, dense=None, counts=counts, out=out[:, -1:])
+    index = la.index.Signatures(store)
+    direct = {name: given for name, given in arguments.items() if name != "error"}
+    if "error" in arguments:
+        direct["top_k"] = sequence.budgets
+    expected = la.retrieval_attention(query[:, -1:], store, index, scale=0.25, window=64, **direct)
+    assert torch.equal(out[:, -1:], expected.out)
+    other = la.retrieval_attention(query[:, -1:], store, index, scale=0.25, window=64, **direct | {"seed": 4})
+    assert not torch.equal(other.out, expected.out)
+    assert expected.stats is not None and (expected.stats.keys_sampled > 0).all()
+    assert counts.keys_read == expected.stats.keys_attended.sum() < counts.keys_visible == 16_000
+    assert (out[:, -1:] - exact).norm(dim=-1).max() <= 0.3 * 0.5 * 4
+
+
+def test_kinds_that_weigh_rows() -> None:
+    rng = np.random.default_rng(0)
+    store = la.KVStore(kv_heads=1, head_dim=16, dtype="float32", capacity=100)
+    store.append(*rng.normal(size=(2, 1, 60, 16)).astype(np.float32))
+    kinds = [kind for kind in by_name.KINDS if not by_name.needed(kind)]
+    weighing = {kind for kind in kinds if by_name.make(kind, store).weighs_rows}
+    assert weighing == by_name.WEIGH_ROWS and len(kinds) >= len(by_name.KINDS) - 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"top_k": 4, "top_p": 0.5}, "one of the two"),
@@ -141,6 +188,19 @@ def test_budgets_by_error(build_model: Any) -> None:
         ({"error": 0.0}, "error: got 0.0"),
         ({"error": float("nan")}, "error: got nan"),
         ({"error": "small"}, "error: got 'small'"),
+        ({"epsilon": 0.0}, "epsilon: got 0.0"),
+        ({"epsilon": 0.1, "top_k": 4}, "epsilon: got 0.1 beside top_k=4"),
+        ({"epsilon": 0.1, "top_p": 0.4}, "epsilon: got 0.1 beside top_p=0.4"),
+        ({"epsilon": 0.1, "rest": "none"}, "epsilon: got 0.1 beside rest='none'"),
+        ({"epsilon": 0.1, "error": 0.1}, "error: got 0.1 beside epsilon=0.1"),
+        ({"epsilon": 0.1, "delta": 1.0}, "delta: got 1.0"),
+        ({"epsilon": 0.1, "relative_to": "keys"}, "relative_to: got 'keys'"),
+        ({"epsilon": 0.1, "index": "pages"}, "epsilon: got 0.1 with pages that weigh no single rows"),
+        ({"delta": 0.1}, "delta: got 0.1 without epsilon"),
+        ({"relative_to": "values"}, "relative_to: got 'values' without epsilon"),
+        ({"rest": "sampled", "top_p": 0.4}, "rest: got 'sampled' with top_p"),
+        ({"rest": "sampled", "index": "hashes"}, "rest: got 'sampled' with hashes that weigh no single rows"),
+        ({"seed": -1}, "seed: got -1"),
         ({"top_k": 4, "window": -1}, "window"),
         ({"top_k": 4, "sinks": -1}, "sinks"),
         ({"top_k": 4, "min_length": 1.5}, "min_length"),

@@ -9,7 +9,15 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.19")
 
-from longattn.sparse import Antidiagonal, DynamicBlocks, FlexPrefill, Sparge, VerticalSlash  # noqa: E402
+import longattn as la  # noqa: E402
+from longattn.sparse import (  # noqa: E402
+    Antidiagonal,
+    DynamicBlocks,
+    FlexPrefill,
+    Sparge,
+    VerticalSlash,
+    by_name,
+)
 from longattn.transformers import EvictionConfig, LongAttnCache, RetrievalConfig, SparsePrefill  # noqa: E402
 
 SELECTORS = {
@@ -100,7 +108,32 @@ def test_no_prefill_beside_eviction(build_model: Any) -> None:
         LongAttnCache(build_model("llama").config, eviction=how, prefill=SparsePrefill(Sparge()))
 
 
+def test_selectors_by_name(build_model: Any) -> None:
+    """A name and parameters are the selector that they name."""
+    model = build_model("llama")
+    model.set_attn_implementation("longattn")
+    text = prompts(1, 300)
+    parameters = {"top_k": 2, "block": 16}
+    named, stats = logits(model, text, SparsePrefill("dynamic_block_topk", 0, parameters))
+    made, _ = logits(model, text, SparsePrefill(DynamicBlocks(**parameters), min_length=0))
+    assert torch.equal(named, made) and stats.layers[0].prompt_density < 0.3
+    for name, kind in by_name.SELECTORS.items():
+        how = {"budget": 64} if name == "dhsa_select" else {}
+        assert SparsePrefill(name, parameters=how).made == kind(**how)
+        assert name in {method.name for method in la.methods("sparse")}
+
+
 def test_bad_prefill() -> None:
+    with pytest.raises(ValueError, match="selector: got 'most', expected one of anchor_attention"):
+        SparsePrefill("most")
+    with pytest.raises(TypeError, match="top_k: no parameter of sparge_attention, which has"):
+        SparsePrefill("sparge_attention", parameters={"top_k": 3})
+    with pytest.raises(TypeError, match="budget: got none, expected the parameter that dhsa_select needs"):
+        SparsePrefill("dhsa_select")
+    with pytest.raises(ValueError, match="top_k"):
+        SparsePrefill("moba_select", parameters={"top_k": 0})
+    with pytest.raises(TypeError, match="parameters: got some beside a selector"):
+        SparsePrefill(Sparge(), parameters={"cdf": 0.5})
     with pytest.raises(TypeError, match="selector: got int"):
         SparsePrefill(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_length: got -1"):

@@ -60,16 +60,15 @@ class Asked:
         return Built(way, made, seconds)
 
     def retrieve(self, built: Built, query: NDArray[Any], top_k: int, *, listed: bool = False) -> la.RetrievalResult:
-        """One query `[Hq, 1, D]` through the way, with `top_k` rows beside sinks and window."""
+        """One query `[Hq, 1, D]` through the way, with `top_k` rows beside sinks and window, or its own."""
         return la.retrieval_attention(
             query,
             self.store,
             built.index,
-            top_k=top_k,
             sinks=self.sinks,
             window=self.window,
-            rest=built.way.rest,
             return_selected=listed,
+            **built.way.budget(top_k),
         )
 
     def rotating(self, built: Built, top_k: int) -> Callable[[], la.RetrievalResult]:

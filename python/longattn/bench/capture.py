@@ -49,8 +49,10 @@ COLUMNS: tuple[Column, ...] = (
 LENGTH, QUICK_LENGTH = 16384, 2048
 #: Name, parameter, its values, and what makes the selector.
 SWEEPS: Mapping[str, tuple[str, Sequence[float], Callable[[Any], Selector]]] = {
-    "sparge": ("cdf", (0.3, 0.5, 0.7, 0.9, 0.95, 0.99), lambda x: Sparge(cdf=x, theta=0.3)),
-    "sale": ("tau", (0.5, 0.1, 0.03, 0.008, 0.002), lambda x: Sale(tau=x)),
+    # Rows of this model's blocks are hardly alike: above 0.05 `theta` would take nearly every block.
+    "sparge": ("cdf", (0.3, 0.5, 0.7, 0.9, 0.95, 0.99), lambda x: Sparge(cdf=x, theta=0.0, sink=True)),
+    # Its sinks and near keys weigh little: weights that are small beside theirs are those of most blocks.
+    "sale": ("tau", (1e4, 300.0, 30.0, 10.0, 3.0, 1.0, 0.1), lambda x: Sale(tau=x)),
     "anchor": ("theta", (0.0, 2.0, 4.0, 6.0, 9.0, 12.0), lambda x: Anchor(theta=x, step=4)),
     "dhsa": (
         "budget",

@@ -1,7 +1,8 @@
 """Every way to read a part of a store, at equal budgets of rows, on the same queries.
 
 A way is an index with its parameters, or rows that a policy keeps for all queries. All ways read the same sinks and
-window and as many rows beside them (the sampling ones as many as they draw). The table says what they found, how far
+window and as many rows beside them (the sampling ones as many as they draw, verified ones as many as their promise
+takes). The table says what they found, how far
 their output is from exact attention, what they read and how long they took.
 """
 
@@ -26,7 +27,7 @@ from longattn.bench.sections import Section, all_rows, grouped, whole
 from longattn.bench.stored import empty_store, prepared
 from longattn.bench.tables import Column, count, table
 from longattn.kv.evict.compressed import CompressedPrompt
-from longattn.retrieval.ways import Kept, Way, chosen_of_all
+from longattn.retrieval.ways import WAYS, Kept, Way, chosen_of_all
 
 SUMMARY = "every way to read a part of a store at equal budgets: what it finds, its error, its time, its index"
 COLUMNS: tuple[Column, ...] = (
@@ -47,6 +48,8 @@ COLUMNS: tuple[Column, ...] = (
     Column("index B/key", "index_bytes_per_key", ".1f"),
     Column("build s", "build_s", ".2f"),
 )
+#: Beside the others where the demo was recorded, too.
+NEEDLES = Column("needles", "needles", ".2f")
 EXACT = "longattn.attention"
 SAMPLE = 128  # queries of the prefill that policies judge by
 QUICK_LENGTH, QUICK_WINDOW = 4096, 64
@@ -196,11 +199,23 @@ def panels(result: Result) -> list[Panel | Bars | Scatter]:
     return drawn
 
 
+def _needles(found: Sequence[Result]) -> dict[str, float]:
+    """Accuracy of the demo's model through each way, of exact attention's, over the longest text that was recorded."""
+    rows = [row for row in all_rows(found, "demo") if row.get("accuracy_of_exact") is not None]
+    longest = max((row["keys"] for row in rows), default=0)
+    ours = {"retrieval": WAYS[0].name, "exact": EXACT}
+    names = {name: ours.get(name, name) for name in (str(row["method"]) for row in rows)}
+    return {names[row["method"]]: row["accuracy_of_exact"] for row in rows if row["keys"] == longest}
+
+
 def _tables(found: Sequence[Result]) -> list[str]:
     lines: list[str] = []
+    needles = _needles(found)
+    columns = (*COLUMNS[2:], NEEDLES) if needles else COLUMNS[2:]
     for (name, keys, threads), mine in grouped(all_rows(found, "compare"), "vectors", "keys", "threads").items():
         mine.sort(key=lambda row: row.get("error_v") or 0)
-        lines += ["", f"{name}, {keys} keys, {count(threads)}:", "", *table(mine, COLUMNS[2:])]
+        joined = [row | {"needles": needles.get(row["method"])} for row in mine]
+        lines += ["", f"{name}, {keys} keys, {count(threads)}:", "", *table(joined, columns)]
     return lines
 
 
@@ -210,9 +225,10 @@ SECTIONS = (
         "compare",
         "Ways to read a part of the store",
         "Every way of `longattn compare` at the same budget of rows, sinks and window among them (LSH tables read what "
-        "they draw), on one set of queries, by their error. `recall`: share of the query group's best rows among those "
-        "selected; `mass`: share of the softmax mass in the rows read; `bytes read`: rows and index, of all keys and "
-        "values.",
+        "they draw, verified ways what their promise takes), on one set of queries, by their error. `recall`: share of "
+        "the query group's best rows among those selected; `mass`: share of the softmax mass in the rows read; `bytes "
+        "read`: rows and index, of all keys and values. `needles`: of the demo, over its longest text and with its own "
+        "`--top-k`: the accuracy of its model through the same way, of that with exact attention.",
         _tables,
         whole("compare", panels),
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,8 @@ class EachMethod:
         cases: arguments of each method by its name.
         plain: the same in torch: takes the arguments and returns a call.
         further: names of methods of other families, which this one measures, too.
+        calls: what is called in place of the registry's function, where that is a class say, and functions with a row
+            besides the registry's.
     """
 
     routine: str
@@ -64,6 +66,7 @@ class EachMethod:
     cases: Mapping[str, Callable[[Any], Arguments]]
     plain: Mapping[str, Callable[..., Call]]
     further: tuple[str, ...] = ()
+    calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds the routine's options to `parser`."""
@@ -88,7 +91,7 @@ class EachMethod:
         """What is measured, by name: the families' methods in the registry's order, then the others."""
         own = {method.name: method.function for family in self.families for method in methods(family)}
         others = {method.name: method.function for method in methods()} if self.further else {}
-        return {**own, **{name: others[name] for name in self.further}}
+        return {**own, **{name: others[name] for name in self.further}, **self.calls}
 
     def _case(self, bench: Bench, name: str, function: Callable[..., Any], threads: int) -> list[Row]:
         inputs = self.inputs(bench.quick)

@@ -69,7 +69,20 @@ SCAN_COLUMNS: tuple[Column, ...] = (
     Column("select ms", "select_ms", ".2f"),
     Column("select/scan", "select_of_scan", ".2f"),
 )
+#: What making the index costs beside prefill.
+BUILD_COLUMNS: tuple[Column, ...] = (
+    Column("threads", "threads"),
+    Column("vectors", "vectors"),
+    Column("Hq/Hkv×D", "shape"),
+    Column("keys", "keys"),
+    Column("index build s", "build_s", ".3f"),
+    Column("query rows timed", "prefill_rows"),
+    Column("prefill s (scaled by pairs)", "prefill_s", ".2f"),
+    Column("build/prefill", "build_of_prefill", ".1%"),
+)
 EXACT = "longattn.attention"
+#: Last rows of a prefill whose attention is timed, for all of them.
+PREFILL_ROWS = 256
 QUICK_LENGTH, QUICK_WINDOW = 4096, 64
 Rest = Literal["values", "none"]
 
@@ -108,6 +121,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     heads = args.heads.split(",") if args.heads else None
     rows: list[Row] = []
     indexes: dict[str, Any] = {}
+    builds: list[Row] = []
     for name in prepared(bench, names, asked=bool(args.vectors)):
         bench.say(f"retrieval on {name}, {length} keys: loading")
         data = vectors.load(name, length=length, groups=groups, heads=heads)
@@ -118,12 +132,18 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
             f"index of {name}: {figures['index_bytes'] / 1e6:.0f} MB, {share:.1%} of the store, "
             f"{figures['index_bytes_per_key']:.1f} bytes per key and head, made in {figures['build_s']:.1f} s"
         )
+        builds.append(case.build_row())
         rows += case.rows(top_ks, with_quality=True)
         if not bench.quick and not args.no_sweep:
             for shorter in (length // 8, length // 4, length // 2):
                 case = _Case(bench, _shortened(data, shorter), args.dtype, args.bits, args.sinks, window)
                 rows += case.rows(top_ks[:1], with_quality=False)
-    return {"rows": rows, "indexes": indexes, "slopes": slopes(rows, ("method", "vectors", "threads"))}
+    return {
+        "rows": rows,
+        "indexes": indexes,
+        "builds": builds,
+        "slopes": slopes(rows, ("method", "vectors", "threads")),
+    }
 
 
 class _Case:
@@ -147,6 +167,37 @@ class _Case:
             "store_bytes": self.store.nbytes,
             "index_bytes_per_key": self.index.nbytes / keys,
             "heads": list(self.data.heads),
+        }
+
+    def build_row(self) -> Row:
+        """The time of building the index beside that of dense prefill over the same keys and values.
+
+        The whole prefill would take minutes: its last rows are timed, and the time is scaled by the pairs of queries
+        and keys.
+        """
+        data, keys = self.data, len(self.data)
+        rows = min(PREFILL_ROWS, keys)
+        asked = np.resize(data.prefill_queries, (rows, data.query_heads, data.head_dim)).astype(self.dtype)
+        q = np.ascontiguousarray(asked.transpose(1, 0, 2))
+        self.bench.say(f"retrieval on {data.name}, {keys} keys: prefill")
+
+        def prefill() -> Any:
+            return la.attention(q, self.store.keys, self.store.values, causal=True)
+
+        prefill()
+        seconds = statistics.median(timed(prefill)[0] for _ in range(min(self.bench.rounds, 3)))
+        pairs = rows * (2 * keys - rows + 1) / 2
+        whole = seconds * (keys * (keys + 1) / 2) / pairs
+        return {
+            "threads": self.bench.threads,
+            "vectors": data.name,
+            "shape": f"{data.query_heads}/{data.kv_heads}×{data.head_dim}",
+            "keys": keys,
+            "build_s": self.build_s,
+            "prefill_rows": rows,
+            "prefill_rows_s": seconds,
+            "prefill_s": whole,
+            "build_of_prefill": self.build_s / whole,
         }
 
     def rows(self, top_ks: list[int], *, with_quality: bool) -> list[Row]:
@@ -278,7 +329,12 @@ def _tables(found: Sequence[Result]) -> list[str]:
     if not rows:
         return []
     scans = [row for row in rows if row.get("scan_gb_s")]
-    return ["", *table(rows, COLUMNS), "", *table(scans, SCAN_COLUMNS)]
+    lines = ["", *table(rows, COLUMNS), "", *table(scans, SCAN_COLUMNS)]
+    builds = all_rows(found, "retrieval", "builds")
+    return [*lines, "", *table(builds, BUILD_COLUMNS)] if builds else lines
+
+
+COMMAND = "longattn bench retrieval --top-k 1024 --vectors synthetic,synthetic-flat,synthetic-sharp,lm,minilm"
 
 
 def _targets() -> list[Target]:
@@ -297,13 +353,26 @@ def _targets() -> list[Target]:
                 "retrieval",
                 figure,
                 bound,
-                "longattn bench retrieval --top-k 1024 --vectors synthetic,synthetic-flat,synthetic-sharp,lm,minilm",
+                COMMAND,
                 {"method": ("longattn.retrieval_attention, top_k 1024",)},
                 within={"keys": (131_072, 131_072)},
                 at_most=at_most,
                 form=form,
             )
         )
+    found.append(
+        Target(
+            "retrieval over 131,072 keys, build of the index, of the time of dense prefill",
+            "retrieval",
+            "build_of_prefill",
+            0.05,
+            COMMAND,
+            within={"keys": (131_072, 131_072)},
+            table="builds",
+            at_most=True,
+            form=".1%",
+        )
+    )
     return found
 
 
@@ -316,7 +385,9 @@ SECTIONS = (
         "relative to the norm of the output and to the rms row norm of V. `rows only`: without the estimate of the "
         "rest. Second table: `scan` reads the codes of every key, scores them and sums the scores; `of read`: bytes of "
         "codes a second over the read bandwidth measured just before; `weigh` turns scores into shares of the mass; "
-        "`select` picks the rows. Times are of the threads' work, spread over the threads.",
+        "`select` picks the rows. Times are of the threads' work, spread over the threads. Third: making the index "
+        "beside dense prefill of the same keys and values, of which the last rows are timed; the whole is that time "
+        "times the ratio of pairs of queries and keys.",
         _tables,
     ),
 )

@@ -1,8 +1,10 @@
 """Attention over random blocks of keys and over windows: time against the share of the pairs that is computed.
 
 `time / density` is the time over that of dense attention, divided by the density: 1 where time goes with density.
-Time of choosing is not in it: masks are given. With `--json` the rows of a density are written as soon as they are
-there, and the same command goes on where it was stopped.
+Masks are given, but for a row of dynamic blocks (`longattn.sparse.DynamicBlocks`), which are chosen in each call: its
+time is that of choosing and attention, the time of choosing alone stands beside it, and `time / density` is without it.
+With `--json` the rows of a density are written as soon as they are there, and the same command goes on where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ from longattn.bench.results import Result, Row
 from longattn.bench.sections import Section, all_rows, by_threads, grouped, whole
 from longattn.bench.tables import Column, count
 from longattn.bench.targets import Target
+from longattn.sparse import DynamicBlocks
 
 ROUTINE = "sparse"
 SUMMARY = "attention over blocks of keys and windows: time against density, beside torch's flex and masked attention"
 DENSE = "longattn.attention"
 OURS = "longattn.block_sparse_attention"
 WINDOW = "longattn.attention, window"
+#: Blocks that are chosen in the call, of this size.
+CHOSEN, CHOOSING, CHOSEN_BLOCK = "longattn.sparse_attention, dynamic blocks", "longattn.sparse.DynamicBlocks", 64
 COLUMNS: tuple[Column, ...] = (
     Column("threads", "threads"),
     Column("H", "query_heads"),
@@ -45,6 +50,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("min", "ms_min", ".4g"),
     Column("max", "ms_max", ".4g"),
     Column("calls", "calls"),
+    Column("choosing ms", "selection_ms", ".4g"),
     Column("of dense", "of_dense", ".3f"),
     Column("time / density", "per_density", ".2f"),
     Column("× ours", "times_ours", ".2f"),
@@ -85,19 +91,20 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     for (heads, _), dim, dtype, length in itertools.product(grid.heads, grid.head_dims, grid.dtypes, grid.keys):
         case = {"query_heads": heads, "head_dim": dim, "keys": length, "dtype": dtype}
         wanted = [
-            (threads, density)
+            (threads, density, make)
             for threads in bench.thread_counts
             for density in densities
-            if not kept.has(**case, threads=threads, asked=density)
+            for make, method in ((_case, DENSE), (_chosen, CHOSEN))
+            if not kept.has(**case, threads=threads, asked=density, method=method)
         ]
         if not wanted:
             continue
         rng = np.random.default_rng(0)
         arrays = [gaussian(rng, (1, heads, length, dim), DTYPES[dtype]) for _ in "qkv"]
-        for threads, density in wanted:
+        for threads, density, make in wanted:
             bench.say(f"sparse {heads} x {dim}, length {length}, {dtype}, density {density}")
             bench.use(threads)
-            kept.keep(*_case(bench, arrays, case | {"threads": threads, "asked": density}))
+            kept.keep(*make(bench, arrays, case | {"threads": threads, "asked": density}))
     return _result(kept.rows)
 
 
@@ -150,6 +157,27 @@ def _case(bench: Bench, arrays: list[NDArray[Any]], case: Row) -> list[Row]:
     return rows
 
 
+def _chosen(bench: Bench, arrays: list[NDArray[Any]], case: Row) -> list[Row]:
+    """The row of blocks that are chosen in the call, as many as the density asks for."""
+    q, k, v = arrays
+    blocks = -(-case["keys"] // CHOSEN_BLOCK)
+    selector = DynamicBlocks(top_k=max(1, round(case["asked"] * blocks)), block=CHOSEN_BLOCK)
+    outcomes = bench.interleave(
+        [
+            Candidate(DENSE, lambda: la.attention(q, k, v), peer=False),
+            Candidate(CHOOSING, lambda: selector(q, k), peer=False),
+            Candidate(CHOSEN, lambda: la.sparse_attention(q, k, v, selector), peer=False),
+        ]
+    )
+    (row,) = rows_of({CHOSEN: outcomes[CHOSEN]}, None, case)
+    row |= {"mask": f"dynamic blocks of {CHOSEN_BLOCK}", "density": selector(q, k).density()}
+    if row["ms"] is not None:
+        row["selection_ms"], dense = outcomes[CHOOSING].median_ms, outcomes[DENSE].median_ms
+        row["of_dense"] = row["ms"] / dense
+        row["per_density"] = max(row["ms"] - row["selection_ms"], 0.0) / dense / row["density"]
+    return [row]
+
+
 def _over(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: la.BlockMask) -> Any:
     return lambda: la.block_sparse_attention(q, k, v, mask)
 
@@ -181,7 +209,8 @@ SECTIONS = (
         "sparse",
         "Attention over blocks of keys and windows",
         "8 heads, not causal, random blocks. `of dense`: time over that of dense attention; `time / density`: this "
-        "over the share of the pairs that is computed. `× ours`: time over ours with the same mask. Masks are given.",
+        "over the share of the pairs that is computed. `× ours`: time over ours with the same mask. Masks are given; "
+        "dynamic blocks are chosen in the call, and `time / density` is without the time of choosing.",
         _tables,
         whole("sparse", panels),
     ),

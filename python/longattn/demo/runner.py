@@ -339,7 +339,7 @@ class RetrievalReader:
         sinks: int,
         window: int,
     ) -> None:
-        self.options: dict[str, Any] = {"top_k": top_k, "sinks": sinks, "window": window, "rest": way.rest}
+        self.options: dict[str, Any] = {"sinks": sinks, "window": window, **way.budget(top_k)}
         self.indexes = {i: way.index(store, prefill.queries(i)) for i, store in stores.items()}
         for index in self.indexes.values():
             index.update()

@@ -21,6 +21,7 @@ from longattn._checks import (
     scale_factor,
     softcap_value,
 )
+from longattn.gpu import index_sparse_attention, is_on_gpu
 
 
 def listed_attention(
@@ -63,6 +64,9 @@ def listed_attention(
     Cost:
         `Hq * Lq * n * (D + Dv)` multiply-adds; each listed row is read once per query row of its group.
 
+    Arrays of a GPU go to `longattn.gpu.index_sparse_attention`: at most 16 rows per KV head, lists of one length, no
+    `out`. Lists that lie there, `[B, Hkv, n]`, are looked at first, which waits for them.
+
     Example:
         >>> import numpy as np, longattn as la
         >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 8, 16), dtype=np.float32)
@@ -70,6 +74,11 @@ def listed_attention(
         >>> np.allclose(few, la.attention(q[:, :1], k[:, [1, 5, 6]], v[:, [1, 5, 6]]), atol=1e-6)
         True
     """
+    if is_on_gpu(q):
+        if out is not None:
+            raise ValueError("out: not offered for arrays of a GPU")
+        taken = {"scale": scale, "softcap": softcap, "sinks": sinks, "return_lse": flag(return_lse, "return_lse")}
+        return _on_gpu(q, k, v, rows, taken)
     qn, kn, vn = attention_inputs(q, k, v, ranks=(3, 4), codes=True)
     for x, name in ((kn, "k"), (vn, "v")):
         if x.shape[:-3] != qn.shape[:-3]:
@@ -88,6 +97,21 @@ def listed_attention(
         q4, k4, v4, out4 = (batched(x, 4) for x in (qn, kn, vn, result))
         _core.listed_attention(q4, k4, v4, lists, out4, batched(lse, 3), factor, cap, given)
     return returned(out, q, result, lse if return_lse else None)
+
+
+def _on_gpu(q: Any, k: Any, v: Any, rows: Any, taken: dict[str, Any]) -> Any:
+    """Lists on the device stay there, and are looked at first."""
+    if is_on_gpu(rows) and len(rows.shape) == 3:
+        return index_sparse_attention(q, k, v, rows, check=True, **taken)
+    if is_on_gpu(rows):
+        raise ValueError(f"rows: got shape {tuple(rows.shape)}, expected [B, Hkv, n] on a GPU")
+    heads = tuple(k.shape[:2])
+    lists = _lists(rows, heads, k.shape[2])
+    counts = {len(one) for one in lists}
+    if len(counts) > 1:
+        raise ValueError(f"rows: got lists of {min(counts)} to {max(counts)} rows, expected one length on a GPU")
+    each = np.array(lists, np.int32).reshape(*heads, -1 if lists and counts != {0} else 0)
+    return index_sparse_attention(q, k, v, each, **taken)
 
 
 def _lists(rows: Any, heads: tuple[int, ...], keys: int) -> list[NDArray[np.uint32]]:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from longattn import _core
 from longattn._arrays import Array, as_numpy, like
 from longattn._checks import batched, check_float_storage, check_floating
+from longattn.gpu import is_on_gpu
+from longattn.gpu import merge as merge_on_gpu
 from longattn.methods import Method
 from longattn.reference import dense as reference
 
@@ -21,7 +23,7 @@ def merge(parts: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
     With `(o, lse)` of each part as `attention(..., return_lse=True)` gives them, `lse = log(sum(exp(lse_p)))`
     and `out = sum(exp(lse_p - lse) * o_p)`: associative, and exact up to rounding. Parts whose lse is -inf
     saw no key and do not count, whatever their `o` holds. At most one part may have been given `sinks`, or
-    the sinks would count several times.
+    the sinks would count several times. Parts on a GPU, whose lse is float32, go to `longattn.gpu.merge`.
 
     Args:
         parts: pairs `(o, lse)`, at least one: `o` `[B, H, L, Dv]` or `[H, L, Dv]`, all of one shape and dtype
@@ -48,6 +50,8 @@ def merge(parts: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
     pairs = list(parts)
     if not pairs:
         raise ValueError("parts: got none, expected at least one pair (o, lse)")
+    if isinstance(pairs[0], tuple | list) and pairs[0] and is_on_gpu(pairs[0][0]):
+        return merge_on_gpu(pairs)
     outs: list[NDArray[Any]] = []
     lses: list[NDArray[np.float32]] = []
     for n, pair in enumerate(pairs):

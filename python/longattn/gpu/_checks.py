@@ -92,5 +92,77 @@ def sequence_ends(device: Device, bounds: Any, name: str, total: int) -> NDArray
         TypeError: no integers.
         ValueError: bounds that do not go from 0 to `total` without falling.
     """
-    on_host = bounds if isinstance(bounds, np.ndarray) or not hasattr(bounds, "shape") else device.download(bounds)()
-    return sequence_bounds(on_host, name, total)
+    return sequence_bounds(_on_host(device, bounds), name, total)
+
+
+def check_listed(
+    device: Device, rows: Any, lengths: Any, heads: tuple[int, int], keys: int, *, check: bool = False
+) -> None:
+    """Lists of rows `[B, Hkv, n]` of `keys` keys, of which the first `lengths` `[B]` count.
+
+    Numbers are looked at on the host, and with `check` those on the device too.
+
+    Raises:
+        TypeError: no integers.
+        ValueError: another shape, or numbers out of range.
+    """
+    shape = _shape(rows)
+    if len(shape) != 3 or shape[:2] != heads:
+        raise ValueError(f"rows: got shape {shape}, expected [{heads[0]}, {heads[1]}, n]")
+    if lengths is not None and _shape(lengths) != heads[:1]:
+        raise ValueError(f"lengths: got shape {_shape(lengths)}, expected [{heads[0]}]")
+    counts = np.full(heads[0], shape[2])
+    if lengths is not None:
+        if not (check or _is_on_host(lengths)):
+            return
+        counts = _integers(device, lengths, "lengths", shape[2] + 1)
+    if check or _is_on_host(rows):
+        of_rows = _on_host(device, rows)
+        for one, count in zip(of_rows, counts, strict=True):
+            _integers(device, one[:, :count], "rows", keys)
+
+
+def check_blocks(
+    device: Device, starts: Any, blocks: Any, expected: tuple[int, ...], limit: int, *, check: bool = False
+) -> None:
+    """Lists `blocks[starts[i] : starts[i + 1]]` of blocks below `limit`, as `check_listed`.
+
+    Raises:
+        TypeError: no integers.
+        ValueError: starts of another shape, or that fall; numbers out of range.
+    """
+    if _shape(starts) != expected:
+        raise ValueError(f"starts: got shape {_shape(starts)}, expected {expected}")
+    if len(_shape(blocks)) != 1:
+        raise ValueError(f"blocks: got shape {_shape(blocks)}, expected rank 1")
+    if not check and not (_is_on_host(starts) and _is_on_host(blocks)):
+        return
+    bounds = _integers(device, starts, "starts", _shape(blocks)[0] + 1)
+    if (np.diff(bounds, axis=-1) < 0).any():
+        raise ValueError("starts: got bounds that fall, expected each list to end where the next one begins")
+    named = np.zeros(_shape(blocks)[0] + 1, np.int64)  # what no list has may be anything
+    np.add.at(named, bounds[..., 0], 1)
+    np.add.at(named, bounds[..., -1], -1)
+    _integers(device, _on_host(device, blocks)[np.cumsum(named)[:-1] > 0], "blocks", limit)
+
+
+def _integers(device: Device, x: Any, name: str, limit: int) -> NDArray[Any]:
+    """Integers below a limit, on the host."""
+    numbers = _on_host(device, x)
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise TypeError(f"{name}: got dtype {numbers.dtype}, expected integers")
+    if numbers.size and not (int(numbers.min()) >= 0 and int(numbers.max()) < limit):
+        raise ValueError(f"{name}: got numbers from {numbers.min()} to {numbers.max()}, expected 0 to {limit - 1}")
+    return numbers
+
+
+def _is_on_host(x: Any) -> bool:
+    return isinstance(x, np.ndarray) or not hasattr(x, "shape")
+
+
+def _on_host(device: Device, x: Any) -> NDArray[Any]:
+    return np.asarray(x) if _is_on_host(x) else device.download(x)()
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return tuple(x.shape) if hasattr(x, "shape") else np.shape(x)

@@ -1,4 +1,4 @@
-"""The back end for a GPU: CuPy compiles and starts the kernels, on the stream the caller's arrays live on."""
+"""The back end for a GPU: CuPy compiles and starts the kernels, on the device and the stream of the caller's arrays."""
 
 from __future__ import annotations
 
@@ -12,38 +12,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import BFLOAT16, as_numpy
-from longattn.gpu._device import Launch, View
+from longattn.gpu._device import INSTALL, Launch, View, not_on_gpu
 from longattn.gpu._sources import source
 
-_INSTALL = "GPU functions need CuPy: pip install 'longattn[gpu]' (cupy-cuda13x; for CUDA 12 install cupy-cuda12x)"
 _DEFAULT_SHARED = 48 << 10  # a kernel that wants more must say so before it is started
 
 
 def current() -> CupyDevice:
-    """The back end of CuPy's current device.
+    """The back end for CuPy arrays of CuPy's current device.
 
     Raises:
         ImportError: CuPy is not installed.
     """
+    return _back_end(int(_cupy().cuda.Device().id), False)
+
+
+def holding(x: Any) -> CupyDevice:
+    """The back end for arrays of the kind of `x`, a CuPy array or a torch CUDA tensor, on its device.
+
+    Raises:
+        ImportError: CuPy is not installed.
+    """
+    cupy = _cupy()
+    if isinstance(x, cupy.ndarray):
+        return _back_end(int(x.device.id), False)
+    return _back_end(int(x.device.index), True)
+
+
+def _cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
-        raise ImportError(_INSTALL) from error
-    return _of_number(int(cupy.cuda.Device().id))
+        raise ImportError(INSTALL) from error
+    return cupy
 
 
 @cache
-def _of_number(number: int) -> CupyDevice:
-    return CupyDevice(number)
+def _back_end(number: int, of_torch: bool) -> CupyDevice:
+    return CupyDevice(number, of_torch)
 
 
 class CupyDevice:
-    """A `Device` over CuPy."""
+    """A `Device` over CuPy.
 
-    def __init__(self, number: int) -> None:
+    Args:
+        number: of the device.
+        of_torch: whether kernels go to torch's current stream of that device, as is right for torch tensors, in
+            place of CuPy's.
+    """
+
+    def __init__(self, number: int, of_torch: bool) -> None:
         import cupy
 
         self._cupy = cupy
+        self._number = number
+        self._of_torch = of_torch
         self._modules: dict[str, Any] = {}
         attributes = cupy.cuda.Device(number).attributes
         self.processors: int = attributes["MultiProcessorCount"]
@@ -52,41 +75,43 @@ class CupyDevice:
     def view(self, x: Any, name: str) -> View:
         """The memory of a CuPy array or a torch CUDA tensor."""
         if isinstance(x, self._cupy.ndarray):
+            self._check_place(int(x.device.id), name)
             address = int(x.data.ptr)
             strides = tuple(stride // x.itemsize for stride in x.strides)
             return View(np.uint64(address), x.shape, strides, str(x.dtype), x.itemsize, address, x)
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(x, torch.Tensor) and x.device.type == "cuda":
+            self._check_place(int(x.device.index), name)
             if x.requires_grad and torch.is_grad_enabled():
                 raise ValueError(f"{name}: got a tensor that requires grad; this function computes no gradients")
             address = int(x.data_ptr())
             dtype = str(x.dtype).removeprefix("torch.")
             return View(np.uint64(address), tuple(x.shape), tuple(x.stride()), dtype, x.element_size(), address, x)
-        kind = f"{type(x).__module__}.{type(x).__qualname__}"
-        raise TypeError(f"{name}: got {kind}, expected a CuPy array or a torch CUDA tensor")
+        raise TypeError(not_on_gpu(x, name))
+
+    def _check_place(self, number: int, name: str) -> None:
+        if number != self._number:
+            raise ValueError(f"{name}: got an array of device {number}, expected device {self._number} as of the first")
 
     def contiguous(self, x: Any) -> Any:
         """`x`, or a C-contiguous copy."""
         if not isinstance(x, self._cupy.ndarray):
             return x.contiguous()
-        with self._callers_stream():
+        with self.used():
             return self._cupy.ascontiguousarray(x)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """A new array of the kind of `like`."""
         if isinstance(like, self._cupy.ndarray):
-            if dtype == "bfloat16":
-                import ml_dtypes
-
-                return self._cupy.empty(shape, np.dtype(ml_dtypes.bfloat16))
-            return self._cupy.empty(shape, dtype)
+            with self.used():
+                return self._cupy.empty(shape, BFLOAT16 if dtype == "bfloat16" else dtype)
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
 
     def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """A new array of the kind of `like`, filled with zeros on the caller's stream."""
         if isinstance(like, self._cupy.ndarray):
-            with self._callers_stream():
+            with self.used():
                 return self._cupy.zeros(shape, dtype)
         torch = sys.modules["torch"]
         return torch.zeros(shape, dtype=getattr(torch, dtype), device=like.device)
@@ -94,14 +119,14 @@ class CupyDevice:
     def integers(self, values: Any, like: Any) -> Any:
         """A new int32 array of the kind of `like`."""
         if isinstance(like, self._cupy.ndarray):
-            with self._callers_stream():
+            with self.used():
                 return self._cupy.ascontiguousarray(self._cupy.asarray(values, dtype=np.int32))
         torch = sys.modules["torch"]
         return torch.as_tensor(values, dtype=torch.int32, device=like.device).contiguous()
 
     def download(self, x: Any) -> Callable[[], NDArray[Any]]:
         """Starts a copy of `x` into page-locked memory, on the caller's stream."""
-        with self._callers_stream():
+        with self.used():
             event = self._cupy.cuda.Event()
             if isinstance(x, self._cupy.ndarray):
                 import cupyx
@@ -124,7 +149,7 @@ class CupyDevice:
 
     def upload(self, x: NDArray[Any], like: Any) -> Any:
         """Starts a copy of a host array, on the caller's stream."""
-        with self._callers_stream():
+        with self.used():
             if isinstance(like, self._cupy.ndarray):
                 return self._cupy.asarray(x)  # by page-locked memory that CuPy keeps until the copy is done
             torch = sys.modules["torch"]
@@ -135,7 +160,7 @@ class CupyDevice:
 
     def seconds(self, call: Callable[[], object]) -> float:
         """By events on the caller's stream; work of the host between them counts as well."""
-        with self._callers_stream():
+        with self.used():
             start, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
             start.record()
             call()
@@ -145,31 +170,33 @@ class CupyDevice:
 
     def kernel(self, source_name: str, name: str) -> Launch:
         """A kernel, compiled at first use and kept by CuPy's own cache."""
-        if source_name not in self._modules:
-            # Without a header of its own in the key of CuPy's cache, the text must be whole: `source` puts it together.
-            self._modules[source_name] = self._cupy.RawModule(code=source(source_name), options=("-std=c++17",))
-        kernel = self._modules[source_name].get_function(name)
+        with self.used():
+            if source_name not in self._modules:
+                # Without a header of its own in the key of CuPy's cache, the text must be whole: `source` puts it so.
+                self._modules[source_name] = self._cupy.RawModule(code=source(source_name), options=("-std=c++17",))
+            kernel = self._modules[source_name].get_function(name)
 
         def launch(
             grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], shared_bytes: int
         ) -> None:
-            if shared_bytes > _DEFAULT_SHARED:
-                kernel.max_dynamic_shared_size_bytes = shared_bytes
             passed = tuple(np.uint64(0) if a is None else a for a in arguments)
-            with self._callers_stream():
+            with self.used():
+                if shared_bytes > _DEFAULT_SHARED:
+                    kernel.max_dynamic_shared_size_bytes = shared_bytes
                 kernel(grid, block, passed, shared_mem=shared_bytes)
 
         return launch
 
     @contextmanager
-    def _callers_stream(self) -> Iterator[None]:
-        """Torch's current stream where torch uses the GPU, so that its kernels and ours stay in order; else CuPy's."""
-        torch = sys.modules.get("torch")
-        if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
-            yield
-            return
-        with self._cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream().cuda_stream)):
-            yield
+    def used(self) -> Iterator[None]:
+        """This device, and the stream of the arrays' kind, so that their own kernels and ours stay in order."""
+        with self._cupy.cuda.Device(self._number):
+            if not self._of_torch:
+                yield
+                return
+            current = sys.modules["torch"].cuda.current_stream(self._number).cuda_stream
+            with self._cupy.cuda.Stream.from_external(_Stream(current)):
+                yield
 
 
 class _Stream:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -13,6 +15,9 @@ from longattn._arrays import is_torch
 
 #: What runs a kernel: `(grid, block, arguments, shared_bytes)`; arguments are numpy scalars, `View.pointer`s and None.
 Launch = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...], int], None]
+
+#: What is missing where CuPy is, and what to do.
+INSTALL = "GPU functions need CuPy: pip install 'longattn[gpu]' (cupy-cuda13x; for CUDA 12 install cupy-cuda12x)"
 
 #: Names that kernels give storage dtypes.
 KERNEL_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -70,6 +75,9 @@ class Device(Protocol):
     def upload(self, x: NDArray[Any], like: Any) -> Any:
         """Starts a copy of a host array into a new array of the kind of `like`."""
 
+    def used(self) -> AbstractContextManager[None]:
+        """Where operators of the caller's arrays (assignments, sums) are in order with kernels."""
+
     def seconds(self, call: Callable[[], object]) -> float:
         """From before a call until the device has done what it started."""
 
@@ -93,8 +101,14 @@ def device_of(x: Any, name: str) -> Device:
         ImportError: CuPy is not installed; says what to install.
     """
     if not is_on_gpu(x):
-        kind = f"{type(x).__module__}.{type(x).__qualname__}"
-        raise TypeError(f"{name}: got {kind}, expected a CuPy array or a torch CUDA tensor")
-    from longattn.gpu._cupy import current
+        raise TypeError(not_on_gpu(x, name))
+    from longattn.gpu._cupy import holding
 
-    return current()
+    return holding(x)
+
+
+def not_on_gpu(x: Any, name: str) -> str:
+    """What to say of an array of no GPU."""
+    kind = f"{type(x).__module__}.{type(x).__qualname__}"
+    message = f"{name}: got {kind}, expected a CuPy array or a torch CUDA tensor (cupy.asarray copies a numpy array)"
+    return message if sys.modules.get("cupy") or find_spec("cupy") else f"{message}; {INSTALL}"

@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from longattn.gpu._checks import attention_views, check_fit, heads_view, packed_view, sequence_ends, window_ends
+from longattn.gpu._checks import (
+    attention_views,
+    check_blocks,
+    check_fit,
+    check_listed,
+    heads_view,
+    packed_view,
+    sequence_ends,
+    window_ends,
+)
 from longattn.gpu._device import KERNEL_DTYPES, Device, Launch, View, device_of
 from longattn.gpu._scores import Scores, scores_of
 from longattn.gpu._sources import with_options
@@ -94,8 +103,8 @@ def attention(
         to 16 bytes cost one copy. Rows whose output is not finite are computed a second time, key by key.
     """
     device = device or device_of(q, "q")
-    coded = _coded(device, q, k, v) if isinstance(k, CodedRows) or isinstance(v, CodedRows) else None
-    queries, keys, values = coded[:3] if coded else attention_views(device, q, k, v)
+    coded = _is_coded(k, v)
+    queries, keys, values = _coded(device, q, k, v) if coded else attention_views(device, q, k, v)
     rows, length = queries.shape[2], keys.shape[2]
     ends = window_ends(causal, window, rows + length)
     scores = scores_of(
@@ -229,7 +238,11 @@ def index_sparse_attention(
     rows: Any,
     lengths: Any | None = None,
     *,
-    scale: float | None = None,
+    scale: Any = None,
+    softcap: float = 0.0,
+    sinks: Any = None,
+    state: tuple[Any, Any] | None = None,
+    check: bool = False,
     return_lse: bool = False,
     device: Device | None = None,
 ) -> Any:
@@ -237,41 +250,49 @@ def index_sparse_attention(
 
     Args:
         q: queries `[B, Hq, Lq, D]`, as of `attention`, with at most 16 rows per KV head.
-        k: keys `[B, Hkv, Lk, D]`; memory of the host that the device can address serves as well.
-        v: values, the shape of `k`.
-        rows: integers `[B, Hkv, n]`, each in `0 .. Lk`, a list that all rows of the KV head share.
+        k: keys `[B, Hkv, Lk, D]`, or `CodedRows`, as of `attention`; memory of the host that the device can address
+            serves as well.
+        v: values, the shape of `k`; `CodedRows` where the keys are.
+        rows: integers `[B, Hkv, n]`, each in `0 .. Lk`, a list that all rows of the KV head share; on the host or on
+            the device.
         lengths: integers `[B]`, how many entries of the lists count; `None` counts all.
         scale: as of `attention`.
+        softcap: as of `attention`.
+        sinks: as of `attention`.
+        state: as of `attention`.
+        check: look at lists that lie on the device too before the kernel does, which waits for them.
         return_lse: as of `attention`.
         device: as of `attention`.
 
     Returns:
-        As of `attention`.
+        As of `attention`. An empty list gives 0 and -inf where there are neither sinks nor a state.
 
     Raises:
         TypeError: as of `attention`.
-        ValueError: as of `attention`; too many query rows; lists of another shape. The entries themselves lie in the
-            memory of the device and are not read before the kernel does: one out of range is an access out of bounds.
+        ValueError: as of `attention`; too many query rows; lists of another shape; rows that are not there, in lists
+            on the host, or with `check` anywhere. Without it, one out of range in a list on the device is an access
+            out of bounds.
 
     Cost: one pass over the chosen rows.
     """
     device = device or device_of(q, "q")
-    queries, keys, values = attention_views(device, q, k, v)
+    coded = _is_coded(k, v)
+    queries, keys, values = _coded(device, q, k, v) if coded else attention_views(device, q, k, v)
     batch, heads, positions = queries.shape[:3]
     kv_heads = keys.shape[1]
     if heads // kv_heads * positions > DECODE_ROWS:
         raise ValueError(f"q: got {heads // kv_heads * positions} rows per KV head, expected at most {DECODE_ROWS}")
-    lists = device.integers(rows, q)
-    listed = device.view(lists, "rows")
-    if len(listed.shape) != 3 or listed.shape[:2] != (batch, kv_heads):
-        raise ValueError(f"rows: got shape {listed.shape}, expected [{batch}, {kv_heads}, n]")
+    check_listed(device, rows, lengths, (batch, kv_heads), keys.shape[2], check=check)
+    scores = scores_of(device, queries.shape, keys.shape[2], scale=scale, softcap=softcap, sinks=sinks, state=state)
+    listed = device.view(device.integers(rows, q), "rows")
     counts = None if lengths is None else device.view(device.integers(lengths, q), "lengths")
-    if counts is not None and counts.shape != (batch,):
-        raise ValueError(f"lengths: got shape {counts.shape}, expected [{batch}]")
     out, lse, results = _results(device, queries, queries.dtype)
-    scores = scores_of(device, queries.shape, keys.shape[2], scale=scale)
+    parameters = (coded_views(device, k, "k")[1], coded_views(device, v, "v")[1]) if coded else None
     if math.prod(queries.shape):
-        _decode(device, queries, keys, values, results, scores, (-1, -1), listed=listed, lengths=counts)
+        ends = -1, -1
+        _decode(
+            device, queries, keys, values, results, scores, ends, listed=listed, lengths=counts, parameters=parameters
+        )
     return (out, lse) if return_lse else out
 
 
@@ -285,7 +306,18 @@ def block_sparse_attention(
     query_block: int = 64,
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
-    scale: float | None = None,
+    scale: Any = None,
+    softcap: float = 0.0,
+    bias: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    mask: Any = None,
+    relative_bias: Any = None,
+    relative_zero: int | None = None,
+    segments: tuple[Any, Any] | None = None,
+    visible_until: Any = None,
+    state: tuple[Any, Any] | None = None,
+    check: bool = False,
     return_lse: bool = False,
     device: Device | None = None,
 ) -> Any:
@@ -295,41 +327,79 @@ def block_sparse_attention(
         q: queries `[B, Hq, Lq, D]`, as of `attention`.
         k: keys `[B, Hkv, Lk, D]`.
         v: values, the shape of `k`.
-        starts: integers `[B, Hq, query blocks + 1]`: query block `i` reads `blocks[starts[i] : starts[i + 1]]`.
+        starts: integers `[B, Hq, query blocks + 1]`: query block `i` reads `blocks[starts[i] : starts[i + 1]]`; on the
+            host or on the device.
         blocks: integers `[n]`, ascending within a list.
-        query_block: rows of a query block: 64, or 128 (16-bit dtypes with head sizes up to 128 only).
+        query_block: rows of a query block: 64, or without options of the scores 128 (16-bit dtypes with head sizes up
+            to 128 only).
         causal: as of `attention`, inside the listed blocks too.
         window: as of `attention`.
-        scale: as of `attention`.
+        scale: as of `attention`, an array being an option of the scores.
+        softcap: as of `attention`; an option of the scores, as all that follow up to `state`.
+        bias: as of `attention`.
+        alibi_slopes: as of `attention`.
+        sinks: as of `attention`.
+        mask: as of `attention`, inside the listed blocks.
+        relative_bias: as of `attention`.
+        relative_zero: as of `attention`.
+        segments: as of `attention`.
+        visible_until: as of `attention`.
+        state: as of `attention`.
+        check: look at lists that lie on the device too before the kernel does, which waits for them.
         return_lse: as of `attention`.
         device: as of `attention`.
 
     Returns:
-        As of `attention`; rows of a block without a list give 0 and -inf.
+        As of `attention`; rows of a block without a list give 0 and -inf where there are neither sinks nor a state.
 
     Raises:
         TypeError: as of `attention`.
-        ValueError: as of `attention`; starts of another shape; a query block that no kernel has.
+        ValueError: as of `attention`; starts of another shape; a query block that no kernel has; blocks that are not
+            there, in lists on the host, or with `check` anywhere.
 
     Cost: in proportion to the listed blocks.
     """
     device = device or device_of(q, "q")
     queries, keys, values = attention_views(device, q, k, v)
-    if query_block not in _prefill_rows(queries):
-        raise ValueError(f"query_block: got {query_block}, expected one of {_prefill_rows(queries)}")
     batch, heads, length = queries.shape[:3]
-    list_starts = device.view(device.integers(starts, q), "starts")
-    expected = (batch, heads, -(-length // query_block) + 1)
-    if list_starts.shape != expected:
-        raise ValueError(f"starts: got shape {list_starts.shape}, expected {expected}")
-    list_blocks = device.view(device.integers(blocks, q), "blocks")
     ends = window_ends(causal, window, length + keys.shape[2])
-    scores = scores_of(device, queries.shape, keys.shape[2], scale=scale)
+    scores = scores_of(
+        device,
+        queries.shape,
+        keys.shape[2],
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        mask=mask,
+        relative_bias=relative_bias,
+        relative_zero=relative_zero,
+        segments=segments,
+        visible_until=visible_until,
+        state=state,
+    )
+    offered = _prefill_rows(queries) if scores.plain else (64,)
+    if query_block not in offered:
+        with_what = "" if scores.plain else " with options of the scores"
+        raise ValueError(f"query_block: got {query_block}{with_what}, expected one of {offered}")
+    check_blocks(
+        device,
+        starts,
+        blocks,
+        (batch, heads, -(-length // query_block) + 1),
+        -(-keys.shape[2] // BLOCK_KEYS),
+        check=check,
+    )
     out, lse, results = _results(device, queries, queries.dtype)
     if math.prod(queries.shape):
-        lists = list_starts, list_blocks
+        lists = device.view(device.integers(starts, q), "starts"), device.view(device.integers(blocks, q), "blocks")
         _prefill(device, queries, keys, values, results, scores, ends, lists=lists, query_block=query_block)
     return (out, lse) if return_lse else out
+
+
+def _is_coded(k: Any, v: Any) -> bool:
+    return isinstance(k, CodedRows) or isinstance(v, CodedRows)
 
 
 def _coded(device: Device, q: Any, k: Any, v: Any) -> tuple[View, View, View]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,8 @@ def chunked_recurrence(
         q: queries `[B, H, L, D]` on a GPU; float32, float16 or bfloat16; D 64, 128 or 256. Not normalised here.
         k: keys, shape and dtype of `q`.
         v: values `[B, Hv, L, Dv]`, dtype of `q`; Hv a multiple of H, value head `h` belongs to head `h // (Hv // H)`.
-        g: log gates, natural log, float32 `[B, Hv, L]` or `[B, Hv, L, D]`; at most 0, which is not checked on the
-            device. `None` is no decay.
+        g: log gates, natural log, float32 `[Hv]` for all rows, `[B, Hv, L]` or `[B, Hv, L, D]`; at most 0, which is
+            not checked on the device. `None` is no decay.
         beta: rates of the delta rule, float32 `[B, Hv, L]`; `None` is none.
         scale: factor of the output; `None` is `D ** -0.5`.
         initial_state: float32 `[B, Hv, D, Dv]`, contiguous; `None` is zeros.
@@ -157,9 +158,11 @@ def _rows_view(device: Device, x: Any, name: str, dtype: str) -> View:
 
 
 def _numbers(device: Device, x: Any, name: str, shape: tuple[int, ...], channels: int | None) -> View:
-    """A float32 array of a number per row, or where `channels` says so per row and channel."""
+    """A float32 array of a number per row, or where `channels` says so also per head, or per row and channel."""
     view = device.view(x, name)
-    allowed = [shape] if channels is None else [shape, (*shape, channels)]
+    if channels is not None and view.shape == shape[1:2] and view.dtype == "float32":
+        return replace(view, shape=shape, strides=(0, *view.strides, 0))
+    allowed = [shape] if channels is None else [shape[1:2], shape, (*shape, channels)]
     if view.dtype != "float32" or view.shape not in allowed:
         expected = " or ".join(map(str, allowed))
         raise ValueError(f"{name}: got {view.dtype} {view.shape}, expected float32 {expected}")

@@ -187,7 +187,8 @@ class HostKVCache:
 
     def _write(self, k: Any, v: Any, count: int) -> None:
         """The sinks and the last of the window among `count` new rows, into their places on the device."""
-        first, end = self._length, self._length + count
+        first, end, device = self._length, self._length + count, self._device
+        assert device is not None
         pieces = []
         if first < self.sinks:
             pieces.append((first, min(end, self.sinks), first))
@@ -199,8 +200,9 @@ class HostKVCache:
             at = until
         for start, until, place in pieces:
             rows, places = slice(start - first, until - first), slice(place, place + until - start)
-            self._keys[:, :, places] = k[:, :, rows]
-            self._values[:, :, places] = v[:, :, rows]
+            with device.used():
+                self._keys[:, :, places] = k[:, :, rows]
+                self._values[:, :, places] = v[:, :, rows]
 
     def _hand_over(self) -> None:
         """Rows that have left the window enter the store."""
@@ -371,13 +373,14 @@ class HostKVCache:
         made = signatures_encode(new, fitted=None if fits else self._codes, device=device)
         at, blocks = first // BLOCK, rows // BLOCK
         held = None if self._codes is None else self._codes.codes
-        if held is None or held.shape[2] < blocks:
-            _, heads, _, size = made.codes.shape
-            room = device.empty((1, heads, max(2 * blocks, 64), size), "uint8", like)
-            if held is not None:
-                room[:, :, :at] = held[:, :, :at]
-            held = room
-        held[:, :, at:blocks] = made.codes
+        with device.used():
+            if held is None or held.shape[2] < blocks:
+                _, heads, _, size = made.codes.shape
+                room = device.empty((1, heads, max(2 * blocks, 64), size), "uint8", like)
+                if held is not None:
+                    room[:, :, :at] = held[:, :, :at]
+                held = room
+            held[:, :, at:blocks] = made.codes
         self._codes = replace(made, codes=held)
         self._coded, self._fitted = rows, rows if fits else self._fitted
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -23,48 +24,63 @@ def merge_splits(device: Device, partial: View, lse: View, out: View, out_lse: V
     kernel((count,), (min(dim, _THREADS),), arguments, 0)
 
 
-def merge(parts: Sequence[tuple[Any, Any]], *, dtype: str = "float32", device: Device | None = None) -> tuple[Any, Any]:
-    """Attention over several disjoint sets of keys from the results of each.
+def merge(
+    parts: Iterable[tuple[Any, Any]], *, dtype: str | None = None, device: Device | None = None
+) -> tuple[Any, Any]:
+    """Attention over several disjoint sets of keys from the results of each, as `longattn.merge`.
 
     Args:
-        parts: pairs `(out, lse)`: `out` float32 `[..., D]` and `lse` float32 `[...]`, natural log, -inf where a row
-            saw no key of that set; all of one shape.
-        dtype: of the result.
+        parts: pairs `(out, lse)`: `out` `[..., D]`, all float32, float16 or bfloat16, and `lse` float32 `[...]`,
+            natural log, -inf where a row saw no key of that set; all of one shape.
+        dtype: of the result; `None` is that of the parts.
         device: the back end; `None` is that of the first part.
 
     Returns:
         `(out, lse)` over all sets.
 
     Raises:
-        TypeError: arrays that are not on a GPU, or of another dtype.
+        TypeError: a part that is no pair; arrays that are not on a GPU, or of another dtype.
         ValueError: no parts, or shapes that differ.
 
-    Cost: one pass over the parts, and one copy that puts them side by side.
+    Cost: one pass over the parts, and one copy that puts them side by side in float32.
     """
-    if not parts:
-        raise ValueError("parts: got none, expected at least one pair of output and lse")
-    first = parts[0][0]
-    device = device or device_of(first, "parts[0][0]")
+    pairs = list(parts)
+    if not pairs:
+        raise ValueError("parts: got none, expected at least one pair (o, lse)")
+    for n, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"parts[{n}]: got {type(pair).__name__}, expected a pair (o, lse)")
+    first = pairs[0][0]
+    device = device or device_of(first, "parts[0] o")
+    whole = device.view(first, "parts[0] o")
+    shape = whole.shape
+    if whole.dtype not in KERNEL_DTYPES or not shape:
+        raise TypeError(f"parts[0] o: got {whole.dtype} {shape}, expected [..., D] of {', '.join(KERNEL_DTYPES)}")
+    dtype = dtype or whole.dtype
     if dtype not in KERNEL_DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {tuple(KERNEL_DTYPES)}")
-    shape = device.view(first, "parts[0][0]").shape
-    for i, (out, lse) in enumerate(parts):
-        for name, x, expected in ((f"parts[{i}][0]", out, shape), (f"parts[{i}][1]", lse, shape[:-1])):
+    for n, (out, lse) in enumerate(pairs):
+        of_both = ((f"parts[{n}] o", out, shape, whole.dtype), (f"parts[{n}] lse", lse, shape[:-1], "float32"))
+        for name, x, expected, kind in of_both:
             view = device.view(x, name)
-            if view.shape != expected or view.dtype != "float32":
-                raise ValueError(f"{name}: got {view.dtype} {view.shape}, expected float32 {expected}")
-    outs = device.empty((*shape[:-1], len(parts), shape[-1]), "float32", first)
-    lses = device.empty((*shape[:-1], len(parts)), "float32", first)
-    for i, (out, lse) in enumerate(parts):
-        outs[..., i, :] = out
-        lses[..., i] = lse
+            if view.dtype != kind:
+                raise TypeError(f"{name}: got dtype {view.dtype}, expected {kind}")
+            if view.shape != expected:
+                raise ValueError(f"{name}: got shape {view.shape}, expected {expected}")
+    outs = device.empty((*shape[:-1], len(pairs), shape[-1]), "float32", first)
+    lses = device.empty((*shape[:-1], len(pairs)), "float32", first)
+    with device.used():
+        for n, (out, lse) in enumerate(pairs):
+            outs[..., n, :] = out
+            lses[..., n] = lse
     merged = device.empty(shape, dtype, first)
     merged_lse = device.empty(shape[:-1], "float32", first)
-    merge_splits(
-        device,
-        device.view(outs, "parts"),
-        device.view(lses, "parts"),
-        device.view(merged, "out"),
-        device.view(merged_lse, "lse"),
-    )
+    if math.prod(shape):
+        merge_splits(
+            device,
+            device.view(outs, "parts"),
+            device.view(lses, "parts"),
+            device.view(merged, "out"),
+            device.view(merged_lse, "lse"),
+        )
     return merged, merged_lse

@@ -38,6 +38,9 @@ KINDS: dict[str, type[Index]] = {
     )
 }
 
+#: Kinds that weigh every row by itself, as `rest="sampled"` and `epsilon` of `retrieval_attention` need.
+WEIGH_ROWS = frozenset({Signatures.KIND})
+
 
 def make(kind: str, store: KVStore, *, queries: Array | None = None, **parameters: Any) -> Index:
     """An index of a kind given by its name.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from longattn._arrays import Array
 from longattn._checks import flag
+from longattn.gpu import is_on_gpu
 from longattn.linear._documented import documented
+from longattn.linear._on_gpu import recurrence_on_gpu
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -43,6 +45,9 @@ def delta_rule_attention(
     Returns:
         {states}
 
+    Arrays of a GPU go to `longattn.gpu.chunked_recurrence`, one head of queries per head of keys; `normalize_qk`,
+    `out_state`, `cu_seqlens`, `chunk_size` and `out` are not offered there.
+
     Raises:
         TypeError: an argument of another kind or dtype.
         ValueError: shapes that do not fit, or a beta that is not finite or, with
@@ -56,6 +61,20 @@ def delta_rule_attention(
         S. Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", 2024,
         arXiv:2406.06484.
     """
+    if is_on_gpu(q):
+        return recurrence_on_gpu(
+            q,
+            k,
+            v,
+            beta=beta,
+            scale=scale,
+            initial_state=initial_state,
+            chunk_size=chunk_size,
+            normalize_qk=flag(normalize_qk, "normalize_qk"),
+            out_state=out_state,
+            cu_seqlens=cu_seqlens,
+            out=out,
+        )
     return recurrence(
         q,
         k,

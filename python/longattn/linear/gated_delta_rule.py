@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from longattn._arrays import Array
 from longattn._checks import flag
+from longattn.gpu import is_on_gpu
 from longattn.linear._documented import documented
+from longattn.linear._on_gpu import recurrence_on_gpu
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -45,6 +47,9 @@ def gated_delta_rule(
     Returns:
         {states}
 
+    Arrays of a GPU go to `longattn.gpu.chunked_recurrence`, one head of queries per head of keys; `normalize_qk`,
+    `out_state`, `cu_seqlens`, `chunk_size` and `out` are not offered there.
+
     Raises:
         TypeError: an argument of another kind or dtype.
         ValueError: shapes that do not fit, a log decay above 0 or NaN, a beta that is not finite or, with
@@ -57,6 +62,21 @@ def gated_delta_rule(
     References:
         S. Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule", 2024, arXiv:2412.06464.
     """
+    if is_on_gpu(q):
+        return recurrence_on_gpu(
+            q,
+            k,
+            v,
+            g=g,
+            beta=beta,
+            scale=scale,
+            initial_state=initial_state,
+            chunk_size=chunk_size,
+            normalize_qk=flag(normalize_qk, "normalize_qk"),
+            out_state=out_state,
+            cu_seqlens=cu_seqlens,
+            out=out,
+        )
     return recurrence(
         q,
         k,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from longattn._arrays import Array
+from longattn.gpu import is_on_gpu
 from longattn.linear._documented import COST, documented
+from longattn.linear._on_gpu import recurrence_on_gpu
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -40,6 +42,9 @@ def gated_linear_attention(
     Returns:
         {states}
 
+    Arrays of a GPU go to `longattn.gpu.chunked_recurrence`, one head of queries per head of keys; `out_state`,
+    `cu_seqlens`, `chunk_size` and `out` are not offered there.
+
     Raises:
         TypeError: an argument of another kind or dtype.
         ValueError: shapes that do not fit, a log decay above 0 or NaN.
@@ -50,6 +55,19 @@ def gated_linear_attention(
     References:
         S. Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2023, arXiv:2312.06635.
     """
+    if is_on_gpu(q):
+        return recurrence_on_gpu(
+            q,
+            k,
+            v,
+            g=g,
+            scale=scale,
+            initial_state=initial_state,
+            chunk_size=chunk_size,
+            out_state=out_state,
+            cu_seqlens=cu_seqlens,
+            out=out,
+        )
     return recurrence(
         q,
         k,

@@ -9,7 +9,9 @@ import numpy as np
 from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy, like
 from longattn._checks import batched, check_floating, flag, result_array
+from longattn.gpu import is_on_gpu
 from longattn.linear._documented import documented
+from longattn.linear._on_gpu import recurrence_on_gpu
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.linear.feature_map import finite
 from longattn.methods import Method
@@ -53,6 +55,9 @@ def kimi_delta_attention(
     Returns:
         {states}
 
+    Arrays of a GPU go to `longattn.gpu.chunked_recurrence`, one head of queries per head of keys; `normalize_qk`
+    (on where nothing is said), `out_state`, `cu_seqlens`, `chunk_size` and `out` are not offered there.
+
     Raises:
         TypeError: an argument of another kind or dtype.
         ValueError: shapes that do not fit, a log decay above 0 or NaN, a beta that is not finite or, with
@@ -65,6 +70,21 @@ def kimi_delta_attention(
     References:
         Kimi Team, "Kimi Linear: An Expressive, Efficient Attention Architecture", 2025, arXiv:2510.26692.
     """
+    if is_on_gpu(q):
+        return recurrence_on_gpu(
+            q,
+            k,
+            v,
+            g=g,
+            beta=beta,
+            scale=scale,
+            initial_state=initial_state,
+            chunk_size=chunk_size,
+            normalize_qk=flag(normalize_qk, "normalize_qk"),
+            out_state=out_state,
+            cu_seqlens=cu_seqlens,
+            out=out,
+        )
     return recurrence(
         q,
         k,

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
 from longattn._checks import check_floating, integer, shape_of
+from longattn.gpu import is_on_gpu
 from longattn.linear._documented import COST, documented
+from longattn.linear._on_gpu import decays_on_gpu, recurrence_on_gpu
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -48,6 +50,9 @@ def lightning_attention(
     Returns:
         {states}
 
+    Arrays of a GPU go to `longattn.gpu.chunked_recurrence`, one head of queries per head of keys; `out_state`,
+    `cu_seqlens`, `chunk_size` and `out` are not offered there.
+
     Raises:
         TypeError: an argument of another kind or dtype.
         ValueError: shapes that do not fit, or slopes below 0.
@@ -59,6 +64,19 @@ def lightning_attention(
         Z. Qin et al., "Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention", 2024,
         arXiv:2405.17381.
     """
+    if is_on_gpu(q):
+        return recurrence_on_gpu(
+            q,
+            k,
+            v,
+            g=decays_on_gpu(slopes, v, _log_decays),
+            scale=scale,
+            initial_state=initial_state,
+            chunk_size=chunk_size,
+            out_state=out_state,
+            cu_seqlens=cu_seqlens,
+            out=out,
+        )
     return recurrence(
         q,
         k,

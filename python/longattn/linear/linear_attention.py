@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from longattn._arrays import Array
 from longattn._checks import flag, real
+from longattn.gpu import is_on_gpu
 from longattn.linear._documented import COST, documented
+from longattn.linear._on_gpu import recurrence_on_gpu
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.linear.feature_map import FeatureMap
 from longattn.linear.feature_map import feature_map as named
@@ -58,6 +60,9 @@ def linear_attention(
         Arithmetic is float32, the same bits for any number of threads. A row that holds NaN or an infinity spoils rows
         after it and none before.
 
+    Arrays of a GPU go to `longattn.gpu.chunked_recurrence`, one head of queries per head of keys; `feature_map`,
+    `normalize`, `out_state`, `cu_seqlens`, `chunk_size` and `out` are not offered there.
+
     Raises:
         TypeError: an argument of another kind or dtype.
         ValueError: shapes that do not fit.
@@ -69,6 +74,20 @@ def linear_attention(
         A. Katharopoulos et al., "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention", 2020,
         arXiv:2006.16236.
     """
+    if is_on_gpu(q):
+        return recurrence_on_gpu(
+            q,
+            k,
+            v,
+            scale=scale,
+            initial_state=initial_state,
+            chunk_size=chunk_size,
+            feature_map=feature_map,
+            normalize=flag(normalize, "normalize"),
+            out_state=out_state,
+            cu_seqlens=cu_seqlens,
+            out=out,
+        )
     return recurrence(
         q,
         k,

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
 from longattn._checks import check_floating, shape_of
+from longattn.gpu import is_on_gpu
 from longattn.linear._documented import COST, documented
+from longattn.linear._on_gpu import decays_on_gpu, recurrence_on_gpu
 from longattn.linear._recurrence import CHUNK, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -48,6 +50,9 @@ def retention(
     Returns:
         {states}
 
+    Arrays of a GPU go to `longattn.gpu.chunked_recurrence`, one head of queries per head of keys; `out_state`,
+    `cu_seqlens`, `chunk_size` and `out` are not offered there.
+
     Raises:
         TypeError: an argument of another kind or dtype.
         ValueError: shapes that do not fit, or decays outside 0 to 1.
@@ -59,6 +64,19 @@ def retention(
         Y. Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models", 2023,
         arXiv:2307.08621.
     """
+    if is_on_gpu(q):
+        return recurrence_on_gpu(
+            q,
+            k,
+            v,
+            g=decays_on_gpu(gamma, v, _log_decays),
+            scale=scale,
+            initial_state=initial_state,
+            chunk_size=chunk_size,
+            out_state=out_state,
+            cu_seqlens=cu_seqlens,
+            out=out,
+        )
     return recurrence(
         q,
         k,

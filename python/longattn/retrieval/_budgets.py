@@ -21,7 +21,7 @@ Sampling = tuple[int, tuple[float, bool, tuple[float, float]] | None]
 
 
 def sampling(
-    index: Index,
+    weighs_none: str | None,
     seed: int,
     rest: str | None,
     epsilon: float | None,
@@ -30,7 +30,22 @@ def sampling(
     top_k: int | Sequence[int] | None,
     top_p: float | None,
 ) -> Sampling | None:
-    """What the core samples by; `None` where nothing is sampled."""
+    """What the core samples by; `None` where nothing is sampled.
+
+    Args:
+        weighs_none: an index that weighs no single rows, by its name; `None` for one that does.
+        seed: as for `retrieval_attention`, like all that follows.
+        rest: likewise.
+        epsilon: likewise.
+        delta: likewise.
+        relative_to: likewise.
+        top_k: likewise.
+        top_p: likewise.
+
+    Raises:
+        TypeError: numbers of another kind.
+        ValueError: numbers out of range, or what does not go with the rest.
+    """
     number = check_seed(seed)
     if epsilon is None:
         for name, value in (("delta", delta), ("relative_to", relative_to)):
@@ -40,8 +55,8 @@ def sampling(
             return None
         if top_p is not None:
             raise ValueError("rest: got 'sampled' with top_p, expected top_k: a sample has a size")
-        if not index.weighs_rows:
-            raise ValueError(f"rest: got 'sampled' with {type(index).__name__} that weigh no single rows")
+        if weighs_none is not None:
+            raise ValueError(f"rest: got 'sampled' with {weighs_none} that weigh no single rows")
         return number, None
     allowed = _share(epsilon, "epsilon")
     beside: dict[str, object] = {"top_k": top_k, "top_p": top_p, "rest": rest}
@@ -50,8 +65,8 @@ def sampling(
             raise ValueError(f"epsilon: got {epsilon} beside {name}={given!r}, expected epsilon alone")
     if relative_to not in ("output", "values", None):
         raise ValueError(f"relative_to: got {relative_to!r}, expected 'output' or 'values'")
-    if not index.weighs_rows:
-        raise ValueError(f"epsilon: got {epsilon} with {type(index).__name__} that weigh no single rows")
+    if weighs_none is not None:
+        raise ValueError(f"epsilon: got {epsilon} with {weighs_none} that weigh no single rows")
     chance = 0.05 if delta is None else _share(delta, "delta")
     if 1 - chance / 2 == 1:
         raise ValueError(f"delta: got {delta}, expected a chance that a normal number can have")

@@ -280,8 +280,9 @@ class _Call:
         if rest not in ("values", "none", "sampled", None):
             raise ValueError(f"rest: got {rest!r}, expected 'values', 'none', 'sampled' or None")
         top_k, top_p = options.top_k, options.top_p
+        weighs_none = None if index.weighs_rows else type(index).__name__
         self.sampling = _budgets.sampling(
-            index, options.seed, rest, options.epsilon, options.delta, options.relative_to, top_k, top_p
+            weighs_none, options.seed, rest, options.epsilon, options.delta, options.relative_to, top_k, top_p
         )
         self.top_k, self.top_p = _budgets.rows_or_mass(top_k, top_p, len(store), self.kv_heads)
         self.sinks, self.window = _budgets.count(options.sinks, "sinks"), _budgets.count(options.window, "window")

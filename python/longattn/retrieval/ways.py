@@ -31,18 +31,35 @@ class Way:
         kind: of index.
         parameters: of the index.
         queries: whether the index is given queries of the prefill.
-        rest: whether its estimate of the rest takes part; `None` for wherever it has one.
+        rest: whether its estimate of the rest takes part, and whether a sample corrects it; `None` for wherever it has
+            one.
+        epsilon: largest error, in place of a budget of rows.
+        relative_to: what it is a share of.
+        features: of the random encoder that stands for a trained one, for the index that needs one.
     """
 
     name: str
     kind: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     queries: bool = False
-    rest: Literal["values", "none"] | None = None
+    rest: Literal["values", "none", "sampled"] | None = None
+    epsilon: float | None = None
+    relative_to: Literal["output", "values"] | None = None
+    features: int = 0
 
     def index(self, store: KVStore, queries: Array | None) -> Index:
         """Its index over a store; `queries` of the prefill, `[Hq, n, D]`, are used by the ways that learn from them."""
-        return by_name.make(self.kind, store, queries=queries if self.queries else None, **self.parameters)
+        parameters = dict(self.parameters)
+        if self.features:
+            shape = store.head_dim, self.features
+            parameters["w_enc"] = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        return by_name.make(self.kind, store, queries=queries if self.queries else None, **parameters)
+
+    def budget(self, top_k: int) -> dict[str, Any]:
+        """Options of `retrieval_attention`: `top_k` rows, or as many as keep its promise."""
+        if self.epsilon is not None:
+            return {"epsilon": self.epsilon, "relative_to": self.relative_to}
+        return {"top_k": top_k, "rest": self.rest}
 
 
 WAYS: tuple[Way, ...] = (
@@ -78,6 +95,17 @@ WAYS: tuple[Way, ...] = (
     Way("hashes, random, by norm", "hashes", {"use_norm": True}),
     Way("LSH tables, sampled", "lsh"),
     Way("collisions", "collisions"),
+)
+
+#: Further ways for comparisons over one store: samples, promises instead of budgets, other scores of pages, features
+#: of an encoder that nobody trained.
+FURTHER: tuple[Way, ...] = (
+    Way("signatures, sampled", "signatures", rest="sampled"),
+    Way("verified, 0.1 of the output", "signatures", epsilon=0.1, relative_to="output"),
+    Way("verified, 0.05 of the values", "signatures", epsilon=0.05, relative_to="values"),
+    Way("pages of 16, radius", "pages", {"page_size": 16, "score": "radius"}),
+    Way("pages of 16, landmarks", "pages", {"page_size": 16, "score": "landmark"}),
+    Way("S3 features, random encoder", "features", features=2048),
 )
 
 
@@ -161,14 +189,15 @@ def chosen(parts: str) -> Sequence[Way]:
 
 
 def chosen_of_all(parts: str) -> tuple[Sequence[Way], Sequence[Kept]]:
-    """As `chosen`, with the policies.
+    """As `chosen`, with `FURTHER` ways and the policies.
 
     Raises:
         ValueError: there is neither a way nor a policy of such a name.
     """
-    found = named(parts, WAYS), named(parts, POLICIES)
+    ways = *WAYS, *FURTHER
+    found = named(parts, ways), named(parts, POLICIES)
     if not any(found):
-        known = "; ".join([*(way.name for way in WAYS), *(way.name for way in POLICIES)])
+        known = "; ".join([*(way.name for way in ways), *(way.name for way in POLICIES)])
         raise ValueError(f"ways: got {parts!r}, expected part of one of {known}")
     return found
 

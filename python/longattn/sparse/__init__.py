@@ -4,7 +4,7 @@ from longattn.sparse.anchor_attention import Anchor, anchor_attention
 from longattn.sparse.block_mask import BlockMask
 from longattn.sparse.block_sparse_attention import block_sparse_attention
 from longattn.sparse.block_sparse_attention_backward import block_sparse_attention_backward
-from longattn.sparse.composed import Intersection, PerHead, Union
+from longattn.sparse.composed import Composable, Intersection, PerHead, Union
 from longattn.sparse.descriptor_attention import (
     DescriptorAttention,
     descriptor_attention,
@@ -65,6 +65,7 @@ __all__ = [
     "Anchor",
     "Antidiagonal",
     "BlockMask",
+    "Composable",
     "DescriptorAttention",
     "Dhsa",
     "DynamicBlocks",

@@ -44,6 +44,10 @@ class Lists:
         """Numbers of the lists lie below this."""
         raise NotImplementedError
 
+    def _keys_of_each(self) -> int:
+        """Keys that each of the numbers stands for."""
+        raise NotImplementedError
+
     def _check_lists(self, limit: int) -> None:
         indptr, indices = (np.ascontiguousarray(x) for x in (self.indptr, self.indices))
         for x, name in ((indptr, "indptr"), (indices, "indices")):
@@ -115,22 +119,16 @@ class Lists:
         return np.repeat(np.arange(np.prod(self.shape)), np.diff(self._flat()))
 
     def _combined(self, other: Self, operation: Callable[..., NDArray[Any]]) -> dict[str, Any]:
-        """Fields of the lists that a set operation makes of both."""
-        for name in ("lengths", "block_q", "first_q", "shape"):
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if ours != theirs:
-                raise ValueError(f"other: got {name} {theirs}, expected {ours}")
+        """Fields of the lists that a set operation makes of both, which are over the same blocks."""
         limit = max(self._limit(), 1)
         codes = operation(*(x._list_numbers() * limit + x.indices for x in (self, other)))
-        return self._fields_of(codes // limit, codes % limit)
-
-    def _fields_of(self, numbers: NDArray[np.int64], indices: NDArray[np.int64]) -> dict[str, Any]:
         return {
-            "indptr": pointers(numbers, self.shape),
-            "indices": indices.astype(np.uint32),
+            "indptr": pointers(codes // limit, self.shape),
+            "indices": (codes % limit).astype(np.uint32),
             "lengths": self.lengths,
             "block_q": self.block_q,
             "first_q": self.first_q,
+            "scored": self.scored + other.scored,
         }
 
     @classmethod

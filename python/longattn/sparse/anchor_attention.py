@@ -17,12 +17,13 @@ from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import from_flat
 from longattn.sparse._selecting import block_bounds, block_means, listed, only_causal, selector_inputs
+from longattn.sparse.composed import Composable
 from longattn.sparse.row_lists import RowLists
 from longattn.sparse.sparse_attention import SparseStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Anchor:
+class Anchor(Composable):
     """The lists of AnchorAttention: for each group of query blocks, the anchor's keys and those that come near it.
 
     A group is `step` blocks of `block` queries. Its anchor's keys are the first `init_blocks` blocks and those from

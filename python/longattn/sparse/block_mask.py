@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
 from longattn._checks import integer
+from longattn.sparse._aligning import aligned
 from longattn.sparse._lists import Lists, pointers, visible_pairs
 
 
@@ -19,8 +20,10 @@ class BlockMask(Lists):
     """Which blocks of keys each block of queries attends to.
 
     Blocks of queries are `block_q` rows, the first of them `first_q`, the last what is left; blocks of keys are
-    `block_k` keys, the last what is left. The mask says which blocks are looked at; what causality or a window hides
-    inside them is hidden besides. `a | b` and `a & b` are the union and the intersection of masks of one shape.
+    `block_k` keys, the last what is left; neither is larger than its length (selectors, which are for prompts of any
+    length, make theirs smaller for shorter ones). The mask says which blocks are looked at; what causality or a window
+    hides inside them is hidden besides. `a | b` and `a & b` are the union and the intersection of masks of the same
+    lengths: over blocks of the common divisor of their sizes where these differ, and with `RowLists` as lists of keys.
 
     Args:
         indptr: integers `[B, H, query blocks + 1]`: the list of block `i` of head `h` is
@@ -36,7 +39,8 @@ class BlockMask(Lists):
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: unsorted, repeated or out-of-range numbers, bounds that do not fit them, another shape.
+        ValueError: unsorted, repeated or out-of-range numbers, bounds that do not fit them, another shape, a block
+            that is larger than its length (where that is not 0).
     """
 
     block_k: int
@@ -45,6 +49,18 @@ class BlockMask(Lists):
         """Checks everything that the kernels rest on."""
         object.__setattr__(self, "block_k", integer(self.block_k, "block_k", 1))
         super(BlockMask, self).__post_init__()
+
+    def _check_lists(self, limit: int) -> None:
+        for name, size, length in (
+            ("block_q", self.block_q, self.lengths[0]),
+            ("block_k", self.block_k, self.lengths[1]),
+        ):
+            if 0 < length < size:
+                raise ValueError(f"{name}: got {size}, expected at most the length, {length}")
+        super(BlockMask, self)._check_lists(limit)
+
+    def _keys_of_each(self) -> int:
+        return self.block_k
 
     def _limit(self) -> int:
         return -(-self.lengths[1] // self.block_k)
@@ -181,19 +197,30 @@ class BlockMask(Lists):
         ax.set(xlabel="key", ylabel="query", xlim=(0, keys), ylim=(rows, 0))
         return ax
 
-    def __or__(self, other: BlockMask) -> BlockMask:
-        """Blocks of either."""
-        self._check_other(other)
-        return BlockMask(**self._combined(other, np.union1d), block_k=self.block_k, scored=self.scored + other.scored)
+    def __or__(self, other: Lists) -> Any:
+        """Blocks of either, a `BlockMask`; with `RowLists`, `RowLists`."""
+        return self._with(other, np.union1d)
 
-    def __and__(self, other: BlockMask) -> BlockMask:
-        """Blocks of both."""
-        self._check_other(other)
-        fields = self._combined(other, np.intersect1d)
-        return BlockMask(**fields, block_k=self.block_k, scored=self.scored + other.scored)
+    def __and__(self, other: Lists) -> Any:
+        """Blocks of both, a `BlockMask`; with `RowLists`, `RowLists`."""
+        return self._with(other, np.intersect1d)
 
-    def _check_other(self, other: object) -> None:
-        if not isinstance(other, BlockMask):
-            raise TypeError(f"other: got {type(other).__name__}, expected a BlockMask")
-        if other.block_k != self.block_k:
-            raise ValueError(f"other: got block_k {other.block_k}, expected {self.block_k}")
+    def _with(self, other: object, operation: Callable[..., NDArray[Any]]) -> Any:
+        if not isinstance(other, Lists):
+            raise TypeError(f"other: got {type(other).__name__}, expected a BlockMask or RowLists")
+        one, two = aligned([self, other], "other")
+        if not isinstance(one, BlockMask):
+            return one._with(two, operation)
+        return BlockMask(**one._combined(two, operation), block_k=one.block_k)
+
+
+def fitted(lengths: tuple[int, int], block_q: int, block_k: int, first_q: int | None = None) -> dict[str, Any]:
+    """Fields of a mask of blocks of these sizes, or of the lengths where those are less: the same blocks."""
+    rows, keys = (max(n, 1) for n in lengths)
+    size = min(block_q, rows)
+    return {
+        "lengths": lengths,
+        "block_q": size,
+        "first_q": None if first_q is None else min(first_q, size),
+        "block_k": min(block_k, keys),
+    }

@@ -6,7 +6,9 @@ from typing import Any
 
 from longattn import _core
 from longattn._arrays import Array
+from longattn.gpu import is_on_gpu
 from longattn.sparse._call import call
+from longattn.sparse._on_gpu import over_blocks
 from longattn.sparse.block_mask import BlockMask
 
 
@@ -50,6 +52,9 @@ def block_sparse_attention(
         and windows leave out at their edges). Keys are packed once for up to 192 rows of a query block and the
         query heads that share its list: small blocks of queries pack more often.
 
+    Arrays of a GPU go to `longattn.gpu`: blocks of queries and of keys are multiples of 64 then, `skip_threshold` and
+    `out` are not offered.
+
     Example:
         >>> import numpy as np, longattn as la
         >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 256, 16), dtype=np.float32)
@@ -61,6 +66,8 @@ def block_sparse_attention(
     """
     if not isinstance(block_mask, BlockMask):
         raise TypeError(f"block_mask: got {type(block_mask).__name__}, expected a BlockMask")
+    if is_on_gpu(q):
+        return over_blocks(q, k, v, block_mask, causal=causal, return_lse=return_lse, out=out, **options)
     return call(
         _core.block_sparse,
         block_mask,

@@ -10,9 +10,39 @@ from typing import Any, ClassVar
 
 from longattn._arrays import Array
 from longattn._checks import integer
+from longattn.sparse._aligning import aligned
 from longattn.sparse.block_mask import BlockMask
 from longattn.sparse.row_lists import RowLists
 from longattn.sparse.sparse_attention import Selector
+
+
+class Composable:
+    """What makes selectors by `|` and `&`: `Union` and `Intersection` of both; the other may be a function."""
+
+    __slots__ = ()
+
+    def __or__(self, other: Selector) -> Union:
+        """What either chooses."""
+        return Union(_both(self, other))
+
+    def __ror__(self, other: Selector) -> Union:
+        """What either chooses."""
+        return Union(_both(other, self))
+
+    def __and__(self, other: Selector) -> Intersection:
+        """What both choose."""
+        return Intersection(_both(self, other))
+
+    def __rand__(self, other: Selector) -> Intersection:
+        """What both choose."""
+        return Intersection(_both(other, self))
+
+
+def _both(*selectors: Any) -> tuple[Any, ...]:
+    for x in selectors:
+        if not callable(x):
+            raise TypeError(f"other: got {type(x).__name__}, expected a selector")
+    return selectors
 
 
 def _check(selectors: object) -> None:
@@ -21,7 +51,7 @@ def _check(selectors: object) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Folded:
+class _Folded(Composable):
     """What some selectors choose, put together two by two."""
 
     selectors: Sequence[Selector]
@@ -42,7 +72,10 @@ class _Folded:
 
 @dataclass(frozen=True, slots=True)
 class Union(_Folded):
-    """What any of some selectors chooses, all over blocks of the same sizes or all over keys.
+    """What any of some selectors chooses; `a | b` is the same of two.
+
+    Blocks of different sizes are cut into smaller ones, and lists of keys make lists of keys of all
+    (`longattn.BlockMask`).
 
     Args:
         selectors: at least one.
@@ -56,7 +89,10 @@ class Union(_Folded):
 
 @dataclass(frozen=True, slots=True)
 class Intersection(_Folded):
-    """What all of some selectors choose, all over blocks of the same sizes or all over keys.
+    """What all of some selectors choose; `a & b` is the same of two.
+
+    Blocks of different sizes are cut into smaller ones, and lists of keys make lists of keys of all
+    (`longattn.BlockMask`).
 
     Args:
         selectors: at least one.
@@ -69,13 +105,13 @@ class Intersection(_Folded):
 
 
 @dataclass(frozen=True, slots=True)
-class PerHead:
+class PerHead(Composable):
     """A selector for each query head: head `h` gets what `selectors[which[h]]` chooses for it.
 
     Every selector runs for all heads.
 
     Args:
-        selectors: at least one, all over blocks of the same sizes or all over keys.
+        selectors: at least one; where they choose blocks of different sizes or keys, as in `Union`.
         which: a number for each query head.
 
     Raises:
@@ -94,6 +130,6 @@ class PerHead:
 
     def __call__(self, q: Array, k: Array, *, causal: bool = False, scale: float | None = None) -> BlockMask | RowLists:
         """The table."""
-        tables: list[Any] = [select(q, k, causal=causal, scale=scale) for select in self.selectors]
+        tables = aligned([select(q, k, causal=causal, scale=scale) for select in self.selectors], "tables")
         made: BlockMask | RowLists = type(tables[0]).per_head(tables, self.which)
         return made

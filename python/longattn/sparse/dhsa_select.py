@@ -17,11 +17,12 @@ from longattn.pictures import causally, example
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import from_flat
 from longattn.sparse._selecting import block_bounds, block_means, key_limits, only_causal, selector_inputs
+from longattn.sparse.composed import Composable
 from longattn.sparse.row_lists import RowLists
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dhsa:
+class Dhsa(Composable):
     """The lists of DHSA, as a selector; see `dhsa_select` for the method.
 
     Args:

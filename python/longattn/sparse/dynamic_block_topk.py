@@ -12,12 +12,13 @@ from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import choose, own_blocks, pooled_scores
 from longattn.sparse._selecting import block_bounds, key_limits, selector_inputs
-from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.block_mask import BlockMask, fitted
+from longattn.sparse.composed import Composable
 from longattn.sparse.sparse_attention import sparse_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DynamicBlocks:
+class DynamicBlocks(Composable):
     """The block-sparse pattern of MInference: each block of queries takes the `top_k` best key blocks by their means.
 
     Args:
@@ -54,9 +55,7 @@ class DynamicBlocks:
         return BlockMask(
             indptr=indptr,
             indices=indices,
-            lengths=lengths,
-            block_q=self.block,
-            block_k=self.block,
+            **fitted(lengths, self.block, self.block),
             scored=batch * heads * (len(bounds) - 1) * (len(bounds_k) - 1),
         )
 

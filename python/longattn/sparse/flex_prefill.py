@@ -25,12 +25,13 @@ from longattn.sparse._selecting import (
     per_query_head,
     selector_inputs,
 )
-from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.block_mask import BlockMask, fitted
+from longattn.sparse.composed import Composable
 from longattn.sparse.sparse_attention import sparse_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FlexPrefill:
+class FlexPrefill(Composable):
     """The mask of FlexPrefill, causal, for each query head by one of two rules.
 
     The last `block` queries stand for all. Their true weights, summed over blocks of keys, are compared with those that
@@ -100,7 +101,7 @@ class FlexPrefill:
         own = own_blocks(bounds, lengths, self.block)
         count, n = len(bounds) - 1, len(bounds_k) - 1
         least = -(-self.min_budget // self.block)
-        shape, fields = (batch, heads, count), {"lengths": lengths, "block_q": self.block, "first_q": first_q}
+        shape, fields = (batch, heads, count), fitted(lengths, self.block, self.block, first_q)
         weights = pooled_scores(qn, kn, factor, (bounds, bounds_k), limits)
         every = choose(weights, limits, forced=own, sinks=1, share=share, together=max(count, 1), counts=False)
         some = choose(weights, limits, forced=own, sinks=1, least=least, most=least)
@@ -109,7 +110,7 @@ class FlexPrefill:
         positions = np.append(own[0], limits[-1:]) if count else np.zeros(1, np.int64)
         on_lines = _core.line_lists((flat[0], columns[1]), (flat[1], distances[1]), positions)
         masks = [
-            BlockMask(indptr=indptr, indices=indices, block_k=self.block, **fields)  # type: ignore[arg-type]
+            BlockMask(indptr=indptr, indices=indices, **fields)
             for indptr, indices in (every, (from_flat(on_lines[0], shape), on_lines[1]), some)
         ]
         parts = [
@@ -118,7 +119,7 @@ class FlexPrefill:
         ]
         mask = _stacked(parts) | masks[2]
         scored = batch * heads * (self._last(qn, kn).shape[2] * lengths[1] + count * n)
-        return BlockMask(indptr=mask.indptr, indices=mask.indices, block_k=self.block, scored=scored, **fields)  # type: ignore[arg-type]
+        return BlockMask(indptr=mask.indptr, indices=mask.indices, scored=scored, **fields)
 
     def _last(self, q: NDArray[Any], k: NDArray[Any]) -> NDArray[Any]:
         return q[:, :, max(0, q.shape[2] - min(self.block, k.shape[2])) :]

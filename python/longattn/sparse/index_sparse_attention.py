@@ -6,7 +6,9 @@ from typing import Any
 
 from longattn import _core
 from longattn._arrays import Array
+from longattn.gpu import is_on_gpu
 from longattn.sparse._call import call
+from longattn.sparse._on_gpu import over_rows
 from longattn.sparse.row_lists import RowLists
 
 
@@ -50,6 +52,9 @@ def index_sparse_attention(
         `(D + Dv)` multiply-adds per query head, query and listed key. Where a list is for at most 8 rows (queries
         times query heads) its keys are read in place; for more they are packed, once for up to 192 rows.
 
+    Arrays of a GPU go to `longattn.gpu`: one block of at most 16 queries per KV head, lists as long for all heads, and
+    of the options `scale`, `softcap`, `sinks` and `state`.
+
     Example:
         >>> import numpy as np, longattn as la
         >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 4, 16), dtype=np.float32)
@@ -60,6 +65,8 @@ def index_sparse_attention(
     """
     if not isinstance(lists, RowLists):
         raise TypeError(f"lists: got {type(lists).__name__}, expected RowLists")
+    if is_on_gpu(q):
+        return over_rows(q, k, v, lists, causal=causal, return_lse=return_lse, out=out, **options)
     return call(
         _core.index_sparse,
         lists,

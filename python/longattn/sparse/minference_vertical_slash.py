@@ -16,12 +16,13 @@ from longattn.reference import sparse as reference
 from longattn.sparse._choosing import choose
 from longattn.sparse._lists import from_flat
 from longattn.sparse._selecting import block_bounds, only_causal, selector_inputs
+from longattn.sparse.composed import Composable
 from longattn.sparse.row_lists import RowLists
 from longattn.sparse.sparse_attention import sparse_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VerticalSlash:
+class VerticalSlash(Composable):
     """The vertical-slash pattern of MInference, found from the last queries.
 
     The softmax weights of the last `last_q` queries are summed for each key (a vertical line) and for each distance

@@ -14,11 +14,12 @@ from longattn.pictures import causally, example
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import from_flat
 from longattn.sparse._selecting import block_bounds, block_means, selector_inputs
-from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.block_mask import BlockMask, fitted
+from longattn.sparse.composed import Composable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moba:
+class Moba(Composable):
     """The gate of MoBA, as a selector; see `moba_select` for the method.
 
     Args:
@@ -55,9 +56,7 @@ class Moba:
         return BlockMask(
             indptr=from_flat(flat, (batch, heads, rows)),
             indices=indices,
-            lengths=(rows, keys),
-            block_q=1,
-            block_k=self.block,
+            **fitted((rows, keys), 1, self.block),
             scored=batch * heads * rows * blocks,
         )
 

@@ -16,7 +16,7 @@ from longattn.reference import sparse as reference
 from longattn.sparse._choosing import block_mass, choose
 from longattn.sparse._lists import from_flat
 from longattn.sparse._selecting import aligned_first, block_bounds, block_means, selector_inputs
-from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.block_mask import BlockMask, fitted
 from longattn.sparse.block_sparse_attention import block_sparse_attention
 from longattn.sparse.index_sparse_attention import index_sparse_attention
 from longattn.sparse.row_lists import RowLists
@@ -89,9 +89,7 @@ def nsa_select(
     return BlockMask(
         indptr=from_flat(np.cumsum(np.concatenate(indptr)), (batch, kv_heads, rows)),
         indices=np.concatenate([np.zeros(0, np.uint32), *parts]),
-        lengths=(rows, keys),
-        block_q=1,
-        block_k=select_block,
+        **fitted((rows, keys), 1, select_block),
         scored=batch * heads * int(compressed_limits(positions, block, stride, count).sum()),
     )
 

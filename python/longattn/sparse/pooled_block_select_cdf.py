@@ -15,7 +15,7 @@ from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import choose, pooled_scores
 from longattn.sparse._selecting import block_bounds, selector_inputs
-from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.block_mask import BlockMask, fitted
 from longattn.sparse.block_sparse_attention import block_sparse_attention
 from longattn.sparse.sparse_attention import SparseStats
 
@@ -136,9 +136,7 @@ def pooled_block_select_cdf(
     mask = BlockMask(
         indptr=indptr,
         indices=indices,
-        lengths=(count, pk.shape[2]),
-        block_q=block_q,
-        block_k=block_k,
+        **fitted((count, pk.shape[2]), block_q, block_k),
         scored=batch * heads * len(rows) * groups,
     )
     out = np.empty((batch, heads, tokens, vn.shape[3]), q3.dtype)

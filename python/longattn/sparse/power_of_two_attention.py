@@ -14,12 +14,13 @@ from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import pointers
 from longattn.sparse._selecting import aligned_first, block_bounds, only_causal, selector_inputs
-from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.block_mask import BlockMask, fitted
+from longattn.sparse.composed import Composable
 from longattn.sparse.sparse_attention import sparse_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PowerOfTwo:
+class PowerOfTwo(Composable):
     """The mask of PowerAttention: block `I` of positions sees block `J <= I` where a rule says so.
 
     The rule: `I - J < n_window`, or `I - J` is a power of two, or `J < n_sink`. It depends on positions alone, so that
@@ -72,10 +73,7 @@ class PowerOfTwo:
         return BlockMask(
             indptr=pointers(codes // max(count, 1), (1, 1, len(own))),
             indices=codes % max(count, 1),
-            lengths=lengths,
-            block_q=self.block,
-            first_q=first,
-            block_k=self.block,
+            **fitted(lengths, self.block, self.block, first),
         )
 
 

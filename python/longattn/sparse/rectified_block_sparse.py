@@ -17,7 +17,7 @@ from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import block_mass, choose
 from longattn.sparse._selecting import block_bounds, block_means, selector_inputs
-from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.block_mask import BlockMask, fitted
 from longattn.sparse.block_sparse_attention import block_sparse_attention
 from longattn.sparse.sparse_attention import SparseStats
 
@@ -118,7 +118,7 @@ def rectified_block_sparse(
     at_most = np.full(n, n)
     indptr, indices = choose(shares, at_most, marks=marks, share=tau, least=max(top_k, 1), counts=False)
     mask = BlockMask(
-        indptr=indptr, indices=indices, lengths=(video, video), block_q=block, block_k=block,
+        indptr=indptr, indices=indices, **fitted((video, video), block, block),
         scored=batch * heads * n * (n + text),
     )  # fmt: skip
     out = np.empty((batch, heads, tokens, vn.shape[3]), q3.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from longattn._arrays import as_numpy
 from longattn._checks import check_floating, integer
+from longattn.sparse._aligning import aligned
 from longattn.sparse._lists import Lists, visible_pairs
 
 
@@ -19,7 +20,8 @@ class RowLists(Lists):
     """Which keys each block of queries attends to, one by one.
 
     Causality or a window hide listed keys besides. `a | b` and `a & b` are the union and the intersection of lists
-    of one shape that have no `bias`.
+    without `bias` of the same lengths, or of lists and a `BlockMask`: with lists for each block of queries as small as
+    the common divisor of the sizes where these differ.
 
     Args:
         indptr: integers `[B, H, query blocks + 1]`: the list of block `i` of head `h` is
@@ -49,6 +51,9 @@ class RowLists(Lists):
             if bias.shape != self.indices.shape:
                 raise ValueError(f"bias: got shape {bias.shape}, expected {self.indices.shape} as indices")
             object.__setattr__(self, "bias", np.ascontiguousarray(bias, np.float32))
+
+    def _keys_of_each(self) -> int:
+        return 1
 
     def _limit(self) -> int:
         return self.lengths[1]
@@ -143,18 +148,16 @@ class RowLists(Lists):
         offset = self.lengths[1] - self.lengths[0]
         return visible_pairs(first + offset, last + offset, self.indices.astype(np.int64), 1)
 
-    def __or__(self, other: RowLists) -> RowLists:
+    def __or__(self, other: Lists) -> RowLists:
         """Keys of either."""
-        self._check_other(other)
-        return RowLists(**self._combined(other, np.union1d), scored=self.scored + other.scored)
+        return self._with(other, np.union1d)
 
-    def __and__(self, other: RowLists) -> RowLists:
+    def __and__(self, other: Lists) -> RowLists:
         """Keys of both."""
-        self._check_other(other)
-        return RowLists(**self._combined(other, np.intersect1d), scored=self.scored + other.scored)
+        return self._with(other, np.intersect1d)
 
-    def _check_other(self, other: object) -> None:
-        if not isinstance(other, RowLists):
-            raise TypeError(f"other: got {type(other).__name__}, expected RowLists")
-        if self.bias is not None or other.bias is not None:
-            raise ValueError("other: got lists with a bias, expected none")
+    def _with(self, other: object, operation: Callable[..., NDArray[Any]]) -> RowLists:
+        if not isinstance(other, Lists):
+            raise TypeError(f"other: got {type(other).__name__}, expected RowLists or a BlockMask")
+        one, two = aligned([self, other], "other")
+        return RowLists(**one._combined(two, operation))

@@ -25,8 +25,9 @@ from longattn.sparse._selecting import (
     per_query_head,
     selector_inputs,
 )
-from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.block_mask import BlockMask, fitted
 from longattn.sparse.block_sparse_attention import block_sparse_attention
+from longattn.sparse.composed import Composable
 
 #: Below this a threshold keeps every block.
 _DENSE_TAU = 1e-5
@@ -35,7 +36,7 @@ _LEVELS = 7.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sale:
+class Sale(Composable):
     """The mask of SALE, as a selector; see `sale_select` for the method.
 
     Args:
@@ -84,7 +85,7 @@ class Sale:
         shape = (batch, heads, len(limits))
         begin = np.minimum(1, limits)
         end = np.minimum(begin + judged // self.block_k, limits)
-        sizes = {"lengths": (rows, keys), "block_q": self.block_q, "first_q": first, "block_k": self.block_k}
+        sizes = fitted((rows, keys), self.block_q, self.block_k, first)
         if rows <= self.min_length or (tau < _DENSE_TAU).all():
             return _whole(limits, shape, sizes)
         anchor = _ranges(begin, end, limits, sizes)

@@ -23,12 +23,13 @@ from longattn.sparse._selecting import (
     per_query_head,
     selector_inputs,
 )
-from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.block_mask import BlockMask, fitted
+from longattn.sparse.composed import Composable
 from longattn.sparse.sparse_attention import sparse_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sparge:
+class Sparge(Composable):
     """The prediction of SpargeAttention: the best key blocks by the scores of means.
 
     A block's mean stands for its rows where they are alike (the mean cosine of all pairs of them above `theta`). A
@@ -94,9 +95,7 @@ class Sparge:
         shape = (batch, heads, len(bounds_q) - 1)
         return BlockMask(
             **listed(chosen, shape),  # type: ignore[arg-type]
-            lengths=(rows, keys),
-            block_q=self.block_q,
-            block_k=self.block_k,
+            **fitted((rows, keys), self.block_q, self.block_k),
             scored=batch * heads * (len(bounds_q) - 1) * (len(bounds_k) - 1),
         )
 

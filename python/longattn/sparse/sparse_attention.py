@@ -14,7 +14,10 @@ from longattn.sparse.row_lists import RowLists
 
 
 class Selector(Protocol):
-    """What chooses keys: a function, or an object with parameters, of queries and keys."""
+    """What chooses keys: a function, or an object with parameters, of queries and keys.
+
+    An object's parameters are for prompts of any length: what is shorter than one of its blocks is a single block.
+    """
 
     def __call__(self, q: Array, k: Array, *, causal: bool, scale: float | None) -> BlockMask | RowLists:
         """The keys that each block of queries attends to."""

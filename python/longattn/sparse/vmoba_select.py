@@ -15,7 +15,7 @@ from longattn.reference import sparse as reference
 from longattn.sparse._choosing import block_mass, choose
 from longattn.sparse._lists import pointers
 from longattn.sparse._selecting import block_bounds, block_means, selector_inputs
-from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.block_mask import BlockMask, fitted
 from longattn.sparse.block_sparse_attention import block_sparse_attention
 from longattn.sparse.sparse_attention import SparseStats
 
@@ -126,7 +126,7 @@ def vmoba_blocks(
         together = {"query": 1, "head": rows, "all": heads * rows}[scope]
         lists = choose(gate, np.full(rows, count), forced=(own, own + 1), together=max(together, 1), **rule)
     return BlockMask(
-        indptr=lists[0], indices=lists[1], lengths=(rows, rows), block_q=1, block_k=block,
+        indptr=lists[0], indices=lists[1], **fitted((rows, rows), 1, block),
         scored=batch * heads * rows * count,
     )  # fmt: skip
 

@@ -15,12 +15,13 @@ from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import block_mass, choose, own_blocks
 from longattn.sparse._selecting import block_bounds, key_limits, per_query_head, selector_inputs
-from longattn.sparse.block_mask import BlockMask
+from longattn.sparse.block_mask import BlockMask, fitted
+from longattn.sparse.composed import Composable
 from longattn.sparse.sparse_attention import sparse_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Antidiagonal:
+class Antidiagonal(Composable):
     """The prediction of XAttention: the fewest key blocks with enough of the antidiagonal weights.
 
     Queries and keys are cut into strides. The logit of a stride of queries and one of keys is the mean of the scaled
@@ -79,9 +80,7 @@ class Antidiagonal:
         return BlockMask(
             indptr=indptr,
             indices=indices,
-            lengths=(rows, keys),
-            block_q=self.block,
-            block_k=self.block,
+            **fitted((rows, keys), self.block, self.block),
             scored=batch * heads * of_q.shape[2] * of_k.shape[2],
         )
 

@@ -41,6 +41,7 @@ from longattn.transformers.layer import HostLayer
 from longattn.transformers.linear import LinearKernels, use_linear_kernels
 from longattn.transformers.masks import MaskSpec, longattn_mask
 from longattn.transformers.retrieval import RetrievalConfig
+from longattn.transformers.routing import RoutingConfig
 from longattn.transformers.sparse import SparsePrefill
 
 # Both, always: with an attention function but no mask function transformers drops the padding mask without a
@@ -58,6 +59,7 @@ __all__ = [
     "LongAttnCache",
     "MaskSpec",
     "RetrievalConfig",
+    "RoutingConfig",
     "SparsePrefill",
     "longattn_attention",
     "longattn_mask",

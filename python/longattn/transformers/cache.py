@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,9 +14,10 @@ from longattn.transformers.device import DeviceConfig
 from longattn.transformers.eviction import EvictionConfig
 from longattn.transformers.layer import HostLayer
 from longattn.transformers.retrieval import RetrievalConfig
+from longattn.transformers.routing import Lists, RoutingConfig, check_lists
 from longattn.transformers.sparse import SparsePrefill
 
-Config = TypeVar("Config", RetrievalConfig, EvictionConfig, SparsePrefill)
+Config = TypeVar("Config", RetrievalConfig, EvictionConfig, SparsePrefill, RoutingConfig)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -123,8 +125,10 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
         prefill: one `SparsePrefill` for all full-attention layers, or a mapping from layer number to `SparsePrefill`
             or `None`; layers left out, and all by default, attend from prompts to all keys.
         device: a `DeviceConfig` for a model on a GPU, whose full-attention layers keep sinks and window there and all
-            other rows in host memory, and whose sliding layers stay there; excludes the three above. Such a cache
-            cannot go back or be copied. `None` for a model on the CPU.
+            other rows in host memory, and whose sliding layers stay there; excludes the three above and `routing`. Such
+            a cache cannot go back or be copied. `None` for a model on the CPU.
+        routing: one `RoutingConfig` for all full-attention layers, or a mapping as for `retrieval`: which heads, or
+            whether all, read few keys. A layer has retrieval, eviction or routing, one at most.
 
     Raises:
         ValueError: an argument out of range, or a model this cache cannot hold: encoder-decoder, chunked
@@ -143,6 +147,7 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
         decode_length: int = 16,
         prefill: SparsePrefill | Mapping[int, SparsePrefill | None] | None = None,
         device: DeviceConfig | None = None,
+        routing: RoutingConfig | Mapping[int, RoutingConfig | None] | None = None,
     ) -> None:
         for name, count in (("capacity", capacity), ("decode_length", decode_length)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -162,12 +167,19 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
         both = [i for i, how in sparse.items() if how is not None and evicting.get(i) is not None]
         if both:
             raise ValueError(f"prefill: got layers {both} with eviction as well, expected one of the two")
+        routed = _by_layer(routing, kinds, RoutingConfig, "routing")
+        for name, given in (("retrieval", chosen), ("eviction", evicting)):
+            both = [i for i, how in routed.items() if how is not None and given.get(i) is not None]
+            if both:
+                raise ValueError(f"routing: got layers {both} with {name} as well, expected one of the two")
+        check_lists(routed)
+        lists: defaultdict[int, Lists] = defaultdict(Lists)
         if device is not None and not isinstance(device, DeviceConfig):
             raise TypeError(f"device: got {type(device).__name__}, expected a DeviceConfig or None")
-        others = {"retrieval": retrieval, "eviction": eviction, "prefill": prefill}
-        given = [name for name, value in others.items() if value is not None]
-        if device is not None and given:
-            raise ValueError(f"device: got {' and '.join(given)} as well, expected neither with rows on a device")
+        others = {"retrieval": retrieval, "eviction": eviction, "prefill": prefill, "routing": routing}
+        beside = [name for name, value in others.items() if value is not None]
+        if device is not None and beside:
+            raise ValueError(f"device: got {' and '.join(beside)} as well, expected neither with rows on a device")
         layers = []
         for layer_idx, (kind, kwargs) in enumerate(zip(kinds, arguments, strict=True)):
             if kind in ("full_attention", "sliding_attention"):
@@ -180,6 +192,8 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
                     decode_length=decode_length,
                     prefill=sparse.get(layer_idx),
                     on_device=device,
+                    routing=routed.get(layer_idx),
+                    lists=lists,
                 )
                 layers.append(layer)
             else:

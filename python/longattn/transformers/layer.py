@@ -18,6 +18,7 @@ was.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ from longattn.transformers.device import DeviceConfig, DeviceSequence
 from longattn.transformers.eviction import EvictedSequence, EvictionConfig
 from longattn.transformers.masks import MaskSpec
 from longattn.transformers.retrieval import RetrievalConfig
+from longattn.transformers.routing import Lists, RoutingConfig
 from longattn.transformers.sequence import ReadCounts, ScoreOptions, Sequence
 from longattn.transformers.sparse import SparsePrefill
 
@@ -89,6 +91,8 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         decode_length: new tokens per forward pass up to which it counts as a decoding step.
         prefill: how prompts attend to a part of the keys; `None` to all.
         on_device: how a model on a GPU keeps its keys; `None` for a model on the CPU.
+        routing: what decides whether few keys are read; `None` to decide nothing.
+        lists: by sequence, what layers with routing tell each other; one for all layers of a cache.
     """
 
     is_compileable = False
@@ -106,6 +110,8 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         decode_length: int,
         prefill: SparsePrefill | None = None,
         on_device: DeviceConfig | None = None,
+        routing: RoutingConfig | None = None,
+        lists: defaultdict[int, Lists] | None = None,
     ) -> None:
         super().__init__()
         self.is_sliding = sliding_window is not None
@@ -117,6 +123,8 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
         self.decode_length = decode_length
         self.prefill = prefill
         self.on_device = on_device
+        self.routing = routing
+        self._lists = defaultdict(Lists) if lists is None else lists
         self.reset()
 
     def reset(self) -> None:
@@ -166,6 +174,7 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
                 self.sliding_window,
                 self.retrieval,
                 self.prefill,
+                None if self.routing is None else self.routing.router(),
             )
             for _ in range(batch)
         ]
@@ -295,6 +304,8 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
                 f"retrieval: got softcap {options['softcap']} from the model, expected none: retrieval does "
                 "not cap logits; give the cache retrieval=None for this layer"
             )
+        if self.routing is not None:
+            self.routing.refuse(options)
         padding = self._padding_of(mask, query.shape[2])
         tokens = _token_rows(padding, self._arrived, len(query))
         decode = self._arrived > 0 and query.shape[2] <= self.decode_length
@@ -310,7 +321,10 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
             # Written in place, except around padding, where the rows are gathered and scattered.
             o = out[b] if rows is None else out.new_empty(len(rows), *out.shape[2:])
             row_mask = None if dense is None else dense[b]
-            sequence.attend(q, options, decode=decode, dense=row_mask, counts=self.counts, out=o.transpose(0, 1))
+            beside = {} if self.routing is None else {"lists": self._lists[b]}
+            sequence.attend(
+                q, options, decode=decode, dense=row_mask, counts=self.counts, out=o.transpose(0, 1), **beside
+            )
             if rows is not None:
                 out[b, rows] = o
         return out
@@ -334,8 +348,10 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
             if mask is not None and (self.eviction is not None or self.on_device is not None):
                 why = "eviction selects its own keys" if self.on_device is None else "rows lie in two memories"
                 raise ValueError(f"attention_mask: got a 4-D mask, expected a 2-D one: {why}")
-            if mask is not None and self.retrieval is not None and self._arrived and new <= self.decode_length:
-                raise ValueError("attention_mask: got a 4-D mask, expected a 2-D one: retrieval selects its own keys")
+            chooses = self.retrieval is not None or self.routing is not None
+            if mask is not None and chooses and self._arrived and new <= self.decode_length:
+                what = "retrieval" if self.routing is None else "routing"
+                raise ValueError(f"attention_mask: got a 4-D mask, expected a 2-D one: {what} selects its own keys")
             return None
         if not mask.causal or mask.kv_offset != 0 or mask.q_offset != self._arrived or mask.kv_length != total:
             raise ValueError(

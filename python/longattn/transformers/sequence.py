@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 import longattn as la
 from longattn.index import by_name
 from longattn.transformers.retrieval import RetrievalConfig
+from longattn.transformers.routing import Lists, Router
 from longattn.transformers.sparse import SparsePrefill
 
 # Rows a sliding layer keeps beyond its window, so that rejected candidate tokens can be cropped.
@@ -60,6 +61,7 @@ class Sequence:
         window: sliding window of the layer, `None` for full attention.
         retrieval: how to decode without reading all rows, `None` to read them all.
         prefill: how to attend from prompts to a part of the rows, `None` to attend to all.
+        router: what decides whether to read few rows, `None` without routing.
         dropped: rows a sliding layer has let go of, in front of the stored ones.
         index: over the stored keys, made as soon as the sequence is long enough for retrieval.
         sample: queries `[Hq, n, D]` of the last prefill, for an index that learns from them.
@@ -70,6 +72,7 @@ class Sequence:
     window: int | None
     retrieval: RetrievalConfig | None
     prefill: SparsePrefill | None = None
+    router: Router | None = field(default=None, repr=False)
     dropped: int = 0
     index: la.index.Index | None = field(default=None, repr=False)
     sample: NDArray[np.float32] | None = field(default=None, repr=False)
@@ -116,11 +119,14 @@ class Sequence:
     def crop(self, rows: int) -> None:
         """Removes the last `rows` rows."""
         self.store.truncate(len(self.store) - rows)
+        if self.router is not None:
+            self.router.crop(len(self.store))
 
     def fork(self) -> Sequence:
         """A copy of its own, with the codes made so far."""
         store = self.store.fork()
-        return replace(self, store=store, index=None if self.index is None else self.index.fork(store))
+        index = None if self.index is None else self.index.fork(store)
+        return replace(self, store=store, index=index, router=None if self.router is None else self.router.fork())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sequence:
         return self.fork()
@@ -134,6 +140,7 @@ class Sequence:
         dense: torch.Tensor | None,
         counts: ReadCounts,
         out: torch.Tensor,
+        lists: Lists | None = None,
     ) -> None:
         """Attention of the last rows of the sequence to all of it.
 
@@ -146,9 +153,14 @@ class Sequence:
                 broadcastable to `[Hq, L, len(self)]`.
             counts: where decoding steps are counted.
             out: `[Hq, L, Dv]`, written in place.
+            lists: what layers with routing tell each other of this sequence; needed with a router.
         """
         if query.shape[1] == 0:  # nothing but padding arrived
             return
+        if self.router is not None and lists is not None and dense is None:
+            given: dict[str, Any] = {"decode": decode, "lists": lists, "counts": counts, "out": out}
+            if self.router.attend(query, self.store, options, **given):
+                return
         how = self.retrieval
         if how is not None and not decode and self.index is None and by_name.learns_from_queries(how.index):
             step = -(-query.shape[1] // _SAMPLE)
@@ -195,7 +207,7 @@ class Sequence:
             query,
             self.store.keys,
             self.store.values,
-            self.prefill.selector,
+            self.prefill.made,
             causal=True,
             out=out,
             return_stats=True,
@@ -247,6 +259,10 @@ class Sequence:
             sinks=how.sinks,
             window=how.window,
             rest=how.rest,
+            epsilon=how.epsilon,
+            delta=how.delta,
+            relative_to=how.relative_to,
+            seed=how.seed,
             scale=options["scale"],
             sink_logits=options["sinks"],
             return_stats=True,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
-from longattn.sparse import Selector
+from longattn.sparse import Selector, by_name
 
 
 @dataclass(frozen=True)
@@ -15,21 +18,34 @@ class SparsePrefill:
     themselves among all keys so far. Prompts with a mask of their own are attended exactly.
 
     Args:
-        selector: what chooses, one of `longattn.sparse` (`Sparge`, `VerticalSlash`, `Antidiagonal`, ...) or a function
-            of that form; called with `causal=True`.
+        selector: what chooses: a name of `longattn.sparse.by_name.SELECTORS` (`"sparge_attention"`, `"xattention"`,
+            ...), one of the selectors of `longattn.sparse`, or a function of that form; called with `causal=True`.
         min_length: sequences shorter than this, the new tokens included, are attended exactly.
+        parameters: of a selector given by its name, for instance `{"block": 256}` of `"moba_select"`.
 
     Raises:
-        TypeError: no selector.
-        ValueError: a negative length.
+        TypeError: no selector, a parameter that it does not have, or parameters of one that is not given by name.
+        ValueError: an unknown name, what the selector refuses, or a negative length.
     """
 
-    selector: Selector
+    selector: Selector | str
     min_length: int = 4096
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        if not callable(self.selector):
-            raise TypeError(f"selector: got {type(self.selector).__name__}, expected a selector or a function")
+        if isinstance(self.selector, str):
+            by_name.make(self.selector, **self.parameters)
+        elif not callable(self.selector):
+            raise TypeError(f"selector: got {type(self.selector).__name__}, expected a name, a selector or a function")
+        elif self.parameters:
+            raise TypeError("parameters: got some beside a selector, expected them with the name of one only")
         if isinstance(self.min_length, bool) or not isinstance(self.min_length, int) or self.min_length < 0:
             raise ValueError(f"min_length: got {self.min_length!r}, expected an integer >= 0")
+
+    @cached_property
+    def made(self) -> Selector:
+        """What chooses."""
+        if isinstance(self.selector, str):
+            return by_name.make(self.selector, **self.parameters)
+        return self.selector

@@ -9,6 +9,7 @@ import numpy as np
 from longattn._arrays import Array, as_numpy
 from longattn._checks import integer
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
 from longattn.sparse.block_mask import BlockMask
 from longattn.sparse.block_sparse_attention import block_sparse_attention
@@ -140,4 +141,8 @@ METHOD = Method(
     ),
     tests="tests/vision/test_extended_frame_attention.py",
     cost="`2 * F * N * |S| * N * heads * D` multiply-adds.",
+    mask=lambda: layer_seen(
+        lambda x, wq, wk, wv: extended_frame_attention(x @ wq, x @ wk, (x @ wv).astype(np.float32), anchored_frames(6)),
+        (6, 12),
+    ),
 )

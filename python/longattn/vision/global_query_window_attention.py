@@ -7,6 +7,7 @@ import numpy as np
 from longattn._arrays import Array
 from longattn._checks import integer, scale_factor
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Linear, Weights, features, grid, head_count, optional_linear, returned
 from longattn.vision.partition import attend, pad_ends, padded_to, partition, unpartition
@@ -118,4 +119,7 @@ METHOD = Method(
     ),
     tests="tests/vision/test_global_query_window_attention.py",
     cost="`H * W * window ** 2 * heads * (D + Dv)` multiply-adds, and the projections.",
+    mask=lambda: layer_seen(
+        lambda x, wq, wk, wv: global_query_window_attention(x, wk, wv, heads=1, window=4, wq=wq), (12, 12)
+    ),
 )

@@ -10,6 +10,7 @@ from longattn._arrays import Array
 from longattn._checks import flag, real
 from longattn._rotary import turned
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
 from longattn.vision._blocks import Block
 from longattn.vision._inputs import Float32, features, head_count, layer_norm, norm_weights, returned
@@ -100,4 +101,7 @@ METHOD = Method(
     ),
     tests="tests/vision/test_stacked_temporal_attention.py",
     cost="`2 * N * F ** 2 * C` multiply-adds, and the projections.",
+    mask=lambda: layer_seen(
+        lambda x, wq, wk, wv: stacked_temporal_attention(x, (wq, wk, wv, None), heads=1, causal=True), (6, 12)
+    ),
 )

@@ -10,6 +10,7 @@ import numpy as np
 from longattn._arrays import Array
 from longattn._checks import integer
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
 from longattn.vision._blocks import Block
 from longattn.vision._inputs import grid, head_count, returned, same_shape, window_sizes
@@ -86,4 +87,8 @@ METHOD = Method(
     ),
     tests="tests/vision/test_swapped_window_cross_attention.py",
     cost="`2 * F * H * W * f * h * w * C` multiply-adds, and the projections.",
+    mask=lambda: layer_seen(
+        lambda x, wq, wk, wv: swapped_window_cross_attention(x, x, (wq, wk, wv, None), heads=1, windows=(2, 2, 2)),
+        (4, 4, 6),
+    ),
 )

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from longattn._arrays import Array, as_numpy, like
 from longattn._checks import dense_inputs, integer, scale_factor
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import vision as reference
 from longattn.sparse.index_sparse_attention import index_sparse_attention
 from longattn.sparse.row_lists import RowLists
@@ -164,4 +165,7 @@ METHOD = Method(
     ),
     tests="tests/vision/test_trajectory_attention.py",
     cost="`Hq * F * H * W * F * (D + Dv)` multiply-adds at most, and a pass over the patches.",
+    mask=lambda: seen(
+        trajectory_attention, *example(144), np.broadcast_to(np.array([1, 0], np.float32)[:, None, None], (3, 2, 6, 6))
+    ),
 )

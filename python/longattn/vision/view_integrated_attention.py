@@ -6,6 +6,7 @@ from typing import Any
 
 from longattn._arrays import Array
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
 from longattn.vision._blocks import Block
 from longattn.vision._inputs import features, head_count, returned
@@ -76,4 +77,5 @@ METHOD = Method(
     ),
     tests="tests/vision/test_view_integrated_attention.py",
     cost="`2 * F * (V * N) ** 2 * C` multiply-adds across views, `2 * V * (F * N) ** 2 * C` across frames.",
+    mask=lambda: layer_seen(lambda x, wq, wk, wv: view_integrated_attention(x, (wq, wk, wv, None), heads=1), (2, 4, 9)),
 )
