@@ -83,10 +83,13 @@ def test_where_lines_cross():
 
 
 def test_every_linear_method_has_a_row(tmp_path):
-    """Every entry of the registry in these families, beside torch wherever there is a plain formulation."""
+    """Every entry of the registry in these families and those near, beside torch where there is a plain formulation."""
     pytest.importorskip("torch")
     result = run("linear-methods", tmp_path, "--threads", "1")
     names = [method.name for family in ("linear", "recurrent") for method in la.methods(family)]
+    names += linear_cases.FURTHER
+    others = {method.name: method.family for method in la.methods()}
+    assert {others[name] for name in linear_cases.FURTHER} == {"score", "exact", "pool"}
     assert [row["name"] for row in result["rows"] if row["ours"]] == names
     assert set(linear_cases.CASES) == set(names)
     plain = {row["name"]: row for row in result["rows"] if not row["ours"]}

@@ -31,6 +31,34 @@ class TestTwoLayers(Memory):
     )
 
 
+class TestStepsOfChunks(Memory):
+    case = Case(
+        titans_neural_memory,
+        reference.titans_neural_memory,
+        {name: lambda u, make=make: 0.1 * make(u) for name, make in RATES.items()},
+        lambda rng, *sizes: {**two_layers(rng, *sizes), "update": "per_chunk"},
+    )
+
+
+@pytest.mark.parametrize("left", ["alpha", "eta", None])
+def test_steps_of_chunks_of_a_row(rng, left):
+    """They are steps of tokens, which queries read before."""
+    arguments = TestLinear.case.arguments(rng, length=50)
+    arguments.pop(left, None)
+    out, state = titans_neural_memory(**arguments, update="per_chunk", chunk_size=1)
+    expected, last = titans_neural_memory(**arguments, read="before", chunk_size=1)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    np.testing.assert_allclose(state.live, last.live, atol=1e-5)
+
+
+def test_queries_read_the_chunk_before(rng):
+    arguments = TestStepsOfChunks.case.arguments(rng, length=32)
+    out, _ = titans_neural_memory(**arguments)
+    begun, _ = titans_neural_memory(**{**arguments, "theta": 0 * arguments["theta"]})
+    np.testing.assert_allclose(out[:, :, :16], begun[:, :, :16], atol=1e-6)
+    assert np.abs(out[:, :, 16:] - begun[:, :, 16:]).max() > 1e-3
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 @pytest.mark.parametrize("read", ["after", "before"])
 def test_three_layers(rng, isa, activation, read):
@@ -100,6 +128,7 @@ def test_weights_that_do_not_fit(rng):
     bad(r"weights\[1\]: got shape", weights=[first, second[0]])
     bad(r"weights\[0\]: got shape", weights=[np.stack([first[0]] * 3), second])
     bad("read: got 'now'", read="now")
+    bad("update: got 'never'", update="never")
     bad("activation: got 'relu'", activation="relu")
     _, state = titans_neural_memory(**arguments)
     bad("weights: got some beside", weights=[first, second], initial_state=state)

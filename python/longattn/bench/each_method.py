@@ -55,6 +55,7 @@ class EachMethod:
             many rows or places it has.
         cases: arguments of each method by its name.
         plain: the same in torch: takes the arguments and returns a call.
+        further: names of methods of other families, which this one measures, too.
         calls: what is called in place of the registry's function, where that is a class say, and functions with a row
             besides the registry's.
     """
@@ -64,6 +65,7 @@ class EachMethod:
     inputs: Callable[[bool], Any]
     cases: Mapping[str, Callable[[Any], Arguments]]
     plain: Mapping[str, Callable[..., Call]]
+    further: tuple[str, ...] = ()
     calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -74,8 +76,7 @@ class EachMethod:
         """Every method that is not in the file yet."""
         kept = Kept(bench, args, self.routine, ("quick",), _result)
         parts = args.only.split(",")
-        every = {method.name: method.function for family in self.families for method in methods(family)}
-        every |= self.calls
+        every = self.functions()
         names = [name for name in every if any(part in name for part in parts)]
         if not names:
             raise ValueError(f"--only: got {args.only!r}, expected part of one of {', '.join(every)}")
@@ -85,6 +86,12 @@ class EachMethod:
                     bench.say(f"{self.routine} {name}")
                     kept.keep(*self._case(bench, name, every[name], threads))
         return _result(kept.rows)
+
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        """What is measured, by name: the families' methods in the registry's order, then the others."""
+        own = {method.name: method.function for family in self.families for method in methods(family)}
+        others = {method.name: method.function for method in methods()} if self.further else {}
+        return {**own, **{name: others[name] for name in self.further}, **self.calls}
 
     def _case(self, bench: Bench, name: str, function: Callable[..., Any], threads: int) -> list[Row]:
         inputs = self.inputs(bench.quick)

@@ -1,4 +1,7 @@
-"""Arguments of every method of the families "linear" and "recurrent", for benchmarks that call them all."""
+"""Arguments of every method of the families "linear" and "recurrent", for benchmarks that call them all.
+
+`FURTHER` are methods of other families that take linear attention's inputs.
+"""
 
 from __future__ import annotations
 
@@ -91,6 +94,10 @@ class Inputs:
             skip=self.x(n), w_out=self.w(n, n),
         )  # fmt: skip
 
+    def both(self) -> tuple[MambaWeights, MambaWeights, NDArray[np.float32]]:
+        """Mamba blocks for both directions, and what merges them."""
+        return self.mamba(), self.mamba(), self.w(2 * self.channels)
+
     def mega(self) -> MegaWeights:
         """A Mega layer, values twice as wide as the input."""
         n, dim, wide = self.channels, self.dim, 2 * self.channels
@@ -118,6 +125,13 @@ def _agents(i: Inputs) -> Arguments:
     return _a(q, k, v, agents=np.ascontiguousarray(q[:, :, :: max(1, i.places // 49)][:, :, :49]))
 
 
+#: Methods of the families "score", "exact" and "pool" with a row among these.
+FURTHER = (
+    "local_linear_attention",
+    "shared_time_frequency_attention",
+    "pool_token_mixer",
+    "learned_aggregation_pool",
+)
 #: Arguments of each method.
 CASES: dict[str, Callable[[Inputs], Arguments]] = {
     "adaptive_frequency_filter": lambda i: _a(
@@ -128,6 +142,7 @@ CASES: dict[str, Callable[[Inputs], Arguments]] = {
     "bidirectional_gated_ssm": lambda i: _a(i.rows(), i.ssm(), i.ssm(), i.w(2 * i.channels), i.w(), i.w()),
     "bidirectional_mamba": lambda i: _a(i.rows(), i.mamba(), i.mamba()),
     "blended_softmax_linear_attention": lambda i: _a(*i.qkv(), 0.5),
+    "causal_fastmax_attention": lambda i: _a(i.heads(NARROW), i.heads(NARROW), i.heads()),
     "causal_performer_attention": lambda i: _a(*i.qkv(), i.directions()),
     "delta_rule_attention": lambda i: _a(*i.qkv(), i.rates(), scale=1.0),
     "efficient_attention": lambda i: _a(*i.qkv()),
@@ -156,12 +171,15 @@ CASES: dict[str, Callable[[Inputs], Arguments]] = {
     "lasp2_linear_attention": lambda i: _a(*i.qkv()),
     "lightning_attention": lambda i: _a(*i.qkv(), i.between(0, 0.1, i.n)),
     "linear_attention": lambda i: _a(*(np.abs(x) for x in i.qkv())),
+    "learned_aggregation_pool": lambda i: _a(i.rows()[0, :1], i.rows(), *(i.w() for _ in "qkvo"), heads=i.n),
     "linear_match_attention": lambda i: _a(*i.qkv()),
+    "local_linear_attention": lambda i: _a(*i.qkv(), 0.1, causal=True, steps=4),
     "magnitude_aware_linear_attention": lambda i: _a(*i.qkv()),
     "mega_gated_attention": lambda i: _a(i.rows(), i.mega(), chunk=128),
     "miras_memory": lambda i: _a(*i.qkv(), i.rates(0.1), variant="yaad", delta=1.0),
     "multi_dim_damped_ema": lambda i: _a(i.rows(), *i.averages()),
     "performer_attention": lambda i: _a(*i.qkv(), i.directions()),
+    "pool_token_mixer": lambda i: _a(i.map()),
     "regla": lambda i: _a(
         *(0.1 * x for x in i.qkv()), *(i.between(0.5, 1, 1, i.n, i.places, i.dim) for _ in range(2))
     ),
@@ -175,6 +193,10 @@ CASES: dict[str, Callable[[Inputs], Arguments]] = {
         i.rows(), i.rows(), -np.exp(i.x(i.channels, STATES)), i.rows(STATES), i.rows(STATES), softplus=True, z=i.rows()
     ),
     "selective_token_channel_mixer": lambda i: _a(i.rows(), [(i.mamba(), i.mamba(i.places))]),
+    "shared_time_frequency_attention": lambda i: _a(
+        i.map(), (i.x(i.channels), i.x(i.channels)), *(i.w() for _ in "qkvo"), heads=i.n, time=i.both(),
+        frequency=i.both(),
+    ),
     "simplified_linear_attention": lambda i: _a(*i.qkv()),
     "span_dynamic_convolution": lambda i: _a(
         i.rows(), i.w(), i.taps(i.channels, 3), i.w(), i.w(), i.w(0, i.n * 9), heads=i.n

@@ -1,9 +1,9 @@
-"""One row per linear and recurrent method, at one size, beside a plain torch formulation where one is natural."""
+"""One row per linear and recurrent method and some near them, beside a plain torch formulation where one is natural."""
 
 from __future__ import annotations
 
 from longattn.bench.each_method import COLUMNS, EachMethod
-from longattn.bench.linear_cases import CASES, Inputs
+from longattn.bench.linear_cases import CASES, FURTHER, Inputs
 from longattn.bench.linear_torch import PLAIN
 from longattn.bench.sections import Section, whole
 
@@ -11,7 +11,7 @@ __all__ = ["COLUMNS", "SECTIONS", "SUMMARY", "add_arguments", "measure", "panels
 
 SUMMARY = "every linear and recurrent method at one size, beside plain torch formulations"
 
-_EVERY = EachMethod("linear-methods", ("linear", "recurrent"), Inputs, CASES, PLAIN)
+_EVERY = EachMethod("linear-methods", ("linear", "recurrent"), Inputs, CASES, PLAIN, FURTHER)
 add_arguments, measure, panels = _EVERY.add_arguments, _EVERY.measure, _EVERY.panels
 
 SECTIONS = (

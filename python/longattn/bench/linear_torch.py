@@ -178,6 +178,32 @@ def _global(formula: str) -> Callable[..., Call]:
     return lambda q, k, v, *_, **__: global_linear.torch_formulas(q, k, v)[formula]
 
 
+def _pool(x: Any) -> Call:
+    from torch.nn.functional import avg_pool2d
+
+    (x,) = _tensors(x)
+
+    def call() -> Any:
+        means = avg_pool2d(x.movedim(3, 1), 3, 1, 1, count_include_pad=False)
+        return (means.movedim(1, 3) - x).contiguous()
+
+    return call
+
+
+def _learned_pool(cls: Any, x: Any, w_q: Any, w_k: Any, w_v: Any, w_o: Any, heads: int) -> Call:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    cls, x, w_q, w_k, w_v, w_o = _tensors(cls[None], x, w_q, w_k, w_v, w_o)
+
+    def call() -> Any:
+        rows = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
+        q, k, v = ((y @ w).unflatten(2, (heads, -1)).transpose(1, 2) for y, w in ((cls, w_q), (rows, w_k), (rows, w_v)))
+        return cls + 1e-4 * (sdpa(q, k, v).transpose(1, 2).flatten(2) @ w_o)
+
+    return call
+
+
 _CALLS: dict[str, Callable[..., Call]] = {
     "agent_attention": _global("agent"),
     "based": _based,
@@ -195,11 +221,13 @@ _CALLS: dict[str, Callable[..., Call]] = {
     "kimi_delta_attention": _chunked(delta=True),
     "l2vit_linear_attention": _global("l2vit"),
     "lasp2_linear_attention": _chunked(),
+    "learned_aggregation_pool": _learned_pool,
     "lightning_attention": lambda q, k, v, slopes: _of_heads(q, k, v, -slopes),
     "linear_attention": _linear,
     "linear_match_attention": _global("linear match"),
     "magnitude_aware_linear_attention": _global("magnitude-aware"),
     "performer_attention": _global("performer"),
+    "pool_token_mixer": _pool,
     "regla": _regla,
     "retention": _retention,
     "rwkv6": _rwkv6,

@@ -7,6 +7,7 @@ from longattn.linear.based import based
 from longattn.linear.bidirectional_gated_ssm import DiagonalSsm, bidirectional_gated_ssm
 from longattn.linear.bidirectional_mamba import bidirectional_mamba
 from longattn.linear.blended_softmax_linear_attention import blended_softmax_linear_attention
+from longattn.linear.causal_fastmax_attention import causal_fastmax_attention
 from longattn.linear.causal_performer_attention import causal_performer_attention
 from longattn.linear.convolution import causal_conv1d, depthwise_conv1d, depthwise_conv2d, dynamic_conv
 from longattn.linear.delta_rule_attention import delta_rule_attention
@@ -59,6 +60,12 @@ from longattn.linear.simplified_linear_attention import fold_rep_batch_norm, rep
 from longattn.linear.span_dynamic_convolution import span_dynamic_convolution
 from longattn.linear.state_space_duality import state_space_duality
 from longattn.linear.taipan_selective_attention import taipan_selective_attention
+from longattn.linear.titans_layers import (
+    TitansWeights,
+    titans_memory_as_context,
+    titans_memory_as_gate,
+    titans_memory_as_layer,
+)
 from longattn.linear.titans_neural_memory import titans_neural_memory
 from longattn.linear.toeplitz import toeplitz, toeplitz2d
 from longattn.linear.ttt_linear import ttt_linear
@@ -76,6 +83,7 @@ __all__ = [
     "MemoryState",
     "RecurrenceGradients",
     "SelectiveScanGradients",
+    "TitansWeights",
     "adaptive_frequency_filter",
     "agent_attention",
     "agent_biases",
@@ -84,6 +92,7 @@ __all__ = [
     "bidirectional_mamba",
     "blended_softmax_linear_attention",
     "causal_conv1d",
+    "causal_fastmax_attention",
     "causal_performer_attention",
     "delta_rule_attention",
     "depthwise_conv1d",
@@ -146,6 +155,9 @@ __all__ = [
     "span_dynamic_convolution",
     "state_space_duality",
     "taipan_selective_attention",
+    "titans_memory_as_context",
+    "titans_memory_as_gate",
+    "titans_memory_as_layer",
     "titans_neural_memory",
     "toeplitz",
     "toeplitz2d",

@@ -12,7 +12,9 @@ ENTRIES = {
     "keys": "keys `[B, Hk, L, D]`; any of the three dtypes.",
     "values": "values `[B, H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes. There is a state per head of "
     "`v`. `Hq` is a multiple of `H`, whose states are read by groups of query heads, or divides it.",
-    "beta": "how much of what is new is written, floating `[B, H, L]`, finite.",
+    "beta": "how much of what is new is written, floating `[B, H, L]`, finite. With "
+    "`normalize_qk`, from 0 to 2, beyond which states grow. Without it, they do not grow where `beta_t |k_t|^2` is "
+    "from 0 to 2 in every row, which is not checked: beyond that, up to infinity.",
     "scale": "factor of outputs; `None` is `D ** -0.5`.",
     "normalize_qk": "divide rows of `q` and `k` by `sqrt(sum of squares + 1e-6)` first.",
     "initial_state": "states before the first row, floating `[N, H, D, Dv]`; `None` is zeros.",

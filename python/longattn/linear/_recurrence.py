@@ -129,6 +129,18 @@ def checked(
     return Inputs(qn, kn, vn, decays, factors, factor, chunk, bounds, outputs, states)
 
 
+def check_unit_beta(beta: NDArray[Any] | None, name: str) -> None:
+    """Refuses what a delta rule over keys of length 1 grows with: `I - beta k k^T` has the eigenvalue `1 - beta`."""
+    if beta is None:
+        return
+    factors = beta.astype(np.float32, copy=False)
+    if not ((factors >= 0) & (factors <= 2)).all():
+        raise ValueError(
+            f"{name}: got a number outside 0 to 2, or NaN, expected numbers from 0 to 2 with normalize_qk: beyond them "
+            "states grow"
+        )
+
+
 def states_before(initial_state: Array | None, states: tuple[int, ...]) -> NDArray[np.float32] | None:
     """States before the first row, as float32."""
     if initial_state is None:
@@ -216,6 +228,8 @@ def recurrence(
         chunk_size=chunk_size,
         cu_seqlens=cu_seqlens,
     )
+    if delta and unit is not None:
+        check_unit_beta(x.beta, beta_name)
     q_heads, k_heads, heads = x.q.shape[-3], x.k.shape[-3] if x.k is not None else x.v.shape[-3], x.v.shape[-3]
     dim, states = x.q.shape[-1], x.states
     boost, second = None, None

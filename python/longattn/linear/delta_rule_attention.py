@@ -29,8 +29,6 @@ def delta_rule_attention(
 ) -> tuple[Array, Array]:
     """DeltaNet, `S_t = S_(t-1) + beta_t k_t (v_t - S_(t-1)^T k_t)^T`, `o_t = scale * q_t^T S_t`.
 
-    States stay bounded where `beta_t |k_t|^2` is at most 2.
-
     Args:
         q: {queries}
         k: {keys}
@@ -52,7 +50,8 @@ def delta_rule_attention(
 
     Raises:
         TypeError: an argument of another kind or dtype.
-        ValueError: shapes that do not fit, or a beta that is not finite.
+        ValueError: shapes that do not fit, or a beta that is not finite or, with
+            `normalize_qk`, outside 0 to 2.
 
     Cost:
         `3 * H * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other about `H * L * C * (D

@@ -52,7 +52,8 @@ def gated_delta_rule(
 
     Raises:
         TypeError: an argument of another kind or dtype.
-        ValueError: shapes that do not fit, a log decay above 0 or NaN, a beta that is not finite.
+        ValueError: shapes that do not fit, a log decay above 0 or NaN, a beta that is not finite or, with
+            `normalize_qk`, outside 0 to 2.
 
     Cost:
         `3 * H * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other about `H * L * C * (D

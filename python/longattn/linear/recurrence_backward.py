@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from longattn import _core
 from longattn._arrays import Array, as_numpy, like
 from longattn._checks import batched, check_float_storage, check_floating, flag, real, shape_of
-from longattn.linear._recurrence import CHUNK, checked, states_before
+from longattn.linear._recurrence import CHUNK, check_unit_beta, checked, states_before
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def recurrence_backward(
         g: log decays, floating `[B, H, L]` or `[B, H, L, D]`; `None` is no decay. One per head, `[H]`, has a gradient
             per row.
         beta: factors of updates, floating `[B, H, L]`; `None` is 1. Below 1e-10 in magnitude it counts as that with
-            `delta`, which float32 cannot tell from 0.
+            `delta`, which float32 cannot tell from 0. With `delta` and `normalize_qk`, from 0 to 2.
         delta: whether an update is what the state does not hold yet.
         scale: factor of outputs; `None` is `D ** -0.5`.
         normalize_qk: rows of `q` and `k` were divided by `sqrt(sum of squares + 1e-6)`.
@@ -120,6 +120,8 @@ def recurrence_backward(
         cu_seqlens=cu_seqlens,
     )
     assert x.k is not None
+    if delta and unit:
+        check_unit_beta(x.beta, "beta")
     given = _outputs(d_out, "d_out", x.outputs)
     results = None
     if divided:

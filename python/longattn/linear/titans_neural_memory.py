@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from longattn._arrays import Array, as_numpy
+from longattn.linear._chunk_steps import chunk_steps
 from longattn.linear._fast_weight import CHUNK, MemoryState, fast_weight, gate
 from longattn.linear.feature_map import finite
 from longattn.methods import Method
@@ -23,6 +25,7 @@ def titans_neural_memory(
     activation: str = "silu",
     loss_scale: float = 0.5,
     read: str = "after",
+    update: str = "per_token",
     normalize_qk: bool = True,
     scale: float = 1.0,
     chunk_size: int = CHUNK,
@@ -36,9 +39,14 @@ def titans_neural_memory(
     the definition. Chunks are counted from the first row of all, over all calls. `M(x) = x W` of one matrix, or
     `act(x W_1) W_2` and so on; matrices are `[inputs, outputs]`.
 
+    With `update="per_chunk"` (a public re-implementation) a chunk takes one step along the sum of its gradients,
+    `S = eta S - sum_t theta_t u_t`, `W = (1 - alpha) W + S`, with `alpha` and `eta` of its last row, and its queries
+    read the weights with which it began.
+
     The paper has gates of every token, from its hidden state by the caller: `theta` a sigmoid times a largest rate,
     `alpha` and `eta` sigmoids. Its compositions with attention (memory as context, as gate, as layer) are calls of this
-    and of `longattn.attention`. UNSURE: the activation, which the paper leaves open for the memory.
+    and of `longattn.attention`: `titans_memory_as_context`, `titans_memory_as_gate` and `titans_memory_as_layer`.
+    UNSURE: the activation, which the paper leaves open for the memory.
 
     Args:
         q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16. `Hq` is a multiple of `H`, whose
@@ -52,7 +60,9 @@ def titans_neural_memory(
         eta: momentum, 0 to 1, floating `[B, H, L]` or one number; `None` is 0.
         activation: "silu" or "gelu".
         loss_scale: factor of the loss.
-        read: "after" the row's own step, or "before" it.
+        read: "after" the row's own step, or "before" it; without a meaning in "per_chunk".
+        update: "per_token", or "per_chunk". The weights of a state within a chunk of the latter hold the steps of its
+            gradients so far, and become those that are read when it is full.
         normalize_qk: divide rows of `q` and `k` by `sqrt(sum of squares + 1e-6)` first.
         scale: factor of queries.
         chunk_size: rows whose gradients are taken at the same weights.
@@ -88,24 +98,33 @@ def titans_neural_memory(
         raise ValueError(f"read: got {read!r}, expected 'after' or 'before'")
     if activation not in ("silu", "gelu"):
         raise ValueError(f"activation: got {activation!r}, expected 'silu' or 'gelu'")
+    if update not in ("per_token", "per_chunk"):
+        raise ValueError(f"update: got {update!r}, expected 'per_token' or 'per_chunk'")
+    shared: dict[str, Any] = {
+        "rate_name": "theta",
+        "activation": activation,
+        "loss": ("square", finite(loss_scale, "loss_scale"), 0.0),
+        "chunk_size": chunk_size,
+        "normalize_qk": normalize_qk,
+        "scale": scale,
+    }
+    if update == "per_chunk":
+        return chunk_steps(
+            q, k, v, theta, alpha=alpha, eta=eta, weights=weights, initial_state=initial_state, out=out, **shared
+        )
     keep = None if alpha is None or keys.ndim not in (3, 4) else 1 - gate(alpha, "alpha", keys, high=1.0)
     return fast_weight(
         q,
         k,
         v,
         theta,
-        rate_name="theta",
         weights=weights,
         initial_state=initial_state,
         keep=keep,
         momentum=eta,
-        activation=activation,
-        loss=("square", finite(loss_scale, "loss_scale"), 0.0),
         before=read == "before",
-        chunk_size=chunk_size,
-        normalize_qk=normalize_qk,
-        scale=scale,
         out=out,
+        **shared,
     )
 
 
@@ -125,6 +144,7 @@ METHOD = Method(
         "A linear memory without momentum, a token per chunk, is Kimi delta attention.",
         "A rate of 0 without forgetting reads the first weights.",
         "Cut at any row, the parts give the whole.",
+        "A step per chunk of one row is a step per token that queries read before it.",
     ),
     tests="tests/linear/test_titans_neural_memory.py",
     cost="About `5 * H * L * P` multiply-adds for `P` numbers of weights, more by `2 * P` with momentum, and of the "

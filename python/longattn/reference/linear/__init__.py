@@ -5,6 +5,7 @@ from longattn.reference.linear.agent_attention import agent_attention
 from longattn.reference.linear.based import based
 from longattn.reference.linear.bidirectional_gated_ssm import bidirectional_gated_ssm
 from longattn.reference.linear.blended_softmax_linear_attention import blended_softmax_linear_attention
+from longattn.reference.linear.causal_fastmax_attention import causal_fastmax_attention
 from longattn.reference.linear.causal_performer_attention import causal_performer_attention
 from longattn.reference.linear.convolution import depthwise, diagonal_scan, dynamic_conv, toeplitz, toeplitz2d
 from longattn.reference.linear.delta_rule_attention import delta_rule_attention
@@ -47,6 +48,11 @@ from longattn.reference.linear.simplified_linear_attention import rep_batch_norm
 from longattn.reference.linear.span_dynamic_convolution import span_dynamic_convolution
 from longattn.reference.linear.state_space_duality import state_space_duality
 from longattn.reference.linear.taipan_selective_attention import taipan_selective_attention
+from longattn.reference.linear.titans_layers import (
+    titans_memory_as_context,
+    titans_memory_as_gate,
+    titans_memory_as_layer,
+)
 from longattn.reference.linear.titans_neural_memory import titans_neural_memory
 from longattn.reference.linear.ttt_linear import ttt_linear
 
@@ -57,6 +63,7 @@ __all__ = [
     "bidirectional_gated_ssm",
     "bidirectional_mamba",
     "blended_softmax_linear_attention",
+    "causal_fastmax_attention",
     "causal_performer_attention",
     "delta_rule_attention",
     "depthwise",
@@ -106,6 +113,9 @@ __all__ = [
     "span_dynamic_convolution",
     "state_space_duality",
     "taipan_selective_attention",
+    "titans_memory_as_context",
+    "titans_memory_as_gate",
+    "titans_memory_as_layer",
     "titans_neural_memory",
     "toeplitz",
     "toeplitz2d",

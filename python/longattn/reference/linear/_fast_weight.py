@@ -88,6 +88,7 @@ def fast_weight(
     threshold: Any = 0.0,
     read_out: Callable[[Float64], Float64] = lambda w: w,
     inside: str = "token",
+    update: str = "per_token",
     activation: str = "silu",
     bias: bool = False,
     residual: tuple[Any, Any, float] | None = None,
@@ -100,7 +101,8 @@ def fast_weight(
 
     `descend` makes the gradient of an error and a threshold; `read_out` what is read of a matrix. `inside` a chunk,
     tokens read their own ("token"), the matrices themselves over the chunk's start's norm ("norm", by the ratio of
-    what is read to what there is), or those of the start ("chunk").
+    what is read to what there is), or those of the start ("chunk"). With `update="per_chunk"` there is one step per
+    chunk, at its last row and with that row's gates, and tokens read the weights with which their chunk began.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     one = q.ndim == 3
@@ -127,6 +129,7 @@ def fast_weight(
             live = [w[b, h].copy() for w in first]
             step = [np.zeros_like(w) for w in live]
             frozen = [w.copy() for w in live]
+            held = [np.zeros_like(w) for w in live]
             for t in range(length):
                 if t % chunk_size == 0:
                     frozen = [w.copy() for w in live]
@@ -148,6 +151,17 @@ def fast_weight(
                         out[b, reader, t] = network.forward(seen(live), q[b, reader, t])[0]
                 said, kept = network.forward(used, k[b, h, t])
                 gradients = network.gradients(used, kept, descend(said - v[b, h, t], float(limit[b, h, t])))
+                if update == "per_chunk":
+                    for reader in readers:
+                        out[b, reader, t] = network.forward(frozen, q[b, reader, t])[0]
+                    held = [x + theta[b, h, t] * gradient for x, gradient in zip(held, gradients, strict=True)]
+                    if t % chunk_size == chunk_size - 1:
+                        step = [eta[b, h, t] * s - x for s, x in zip(step, held, strict=True)]
+                        live = [kept_share[b, h, t] * w + s for w, s in zip(frozen, step, strict=True)]
+                        held = [np.zeros_like(w) for w in live]
+                    elif t == length - 1:  # what a state within a chunk holds
+                        live = [w - x for w, x in zip(frozen, held, strict=True)]
+                    continue
                 for i, gradient in enumerate(gradients):
                     step[i] = eta[b, h, t] * step[i] - theta[b, h, t] * gradient
                     live[i] = kept_share[b, h, t] * live[i] + step[i]

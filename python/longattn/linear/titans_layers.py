@@ -1,0 +1,267 @@
+"""How Titans joins its memory with attention: as context, as a gate, and as a layer before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from longattn._arrays import Array, as_numpy, like
+from longattn._checks import integer
+from longattn.dense.attention import attention
+from longattn.linear._channels import Float32, check_shape, parameter, pointwise, storage_rows
+from longattn.linear._fast_weight import MemoryState
+from longattn.linear.titans_neural_memory import titans_neural_memory
+
+GATES = ("sigmoid", "silu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TitansWeights:
+    """Weights of a layer, floating; products are `x @ w`.
+
+    Attributes:
+        memory: `(w_q, w_k, w_v)` of the memory, `[C, heads * D]` twice and `[C, C]`.
+        attention: `(w_q, w_k, w_v, w_o)`, `[C, heads * D]` twice, `[C, heads * Dv]` and `[heads * Dv, C]`.
+        persistent: learned tokens `[P, C]` before the sequence, visible to all of it; `None` is none.
+    """
+
+    memory: tuple[Array, Array, Array]
+    attention: tuple[Array, Array, Array, Array]
+    persistent: Array | None = None
+
+
+class _Layer:
+    """Checked weights, and the parts that the three have in common."""
+
+    def __init__(self, x: Array, weights: TitansWeights, heads: object) -> None:
+        if not isinstance(weights, TitansWeights):
+            raise TypeError(f"weights: got {type(weights).__name__}, expected TitansWeights")
+        given = storage_rows(x, "x", (None, None, None), "[B, L, C]")
+        channels, self.heads = given.shape[2], integer(heads, "heads", 1)
+        if channels == 0 or channels % self.heads:
+            raise ValueError(f"heads: got {self.heads}, expected a divisor of the {channels} channels of x")
+        for given_weights, name, count in ((weights.memory, "memory", 3), (weights.attention, "attention", 4)):
+            if not isinstance(given_weights, tuple | list) or len(given_weights) != count:
+                raise TypeError(f"{name}: got {type(given_weights).__name__}, expected {count} matrices")
+        self.memory = [parameter(w, f"memory[{i}]", (channels, None), "[C, ..]") for i, w in enumerate(weights.memory)]
+        self.own = [parameter(w, f"attention[{i}]", (None, None), "[C, ..]") for i, w in enumerate(weights.attention)]
+        for ws, name in ((self.memory, "memory"), (self.own, "attention")):
+            wide = ws[0].shape[1]
+            if wide == 0 or wide % self.heads:
+                raise ValueError(f"{name}[0]: got shape {ws[0].shape}, expected [C, heads * D] with {self.heads} heads")
+            check_shape(ws[0], f"{name}[0]", (channels, wide), "[C, heads * D]")
+            check_shape(ws[1], f"{name}[1]", (channels, wide), "[C, heads * D] as of queries")
+        check_shape(self.memory[2], "memory[2]", (channels, channels), "[C, C]")
+        values = self.own[2].shape[1]
+        if values == 0 or values % self.heads:
+            raise ValueError(f"attention[2]: got shape {self.own[2].shape}, expected [C, heads * Dv]")
+        check_shape(self.own[2], "attention[2]", (channels, values), "[C, heads * Dv]")
+        check_shape(self.own[3], "attention[3]", (values, channels), "[heads * Dv, C]")
+        first = np.zeros((0, channels), np.float32)
+        if weights.persistent is not None:
+            first = parameter(weights.persistent, "persistent", (None, channels), "[P, C]")
+        self.x, self.dtype = np.asarray(given, np.float32), given.dtype
+        self.persistent: Float32 = np.broadcast_to(first, (len(given), *first.shape))
+
+    def split(self, x: Float32, w: Float32) -> Float32:
+        """Rows `[B, H, L, D]` by heads, of projected rows `[B, L, C]`."""
+        made = (x @ w).reshape(*x.shape[:2], self.heads, w.shape[1] // self.heads)
+        return np.ascontiguousarray(made.swapaxes(1, 2))
+
+    def joined(self, x: Any) -> Float32:
+        """Rows `[B, L, H * D]` of rows by heads."""
+        whole = np.asarray(x, np.float32).swapaxes(1, 2)
+        return np.ascontiguousarray(whole).reshape(*whole.shape[:2], whole.shape[2] * whole.shape[3])
+
+    def remember(self, asking: Float32, x: Float32, theta: Any, **options: Any) -> tuple[Float32, MemoryState]:
+        """What the memory says to `asking` while it learns `x`."""
+        q, k, v = (self.split(y, w) for y, w in zip((asking, x, x), self.memory, strict=True))
+        said, state = titans_neural_memory(q, k, v, theta, **options)
+        return self.joined(said), state
+
+    def attend(self, asking: Float32, before: Float32, x: Float32, window: int | None) -> Float32:
+        """Causal attention of the rows of `x`, as `asking` has them, that see all of `before`."""
+        q, k, v = (self.split(y, w) for y, w in zip((asking, x, x), self.own, strict=False))
+        merged: dict[str, Any] = {}
+        if before.shape[1]:
+            merged["state"] = attention(q, *(self.split(before, w) for w in self.own[1:3]), return_lse=True)
+        span = (-1, -1) if window is None else (window - 1, 0)
+        mixed: Float32 = self.joined(attention(q, k, v, causal=True, window=span, **merged)) @ self.own[3]
+        return mixed
+
+
+def _rows_of(gate: Any, name: str, layer: _Layer) -> Any:
+    """A gate of all rows, or one number, or nothing, as it came."""
+    if gate is None or isinstance(gate, int | float):
+        return gate
+    rows = as_numpy(gate, name, any_strides=True)
+    expected = (len(layer.x), layer.heads, layer.x.shape[1])
+    if rows.shape != expected:
+        raise ValueError(f"{name}: got shape {rows.shape}, expected {expected}, or one number")
+    return rows
+
+
+def _root_norm(x: Float32, eps: float) -> Float32:
+    """Rows over the root of their mean square."""
+    normed: Float32 = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + np.float32(eps))
+    return normed
+
+
+def titans_memory_as_context(
+    x: Array,
+    theta: Array | float,
+    weights: TitansWeights,
+    *,
+    heads: int,
+    segment: int,
+    alpha: Array | float | None = None,
+    eta: Array | float | None = None,
+    initial_state: MemoryState | None = None,
+    **options: Any,
+) -> tuple[Array, MemoryState]:
+    """Titans' memory as context (MAC): attention in segments, over what the memory says of each, too.
+
+    For a segment `S`: `h = M(S w_q)` of the memory before it, `y` is causal attention over `[persistent; h; S]`, the
+    memory learns `y`, and the output is `y * M(y)`, a row at a time after its own step. All of `h` comes before `S`,
+    as the paper has it: a row sees what the memory says of later rows of its segment, so that segments, not rows, are
+    causal.
+
+    Args:
+        x: rows `[B, L, C]`; float32, float16 or bfloat16.
+        theta: rates of the memory, floating `[B, heads, L]` or one number.
+        weights: `TitansWeights`.
+        heads: of the memory and of attention.
+        segment: rows of a segment; the last one may be shorter.
+        alpha: what the memory forgets, likewise; `None` is 0.
+        eta: its momentum, likewise; `None` is 0.
+        initial_state: what a call with the segments before returned.
+        options: further ones of `titans_neural_memory`: `weights` of the memory are `memory_weights` here.
+
+    Returns:
+        `(output, state)`: `[B, L, C]` in the kind and dtype of `x`, and the memory.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes or values that do not fit.
+
+    Cost:
+        Projections, `B * L * heads * (P + 1.5 * segment) * (D + Dv)` multiply-adds of attention, and the memory twice.
+
+    References:
+        A. Behrouz, P. Zhong and V. Mirrokni, "Titans: Learning to Memorize at Test Time", 2024, arXiv:2501.00663.
+    """
+    layer, size = _Layer(x, weights, heads), integer(segment, "segment", 1)
+    first = options.pop("memory_weights", None)
+    rows, out, state = layer.x, np.empty_like(layer.x), initial_state
+    gates = {"theta": _rows_of(theta, "theta", layer), "alpha": _rows_of(alpha, "alpha", layer)}
+    gates["eta"] = _rows_of(eta, "eta", layer)
+    for at in range(0, max(rows.shape[1], 1), size):
+        part = slice(at, min(at + size, rows.shape[1]))
+        here = rows[:, part]
+        given = {name: x if np.ndim(x) == 0 else x[..., part] for name, x in gates.items() if x is not None}
+        begin = {**options, "initial_state": state, "weights": first if state is None else None}
+        resting = None if eta is None else 0.0
+        h, _ = layer.remember(here, here, 0.0, eta=resting, **begin)
+        y = layer.attend(here, np.concatenate([layer.persistent, h], axis=1), here, None)
+        said, state = layer.remember(y, y, **given, **begin)
+        out[:, part] = y * said
+    assert state is not None
+    return like(x, out.astype(layer.dtype, copy=False)), state
+
+
+def titans_memory_as_gate(
+    x: Array,
+    theta: Array | float,
+    weights: TitansWeights,
+    *,
+    heads: int,
+    window: int,
+    norms: tuple[Array, Array] | None = None,
+    gate: str = "sigmoid",
+    eps: float = 1e-6,
+    **options: Any,
+) -> tuple[Array, MemoryState]:
+    """Titans' memory as a gate (MAG): attention in a window, times a function of what the memory says.
+
+    `norm(A(x)) * gate(norm(M(x)))`, where attention `A` is causal, in a window, and sees all persistent tokens.
+    UNSURE: norms and gate, which the paper names without a formula; here rows over the root of their mean square.
+
+    Args:
+        x: rows `[B, L, C]`; float32, float16 or bfloat16.
+        theta: rates of the memory, floating `[B, heads, L]` or one number.
+        weights: `TitansWeights`.
+        heads: of the memory and of attention.
+        window: keys of a query, its own included.
+        norms: factors of attention's and of the memory's channels after their norms, floating `[C]` each; `None` is 1.
+        gate: "sigmoid" or "silu".
+        eps: added to mean squares.
+        options: further ones of `titans_neural_memory`: `weights` of the memory are `memory_weights` here.
+
+    Returns:
+        `(output, state)`: `[B, L, C]` in the kind and dtype of `x`, and the memory.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes or values that do not fit.
+
+    Cost:
+        Projections, `B * L * heads * (P + window) * (D + Dv)` multiply-adds of attention, and the memory.
+
+    References:
+        A. Behrouz, P. Zhong and V. Mirrokni, "Titans: Learning to Memorize at Test Time", 2024, arXiv:2501.00663.
+    """
+    if gate not in GATES:
+        raise ValueError(f"gate: got {gate!r}, expected one of {', '.join(GATES)}")
+    layer, span = _Layer(x, weights, heads), integer(window, "window", 1)
+    if not 0 <= eps < np.inf:
+        raise ValueError(f"eps: got {eps}, expected at least 0")
+    channels = layer.x.shape[2]
+    if norms is not None and (not isinstance(norms, tuple | list) or len(norms) != 2):
+        raise TypeError(f"norms: got {type(norms).__name__}, expected factors of attention and of the memory")
+    factors: list[Any] = [1.0, 1.0]
+    if norms is not None:
+        factors = [parameter(w, f"norms[{i}]", (channels,), "[C]") for i, w in enumerate(norms)]
+    options["weights"] = options.pop("memory_weights", None)
+    said, state = layer.remember(layer.x, layer.x, theta, **options)
+    seen = layer.attend(layer.x, layer.persistent, layer.x, span)
+    out = _root_norm(seen, eps) * factors[0] * pointwise(gate, _root_norm(said, eps) * factors[1])
+    return like(x, out.astype(layer.dtype, copy=False)), state
+
+
+def titans_memory_as_layer(
+    x: Array, theta: Array | float, weights: TitansWeights, *, heads: int, window: int, **options: Any
+) -> tuple[Array, MemoryState]:
+    """Titans' memory as a layer (MAL): attention in a window over what the memory says of the rows.
+
+    The memory learns the persistent tokens, then the rows; what it says of the former all rows see.
+
+    Args:
+        x: rows `[B, L, C]`; float32, float16 or bfloat16.
+        theta: rates of the memory, floating `[B, heads, P + L]` or one number.
+        weights: `TitansWeights`.
+        heads: of the memory and of attention.
+        window: keys of a query, its own included.
+        options: further ones of `titans_neural_memory`, gates with `P + L` rows, too: `weights` of the memory are
+            `memory_weights` here.
+
+    Returns:
+        `(output, state)`: `[B, L, C]` in the kind and dtype of `x`, and the memory.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes or values that do not fit.
+
+    Cost:
+        Projections, `B * L * heads * (P + window) * (D + Dv)` multiply-adds of attention, and the memory.
+
+    References:
+        A. Behrouz, P. Zhong and V. Mirrokni, "Titans: Learning to Memorize at Test Time", 2024, arXiv:2501.00663.
+    """
+    layer, span = _Layer(x, weights, heads), integer(window, "window", 1)
+    options["weights"] = options.pop("memory_weights", None)
+    whole, first = np.concatenate([layer.persistent, layer.x], axis=1), layer.persistent.shape[1]
+    said, state = layer.remember(whole, whole, theta, **options)
+    out = layer.attend(said[:, first:], said[:, :first], said[:, first:], span)
+    return like(x, out.astype(layer.dtype, copy=False)), state
