@@ -11,7 +11,7 @@ __all__ = ["COLUMNS", "FAMILIES", "SECTIONS", "SUMMARY", "add_arguments", "measu
 SUMMARY = "every method that retrieves, hashes, keeps, pools or scores keys, at one size"
 FAMILIES = ("retrieval", "hash", "kv", "score", "position", "pool", "exact", "diagnostics", "distributed")
 
-_EVERY = EachMethod("retrieval-methods", FAMILIES, Inputs, CASES, PLAIN, CALLS)
+_EVERY = EachMethod("retrieval-methods", FAMILIES, Inputs, CASES, PLAIN, calls=CALLS)
 add_arguments, measure, panels = _EVERY.add_arguments, _EVERY.measure, _EVERY.panels
 
 SECTIONS = (

@@ -149,7 +149,7 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "windowed_attention": sparse.windowed_attention,
 }
 
-_EVERY = EachMethod("sparse-methods", ("sparse",), Inputs, CASES, PLAIN, OTHERS)
+_EVERY = EachMethod("sparse-methods", ("sparse",), Inputs, CASES, PLAIN, calls=OTHERS)
 add_arguments, measure, panels = _EVERY.add_arguments, _EVERY.measure, _EVERY.panels
 
 SECTIONS = (
