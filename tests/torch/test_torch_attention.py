@@ -289,7 +289,7 @@ def test_bad_inputs_are_refused(rng):
         attend(q, k, v, sinks=torch.zeros(4, device="meta"))
     with pytest.raises(TypeError, match=r"^q: got ndarray, expected a torch tensor"):
         attend(q.detach().numpy(), k, v)
-    with pytest.raises(TypeError, match=r"^v: got NoneType"):
+    with pytest.raises(TypeError, match=r"^v: got None, expected a torch tensor"):
         attend(q, k, None)
     with pytest.raises(TypeError, match=r"^window: got 5, expected a pair"):
         attend(q, k, v, window=5)
