@@ -45,10 +45,10 @@ class TestBlocks:
     )
     def test_masks(self, rng, cupy, block_q, block_k, heads, batch):
         """What one list serves is one list in the memory of the device too; the last blocks are short."""
-        q, k, v = arrays(rng, rows=140, keys=170, batch=batch)
-        blocks = rng.random((1, heads, -(-140 // block_q), -(-170 // block_k))) < 0.6
+        q, k, v = arrays(rng, rows=200, keys=170, batch=batch)
+        blocks = rng.random((1, heads, -(-200 // block_q), -(-170 // block_k))) < 0.6
         blocks[0, 0, 0] = False
-        mask = la.BlockMask.from_blocks(blocks, lengths=(140, 170), block_q=block_q, block_k=block_k)
+        mask = la.BlockMask.from_blocks(blocks, lengths=(200, 170), block_q=block_q, block_k=block_k)
         dense = np.repeat(mask.to_dense_mask(), 4 // heads, axis=1)
         there = [cupy.asarray(x) for x in (q, k, v)]
         check(q, k, v, la.block_sparse_attention(*there, mask, causal=True, return_lse=True), mask=dense, causal=True)

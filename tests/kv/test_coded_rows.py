@@ -126,8 +126,8 @@ def test_functions_of_numbers_refuse_them_by_name(rng, dtype):
             other.append(codes, codes)
         with pytest.raises(TypeError, match=r"^v: got CodedRows.*, expected numbers"):
             other.append(x, codes)
-    with pytest.raises(TypeError, match=rf"^store: got dtype {dtype}, expected a store of float32"):
-        la.index.Signatures(store)
+    with pytest.raises(TypeError, match=rf"^store: got dtype {dtype}, expected float32, float16 or bfloat16"):
+        la.index.Flat(store)
 
 
 def test_what_attention_asks_of_them(rng):

@@ -28,14 +28,14 @@ def attention(q, k, v, *, scale=None, offset=0.0):
 
 
 def _in_pairs(q, k, v):
-    """Whether eight rows of a KV head, all bf16, may be what is computed together: some CPUs then round their weights.
+    """Whether some rows, all bf16, may be computed eight together: CPUs that multiply pairs then round their weights.
 
-    That is so for eight rows in all and for what is left of many; of packed sequences each has its own.
+    Eight rows of a KV head are, and eight that are left of many; of packed and of branching sequences, eight of any.
     """
-    group = q.shape[-3] // max(k.shape[-3], 1)
-    sixteen = all(x.dtype == ml_dtypes.bfloat16 for x in (q, k, v))
-    rows = group * q.shape[-2]
-    return sixteen and (rows % 192 == 8 or (rows >= 8 and 8 % group == 0))
+    if not all(x.dtype == ml_dtypes.bfloat16 for x in (q, k, v)):
+        return False
+    heads, kv_heads = (x.shape[-3] if x.ndim > 2 else 1 for x in (q, k))
+    return heads * q.shape[-2] >= 8 * kv_heads
 
 
 def device_attention(q, k, v, *, scale=None, offset=0.0):

@@ -110,7 +110,7 @@ def rows_or_mass(
         return None, p
     if top_k is None:
         return [max(64, length // 100)], None
-    if isinstance(top_k, Sequence | np.ndarray):
+    if isinstance(top_k, Sequence | np.ndarray) and not isinstance(top_k, str):
         rows = [count(k, "top_k") for k in top_k]
         if len(rows) != kv_heads:
             raise ValueError(f"top_k: got {len(rows)} numbers, expected one, or one for each of {kv_heads} KV heads")
