@@ -7,6 +7,7 @@ use super::lanes::{LaneDots, LaneQueries, Words, fill_lanes, starts};
 use super::rows::{Row, Rows};
 use super::scores::RowId;
 use super::stream::{KEYS, MAX_QUERY_ROWS, scale_row};
+use super::values::VALUE_BYTES;
 use crate::simd::{Kernel, MAX_LANES, Simd};
 use half::bf16;
 use std::ops::Range;
@@ -186,9 +187,6 @@ pub(super) struct PairValues<'a, K, V> {
 /// A block's weights as bf16.
 #[repr(align(64))]
 struct PairWeights([[bf16; KEYS]; MAX_QUERY_ROWS]);
-
-/// Bytes of values that go through all columns together, so that later columns find them in the first-level cache.
-const VALUE_BYTES: usize = 16 << 10;
 
 impl<K: Rows, V: Rows> Kernel for PairValues<'_, K, V> {
     type Output = ();

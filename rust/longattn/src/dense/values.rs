@@ -8,7 +8,7 @@ use crate::simd::{Kernel, Simd};
 use std::ops::Range;
 
 /// Bytes of values that go through all columns together, so that the second pass finds them in the first-level cache.
-const VALUE_BYTES: usize = 16 << 10;
+pub(super) const VALUE_BYTES: usize = 16 << 10;
 
 /// `outputs[r] += sum_j p[r][j] v_j` for `R` rows and the keys `keys`, `C` vectors of columns at a time.
 ///
