@@ -1,7 +1,7 @@
 //! Asking memory for rows before they are computed with.
 
 use super::rows::Rows;
-use super::stream::KEYS;
+use super::stream::{KEYS, MAX_QUERY_ROWS};
 use crate::simd::prefetch;
 use std::ops::Range;
 
@@ -21,8 +21,17 @@ pub(super) fn ahead(row_bytes: usize) -> usize {
 /// Rows to come, of which memory is asked for line by line while others are computed with: a burst of requests would stall loads.
 #[derive(Clone, Copy)]
 pub(super) struct Coming<const C: usize> {
-    starts: [*const u8; C],
+    rows: Places<C>,
     bytes: usize,
+}
+
+/// Where rows start.
+#[derive(Clone, Copy)]
+enum Places<const C: usize> {
+    /// Anywhere; or few rows, whose addresses fit registers.
+    Listed([*const u8; C]),
+    /// The first row and the distance from each to the next.
+    Spaced(*const u8, isize),
 }
 
 impl<const C: usize> Coming<C> {
@@ -50,28 +59,50 @@ impl<const C: usize> Coming<C> {
     /// Rows that come after the block: those from `j` on.
     #[inline(always)]
     pub(super) fn rows<V: Rows>(rows: V, dim: usize, j: usize) -> Self {
-        let mut starts = [std::ptr::null(); C];
-        for (c, start) in starts.iter_mut().enumerate() {
-            *start = rows.start(j + c);
+        let bytes = rows.row_bytes(dim);
+        if V::SCATTERED || C <= MAX_QUERY_ROWS {
+            return Self { rows: Places::Listed(rows.starts(j)), bytes };
         }
-        Self { starts, bytes: rows.row_bytes(dim) }
+        let [first, second] = rows.starts(j);
+        Self { rows: Places::Spaced(first, second.addr().wrapping_sub(first.addr()) as isize), bytes }
     }
 
     /// Nothing to ask for.
     #[inline(always)]
     pub(super) fn none() -> Self {
-        Self { starts: [std::ptr::null(); C], bytes: 0 }
+        if C <= MAX_QUERY_ROWS {
+            return Self { rows: Places::Listed([std::ptr::null(); C]), bytes: 0 };
+        }
+        Self { rows: Places::Spaced(std::ptr::null(), 0), bytes: 0 }
     }
 
-    /// Asks for the lines from byte `from` up to byte `to` of each row.
+    /// Asks for the lines from byte `from` up to byte `to` of each row. Of rows with nothing between them it is as many bytes, one line
+    /// after the other: a line that has parts of two rows is asked for once.
     #[inline(always)]
     pub(super) fn ask(&self, from: usize, to: usize) {
-        let mut at = from;
-        while at < to.min(self.bytes) {
-            for start in self.starts {
-                prefetch(start.wrapping_add(at));
+        let to = to.min(self.bytes);
+        match self.rows {
+            Places::Listed(starts) => {
+                let mut at = from;
+                while at < to {
+                    for start in starts {
+                        prefetch(start.wrapping_add(at));
+                    }
+                    at += 64;
+                }
             }
-            at += 64;
+            Places::Spaced(first, distance) if distance == self.bytes as isize => {
+                for at in (C * from..C * to).step_by(64) {
+                    prefetch(first.wrapping_add(at));
+                }
+            }
+            Places::Spaced(first, distance) => {
+                for at in (from..to).step_by(64) {
+                    for i in 0..C as isize {
+                        prefetch(first.wrapping_offset(i * distance).wrapping_add(at));
+                    }
+                }
+            }
         }
     }
 }

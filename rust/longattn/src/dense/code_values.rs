@@ -10,9 +10,8 @@
 //! what that value may add, the rounding of a float. With two bytes, of 15 bits, it would show where one key has most of the weight.
 //! Offsets are added in f32.
 
-use super::ahead::Coming;
 use super::codes::Parameters;
-use super::rows::{BareRows, Rows};
+use super::rows::{BareRows, Row, Rows};
 use super::stream::{KEYS, MAX_QUERY_ROWS};
 use crate::simd::{Kernel, Simd};
 use std::ops::Range;
@@ -23,19 +22,18 @@ const PARTS: usize = 3;
 /// The largest rounded weight; one of a little more still has a first byte of 127.
 const LARGEST: f32 = (127 << 16) as f32;
 
-/// Adding it, 2^23, leaves the nearest integer in the low 23 bits of a float of less than that.
-const ROUND: f32 = 8_388_608.0;
-
 /// A block's weights as bytes.
 #[repr(align(64))]
 pub(super) struct ByteWeights {
-    /// `[rows, parts (the first weighs most), keys]`; 0 beyond the last key.
-    bytes: [[[i8; KEYS]; PARTS]; MAX_QUERY_ROWS],
+    /// `[rows, fours of keys, parts (the last weighs most), keys]`; 0 beyond the last key, up to a whole vector. A fourth part has no
+    /// meaning.
+    bytes: [[[[i8; 4]; 4]; KEYS / 4]; MAX_QUERY_ROWS],
     factors: [f32; MAX_QUERY_ROWS],
 }
 
 impl ByteWeights {
-    pub(super) const NONE: Self = Self { bytes: [[[0; KEYS]; PARTS]; MAX_QUERY_ROWS], factors: [0.0; MAX_QUERY_ROWS] };
+    pub(super) const NONE: Self =
+        Self { bytes: [[[[0; 4]; 4]; KEYS / 4]; MAX_QUERY_ROWS], factors: [0.0; MAX_QUERY_ROWS] };
 }
 
 /// Rounds a block's weights, times the scales of the values, and adds what the offsets contribute to the outputs.
@@ -58,37 +56,33 @@ impl<V: BareRows> Kernel for RoundWeights<'_, V> {
         let n = keys.len();
         assert!(rows <= MAX_QUERY_ROWS && KEYS.is_multiple_of(S::LANES));
         let mut parameters = Parameters::NONE;
-        parameters.read(v, keys);
+        parameters.read(s, v, keys);
         let (scales, offsets) = (parameters.scales.as_ptr(), parameters.offsets.as_ptr());
-        let mut scaled = [[0f32; KEYS]; MAX_QUERY_ROWS];
-        for (r, scaled) in scaled.iter_mut().enumerate().take(rows) {
-            scaled[..n].copy_from_slice(&weights[r * KEYS..r * KEYS + n]);
+        for (r, (bytes, factor)) in to.bytes.iter_mut().zip(&mut to.factors).enumerate().take(rows) {
+            // 0 beyond the last key, up to a whole vector.
+            let weights = &weights[r * KEYS..r * KEYS + n.next_multiple_of(S::LANES)];
             let (mut sum, mut largest) = (s.zero(), s.zero());
-            for (j, x) in scaled.chunks_exact_mut(S::LANES).enumerate() {
-                // SAFETY: all three have KEYS floats, whole vectors.
+            for (j, w) in weights.chunks_exact(S::LANES).enumerate() {
+                // SAFETY: all three have LANES floats from there on.
                 unsafe {
-                    let w = s.load(x.as_ptr());
+                    let w = s.load(w.as_ptr());
                     sum = s.fma(w, s.load(offsets.add(j * S::LANES)), sum);
-                    let w = s.mul(w, s.load(scales.add(j * S::LANES)));
-                    largest = s.max(w, largest);
-                    s.store(x.as_mut_ptr(), w);
+                    largest = s.max(s.mul(w, s.load(scales.add(j * S::LANES))), largest);
                 }
             }
             // NaN in a weight or an offset is in this sum; the bytes may then be any.
             let sum = s.sum(sum);
             outputs[r * padded_dim..(r + 1) * padded_dim].iter_mut().for_each(|x| *x += sum);
             // Of the normal numbers, so that it has an inverse.
-            to.factors[r] = (s.max_lane(largest) / LARGEST).max(f32::MIN_POSITIVE);
-        }
-        for ((scaled, bytes), factor) in scaled.iter().zip(&mut to.bytes).zip(to.factors).take(rows) {
-            let inverse = 1.0 / factor;
-            let [a, b, c] = bytes;
-            for (((x, a), b), c) in scaled.iter().zip(a).zip(b).zip(c) {
-                let last = (x * inverse + ROUND).to_bits();
-                // Bytes are signed: what is left of a byte of 128 or more is negative, and the next has one more.
-                let middle = last.wrapping_add(128) >> 8;
-                let first = (middle + 128) >> 8;
-                (*a, *b, *c) = (first as i8, middle as i8, last as i8);
+            *factor = (s.max_lane(largest) / LARGEST).max(f32::MIN_POSITIVE);
+            let inverse = s.splat(1.0 / *factor);
+            let to = bytes.as_mut_ptr().cast::<u8>();
+            for (j, w) in weights.chunks_exact(S::LANES).enumerate() {
+                // SAFETY: all three have LANES floats from there on, and the bytes have four for each.
+                unsafe {
+                    let w = s.mul(s.load(w.as_ptr()), s.load(scales.add(j * S::LANES)));
+                    s.store_bytes(to.add(4 * j * S::LANES), s.digits(s.mul(w, inverse)));
+                }
             }
         }
     }
@@ -151,7 +145,7 @@ impl<K: Rows> Ahead<K> {
         self.steps += 4;
         while self.steps >= self.passes {
             self.steps -= self.passes;
-            Coming::<1>::rows(self.rows, self.dim, self.next).ask(0, usize::MAX);
+            self.rows.row(self.next).prefetch(self.dim);
             self.next += 1;
         }
     }
@@ -171,12 +165,19 @@ impl<K: Rows, V: BareRows> Passes<'_, K, V> {
     /// The `n` bytes of codes from byte `at` on of the four keys from `j` on, a code to a byte, the keys' bytes beside each other.
     ///
     /// # Safety
-    /// The values exist; the one after the last stands for the last, with weight 0.
+    /// The values exist; the last stands for those after it, with weight 0.
     #[inline(always)]
     unsafe fn four<S: Simd>(&self, s: S, at: usize, n: usize, j: usize) -> [S::I32; 4] {
+        let (first, end) = (self.keys.start + j, self.keys.end);
+        let mut starts: [_; 4] = self.v.starts(first);
+        if first + 4 > end {
+            for (c, start) in starts.iter_mut().enumerate() {
+                *start = self.v.start((first + c).min(end - 1));
+            }
+        }
         let mut x = [s.splat_i32(0); 4];
-        for (c, x) in x.iter_mut().enumerate() {
-            let row = self.v.start((self.keys.start + j + c).min(self.keys.end - 1)).wrapping_add(at);
+        for (x, start) in x.iter_mut().zip(starts) {
+            let row = start.wrapping_add(at);
             // SAFETY: the row of values has these bytes.
             *x = unsafe {
                 if V::BITS == 4 {
@@ -207,7 +208,7 @@ impl<K: Rows, V: BareRows> Passes<'_, K, V> {
                 let x = self.four(s, at, n, j);
                 for (r, acc) in acc.iter_mut().enumerate() {
                     for (part, acc) in acc.iter_mut().enumerate() {
-                        let four = weight_bytes.add((PARTS * r + part) * KEYS + j).cast::<i32>().read_unaligned();
+                        let four = weight_bytes.add(4 * (r * KEYS + j) + 4 * part).cast::<i32>().read_unaligned();
                         let w = s.splat_i32(four);
                         for (acc, &x) in acc.iter_mut().zip(&x) {
                             *acc = s.dot4(*acc, x, w);
@@ -217,7 +218,7 @@ impl<K: Rows, V: BareRows> Passes<'_, K, V> {
             }
         }
         self.coming = coming;
-        for (r, [a, b, c]) in acc.iter().enumerate() {
+        for (r, [c, b, a]) in acc.iter().enumerate() {
             let row = &mut self.outputs[(first + r) * self.padded_dim..(first + r + 1) * self.padded_dim];
             let factor = s.splat(self.weights.factors[first + r]);
             let mut sums = [s.zero(); 4];

@@ -11,11 +11,12 @@
 
 use super::ahead::Coming;
 use super::dots::rows_together;
-use super::lanes::{LaneDots, Words, fill_lanes, starts};
+use super::lanes::{LaneDots, Words, fill_lanes};
 use super::rows::{BareRows, Rows};
 use super::stream::{KEYS, MAX_QUERY_ROWS};
-use crate::simd::{Kernel, MAX_LANES, Simd};
+use crate::simd::{Kernel, LaneRows, MAX_LANES, Simd};
 use crate::tensor::CODE_STEP;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Channels of the widest rows whose sums of products of bytes fit 32 bits, whatever the bytes are.
@@ -89,13 +90,14 @@ impl Kernel for RoundQueries<'_> {
     }
 }
 
-/// Scores of all rows for a block of keys, before scales: sums of products of bytes.
+/// Scores of all rows for a block of keys, from sums of products of bytes.
 pub(super) struct ByteScores<'a, K, V> {
     pub(super) queries: &'a ByteQueries,
     pub(super) rows: usize,
     pub(super) k: K,
     pub(super) keys: Range<usize>,
     pub(super) next: (V, usize),
+    pub(super) words: &'a mut Words,
     pub(super) scores: &'a mut [f32],
 }
 
@@ -104,11 +106,11 @@ impl<K: BareRows, V: Rows> Kernel for ByteScores<'_, K, V> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { queries, rows: n, k, keys, next, scores } = self;
+        let Self { queries, rows: n, k, keys, next, words, scores } = self;
         let bytes = k.code_bytes();
         assert!(queries.words.len() * K::BITS >= 2 * bytes && n <= MAX_QUERY_ROWS);
         assert!(keys.len() <= KEYS && scores.len() >= n * KEYS);
-        let dots = ByteLanes { queries, k, bytes };
+        let dots = ByteLanes { queries, bytes, of: PhantomData::<K> };
         let mut r = 0;
         while r < n {
             let together = rows_together::<S>(n - r);
@@ -117,10 +119,10 @@ impl<K: BareRows, V: Rows> Kernel for ByteScores<'_, K, V> {
             // SAFETY: the queries are there by the assertion, whoever made this vouches for the keys.
             unsafe {
                 match together {
-                    1 => fill_lanes::<S, _, V, 1>(s, dots, r, keys, next, scores),
-                    2 => fill_lanes::<S, _, V, 2>(s, dots, r, keys, next, scores),
-                    4 => fill_lanes::<S, _, V, 4>(s, dots, r, keys, next, scores),
-                    _ => fill_lanes::<S, _, V, 8>(s, dots, r, keys, next, scores),
+                    1 => fill_lanes::<S, _, _, V, 1>(s, dots, k, r, keys, next, words, scores),
+                    2 => fill_lanes::<S, _, _, V, 2>(s, dots, k, r, keys, next, words, scores),
+                    4 => fill_lanes::<S, _, _, V, 4>(s, dots, k, r, keys, next, words, scores),
+                    _ => fill_lanes::<S, _, _, V, 8>(s, dots, k, r, keys, next, words, scores),
                 }
             }
             r += together;
@@ -132,23 +134,22 @@ impl<K: BareRows, V: Rows> Kernel for ByteScores<'_, K, V> {
 #[derive(Clone, Copy)]
 struct ByteLanes<'a, K> {
     queries: &'a ByteQueries,
-    k: K,
     bytes: usize,
+    of: PhantomData<K>,
 }
 
 impl<K: BareRows> LaneDots for ByteLanes<'_, K> {
-    /// `128 high . c_j + low . c_j`.
+    /// `scale_j f (128 high . c_j + low . c_j) + offset_j sum(q)`.
     #[inline(always)]
     unsafe fn lane_dots<S: Simd, const R: usize>(
         self,
         s: S,
         first: usize,
-        keys: Range<usize>,
+        rows: &LaneRows,
         coming: Coming<MAX_LANES>,
         words: &mut Words,
     ) -> [S::F32; R] {
-        let Self { queries, k, bytes } = self;
-        let rows = starts::<S, K>(k, keys);
+        let Self { queries, bytes, .. } = self;
         let step = 4 * S::LANES;
         let halves = if K::BITS == 4 { 2 } else { 1 };
         let low_halves = s.splat_i32(0x0f0f_0f0f);
@@ -158,7 +159,7 @@ impl<K: BareRows> LaneDots for ByteLanes<'_, K> {
             let n = (bytes - at).min(step);
             // SAFETY: the rows have `bytes` bytes, and there are queries for as many.
             unsafe {
-                s.transpose_words(&rows, at, n, words.0.as_mut_ptr().cast());
+                s.transpose_words(rows, at, n, words.0.as_mut_ptr().cast());
                 let queries = queries.words.as_ptr().add(at / 4 * halves).cast::<i32>().add(2 * first);
                 for t in 0..n.div_ceil(4) {
                     let x = s.load_bytes(words.0.as_ptr().cast::<u8>().add(t * step));
@@ -182,9 +183,14 @@ impl<K: BareRows> LaneDots for ByteLanes<'_, K> {
             at += step;
         }
         coming.ask(at, usize::MAX);
+        // SAFETY: a scale and an offset follow a row's codes.
+        let [scales, offsets] = unsafe { s.load_pairs(rows, bytes) };
         let mut sums = [s.zero(); R];
-        for (sum, &[high, low]) in sums.iter_mut().zip(&acc) {
-            *sum = s.fma(s.to_f32(high), s.splat(128.0), s.to_f32(low));
+        for (r, (sum, &[high, low])) in (first..).zip(sums.iter_mut().zip(&acc)) {
+            let dot = s.fma(s.to_f32(high), s.splat(128.0), s.to_f32(low));
+            let (scales, offsets) =
+                (s.mul(scales, s.splat(queries.factors[r])), s.mul(offsets, s.splat(queries.sums[r])));
+            *sum = s.fma(dot, scales, offsets);
         }
         sums
     }
@@ -196,7 +202,7 @@ impl<K: BareRows> LaneDots for ByteLanes<'_, K> {
     }
 }
 
-/// Turns products with bare codes into scores.
+/// Turns floats' products with bare codes into scores.
 pub(super) struct ScaleScores<'a, K> {
     pub(super) queries: &'a ByteQueries,
     pub(super) rows: usize,
@@ -209,11 +215,11 @@ impl<K: BareRows> Kernel for ScaleScores<'_, K> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
+    fn run<S: Simd>(self, s: S) {
         let Self { queries, rows, k, keys, scores } = self;
         let n = keys.len();
         let mut parameters = Parameters::NONE;
-        parameters.read(k, keys);
+        parameters.read(s, k, keys);
         let Parameters { scales, offsets } = &parameters;
         for (r, scores) in scores.chunks_exact_mut(KEYS).take(rows).enumerate() {
             let (factor, sum) = (queries.factors[r], queries.sums[r]);
@@ -224,7 +230,7 @@ impl<K: BareRows> Kernel for ScaleScores<'_, K> {
     }
 }
 
-/// Scales and offsets of a block's rows, 0 beyond the last.
+/// Scales and offsets of a block's rows; the last row's stand for those after it, up to a whole vector.
 pub(super) struct Parameters {
     pub(super) scales: [f32; KEYS],
     pub(super) offsets: [f32; KEYS],
@@ -235,14 +241,20 @@ impl Parameters {
 
     /// Reads those of the rows `keys`.
     #[inline(always)]
-    pub(super) fn read<K: BareRows>(&mut self, rows: K, keys: Range<usize>) {
-        let mut pairs = [[0f32; 2]; KEYS];
-        for (key, pair) in keys.zip(&mut pairs) {
-            // SAFETY: `keys` are rows that whoever started the kernel vouched for.
-            *pair = unsafe { rows.scale_and_offset(key) };
-        }
-        for ((&[scale, offset], to), to2) in pairs.iter().zip(&mut self.scales).zip(&mut self.offsets) {
-            (*to, *to2) = (scale, offset);
+    pub(super) fn read<S: Simd, K: BareRows>(&mut self, s: S, rows: K, keys: Range<usize>) {
+        const { assert!(KEYS.is_multiple_of(MAX_LANES)) };
+        let Self { scales, offsets } = self;
+        let mut lanes = LaneRows::NONE;
+        let blocks = scales.chunks_exact_mut(S::LANES).zip(offsets.chunks_exact_mut(S::LANES));
+        for (j, (scales, offsets)) in keys.clone().step_by(S::LANES).zip(blocks) {
+            lanes.go_to::<S, K>(rows, j..keys.end);
+            // SAFETY: `keys` are rows that whoever started the kernel vouched for, with a scale and an offset after their codes; both
+            // chunks have LANES floats.
+            unsafe {
+                let [scale, offset] = s.load_pairs(&lanes, rows.code_bytes());
+                s.store(scales.as_mut_ptr(), scale);
+                s.store(offsets.as_mut_ptr(), offset);
+            }
         }
     }
 }
@@ -261,11 +273,11 @@ impl<V: BareRows> Kernel for ScaleWeights<'_, V> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
+    fn run<S: Simd>(self, s: S) {
         let Self { weights, rows, v, keys, outputs, padded_dim } = self;
         let n = keys.len();
         let mut parameters = Parameters::NONE;
-        parameters.read(v, keys);
+        parameters.read(s, v, keys);
         let Parameters { scales, offsets } = &parameters;
         for r in 0..rows {
             let weights = &mut weights[r * KEYS..(r + 1) * KEYS];

@@ -7,13 +7,12 @@
 use super::ahead::Coming;
 use super::rows::Rows;
 use super::stream::{KEYS, MAX_QUERY_ROWS};
-use crate::simd::{MAX_LANES, Simd};
+use crate::simd::{LaneRows, MAX_LANES, Simd};
 use std::ops::Range;
 
 /// How words of keys and queries are multiplied.
 pub(super) trait LaneDots: Copy {
-    /// Products of the `R` query rows from `first` on with as many keys as there are lanes, from `keys.start` on; the last of `keys`
-    /// stands for those that would come after it. Asks for what is `coming` meanwhile; `words` is scratch space.
+    /// Products of the `R` query rows from `first` on with the keys `rows`. Asks for what is `coming` meanwhile; `words` is scratch space.
     ///
     /// # Safety
     /// The keys and the query rows exist.
@@ -21,7 +20,7 @@ pub(super) trait LaneDots: Copy {
         self,
         s: S,
         first: usize,
-        keys: Range<usize>,
+        rows: &LaneRows,
         coming: Coming<MAX_LANES>,
         words: &mut Words,
     ) -> [S::F32; R];
@@ -36,22 +35,25 @@ pub(super) trait LaneDots: Copy {
 /// # Safety
 /// As [`LaneDots::lane_dots`].
 #[inline(always)]
-pub(super) unsafe fn fill_lanes<S: Simd, D: LaneDots, V: Rows, const R: usize>(
+pub(super) unsafe fn fill_lanes<S: Simd, D: LaneDots, K: Rows, V: Rows, const R: usize>(
     s: S,
     dots: D,
+    k: K,
     first: usize,
     keys: Range<usize>,
     next: Option<(V, usize)>,
+    words: &mut Words,
     scores: &mut [f32],
 ) {
     const { assert!(KEYS.is_multiple_of(MAX_LANES)) };
     assert!(keys.len() <= KEYS && scores.len() >= R * KEYS);
-    let mut words = Words([0; _]);
+    let mut rows = LaneRows::NONE;
     for j in keys.clone().step_by(S::LANES) {
+        rows.go_to::<S, K>(k, j..keys.end);
         let coming = dots.coming(j, &keys, next);
         // SAFETY: the caller's promise; KEYS is a multiple of LANES, so a vector fits at j of each of the R rows.
         unsafe {
-            let sums = dots.lane_dots::<S, R>(s, first, j..keys.end, coming, &mut words);
+            let sums = dots.lane_dots::<S, R>(s, first, &rows, coming, words);
             let to = scores.as_mut_ptr().add(j - keys.start);
             for (r, &sums) in sums.iter().enumerate() {
                 s.store(to.add(r * KEYS), sums);
@@ -86,18 +88,21 @@ impl LaneQueries {
 #[repr(align(64))]
 pub(super) struct Words(pub(super) [u32; MAX_LANES * MAX_LANES]);
 
-/// First bytes of the keys that go together: the last of `keys` stands for those after it.
-#[inline(always)]
-pub(super) fn starts<S: Simd, K: Rows>(k: K, keys: Range<usize>) -> [*const u8; MAX_LANES] {
-    let mut rows = [k.start(keys.start); MAX_LANES];
-    if keys.len() >= S::LANES {
-        for (lane, row) in rows.iter_mut().enumerate().take(S::LANES) {
-            *row = k.start(keys.start + lane);
-        }
-    } else {
-        for (lane, row) in rows.iter_mut().enumerate().take(S::LANES) {
-            *row = k.start((keys.start + lane).min(keys.end - 1));
+impl Words {
+    pub(super) const NONE: Self = Self([0; _]);
+}
+
+impl LaneRows {
+    /// Goes to the first of `keys`; the last of them stands for those that would come after it.
+    #[inline(always)]
+    pub(super) fn go_to<S: Simd, K: Rows>(&mut self, k: K, keys: Range<usize>) {
+        let before = self.first;
+        self.first = k.start(keys.start);
+        if K::SCATTERED || before.is_null() || keys.len() < S::LANES {
+            for (lane, distance) in self.distances.iter_mut().enumerate() {
+                let row = k.start((keys.start + lane).min(keys.end - 1));
+                *distance = row.addr().wrapping_sub(self.first.addr()) as isize;
+            }
         }
     }
-    rows
 }

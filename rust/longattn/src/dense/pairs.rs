@@ -3,12 +3,12 @@
 use super::Problem;
 use super::ahead::{Coming, ahead};
 use super::dots::{Dots, fill_scores};
-use super::lanes::{LaneDots, LaneQueries, Words, fill_lanes, starts};
+use super::lanes::{LaneDots, LaneQueries, Words, fill_lanes};
 use super::rows::{Row, Rows};
 use super::scores::RowId;
 use super::stream::{KEYS, MAX_QUERY_ROWS, scale_row};
 use super::values::VALUE_BYTES;
-use crate::simd::{Kernel, MAX_LANES, Simd};
+use crate::simd::{Kernel, LaneRows, MAX_LANES, Simd};
 use half::bf16;
 use std::ops::Range;
 
@@ -49,6 +49,7 @@ pub(super) struct PairScores<'a, K, V> {
     pub(super) k: K,
     pub(super) keys: Range<usize>,
     pub(super) next: (V, usize),
+    pub(super) words: &'a mut Words,
     pub(super) scores: &'a mut [f32],
 }
 
@@ -60,14 +61,14 @@ impl<K: Rows, V: Rows> Kernel for PairScores<'_, K, V> {
         if !S::DOT2_BF16 || !K::BF16 {
             unreachable!("asked for where pairs are multiplied only");
         }
-        let Self { queries, rows: n, dim, k, keys, next, scores } = self;
+        let Self { queries, rows: n, dim, k, keys, next, words, scores } = self;
         let padded = keys.len().next_multiple_of(S::LANES);
         assert!(queries.numbers.len() >= n * queries.stride);
         let dots = PairDots { queries, dim, k };
         // SAFETY: the queries are there by the assertion; whoever made this vouches for the keys.
         unsafe {
             if n == MAX_QUERY_ROWS {
-                fill_lanes::<S, _, V, MAX_QUERY_ROWS>(s, dots, 0, keys, Some(next), scores);
+                fill_lanes::<S, _, _, V, MAX_QUERY_ROWS>(s, dots, k, 0, keys, Some(next), words, scores);
             } else {
                 fill_scores(s, dots, n, k, dim, keys, next, scores);
             }
@@ -129,12 +130,11 @@ impl<K: Rows> LaneDots for PairDots<'_, K> {
         self,
         s: S,
         first: usize,
-        keys: Range<usize>,
+        rows: &LaneRows,
         coming: Coming<MAX_LANES>,
         words: &mut Words,
     ) -> [S::F32; R] {
-        let Self { queries, dim, k } = self;
-        let rows = starts::<S, K>(k, keys);
+        let Self { queries, dim, .. } = self;
         let (bytes, step) = (2 * dim, 4 * S::LANES);
         let words = words.0.as_mut_ptr().cast::<u8>();
         let mut acc = [[s.zero(); 2]; R];
@@ -142,7 +142,7 @@ impl<K: Rows> LaneDots for PairDots<'_, K> {
             let n = (bytes - at).min(step);
             // SAFETY: the rows have `bytes` bytes, the words room for a vector of each lane, and the queries a word for each.
             unsafe {
-                s.transpose_words(&rows, at, n, words);
+                s.transpose_words(rows, at, n, words);
                 let queries = queries.lanes.at(at / 4, first).cast::<i32>();
                 for t in (0..n.div_ceil(4)).step_by(2) {
                     for (parity, t) in [t, t + 1].into_iter().enumerate() {

@@ -65,6 +65,15 @@ pub(crate) trait Rows: Copy {
     const SCATTERED: bool = false;
     /// First byte of row `j`.
     fn start(self, j: usize) -> *const u8;
+    /// First bytes of the `N` rows from `j` on.
+    #[inline(always)]
+    fn starts<const N: usize>(self, j: usize) -> [*const u8; N] {
+        let mut starts = [self.start(j); N];
+        for (i, start) in starts.iter_mut().enumerate().skip(1) {
+            *start = self.start(j + i);
+        }
+        starts
+    }
 
     /// These rows of codes without their scales; numbers have none.
     type Bare: BareRows;
@@ -79,13 +88,19 @@ pub(crate) trait Rows: Copy {
 pub(crate) trait BareRows: Rows {
     /// Bits of a code.
     const BITS: usize;
-    /// Scale and offset of row `j`.
-    ///
-    /// # Safety
-    /// The row exists.
-    unsafe fn scale_and_offset(self, j: usize) -> [f32; 2];
-    /// Bytes of a row's codes, with which it starts.
+    /// Bytes of a row's codes, with which it starts; its scale and its offset, an `f32` each, follow them.
     fn code_bytes(self) -> usize;
+}
+
+/// Addresses that are `bytes` apart.
+#[inline(always)]
+fn spaced<const N: usize>(first: *const u8, bytes: isize) -> [*const u8; N] {
+    let (mut starts, mut next) = ([first; N], first);
+    for start in &mut starts {
+        *start = next;
+        next = next.wrapping_offset(bytes);
+    }
+    starts
 }
 
 /// Rows of numbers, a fixed number of elements apart.
@@ -103,6 +118,11 @@ impl<T: Element> Rows for Strided<T> {
     #[inline(always)]
     fn start(self, j: usize) -> *const u8 {
         self.row(j).cast()
+    }
+
+    #[inline(always)]
+    fn starts<const N: usize>(self, j: usize) -> [*const u8; N] {
+        spaced(self.start(j), self.stride * size_of::<T>() as isize)
     }
 
     #[inline(always)]
@@ -180,9 +200,6 @@ impl Rows for NoRows {
 
 impl BareRows for NoRows {
     const BITS: usize = 8;
-    unsafe fn scale_and_offset(self, _j: usize) -> [f32; 2] {
-        match self {}
-    }
     fn code_bytes(self) -> usize {
         match self {}
     }
@@ -338,6 +355,11 @@ impl<const BITS: usize> Rows for BareCodes<BITS> {
     }
 
     #[inline(always)]
+    fn starts<const N: usize>(self, j: usize) -> [*const u8; N] {
+        spaced(self.start(j), self.0.row_bytes as isize)
+    }
+
+    #[inline(always)]
     fn row(self, j: usize) -> BareRow<BITS> {
         BareRow(self.start(j))
     }
@@ -350,12 +372,6 @@ impl<const BITS: usize> Rows for BareCodes<BITS> {
 
 impl<const BITS: usize> BareRows for BareCodes<BITS> {
     const BITS: usize = BITS;
-
-    #[inline(always)]
-    unsafe fn scale_and_offset(self, j: usize) -> [f32; 2] {
-        // SAFETY: the row exists, and its scale and offset follow its codes.
-        unsafe { self.start(j).add(self.0.code_bytes).cast::<[f32; 2]>().read_unaligned() }
-    }
 
     #[inline(always)]
     fn code_bytes(self) -> usize {

@@ -35,10 +35,16 @@ impl Running {
     }
 }
 
-/// `e^x` for a difference of maxima, of which both may be minus infinity.
+/// `e^x` for a difference of maxima, of which both may be minus infinity. Mostly there is none.
 #[inline(always)]
 pub(crate) fn exp_difference(old: f32, new: f32) -> f32 {
-    if old == f32::NEG_INFINITY { 0.0 } else { (old - new).exp() }
+    if old == f32::NEG_INFINITY {
+        0.0
+    } else if old == new {
+        1.0
+    } else {
+        (old - new).exp()
+    }
 }
 
 /// Which query row a row of scores belongs to.

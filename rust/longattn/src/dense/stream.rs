@@ -16,6 +16,7 @@ use super::code_values::{ByteValues, ByteWeights, RoundWeights};
 use super::codes::{ByteScores, RoundQueries, ScaleScores, ScaleWeights, widest};
 use super::dots::BlockScores;
 use super::keys::List;
+use super::lanes::Words;
 use super::pairs::{PairQueries, PairScores, PairValues};
 use super::rows::{BareRows, Rows};
 use super::scores::{RowId, Running, is_negligible, modify, modify_listed, online_softmax};
@@ -206,7 +207,7 @@ pub(crate) unsafe fn attend_watched<S: Simd, K: Rows, V: Rows, W: Watch>(
     });
     let pairs = S::DOT2_BF16 && K::BF16 && problem.q.dtype() == DType::BF16;
     let pair_queries = pairs.then(|| PairQueries::new(problem, ids));
-    let mut byte_weights = ByteWeights::NONE;
+    let (mut words, mut byte_weights) = (Words::NONE, ByteWeights::NONE);
     let mut start = keys.start;
     while start < keys.end {
         let end = (start + KEYS).min(keys.end);
@@ -216,14 +217,16 @@ pub(crate) unsafe fn attend_watched<S: Simd, K: Rows, V: Rows, W: Watch>(
         match (k.bare(), &byte_queries, &pair_queries) {
             (Some(k), Some(queries), _) => {
                 if dot_bytes {
-                    s.call_bytes(ByteScores { queries, rows: n, k, keys: keys.clone(), next, scores });
+                    let words = &mut words;
+                    s.call_bytes(ByteScores { queries, rows: n, k, keys: keys.clone(), next, words, scores });
                 } else {
                     s.call(BlockScores::of(state, dim, k, keys.clone(), next, scores));
+                    s.call(ScaleScores { queries, rows: n, k, keys: keys.clone(), scores });
                 }
-                s.call(ScaleScores { queries, rows: n, k, keys: keys.clone(), scores });
             }
             (_, _, Some(queries)) => {
-                s.call_pairs(PairScores { queries, rows: n, dim, k, keys: keys.clone(), next, scores });
+                let words = &mut words;
+                s.call_pairs(PairScores { queries, rows: n, dim, k, keys: keys.clone(), next, words, scores });
             }
             _ => s.call(BlockScores::of(state, dim, k, keys.clone(), next, scores)),
         }

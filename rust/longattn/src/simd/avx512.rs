@@ -1,6 +1,6 @@
 //! AVX-512 (F, BW, DQ, VL): sixteen floats; dot products of bytes (VNNI) and of bf16 pairs where the CPU has them.
 
-use super::{Kernel, MAX_LANES, Simd};
+use super::{Kernel, LaneRows, Simd};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -281,12 +281,12 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
         unsafe { _mm512_maskz_loadu_epi8(!(u64::MAX.checked_shl(n as u32).unwrap_or(0)), p.cast()) }
     }
     #[inline(always)]
-    unsafe fn transpose_words(self, rows: &[*const u8; MAX_LANES], at: usize, n: usize, to: *mut u8) {
+    unsafe fn transpose_words(self, rows: &LaneRows, at: usize, n: usize, to: *mut u8) {
         // SAFETY: the caller vouches for n bytes of each row and for sixteen vectors of `to`; masked loads touch no others.
         unsafe {
             let mut words = [_mm512_setzero_ps(); 16];
-            for (words, row) in words.iter_mut().zip(rows) {
-                let row = row.add(at);
+            for (lane, words) in words.iter_mut().enumerate() {
+                let row = rows.row(lane).add(at);
                 let bytes = if n == 64 { self.load_bytes(row) } else { self.load_bytes_first(row, n) };
                 *words = _mm512_castsi512_ps(bytes);
             }
@@ -294,6 +294,30 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
             for (t, &column) in columns.iter().enumerate() {
                 _mm512_storeu_ps(to.add(64 * t).cast(), column);
             }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_pairs(self, rows: &LaneRows, at: usize) -> [__m512; 2] {
+        // SAFETY: the caller vouches for eight bytes of each row.
+        unsafe {
+            let mut eight = [_mm512_setzero_pd(); 2];
+            for (half, eight) in eight.iter_mut().enumerate() {
+                let mut four = [_mm256_setzero_pd(); 2];
+                for (quarter, four) in four.iter_mut().enumerate() {
+                    let mut two = [_mm_setzero_pd(); 2];
+                    for (eighth, two) in two.iter_mut().enumerate() {
+                        let lane = 8 * half + 4 * quarter + 2 * eighth;
+                        let (a, b) = (rows.row(lane).add(at).cast(), rows.row(lane + 1).add(at).cast());
+                        *two = _mm_loadh_pd(_mm_load_sd(a), b);
+                    }
+                    *four = _mm256_insertf128_pd::<1>(_mm256_castpd128_pd256(two[0]), two[1]);
+                }
+                *eight = _mm512_insertf64x4::<1>(_mm512_castpd256_pd512(four[0]), four[1]);
+            }
+            let [a, b] = [_mm512_castpd_ps(eight[0]), _mm512_castpd_ps(eight[1])];
+            let first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let second = _mm512_or_si512(first, _mm512_set1_epi32(1));
+            [_mm512_permutex2var_ps(a, first, b), _mm512_permutex2var_ps(a, second, b)]
         }
     }
     #[inline(always)]
@@ -335,6 +359,16 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
                 _mm512_shuffle_f32x4::<0x88>(c, d),
                 _mm512_shuffle_f32x4::<0xdd>(c, d),
             ]
+        })
+    }
+    #[inline(always)]
+    fn digits(self, x: __m512) -> __m512i {
+        instructions!({
+            let bits = _mm512_castps_si512(_mm512_add_ps(x, _mm512_set1_ps(8_388_608.0)));
+            // 128 more in the last two bytes carry into the next where they should; then they are taken away again.
+            let bits = _mm512_xor_si512(_mm512_add_epi32(bits, _mm512_set1_epi32(0x8080)), _mm512_set1_epi32(0x8080));
+            let order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            _mm512_shuffle_epi8(bits, _mm512_broadcast_i32x4(order))
         })
     }
     const DOT_BYTES: bool = VNNI;

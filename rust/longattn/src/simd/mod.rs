@@ -190,8 +190,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// The rows are readable for `n` bytes from `at` on, `to` is writable for `LANES` vectors.
     #[inline(always)]
-    unsafe fn transpose_words(self, rows: &[*const u8; MAX_LANES], at: usize, n: usize, to: *mut u8) {
-        for (lane, &row) in rows.iter().enumerate().take(Self::LANES) {
+    unsafe fn transpose_words(self, rows: &LaneRows, at: usize, n: usize, to: *mut u8) {
+        for (lane, row) in rows.all().into_iter().enumerate().take(Self::LANES) {
             for t in 0..Self::LANES {
                 let mut word = [0; 4];
                 let bytes = n.saturating_sub(4 * t).min(4);
@@ -202,6 +202,20 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
                 }
             }
         }
+    }
+    /// The two floats at byte `at` of each of the first `LANES` rows: all first ones, all second ones.
+    ///
+    /// # Safety
+    /// The rows are readable for 8 bytes from `at` on.
+    #[inline(always)]
+    unsafe fn load_pairs(self, rows: &LaneRows, at: usize) -> [Self::F32; 2] {
+        let (mut a, mut b) = ([0f32; MAX_LANES], [0f32; MAX_LANES]);
+        for (lane, row) in rows.all().into_iter().enumerate().take(Self::LANES) {
+            // SAFETY: the caller's promise.
+            [a[lane], b[lane]] = unsafe { row.wrapping_add(at).cast::<[f32; 2]>().read_unaligned() };
+        }
+        // SAFETY: both have MAX_LANES floats.
+        unsafe { [self.load(a.as_ptr()), self.load(b.as_ptr())] }
     }
     /// The low halves of the first `n <= 2 * LANES` bytes and, in the second half of the vector, their high halves: a byte each, zeros
     /// after them.
@@ -246,6 +260,27 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         v
     }
     /// Whether [`Self::dot4`] takes any unsigned bytes, in kernels that run by [`Self::call_bytes`].
+    /// The nearest integers of numbers from 0 to below `127.5 * 2^16` as signed bytes, `2^16 a + 2^8 b + c`: of four lanes beside each other
+    /// the four `c`, then the four `b`, the four `a`, and four bytes without meaning. Any bytes for NaN.
+    #[inline(always)]
+    fn digits(self, x: Self::F32) -> Self::I32 {
+        // Adding 2^23 leaves the nearest integer in the low bits of a float.
+        let (mut floats, mut bytes) = ([0f32; MAX_LANES], [0u8; 4 * MAX_LANES]);
+        // SAFETY: there is room for a vector in either, and then a vector of bytes.
+        unsafe {
+            self.store(floats.as_mut_ptr(), self.add(x, self.splat(8_388_608.0)));
+            for (x, bytes) in floats.chunks_exact(4).zip(bytes.chunks_exact_mut(16)) {
+                for (lane, x) in x.iter().enumerate() {
+                    let last = x.to_bits();
+                    // What is left of a byte of 128 or more is negative, and the next has one more.
+                    let middle = last.wrapping_add(128) >> 8;
+                    let first = (middle + 128) >> 8;
+                    (bytes[lane], bytes[4 + lane], bytes[8 + lane]) = (last as u8, middle as u8, first as u8);
+                }
+            }
+            self.load_bytes(bytes.as_ptr())
+        }
+    }
     const DOT_BYTES: bool = false;
     /// As [`Self::call`], with products of bytes.
     #[inline(always)]
@@ -367,6 +402,32 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
 /// The widest vector of any instruction set, in floats.
 pub(crate) const MAX_LANES: usize = 16;
+
+/// Rows of bytes that go together, one for each lane: the first and how far from it each is. Rows that are evenly spaced keep their
+/// distances from one set of rows to the next.
+pub(crate) struct LaneRows {
+    pub(crate) first: *const u8,
+    pub(crate) distances: [isize; MAX_LANES],
+}
+
+impl LaneRows {
+    pub(crate) const NONE: Self = Self { first: std::ptr::null(), distances: [0; MAX_LANES] };
+
+    /// Where the row of a lane starts.
+    #[inline(always)]
+    pub(crate) fn row(&self, lane: usize) -> *const u8 {
+        self.first.wrapping_offset(self.distances[lane])
+    }
+
+    #[inline(always)]
+    fn all(&self) -> [*const u8; MAX_LANES] {
+        let mut rows = [self.first; MAX_LANES];
+        for (lane, row) in rows.iter_mut().enumerate() {
+            *row = self.row(lane);
+        }
+        rows
+    }
+}
 
 /// Vectors in one column panel of the matrix micro-kernel.
 pub(crate) const PANEL_VECTORS: usize = 2;

@@ -281,7 +281,19 @@ impl Kernel for Words<'_> {
         let mut sums = vec![0f32; 4 * S::LANES];
         // SAFETY: MAX_LANES rows of 70 bytes, of which n from byte 5 on are asked for; room for LANES vectors, then for four.
         unsafe {
-            s.transpose_words(&rows, 5, n, words.as_mut_ptr());
+            let mut lanes = LaneRows { first: rows[0], distances: [0; MAX_LANES] };
+            for (lane, distance) in lanes.distances.iter_mut().enumerate() {
+                *distance = 70 * lane as isize;
+            }
+            s.transpose_words(&lanes, 5, n, words.as_mut_ptr());
+            for (which, floats) in s.load_pairs(&lanes, 11).into_iter().enumerate() {
+                let mut loaded = [0f32; MAX_LANES];
+                s.store(loaded.as_mut_ptr(), floats);
+                for (row, loaded) in rows.iter().zip(&loaded[..S::LANES]) {
+                    let expected = row.wrapping_add(11 + 4 * which).cast::<f32>().read_unaligned();
+                    assert_eq!(loaded.to_bits(), expected.to_bits());
+                }
+            }
             let mut first = [s.splat_i32(0); 4];
             for (x, row) in first.iter_mut().zip(rows) {
                 *x = s.load_bytes_first(row, n);
@@ -316,6 +328,40 @@ fn words_and_bytes_of_rows_on_every_isa() {
                 let of_row = |c: usize| if i < n { f32::from(bytes[c * 70 + i] & 15) } else { 0.0 };
                 let expected: f32 = (0..4).map(|c| (c + 1) as f32 * of_row(c)).sum();
                 assert_eq!(sum, expected, "{} {n} {i}", isa.name());
+            }
+        }
+    }
+}
+
+/// Numbers, whose digits are asked for.
+struct Digits<'a>(&'a [f32]);
+
+impl Kernel for Digits<'_> {
+    type Output = Vec<u8>;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Vec<u8> {
+        let mut bytes = vec![0; 4 * self.0.len()];
+        for (x, to) in self.0.chunks_exact(S::LANES).zip(bytes.chunks_exact_mut(4 * S::LANES)) {
+            // SAFETY: LANES floats, and four bytes for each.
+            unsafe { s.store_bytes(to.as_mut_ptr(), s.digits(s.load(x.as_ptr()))) };
+        }
+        bytes
+    }
+}
+
+#[test]
+fn digits_on_every_isa() {
+    let largest = 127.0 * 65536.0;
+    let edges = [0.0, 0.4, 0.6, 1.0, 127.0, 127.6, 128.0, 255.0, 256.0, 32639.0, 32640.0, 32767.0, 32768.0, 65535.0];
+    let all: Vec<f32> =
+        edges.into_iter().chain((0..4 * MAX_LANES + 2).map(|i| largest * (i as f32 / 60.0).min(1.0).powi(3))).collect();
+    let all = &all[..all.len() / MAX_LANES * MAX_LANES];
+    for isa in Isa::available() {
+        let bytes = dispatch(isa, Digits(all));
+        for (x, bytes) in all.chunks(4).zip(bytes.chunks(16)) {
+            for (lane, x) in x.iter().enumerate() {
+                let [c, b, a] = [bytes[lane], bytes[4 + lane], bytes[8 + lane]].map(|byte| i32::from(byte as i8));
+                assert_eq!((65536 * a + 256 * b + c) as f32, x.round_ties_even(), "{} {x}", isa.name());
             }
         }
     }
