@@ -38,6 +38,7 @@ impl ByteWeights {
 
 /// Rounds a block's weights, times the scales of the values, and adds what the offsets contribute to the outputs.
 pub(super) struct RoundWeights<'a, V> {
+    /// Rows of [`KEYS`]; 0 beyond the last key, up to a whole vector.
     pub(super) weights: &'a [f32],
     pub(super) rows: usize,
     pub(super) v: V,
@@ -59,7 +60,6 @@ impl<V: BareRows> Kernel for RoundWeights<'_, V> {
         parameters.read(s, v, keys);
         let (scales, offsets) = (parameters.scales.as_ptr(), parameters.offsets.as_ptr());
         for (r, (bytes, factor)) in to.bytes.iter_mut().zip(&mut to.factors).enumerate().take(rows) {
-            // 0 beyond the last key, up to a whole vector.
             let weights = &weights[r * KEYS..r * KEYS + n.next_multiple_of(S::LANES)];
             let (mut sum, mut largest) = (s.zero(), s.zero());
             for (j, w) in weights.chunks_exact(S::LANES).enumerate() {
@@ -371,7 +371,8 @@ mod tests {
                         2 => f32::from(i.is_multiple_of(KEYS)),
                         _ => 0.0,
                     };
-                    let weights: Vec<f32> = (0..rows * KEYS).map(&mut weight).collect();
+                    let mut weights: Vec<f32> = (0..rows * KEYS).map(&mut weight).collect();
+                    weights.chunks_mut(KEYS).for_each(|row| row[keys - first..].fill(0.0));
                     check(format, &codes, first, &weights, rows);
                 }
             }
@@ -386,8 +387,9 @@ mod tests {
             let x: Vec<f32> = (0..40).map(|d| if (j, d) == (4, 7) { f32::INFINITY } else { d as f32 }).collect();
             format.encode(&x, row);
         }
+        let weights: Vec<f32> = (0..2 * KEYS).map(|i| if i % KEYS < 9 { 0.5 } else { 0.0 }).collect();
         for isa in Isa::available() {
-            let add = Add { format, codes: &codes, first: 0, weights: &[0.5; 2 * KEYS], rows: 2 };
+            let add = Add { format, codes: &codes, first: 0, weights: &weights, rows: 2 };
             if let Some((_, outputs)) = dispatch(isa, add) {
                 assert!(outputs.iter().all(|x| x.is_nan()), "{}", isa.name());
             }
