@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from longattn import _core
 from longattn._arrays import Array
 from longattn.gpu import is_on_gpu
+from longattn.methods import Method
+from longattn.pictures import example, seen
+from longattn.reference import sparse as reference
 from longattn.sparse._call import call
 from longattn.sparse._on_gpu import over_blocks
 from longattn.sparse.block_mask import BlockMask
@@ -81,3 +87,34 @@ def block_sparse_attention(
         out=out,
         **options,
     )
+
+
+def _example() -> NDArray[np.bool_]:
+    """Some blocks of a text."""
+    blocks = np.random.default_rng(0).random((8, 8)) < 0.3
+    mask = BlockMask.from_blocks(blocks | np.eye(8, dtype=bool), lengths=(128, 128), block_q=16, block_k=16)
+    return seen(block_sparse_attention, *example(), mask, causal=True)
+
+
+METHOD = Method(
+    name="block_sparse_attention",
+    family="sparse",
+    title="FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness",
+    year=2022,
+    arxiv="2205.14135",
+    function=block_sparse_attention,
+    reference=reference.block_sparse_attention,
+    exact=True,
+    modes=frozenset({"causal", "non-causal", "self", "cross"}),
+    gqa=True,
+    checks=(
+        "All blocks are dense attention.",
+        "Masks without a common block, one carried on from the other's state, are their union.",
+        "A threshold of skipping leaves out what it says at most.",
+        "A sequence among others is that sequence alone.",
+        "A mask over smaller blocks, cut from a mask, gives the same.",
+    ),
+    tests="tests/sparse/test_block_sparse_attention.py",
+    cost="`(D + Dv)` multiply-adds per query head, query and key of its blocks.",
+    mask=_example,
+)
