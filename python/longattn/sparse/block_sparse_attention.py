@@ -25,6 +25,8 @@ def block_sparse_attention(
     block_mask: BlockMask,
     *,
     causal: bool = False,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
     return_lse: bool = False,
     out: Array | None = None,
     **options: Any,
@@ -38,12 +40,18 @@ def block_sparse_attention(
         q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16.
         k: keys `[B, Hkv, Lk, D]`, or `[Hkv, Lk, D]`; any of the three dtypes, or the `keys` of a `KVStore` of codes.
         v: values `[B, Hkv, Lk, Dv]`, or `[Hkv, Lk, Dv]`; dtype of `k`.
-        block_mask: which blocks of keys each block of queries attends to.
+        block_mask: which blocks of keys each block of queries attends to. Neighbouring blocks of queries with the same
+            list go together, so masks put together from ones with other block sizes cost no more than those.
         causal: besides, a query sees only keys at its own position and before.
+        cu_seqlens_q: bounds `[S + 1]` of sequences that a batch of 1 holds one after another: queries see keys of their
+            own sequence, in which positions count. The mask is over all of them; its blocks may reach over several.
+        cu_seqlens_k: bounds of their keys; `None` are those of the queries.
         return_lse: also return the log-sum-exp of the logits.
         out: array `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`) of the kind and dtype of `q` that receives the result.
         options: `window`, `scale`, `softcap`, `bias`, `mask`, `alibi_slopes`, `sinks`, `relative_bias`,
-            `relative_zero`, `segments`, `visible_until`, `skip_threshold` and `state` of `longattn.attention`.
+            `relative_zero`, `segments`, `visible_until`, `skip_threshold` and `state` of `longattn.attention`. With
+            `cu_seqlens_q` `bias`, `mask`, `segments` and `visible_until` are not offered, and a `scale` by head and
+            `alibi_slopes` are `[Hq]`.
 
     Returns:
         The output `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`), in the kind and dtype of `q`. With `return_lse`, the pair
@@ -58,8 +66,8 @@ def block_sparse_attention(
         and windows leave out at their edges). Keys are packed once for up to 192 rows of a query block and the
         query heads that share its list: small blocks of queries pack more often.
 
-    Arrays of a GPU go to `longattn.gpu`: blocks of queries and of keys are multiples of 64 then, `skip_threshold` and
-    `out` are not offered.
+    Arrays of a GPU go to `longattn.gpu`: blocks of queries and of keys are multiples of 64 then, `skip_threshold`,
+    `cu_seqlens_q` and `out` are not offered.
 
     Example:
         >>> import numpy as np, longattn as la
@@ -73,7 +81,8 @@ def block_sparse_attention(
     if not isinstance(block_mask, BlockMask):
         raise TypeError(f"block_mask: got {type(block_mask).__name__}, expected a BlockMask")
     if is_on_gpu(q):
-        return over_blocks(q, k, v, block_mask, causal=causal, return_lse=return_lse, out=out, **options)
+        bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        return over_blocks(q, k, v, block_mask, causal=causal, return_lse=return_lse, out=out, **bounds, **options)
     return call(
         _core.block_sparse,
         block_mask,
@@ -82,6 +91,7 @@ def block_sparse_attention(
         q,
         k,
         v,
+        packed=(cu_seqlens_q, cu_seqlens_k),
         causal=causal,
         return_lse=return_lse,
         out=out,
