@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import longattn as la
-from longattn.vision.gwpr_token_ranking import METHOD, gwpr_token_ranking
+from longattn.vision.gwpr_token_ranking import METHOD, gwpr_token_ranking, pruned_blocks
 from random_arrays import DTYPES, F32, normal, qkv
 
 
@@ -113,3 +113,11 @@ def test_bad_arguments(rng, change, error, message):
     q, k = case(rng)
     with pytest.raises(error, match=message):
         gwpr_token_ranking(**({"q": q, "k": k, "ratio": 0.5} | change))
+
+
+def test_pruned_blocks():
+    found = pruned_blocks(50, 12)
+    assert not found[:15, :6].any() and found[15:].all() and found[:, 6:].all()
+    assert pruned_blocks(4, 3, early_steps=0.0).all() and pruned_blocks(0, 3).shape == (0, 3)
+    with pytest.raises(ValueError, match=r"early_blocks: got 1.5"):
+        pruned_blocks(4, 3, early_blocks=1.5)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+import longattn as la
 from longattn.reference import vision as reference
-from longattn.vision import token_mass
+from longattn.vision import cls_attention, token_mass
 from longattn.vision.hierarchical_attention_pruning import (
     METHOD,
     hierarchical_attention_pruning,
@@ -65,6 +66,16 @@ def test_the_first_of_equal_ones(rng, isa):
     given = [tuple(np.zeros_like(x) for x in pair) for pair in layers(rng)]
     found = hierarchical_attention_pruning(*given, budget=10, width=7, alpha=0.0)
     np.testing.assert_array_equal(found, [np.arange(10)] * 2)
+
+
+def test_by_the_class_token(rng, isa):
+    """The variant that looks at the class token's row alone is the same choice from its weights."""
+    given = layers(rng)
+    rows = [cls_attention(*pair) for pair in given]
+    weights = [la.dense.attention_weights(*pair, [0]).mean(axis=1)[:, 0, 1:].astype(np.float64) for pair in given]
+    for b in range(2):
+        found = pick_hierarchical(rows[0][b], rows[1][b], budget=15, width=7, alpha=1.0)
+        assert found.tolist() == reference.pick_hierarchical(weights[0][b], weights[1][b], 15, 7, 1.0)
 
 
 def test_more_neighbours_than_the_budget():

@@ -190,6 +190,7 @@ __all__ = [
     "pool_keypoints",
     "projector_sensitivity",
     "proxy_token_attention",
+    "pruned_blocks",
     "pyramid_token_pruning",
     "query_shared_cross_attention",
     "reference_attention",

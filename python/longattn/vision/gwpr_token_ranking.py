@@ -131,6 +131,38 @@ def gwpr_token_ranking(
     return TokenRanking(like(q, importance.astype(np.float32)), kept, source)
 
 
+def pruned_blocks(steps: int, blocks: int, *, early_steps: float = 0.3, early_blocks: float = 0.5) -> NDArray[np.bool_]:
+    """Which attention blocks drop tokens in which denoising step: early steps leave the first blocks whole.
+
+    What the early steps decide is the layout, which needs all tokens; how many steps and blocks that are is not clear
+    from the paper.
+
+    Args:
+        steps: denoising steps.
+        blocks: attention blocks of the network, in their order.
+        early_steps: share of the steps that is early, rounded: 15 of 50.
+        early_blocks: share of the blocks that stay whole in these, rounded.
+
+    Returns:
+        Booleans `[steps, blocks]`.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: a share below 0 or above 1, or negative numbers.
+
+    Cost:
+        The result.
+    """
+    rows, columns = integer(steps, "steps", 0), integer(blocks, "blocks", 0)
+    shares = real(early_steps, "early_steps"), real(early_blocks, "early_blocks")
+    for share, name in zip(shares, ("early_steps", "early_blocks"), strict=True):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}: got {share}, expected 0 to 1")
+    pruned = np.ones((rows, columns), bool)
+    pruned[: round(shares[0] * rows), : round(shares[1] * columns)] = False
+    return pruned
+
+
 def _sources(
     q: NDArray[Any],
     k: NDArray[Any],
