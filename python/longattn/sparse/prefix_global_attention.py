@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import batched, check_floating, dense_inputs, flag, integer, returned, scale_factor
+from longattn._checks import batched, dense_inputs, flag, integer, returned, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._lengths import sequence_lengths
+from longattn.sparse.transient_global_attention import centred_table
 
 
 def prefix_global_attention(
@@ -80,7 +81,7 @@ def prefix_global_attention(
     first = np.minimum(_prefixes(prefix, batch), tokens)
     far, hidden = integer(radius, "radius", 0), flag(causal, "causal")
     factor, return_lse = scale_factor(scale, dim), flag(return_lse, "return_lse")
-    table = None if relative_bias is None else _by_distance(relative_bias, heads, rows)
+    table = None if relative_bias is None else centred_table(relative_bias, "relative_bias", heads)
     out = np.zeros((batch, heads, rows, v4.shape[3]), qn.dtype)
     lse = np.full((batch, heads, rows), -np.inf, np.float32)
     for count, length in sorted(set(zip(first.tolist(), tokens.tolist(), strict=True))):
@@ -149,14 +150,6 @@ def _prefixes(prefix: int | Array, batch: int) -> NDArray[np.int64]:
     if x.shape != (batch,) or (x.size and x.min() < 0):
         raise ValueError(f"prefix: got {x.tolist()}, expected {batch} numbers of at least 0")
     return x.astype(np.int64)
-
-
-def _by_distance(table: Array, heads: int, rows: int) -> NDArray[np.float32]:
-    x = as_numpy(table, "relative_bias", any_strides=True)
-    check_floating(x, "relative_bias")
-    if x.ndim != 2 or x.shape[0] != heads or x.shape[1] % 2 == 0:
-        raise ValueError(f"relative_bias: got shape {x.shape}, expected ({heads}, 2 * n + 1)")
-    return np.ascontiguousarray(x, np.float32)
 
 
 METHOD = Method(
