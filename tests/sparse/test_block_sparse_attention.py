@@ -1,5 +1,7 @@
 """`block_sparse_attention` and `BlockMask` against dense attention with the mask they stand for."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -245,6 +247,19 @@ def test_any_number_of_threads(rng):
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
     check(q, k, v, mask)
+
+
+def test_calls_at_the_same_time(rng):
+    """Packed heads have memory that stays from call to call."""
+    cases = []
+    for dim in (16, 40, 64):
+        q, k, v = qkv(rng, rows=768, keys=768, dim=dim)
+        cases.append((q, k, v, random_mask(rng, lengths=(768, 768), block_q=64, block_k=64)))
+    expected = [la.block_sparse_attention(*case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: la.block_sparse_attention(*cases[i % 3]), range(24)))
+    for i, out in enumerate(found):
+        np.testing.assert_array_equal(out, expected[i % 3])
 
 
 def test_empty_lists_and_no_rows():
