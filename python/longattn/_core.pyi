@@ -470,10 +470,17 @@ def block_sparse(
     lse: NDArray[np.float32],
     lists: _HeadLists,
     key_bounds: NDArray[np.int64],
+    sequences: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
     options: Options,
 ) -> None: ...
 def block_sparse_backward(
-    arrays: _Forward, results: _Gradients, lists: _HeadLists, key_bounds: NDArray[np.int64], options: Options
+    arrays: _Forward,
+    results: _Gradients,
+    d_sinks: NDArray[np.float32] | None,
+    lists: _HeadLists,
+    key_bounds: NDArray[np.int64],
+    sequences: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+    options: Options,
 ) -> None: ...
 
 # keys, dilation, step and uint32 [n, 4] of three axes; sizes, zeros, table and numbers by axis of a bias

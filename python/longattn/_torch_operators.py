@@ -17,6 +17,18 @@ Given = dict[str, Any]
 Pair = tuple[torch.Tensor, torch.Tensor]
 """The two results that every operator has."""
 
+_RULE = "bool causal, SymInt window_left, SymInt window_right, float? scale, Tensor? row_scales, float softcap"
+_BY_DISTANCE = "Tensor? alibi_slopes, Tensor? relative_bias, SymInt? relative_zero"
+
+SCORE_ARGUMENTS = (
+    f"{_RULE}, Tensor? bias, Tensor? mask, {_BY_DISTANCE}, Tensor? q_segments, Tensor? k_segments, "
+    "Tensor? visible_until, Tensor? sinks"
+)
+"""What changes scores, as `split_options` takes it apart."""
+
+PACKED_ARGUMENTS = f"{_RULE}, {_BY_DISTANCE}, Tensor? sinks"
+"""What of that packed sequences take."""
+
 
 def operator(
     name: str,
@@ -114,3 +126,35 @@ def check_tensors(tensors: Mapping[str, torch.Tensor | None], required: Sequence
                 f"{name}: got a tensor on device {x.device}, expected a CPU tensor: pass tensor.cpu(), or use "
                 "torch.nn.functional.scaled_dot_product_attention there"
             )
+
+
+def check_constants(tensors: Mapping[str, torch.Tensor | None], constants: Mapping[str, torch.Tensor | None]) -> None:
+    """What the operators cannot say clearly: kinds, devices, and gradients that do not exist."""
+    check_tensors({**tensors, **constants})
+    for name, x in constants.items():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: got a tensor that requires grad, expected none: {name} is a constant here; pass "
+                f"{name}.detach(), or train it with torch.nn.functional.scaled_dot_product_attention"
+            )
+
+
+def pair_of(values: Any, name: str) -> tuple[Any, Any]:
+    """Both of a pair; where `None` stands for it, twice that."""
+    if values is None and name != "window":
+        return None, None
+    if not isinstance(values, tuple | list) or len(values) != 2:
+        raise TypeError(f"{name}: got {values!r}, expected a pair")
+    return values[0], values[1]
+
+
+def split_options(x: Given) -> tuple[list[Any], Given]:
+    """Positional arguments of `longattn`'s functions, and their options."""
+    places = [x.pop(name) for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k") if name in x]
+    x["window"] = x.pop("window_left"), x.pop("window_right")
+    factors = x.pop("row_scales")
+    x["scale"] = x["scale"] if factors is None else factors
+    if "q_segments" in x:
+        both = x.pop("q_segments"), x.pop("k_segments")
+        x["segments"] = None if both[0] is None else both
+    return places, x

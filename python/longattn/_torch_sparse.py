@@ -9,7 +9,16 @@ import torch
 
 import longattn as la
 from longattn._checks import integer
-from longattn._torch_operators import Given, Pair, check_tensors, operator
+from longattn._torch_operators import (
+    SCORE_ARGUMENTS,
+    Given,
+    Pair,
+    check_constants,
+    check_tensors,
+    operator,
+    pair_of,
+    split_options,
+)
 from longattn.sparse import BlockMask
 
 
@@ -75,8 +84,18 @@ def block_sparse_attention(
     *,
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
-    scale: float | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    scale: float | torch.Tensor | None = None,
     softcap: float = 0.0,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    relative_bias: torch.Tensor | None = None,
+    relative_zero: int | None = None,
+    segments: tuple[torch.Tensor, torch.Tensor] | None = None,
+    visible_until: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
     """`longattn.block_sparse_attention` for torch's autograd and `torch.compile`.
@@ -88,8 +107,20 @@ def block_sparse_attention(
         block_mask: which blocks of keys each block of queries attends to; a constant.
         causal: besides, a query sees only keys at its own position and before.
         window: `(left, right)`: keys that a query sees before and after its position; -1 is unbounded.
-        scale: factor on the dot products; `None` is `D ** -0.5`.
+        cu_seqlens_q: bounds `[S + 1]` of sequences that a batch of 1 holds one after another; what then is not offered
+            is said in `longattn.block_sparse_attention`.
+        cu_seqlens_k: bounds of their keys; `None` are those of the queries.
+        scale: factor on the dot products; `None` is `D ** -0.5`; a tensor as in `longattn.torch.attention`.
         softcap: `c > 0` turns each scaled logit `s` into `c * tanh(s / c)`; 0 is off.
+        bias: floating, broadcastable to `[B, Hq, Lq, Lk]`, added to the logits; a constant.
+        mask: boolean, broadcastable as `bias`; True lets the query see the key.
+        alibi_slopes: floating `[Hq]` or `[B, Hq]`; a constant.
+        sinks: floating `[Hq]`: a logit per head without a value. May require grad.
+        relative_bias: floating `[Hq, n]`: a bias by distance; a constant.
+        relative_zero: the entry of distance 0; `None` is the last.
+        segments: pair of integers `[Lq]` or `[B, Lq]` and `[Lk]` or `[B, Lk]`: a query sees only keys of its own
+            number.
+        visible_until: integers `[Lk]` or `[B, Lk]`: only positions below `visible_until[j]` see key `j`.
         return_lse: also return the log-sum-exp of the logits, differentiable as well.
 
     Returns:
@@ -98,15 +129,27 @@ def block_sparse_attention(
 
     Raises:
         TypeError: an argument of another kind or dtype.
-        ValueError: shapes or values that do not fit, or a tensor outside CPU memory.
+        ValueError: shapes or values that do not fit, a tensor outside CPU memory, or a constant that requires grad.
         RuntimeError: from a second backward pass: gradients of gradients are not computed.
 
     Cost:
         Forward and backward as the functions of `longattn` and `longattn.sparse`.
     """
-    check_tensors({"q": q, "k": k, "v": v})
+    number, factors = (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
+    of_queries, of_keys = pair_of(segments, "segments")
+    bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    constants = {
+        "bias": bias,
+        "mask": mask,
+        "alibi_slopes": alibi_slopes,
+        "relative_bias": relative_bias,
+        "visible_until": visible_until,
+    }
+    named = {"scale": factors, "segments[0]": of_queries, "segments[1]": of_keys, **bounds, **constants}
+    check_constants({"q": q, "k": k, "v": v, "sinks": sinks}, named)
     if not isinstance(block_mask, BlockMask):
         raise TypeError(f"block_mask: got {type(block_mask).__name__}, expected a BlockMask")
+    left, right = pair_of(window, "window")
     out, lse = _block_sparse(
         q=q,
         k=k,
@@ -114,11 +157,18 @@ def block_sparse_attention(
         indptr=torch.from_numpy(block_mask.indptr),
         indices=torch.from_numpy(block_mask.indices.astype("int64")),
         shape=[*block_mask.lengths, block_mask.block_q, block_mask.first_q or block_mask.block_q, block_mask.block_k],
+        **bounds,
         causal=causal,
-        window_left=window[0],
-        window_right=window[1],
-        scale=scale,
+        window_left=left,
+        window_right=right,
+        scale=number,
+        row_scales=factors,
         softcap=softcap,
+        **constants,
+        relative_zero=relative_zero,
+        q_segments=of_queries,
+        k_segments=of_keys,
+        sinks=sinks,
     )
     return (out, lse) if return_lse else out
 
@@ -212,8 +262,8 @@ _neighborhood = operator(
 )
 
 
-def _blocks(x: Given) -> tuple[BlockMask, Given]:
-    """The mask, and what else there is."""
+def _blocks(x: Given) -> tuple[list[Any], Given]:
+    """Queries, keys, values and the mask, and what else there is."""
     rows, keys, block_q, first_q, block_k = x.pop("shape")
     mask = BlockMask(
         indptr=x.pop("indptr").numpy(),
@@ -223,29 +273,34 @@ def _blocks(x: Given) -> tuple[BlockMask, Given]:
         first_q=first_q,
         block_k=block_k,
     )
-    window = x.pop("window_left"), x.pop("window_right")
-    return mask, {**x, "window": window}
+    bounds = {name: x.pop(name) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    places, options = split_options(x)
+    return [*places, mask], {**bounds, **options}
 
 
 def _of_blocks(x: Given) -> Any:
-    mask, given = _blocks(x)
-    return la.block_sparse_attention(**given, block_mask=mask, return_lse=True)
+    places, options = _blocks(x)
+    return la.block_sparse_attention(*places, **options, return_lse=True)
 
 
-def _of_blocks_back(d_out: torch.Tensor, d_lse: torch.Tensor, x: Given, results: Any) -> tuple[Any, ...]:
-    mask, given = _blocks(x)
+def _of_blocks_back(d_out: torch.Tensor, d_lse: torch.Tensor, x: Given, results: Any) -> list[Any]:
+    (q, k, v, mask), options = _blocks(x)
+    has = options["sinks"] is not None
     out, lse = results
-    return la.sparse.block_sparse_attention_backward(d_out, **given, out=out, lse=lse, block_mask=mask, d_lse=d_lse)
+    found = la.sparse.block_sparse_attention_backward(
+        d_out, q, k, v, out, lse, mask, d_lse=d_lse, return_d_sinks=has, **options
+    )
+    return [*found[:3], found[3] if has else None]
 
 
 _block_sparse = operator(
     "block_sparse_attention",
-    "Tensor q, Tensor k, Tensor v, Tensor indptr, Tensor indices, SymInt[] shape, bool causal, SymInt window_left, "
-    "SymInt window_right, float? scale, float softcap",
+    "Tensor q, Tensor k, Tensor v, Tensor indptr, Tensor indices, SymInt[] shape, Tensor? cu_seqlens_q, "
+    f"Tensor? cu_seqlens_k, {SCORE_ARGUMENTS}",
     _of_blocks,
     _of_blocks_back,
     _lse_shapes,
-    gradients=("q", "k", "v"),
+    gradients=("q", "k", "v", "sinks"),
 )
 
 

@@ -64,6 +64,13 @@ def causally(mask: Mask) -> Mask:
     return np.tril(mask[0, 0])
 
 
+def kept_pairs(kept: NDArray[np.int64], tokens: int) -> Mask:
+    """What layers after tokens have gone still compute of `tokens` by `tokens` pairs."""
+    stays = np.isin(np.arange(tokens), kept)
+    mask: Mask = stays & stays[:, None]
+    return mask
+
+
 def layer_seen(layer: Callable[..., Any], shape: tuple[int, ...], *, projections: int = 3, **options: Any) -> Mask:
     """As `seen`, of a layer of one head `layer(x, wq, wk, wv, ...)` over a grid, whose features are the identity."""
     n = int(np.prod(shape))

@@ -18,7 +18,7 @@ the shapes of its results, so that `torch.compile(fullgraph=True)` keeps them wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -36,7 +36,16 @@ from longattn._torch_linear import (
     selective_scan,
     state_space_duality,
 )
-from longattn._torch_operators import Given, Pair, check_tensors, operator
+from longattn._torch_operators import (
+    PACKED_ARGUMENTS,
+    SCORE_ARGUMENTS,
+    Given,
+    Pair,
+    check_constants,
+    operator,
+    pair_of,
+    split_options,
+)
 from longattn._torch_sparse import (
     block_sparse_attention,
     neighborhood_attention,
@@ -129,8 +138,8 @@ def attention(
         torch.Size([1, 8, 100, 64])
     """
     number, factors = (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
-    of_queries, of_keys = _pair(segments, "segments")
-    _check(
+    of_queries, of_keys = pair_of(segments, "segments")
+    check_constants(
         {"q": q, "k": k, "v": v, "sinks": sinks},
         {
             "scale": factors,
@@ -143,7 +152,7 @@ def attention(
             "visible_until": visible_until,
         },
     )
-    left, right = _pair(window, "window")
+    left, right = pair_of(window, "window")
     out, lse = _attention(
         q=q,
         k=k,
@@ -215,11 +224,11 @@ def attention_varlen(
         That of `attention` summed over the sequences.
     """
     number, factors = (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
-    _check(
+    check_constants(
         {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "sinks": sinks},
         {"scale": factors, "alibi_slopes": alibi_slopes, "relative_bias": relative_bias},
     )
-    left, right = _pair(window, "window")
+    left, right = pair_of(window, "window")
     out, lse = _varlen(
         q=q,
         k=k,
@@ -262,50 +271,18 @@ def merge(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
     for n, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"parts[{n}]: got {type(pair).__name__}, expected a pair (o, lse)")
-        _check({f"parts[{n}] o": pair[0], f"parts[{n}] lse": pair[1]}, {})
+        check_constants({f"parts[{n}] o": pair[0], f"parts[{n}] lse": pair[1]}, {})
     if not pairs:
         raise ValueError("parts: got none, expected at least one pair (o, lse)")
     return cast("tuple[torch.Tensor, torch.Tensor]", _merge([o for o, _ in pairs], [lse for _, lse in pairs]))
 
 
-def _check(tensors: Mapping[str, torch.Tensor | None], constants: Mapping[str, torch.Tensor | None]) -> None:
-    """What the operators cannot say clearly: kinds, devices, and gradients that do not exist."""
-    check_tensors({**tensors, **constants})
-    for name, x in constants.items():
-        if x is not None and x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name}: got a tensor that requires grad, expected none: {name} is a constant here; pass "
-                f"{name}.detach(), or train it with torch.nn.functional.scaled_dot_product_attention"
-            )
-
-
-def _pair(values: Any, name: str) -> tuple[Any, Any]:
-    """Both of a pair; where `None` stands for it, twice that."""
-    if values is None and name != "window":
-        return None, None
-    if not isinstance(values, tuple | list) or len(values) != 2:
-        raise TypeError(f"{name}: got {values!r}, expected a pair")
-    return values[0], values[1]
-
-
 # The operators: plain arguments in, tensors out. What they are given is checked by the functions they call.
-
-
-def _options(x: Given) -> tuple[list[Any], Given]:
-    """Positional arguments of `longattn`'s functions, and their options."""
-    places = [x.pop(name) for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k") if name in x]
-    x["window"] = x.pop("window_left"), x.pop("window_right")
-    factors = x.pop("row_scales")
-    x["scale"] = x["scale"] if factors is None else factors
-    if "q_segments" in x:
-        both = x.pop("q_segments"), x.pop("k_segments")
-        x["segments"] = None if both[0] is None else both
-    return places, x
 
 
 def _forward(function: Callable[..., Any]) -> Callable[[Given], Any]:
     def forward(x: Given) -> Any:
-        places, options = _options(x)
+        places, options = split_options(x)
         return function(*places, **options, return_lse=True)
 
     return forward
@@ -313,7 +290,7 @@ def _forward(function: Callable[..., Any]) -> Callable[[Given], Any]:
 
 def _backward(function: Callable[..., Any]) -> Callable[..., list[Any]]:
     def backward(d_out: torch.Tensor, d_lse: torch.Tensor, x: Given, results: Pair) -> list[Any]:
-        (q, k, v, *bounds), options = _options(x)
+        (q, k, v, *bounds), options = split_options(x)
         has = options["sinks"] is not None
         found = function(d_out, q, k, v, *results, *bounds, d_lse=d_lse, **options, return_d_sinks=has)
         return [*found[:3], found[3] if has else None]
@@ -332,13 +309,9 @@ def _packed_shapes(x: Given) -> Pair:
     return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
-_RULE = "SymInt window_left, SymInt window_right, float? scale, Tensor? row_scales, float softcap"
-
 _attention = operator(
     "attention",
-    f"Tensor q, Tensor k, Tensor v, bool causal, {_RULE}, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, "
-    "Tensor? relative_bias, SymInt? relative_zero, Tensor? q_segments, Tensor? k_segments, Tensor? visible_until, "
-    "Tensor? sinks",
+    f"Tensor q, Tensor k, Tensor v, {SCORE_ARGUMENTS}",
     _forward(la.attention),
     _backward(la.dense.attention_backward),
     _shapes,
@@ -347,8 +320,7 @@ _attention = operator(
 
 _varlen = operator(
     "attention_varlen",
-    f"Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, {_RULE}, "
-    "Tensor? alibi_slopes, Tensor? relative_bias, SymInt? relative_zero, Tensor? sinks",
+    f"Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, {PACKED_ARGUMENTS}",
     _forward(la.attention_varlen),
     _backward(la.dense.attention_varlen_backward),
     _packed_shapes,

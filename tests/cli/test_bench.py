@@ -309,7 +309,7 @@ def test_sparse_methods_have_a_row_each(tmp_path):
     pytest.importorskip("torch")
     result = run("sparse-methods", tmp_path, "--threads", "1")
     ours = [row for row in result["rows"] if row["ours"]]
-    assert [row["name"] for row in ours] == [*(m.name for m in la.methods("sparse")), *sparse_methods.OTHERS]
+    assert [row["name"] for row in ours] == [*(m.name for m in la.methods("sparse")), *sparse_methods.FURTHER]
     assert set(sparse_methods.CASES) == {row["name"] for row in ours}
     plain = {row["name"]: row for row in result["rows"] if not row["ours"]}
     assert set(plain) == set(sparse_methods.PLAIN)

@@ -1,5 +1,7 @@
 """`block_sparse_attention` and `BlockMask` against dense attention with the mask they stand for."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ import longattn as la
 import tolerances
 from longattn import _core
 from longattn.reference import dense as reference
+from longattn.sparse.block_sparse_attention import METHOD
 from random_arrays import BF16, DTYPES, F16, F32, LAYOUTS, normal, qkv
 from random_lists import over_heads, random_mask
 from running import on_threads, running_on
@@ -70,6 +73,76 @@ def test_any_problem(*, problem, seed, block_q, block_k, density, per, isa):
     mask = random_mask(rng, heads=heads, lengths=lengths, block_q=block_q, block_k=block_k, density=density)
     with running_on(isa):
         check(q, k, v, mask, offset=offset, **options)
+
+
+BOUNDS_Q, BOUNDS_K = np.array([0, 40, 40, 41, 150]), np.array([0, 45, 50, 60, 170])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("block", [(1, 8), (16, 16), (33, 20), (150, 64)])
+def test_packed_sequences(rng, isa, causal, block):
+    q, k, v = qkv(rng, heads=4, kv_heads=2, rows=150, keys=170, value_dim=12)
+    mask = random_mask(rng, heads=2, lengths=(150, 170), block_q=block[0], block_k=block[1])
+    options = {"cu_seqlens_q": BOUNDS_Q, "cu_seqlens_k": BOUNDS_K, "causal": causal}
+    options |= {"scale": rng.random(4).astype(F32), "sinks": rng.standard_normal(4).astype(F32), "softcap": 3.0}
+    out, lse = la.block_sparse_attention(q, k, v, mask, return_lse=True, **options)
+    given = options | {"scale": options["scale"][:, None]}
+    expected = METHOD.reference(q, k, v, mask, return_lse=True, **given)
+    tolerances.attention(q, k, v, scale=1.0, offset=4.0).check(out, expected[0], lse, expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_sequences_are_sequences_by_themselves(rng, isa, dtype):
+    q, k, v = (x[0] for x in qkv(rng, rows=160, keys=160, q_dtype=dtype))
+    mask = random_mask(rng, lengths=(160, 160), block_q=16, block_k=16)
+    bounds = np.array([0, 48, 160])
+    out = la.block_sparse_attention(q, k, v, mask, causal=True, window=(40, -1), cu_seqlens_q=bounds)
+    for first, last in ((0, 48), (48, 160)):
+        blocks = mask.blocks()[..., first // 16 : last // 16, first // 16 : last // 16]
+        part = la.BlockMask.from_blocks(blocks, lengths=(last - first,) * 2, block_q=16, block_k=16)
+        own = [x[:, first:last] for x in (q, k, v)]
+        expected = la.block_sparse_attention(*own, part, causal=True, window=(40, -1))
+        tolerances.same_storage(*own).check(out[:, first:last], expected)
+
+
+def test_all_blocks_are_dense_attention(rng, isa):
+    q, k, v = qkv(rng, batch=2, rows=130, keys=170)
+    for block in (16, 100):
+        every = np.ones((-(-130 // block), -(-170 // block)), bool)
+        mask = la.BlockMask.from_blocks(every, lengths=(130, 170), block_q=block, block_k=block)
+        for causal in (False, True):
+            out = la.block_sparse_attention(q, k, v, mask, causal=causal)
+            tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, causal=causal))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cut_masks_give_the_same_bits(rng, isa, dtype):
+    """Neighbours with the same list go together: how finely a mask is cut does not matter."""
+    q, k, v = qkv(rng, heads=4, kv_heads=2, rows=512, keys=512, dim=24, q_dtype=dtype)
+    mask = random_mask(rng, heads=4, lengths=(512, 512), block_q=64, block_k=64)
+    for q_parts, k_parts in ((4, 1), (4, 4), (1, 2)):
+        fine = np.repeat(np.repeat(mask.blocks(), q_parts, axis=2), k_parts, axis=3)
+        sizes = {"block_q": 64 // q_parts, "block_k": 64 // k_parts}
+        cut = la.BlockMask.from_blocks(fine, lengths=(512, 512), **sizes)
+        for options in ({}, {"causal": True}):
+            results = (la.block_sparse_attention(q, k, v, x, return_lse=True, **options) for x in (mask, cut))
+            for ours, theirs in zip(*results, strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+        # Where a window cuts lists elsewhere, sums are of other pieces.
+        check(q, k, v, cut, causal=True, window=(100, -1))
+
+
+@pytest.mark.parametrize("sizes", [((64, 64), (96, 32)), ((64, 16), (48, 48)), ((100, 70), (64, 128))])
+def test_mixed_block_sizes(rng, isa, sizes):
+    """A union of masks of different blocks, and heads with masks of different blocks, in one call."""
+    q, k, v = qkv(rng, heads=4, kv_heads=2, rows=384, keys=384, dim=24)
+    masks = [random_mask(rng, lengths=(384, 384), block_q=a, block_k=b, density=0.3) for a, b in sizes]
+    check(q, k, v, masks[0] | masks[1], causal=True)
+    which = [0, 1, 1, 0]
+    heads = la.sparse.PerHead([lambda *_, causal, scale, m=m: m for m in masks], which)(q, k)
+    check(q, k, v, heads)
+    dense = np.concatenate([masks[w].to_dense_mask() for w in which], axis=1)
+    np.testing.assert_array_equal(heads.to_dense_mask(), dense)
 
 
 def test_state(rng, isa):
@@ -174,6 +247,19 @@ def test_any_number_of_threads(rng):
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
     check(q, k, v, mask)
+
+
+def test_calls_at_the_same_time(rng):
+    """Packed heads have memory that stays from call to call."""
+    cases = []
+    for dim in (16, 40, 64):
+        q, k, v = qkv(rng, rows=768, keys=768, dim=dim)
+        cases.append((q, k, v, random_mask(rng, lengths=(768, 768), block_q=64, block_k=64)))
+    expected = [la.block_sparse_attention(*case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: la.block_sparse_attention(*cases[i % 3]), range(24)))
+    for i, out in enumerate(found):
+        np.testing.assert_array_equal(out, expected[i % 3])
 
 
 def test_empty_lists_and_no_rows():

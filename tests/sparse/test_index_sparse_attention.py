@@ -9,6 +9,7 @@ import longattn as la
 import tolerances
 from longattn import _core
 from longattn.reference import dense as reference
+from longattn.sparse.index_sparse_attention import METHOD
 from random_arrays import BF16, DTYPES, F32, LAYOUTS, normal, qkv
 from random_lists import over_heads, random_lists
 from running import on_threads, running_on
@@ -88,6 +89,24 @@ def test_every_key_is_dense_attention(rng, isa):
     out, lse = la.index_sparse_attention(q, k, v, lists, causal=True, return_lse=True)
     tolerances.same_storage(q, k, v).check(out, *la.attention(q, k, v, causal=True, return_lse=True)[:1])
     assert lists.density() == 1 and np.isfinite(lse).all()
+
+
+def test_one_key_gives_its_value(rng, isa):
+    q, k, v = qkv(rng, rows=30, keys=40)
+    one = rng.integers(0, 40, 30)
+    lists = la.RowLists(indptr=np.arange(31)[None, None], indices=one, lengths=(30, 40), block_q=1)
+    out = la.index_sparse_attention(q, k, v, lists)
+    np.testing.assert_allclose(out, np.repeat(v, 2, axis=1)[:, :, one], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_method_reference(rng, bias):
+    q, k, v = qkv(rng, batch=2, rows=30, keys=40)
+    lists = random_lists(rng, heads=2, lengths=(30, 40), block_q=4, first_q=3, bias=bias)
+    options = {"causal": True, "scale": 0.5, "bias": rng.standard_normal((30, 40)).astype(F32)}
+    out, lse = la.index_sparse_attention(q, k, v, lists, return_lse=True, **options)
+    expected = METHOD.reference(q, k, v, lists, return_lse=True, **options)
+    tolerances.attention(q, k, v, scale=0.5, offset=8.0).check(out, expected[0], lse, expected[1])
 
 
 def test_log_counts_are_repeated_keys(rng, isa):

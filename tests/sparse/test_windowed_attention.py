@@ -8,6 +8,7 @@ import pytest
 import longattn as la
 import tolerances
 from longattn.reference import dense as reference
+from longattn.sparse.windowed_attention import METHOD
 from random_arrays import DTYPES, LAYOUTS, normal, qkv
 
 windowed = la.sparse.windowed_attention
@@ -66,6 +67,27 @@ def test_one_radius_is_a_window(rng, isa):
     q, k, v = qkv(rng, rows=100, keys=120)
     expected = la.attention(q, k, v, window=(5, 3))
     tolerances.same_storage(q, k, v).check(windowed(q, k, v, radius=(5, 3)), expected)
+
+
+def test_a_radius_of_everything_is_dense(rng, isa):
+    q, k, v = qkv(rng, batch=2, rows=60, keys=80)
+    for causal in (False, True):
+        out = windowed(q, k, v, radius=80, causal=causal)
+        tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, causal=causal))
+
+
+def test_options(rng, isa):
+    q, k, v = qkv(rng, batch=2, rows=60, keys=80, spread=2.0)
+    bounds = np.array([0, 25, 60]), np.array([0, 50, 80])
+    for given in ({"radius": (3, 9)}, {"radius": np.array([[0, 4], [9, 1], [30, 30], [2, 2]])}):
+        more = {"scale": 0.4, "softcap": 4.0, "sinks": rng.standard_normal(4)}
+        out, lse = windowed(q, k, v, **given, **more, return_lse=True)
+        expected = METHOD.reference(q, k, v, **given, **more, return_lse=True)
+        tolerances.attention(q, k, v, scale=0.4).check(out, expected[0], lse, expected[1])
+        packed = {"cu_seqlens_q": bounds[0], "cu_seqlens_k": bounds[1], "causal": True}
+        one = [x[0] for x in (q, k, v)]
+        expected = METHOD.reference(*one, **given, **packed)
+        tolerances.attention(*one).check(windowed(*one, **given, **packed), expected)
 
 
 def test_queries_without_keys(rng, isa):

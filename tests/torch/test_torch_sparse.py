@@ -1,5 +1,7 @@
 """`longattn.torch` over windows of grids and over blocks: gradients and whole graphs."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -176,6 +178,43 @@ def test_gradients_of_blocks_with_options(rng):
         (q, k, v),
         2e-5,
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"softcap": 2.0, "scale": 0.5},
+        {"bias": torch.linspace(-1, 1, 20)},
+        {"alibi_slopes": torch.tensor([0.1, 0.2])},
+        {"cu_seqlens_q": torch.tensor([0, 7, 20])},
+        {"sinks": torch.tensor([0.3, -0.5])},
+        {"segments": (torch.arange(20) % 2, torch.arange(20) % 2)},
+    ],
+    ids="-".join,
+)
+def test_gradients_of_blocks_by_differences(rng, options):
+    """Beside differences of the results; in float32, so over wide steps."""
+    q, k, v = (torch.from_numpy(x).requires_grad_() for x in qkv(rng, heads=2, kv_heads=1, rows=20, keys=20, dim=4))
+    blocks = rng.random((3, 3)) < 0.6
+    blocks[:, 0] = True
+    mask = la.BlockMask.from_blocks(blocks | np.eye(3, dtype=bool), lengths=(20, 20), block_q=8, block_k=8)
+    tensors = [q, k, v, *([options["sinks"].clone().requires_grad_()] if "sinks" in options else [])]
+
+    def function(q, k, v, *sinks):
+        given = options | ({"sinks": sinks[0]} if sinks else {})
+        return block_sparse(q, k, v, mask, **given)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.autograd.gradcheck(function, tensors, eps=3e-2, atol=4e-3, rtol=2e-2, nondet_tol=0.0)
+
+
+def test_constants_of_blocks(rng):
+    q, k, v = (torch.from_numpy(x) for x in qkv(rng, rows=20, keys=20))
+    mask = random_mask(rng, lengths=(20, 20), block_q=8, block_k=8)
+    with pytest.raises(ValueError, match="bias: got a tensor that requires grad"):
+        block_sparse(q, k, v, mask, bias=torch.zeros(20, requires_grad=True))
 
 
 @pytest.mark.parametrize("causal", [False, True])

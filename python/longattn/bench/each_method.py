@@ -55,9 +55,8 @@ class EachMethod:
             many rows or places it has.
         cases: arguments of each method by its name.
         plain: the same in torch: takes the arguments and returns a call.
-        further: names of methods of other families, which this one measures, too.
-        calls: what is called in place of the registry's function, where that is a class say, and functions with a row
-            besides the registry's.
+        calls: what is measured besides the families' methods, and what is called in place of the registry's function,
+            where that is a class say; `None` is the registry's function, of a method of another family.
     """
 
     routine: str
@@ -65,8 +64,7 @@ class EachMethod:
     inputs: Callable[[bool], Any]
     cases: Mapping[str, Callable[[Any], Arguments]]
     plain: Mapping[str, Callable[..., Call]]
-    further: tuple[str, ...] = ()
-    calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    calls: Mapping[str, Callable[..., Any] | None] = field(default_factory=dict)
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds the routine's options to `parser`."""
@@ -89,9 +87,9 @@ class EachMethod:
 
     def functions(self) -> dict[str, Callable[..., Any]]:
         """What is measured, by name: the families' methods in the registry's order, then the others."""
-        own = {method.name: method.function for family in self.families for method in methods(family)}
-        others = {method.name: method.function for method in methods()} if self.further else {}
-        return {**own, **{name: others[name] for name in self.further}, **self.calls}
+        every = {method.name: method.function for method in methods()}
+        own = [method.name for family in self.families for method in methods(family)]
+        return {name: self.calls.get(name) or every[name] for name in dict.fromkeys([*own, *self.calls])}
 
     def _case(self, bench: Bench, name: str, function: Callable[..., Any], threads: int) -> list[Row]:
         inputs = self.inputs(bench.quick)

@@ -11,7 +11,7 @@ __all__ = ["COLUMNS", "SECTIONS", "SUMMARY", "add_arguments", "measure", "panels
 
 SUMMARY = "every linear and recurrent method at one size, beside plain torch formulations"
 
-_EVERY = EachMethod("linear-methods", ("linear", "recurrent"), Inputs, CASES, PLAIN, FURTHER)
+_EVERY = EachMethod("linear-methods", ("linear", "recurrent"), Inputs, CASES, PLAIN, dict.fromkeys(FURTHER))
 add_arguments, measure, panels = _EVERY.add_arguments, _EVERY.measure, _EVERY.panels
 
 SECTIONS = (

@@ -58,6 +58,12 @@ class Inputs:
         x = self.x(1, self.places, DIM)
         return sparse.lightweight_topk_select(x, x, self.w(DIM, 8), self.w(DIM, 8), rho=0.05)
 
+    def blocks(self) -> sparse.BlockMask:
+        """Blocks of 64 keys, a tenth of them."""
+        shape = 2 * (-(-self.places // 64),)
+        lengths = (self.places, self.places)
+        return sparse.BlockMask.from_blocks(self.rng.random(shape) < 0.1, lengths=lengths, block_q=64, block_k=64)
+
     def centres(self) -> NDArray[np.int64]:
         """Centres of windows near a place that drifts from the rows' own."""
         rows = np.arange(self.places)
@@ -67,6 +73,7 @@ class Inputs:
 #: Arguments of each method.
 CASES: dict[str, Callable[[Inputs], Arguments]] = {
     "anchor_attention": lambda i: _a(*i.text(), theta=2.0),
+    "block_sparse_attention": lambda i: _a(*i.text(), i.blocks(), causal=True),
     "descriptor_attention": lambda i: _a(
         i.x(1, i.frames, PLACES**2 + 5, HEADS * DIM), *(i.w(HEADS * DIM, HEADS * DIM) for _ in "qkvo"),
         heads=HEADS, grid=(PLACES, PLACES),
@@ -79,6 +86,7 @@ CASES: dict[str, Callable[[Inputs], Arguments]] = {
     "generalized_neighborhood_attention": lambda i: _a(*i.image(), window=8, stride=4),
     "halo_attention": lambda i: _a(*i.image(), block=8, halo=3),
     "hyper_attention": lambda i: _a(*i.text(), min_seq_len=i.places // 4),
+    "index_sparse_attention": lambda i: _a(*i.text(), i.lists()),
     "less_is_more_select": lambda i: _a(i.rng.random((HEADS, i.places), dtype=np.float32), i.places // 16),
     "lightweight_topk_attention": lambda i: _a(*i.text(), lists=i.lists()),
     "minference_vertical_slash": lambda i: _a(*i.text(), vertical=i.places // 32, slash=i.places // 32),
@@ -90,6 +98,7 @@ CASES: dict[str, Callable[[Inputs], Arguments]] = {
     "overlapped_chunk_attention": lambda i: _a(*i.text()),
     "pooled_block_select_cdf": lambda i: _a(*i.video(5), frames=i.frames, tau=0.5, rho=0.5),
     "power_of_two_attention": lambda i: _a(*i.text(), block=i.places // 64, n_window=4),
+    "prefix_global_attention": lambda i: _a(*i.text(), prefix=i.places // 8, radius=i.places // 32),
     "rectified_block_sparse": lambda i: _a(*i.video(4), text=4 * i.frames, tau=0.3),
     "sale_select": lambda i: _a(*i.text()[:2], tau=1.0, min_length=i.places // 2),
     "sparge_attention": lambda i: _a(*i.text(), theta=-0.5, cdf=0.5, causal=True),
@@ -130,26 +139,36 @@ def _chunks(q: Any, k: Any, v: Any, chunk: int = 40, overlap: int = 5) -> Callab
     return _masked(q, k, v, (rows >= own - overlap) & (rows < own + chunk + overlap))
 
 
-def _lists(q: Any, k: Any, v: Any, *, lists: sparse.RowLists) -> Callable[[], Any]:
+def _blocks(q: Any, k: Any, v: Any, block_mask: sparse.BlockMask, *, causal: bool) -> Callable[[], Any]:
+    mask = block_mask.to_dense_mask()
+    return _masked(q, k, v, np.tril(mask) if causal else mask)
+
+
+def _lists(q: Any, k: Any, v: Any, lists: sparse.RowLists) -> Callable[[], Any]:
     return _masked(q, k, v, lists.to_dense_mask())
+
+
+def _prefix(q: Any, k: Any, v: Any, *, prefix: int, radius: int) -> Callable[[], Any]:
+    rows = np.arange(q.shape[2])
+    first = (rows < prefix) | (rows < prefix)[:, None]
+    return _masked(q, k, v, first | (np.abs(rows - rows[:, None]) <= radius))
 
 
 #: Those whose mask does not depend on the queries, or is given.
 PLAIN: dict[str, Callable[..., Callable[[], Any]]] = {
+    "block_sparse_attention": _blocks,
+    "index_sparse_attention": _lists,
     "lightweight_topk_attention": _lists,
     "overlapped_chunk_attention": _chunks,
     "power_of_two_attention": _powers,
+    "prefix_global_attention": _prefix,
     "windowed_attention": _windows,
 }
 
-#: Functions of `longattn.sparse` that the registry has in other families, or that are no published method.
-OTHERS: dict[str, Callable[..., Any]] = {
-    "hyper_attention": sparse.hyper_attention,
-    "descriptor_attention": sparse.descriptor_attention,
-    "windowed_attention": sparse.windowed_attention,
-}
+#: Methods of `longattn.sparse` that the registry has in other families.
+FURTHER = ("hyper_attention", "descriptor_attention")
 
-_EVERY = EachMethod("sparse-methods", ("sparse",), Inputs, CASES, PLAIN, calls=OTHERS)
+_EVERY = EachMethod("sparse-methods", ("sparse",), Inputs, CASES, PLAIN, dict.fromkeys(FURTHER))
 add_arguments, measure, panels = _EVERY.add_arguments, _EVERY.measure, _EVERY.panels
 
 SECTIONS = (

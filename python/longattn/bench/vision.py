@@ -68,6 +68,22 @@ class Inputs:
         """Proxies of windows of a video."""
         return vision.window_members((self.frames, self.side, self.side), (1, 4, 4), seed=0)
 
+    def scores(self, *shape: int) -> NDArray[np.float64]:
+        """Positive numbers."""
+        return self.rng.random(shape)
+
+    def prompts(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Keys and values of twenty prompts of a token."""
+        return self.x(HEADS, 20, 1, 16), self.x(HEADS, 20, 1, 16)
+
+    def chosen(self, *shape: int) -> NDArray[np.int64]:
+        """Nine of them."""
+        return np.argsort(self.rng.random((*shape, 20)), axis=-1)[..., :9]
+
+    def regions(self) -> NDArray[np.int64]:
+        """Regions of an image by two boxes."""
+        return vision.box_regions(np.array([[0.0, 0.0, 0.6, 0.7], [0.4, 0.3, 1.0, 1.0]]), (self.side, self.side))[0]
+
     def mamba(self) -> MambaWeights:
         """A Mamba block of 16 states."""
         n, states = CHANNELS, 16
@@ -84,6 +100,9 @@ CASES: dict[str, Callable[[Inputs], Arguments]] = {
     ),
     "asymmetric_mixed_attention": lambda i: _a(
         i.image(), [i.x(1, 12, 12, CHANNELS)], tuple(i.taps(3, 3, CHANNELS) for _ in "qkv"), *i.layer(), heads=HEADS
+    ),
+    "attention_adaptive_pooling": lambda i: _a(
+        i.scores(i.places + 1, i.places + 1), *(2 * ((i.heads()[0], i.heads()[0]),) for _ in range(2)), least=0
     ),
     "attention_guided_crop": lambda i: _a(
         vision.cls_attention(i.x(1, HEADS, 1, 16), i.x(1, HEADS, i.side**2 + 1, 16)), (i.side, i.side),
@@ -122,6 +141,10 @@ CASES: dict[str, Callable[[Inputs], Arguments]] = {
     ),
     "forward_cross_attention": lambda i: _a(i.image(), i.x(1, 64, CHANNELS), *i.layer(), heads=HEADS),
     "global_query_window_attention": lambda i: _a(i.image(), i.w(), i.w(), heads=HEADS, window=12, wq=i.w()),
+    "gwpr_token_ranking": lambda i: _a(i.heads(), i.heads(), ratio=0.5),
+    "hierarchical_attention_pruning": lambda i: _a(
+        *((i.heads(), i.heads()) for _ in range(2)), budget=i.places // 4, width=i.side, prefix=0
+    ),
     "hierarchical_global_local_attention": lambda i: _a(
         i.video(), tuple(i.layer(4)), tuple(i.layer(4)), heads=HEADS, tiles=2
     ),
@@ -153,12 +176,18 @@ CASES: dict[str, Callable[[Inputs], Arguments]] = {
     "proxy_token_attention": lambda i: _a(
         i.video(), tuple(i.layer(4)), tuple(i.layer(4)), heads=HEADS, windows=(1, 4, 4), index=i.members()
     ),
+    "pyramid_token_pruning": lambda i: _a(
+        i.scores(i.frames), *(i.scores(i.frames, i.places) for _ in range(2)), keep=0.25
+    ),
     "query_shared_cross_attention": lambda i: _a(
         i.rows(), i.rows(), i.rows(), i.w(), (i.w(), i.w()), (i.w(), i.w()), heads=HEADS
     ),
     "reference_attention": lambda i: _a(
         tuple(i.x(1, HEADS, 77, 16) for _ in "qkv"), (i.heads(), i.heads(), i.heads()),
         (i.heads(), i.heads(), i.heads()),
+    ),
+    "regional_cross_attention": lambda i: _a(
+        i.x(1, HEADS, i.side, i.side, 16), *(i.x(1, HEADS, 3, 77, 16) for _ in "kv"), i.regions()
     ),
     "scale_patch_attention": lambda i: _a(
         i.x(1, i.side**2 // 4, 5, CHANNELS), tuple(i.layer(4)), tuple(i.layer(4)), heads=HEADS
@@ -173,10 +202,18 @@ CASES: dict[str, Callable[[Inputs], Arguments]] = {
     "swapped_window_cross_attention": lambda i: _a(
         i.video(), i.video(), tuple(i.layer(4)), heads=HEADS, windows=(1, 4, 4)
     ),
+    "text_guided_vision_pruning": lambda i: _a(
+        i.heads(), i.heads(), np.arange(i.places - i.places // 8, i.places), np.arange(i.places - i.places // 8),
+        keep=i.places // 4,
+    ),
+    "token_coordinated_prompt_attention": lambda i: _a(
+        *(i.heads() for _ in "qkv"), i.prompts(), i.prompts(), i.chosen(1), i.chosen(1, i.places - 1)
+    ),
     "trajectory_attention": lambda i: _a(
         *(i.x(1, HEADS, i.frames * i.side**2, 16) for _ in "qkv"), i.x(i.frames - 1, 2, i.side, i.side)
     ),
     "view_integrated_attention": lambda i: _a(i.x(1, 2, i.frames, i.side**2, CHANNELS), tuple(i.layer(4)), heads=HEADS),
+    "zeroth_order_token_pruning": lambda i: _a(i.rows(), i.layer(2), keep=i.places // 8),
 }  # fmt: skip
 
 

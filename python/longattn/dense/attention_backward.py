@@ -122,7 +122,7 @@ def attention_backward(
     lse_n, d_lse_n = saved_sums(lse, "lse", qn.shape[:-1], dtype), None
     if d_lse is not None:
         d_lse_n = saved_sums(d_lse, "d_lse", qn.shape[:-1], dtype)
-    wants_sinks = _wants_sinks(return_d_sinks, sinks)
+    wants_sinks = wants_d_sinks(return_d_sinks, sinks)
 
     d4, q4, k4, v4, o4 = (batched(x, 4) for x in (d_out_n, qn, kn, vn, out_n))
     gradients: tuple[NDArray[Any], ...]
@@ -210,7 +210,7 @@ def attention_varlen_backward(
     out_n, d_out_n = saved_output(out, "out", output, qn.dtype), saved_output(d_out, "d_out", output, qn.dtype)
     lse_n = saved_sums(lse, "lse", sums, np.dtype(np.float32))
     d_lse_n = None if d_lse is None else batched(saved_sums(d_lse, "d_lse", sums, np.dtype(np.float32)), 3)
-    wants_sinks = _wants_sinks(return_d_sinks, sinks)
+    wants_sinks = wants_d_sinks(return_d_sinks, sinks)
 
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (qn, kn, vn))
     d_sinks = np.empty(heads, np.float32) if wants_sinks else None
@@ -241,7 +241,7 @@ def saved_sums(x: Array, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
     return np.ascontiguousarray(a, dtype)
 
 
-def _wants_sinks(return_d_sinks: object, sinks: Array | None) -> bool:
+def wants_d_sinks(return_d_sinks: object, sinks: Array | None) -> bool:
     wanted = flag(return_d_sinks, "return_d_sinks")
     if wanted and sinks is None:
         raise ValueError("return_d_sinks: got True without sinks, expected the sinks of the forward call")

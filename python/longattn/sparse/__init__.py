@@ -45,6 +45,7 @@ from longattn.sparse.neighborhood_attention_unfused import na_av, na_qk, neighbo
 from longattn.sparse.overlapped_chunk_attention import kernel_pool, overlapped_chunk_attention
 from longattn.sparse.pooled_block_select_cdf import hilbert_order, pooled_block_select_cdf
 from longattn.sparse.power_of_two_attention import PowerOfTwo, power_of_two_attention
+from longattn.sparse.prefix_global_attention import prefix_global_attention
 from longattn.sparse.rectified_block_sparse import rectified_block_sparse
 from longattn.sparse.row_lists import RowLists
 from longattn.sparse.sale_select import Sale, sale_select
@@ -118,6 +119,7 @@ __all__ = [
     "pick_keyframes",
     "pooled_block_select_cdf",
     "power_of_two_attention",
+    "prefix_global_attention",
     "receptive_field",
     "rectified_block_sparse",
     "resize_patches",

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from longattn._arrays import Array
 from longattn._checks import batched, carried_state, dense_inputs, flag, result_array, returned
-from longattn.dense._options import arrays_of, score_options
+from longattn.dense._options import Options, arrays_of, packed_options, score_options
+from longattn.sparse._lengths import packed_bounds
 from longattn.sparse._lists import Lists
 
 
@@ -18,23 +18,28 @@ def call(
     kernel: Callable[..., None],
     lists: Lists,
     name: str,
-    extra: tuple[NDArray[Any] | None, ...],
+    extra: tuple[Any, ...],
     q: Array,
     k: Array,
     v: Array,
     *,
+    packed: tuple[Array | None, Array | None] | None = None,
     state: tuple[Array, Array] | None = None,
     return_lse: bool = False,
     out: Array | None = None,
     **options: Any,
 ) -> Any:
-    """Attention over `lists`, which came as the argument `name`."""
+    """Attention over `lists`, which came as the argument `name`; `packed`: bounds of sequences, where it has them."""
     qn, kn, vn = dense_inputs(q, k, v, codes=True)
     if qn.dtype == np.float64:
         raise TypeError("q: got dtype float64, expected float32, float16 or bfloat16")
     rows, keys = qn.shape[-2], kn.shape[-2]
     check_fit(lists, name, qn.shape, kn.shape)
-    given = score_options(qn.shape, keys, span=rows + keys, **options)
+    batch = qn.shape[0] if qn.ndim == 4 else 1
+    sequences = None if packed is None else packed_bounds(batch, rows, keys, *packed)
+    given = list_options(qn.shape, keys, sequences is not None, **options)
+    if packed is not None:
+        extra = (*extra, sequences)
     return_lse = flag(return_lse, "return_lse")
     shape = (*qn.shape[:-1], vn.shape[-1])
     if state is not None:
@@ -47,6 +52,17 @@ def call(
         q4, k4, v4, out4 = (batched(x, 4) for x in (qn, kn, vn, result))
         kernel(q4, k4, v4, out4, batched(lse, 3), lists._for_kernel(), *extra, given)
     return returned(out, q, result, lse if return_lse else None)
+
+
+def list_options(shape: tuple[int, ...], keys: int, packed: bool, **options: Any) -> Options:
+    """Options of queries of `shape` over lists of `keys` keys; of packed sequences, those that suit all of them."""
+    *_, heads, rows, dim = shape
+    if not packed:
+        return score_options(shape, keys, span=rows + keys, **options)
+    for name in ("bias", "mask", "segments", "visible_until"):
+        if options.pop(name, None) is not None:
+            raise ValueError(f"{name}: got one with cu_seqlens_q, expected none: packed sequences do not take it")
+    return packed_options((rows, heads, dim), keys, **options)
 
 
 def check_fit(lists: Lists, name: str, q: tuple[int, ...], k: tuple[int, ...]) -> None:

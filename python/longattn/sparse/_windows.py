@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import flag, integer, sequence_bounds
+from longattn._checks import flag, integer
+from longattn.sparse._lengths import packed_bounds
 
 #: Tables `[0, start, end, 0]` of each query, and which of them each batch entry and head has.
 Ranges = tuple[list[NDArray[np.uint32]], NDArray[np.uint32]]
@@ -44,19 +45,11 @@ def _sequences(
     batch: int, rows: int, keys: int, cu_seqlens_q: Array | None, cu_seqlens_k: Array | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """First key of each query's sequence, the one after its last, and the query's own position among all keys."""
-    if cu_seqlens_q is None:
-        if cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens_k: got bounds without cu_seqlens_q, expected both or neither")
+    bounds = packed_bounds(batch, rows, keys, cu_seqlens_q, cu_seqlens_k)
+    if bounds is None:
         position = np.arange(keys - rows, keys)
         return np.zeros(rows, np.int64), np.full(rows, keys), position
-    if batch != 1:
-        raise ValueError(f"cu_seqlens_q: got a batch of {batch}, expected 1, which holds all sequences")
-    bounds_q = sequence_bounds(cu_seqlens_q, "cu_seqlens_q", rows)
-    bounds_k = bounds_q
-    if cu_seqlens_k is not None or rows != keys:
-        bounds_k = sequence_bounds(cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, "cu_seqlens_k", keys)
-    if len(bounds_k) != len(bounds_q):
-        raise ValueError(f"cu_seqlens_k: got {len(bounds_k) - 1} sequences, expected {len(bounds_q) - 1}")
+    bounds_q, bounds_k = bounds
     lengths = np.diff(bounds_q)
     first, last = np.repeat(bounds_k[:-1], lengths), np.repeat(bounds_k[1:], lengths)
     return first, last, np.arange(rows) - np.repeat(bounds_q[1:], lengths) + last

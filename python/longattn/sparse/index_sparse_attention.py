@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from longattn import _core
 from longattn._arrays import Array
 from longattn.gpu import is_on_gpu
+from longattn.methods import Method
+from longattn.pictures import example, seen
+from longattn.reference import sparse as reference
 from longattn.sparse._call import call
 from longattn.sparse._on_gpu import over_rows
 from longattn.sparse.row_lists import RowLists
@@ -80,3 +86,33 @@ def index_sparse_attention(
         out=out,
         **options,
     )
+
+
+def _example() -> NDArray[np.bool_]:
+    """Every seventh key of a text, and each query's own."""
+    listed = (np.arange(128) % 7 == 0) | np.eye(128, dtype=bool)
+    indptr = np.concatenate([[0], np.cumsum(listed.sum(axis=1))])[None, None]
+    lists = RowLists(indptr=indptr, indices=np.nonzero(listed)[1].astype(np.uint32), lengths=(128, 128), block_q=1)
+    return seen(index_sparse_attention, *example(), lists)
+
+
+METHOD = Method(
+    name="index_sparse_attention",
+    family="sparse",
+    title="Generating Long Sequences with Sparse Transformers",
+    year=2019,
+    arxiv="1904.10509",
+    function=index_sparse_attention,
+    reference=reference.index_sparse_attention,
+    exact=True,
+    modes=frozenset({"causal", "non-causal", "self", "cross"}),
+    gqa=True,
+    checks=(
+        "Lists of all keys are dense attention.",
+        "A list of one key gives its value.",
+        "Rows without keys give zeros and a log-sum-exp of minus infinity.",
+    ),
+    tests="tests/sparse/test_index_sparse_attention.py",
+    cost="`(D + Dv)` multiply-adds per query head, query and listed key.",
+    mask=_example,
+)

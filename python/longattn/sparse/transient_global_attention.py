@@ -89,8 +89,8 @@ def local_global_attention(
     far, width = integer(radius, "radius", 0), integer(block, "block", 1)
     factor, return_lse = scale_factor(scale, qn.shape[-1]), flag(return_lse, "return_lse")
     heads = qn.shape[-3]
-    local = None if local_bias is None else _centred(local_bias, "local_bias", heads)
-    side = None if side_bias is None else _centred(side_bias, "side_bias", heads)
+    local = None if local_bias is None else centred_table(local_bias, "local_bias", heads)
+    side = None if side_bias is None else centred_table(side_bias, "side_bias", heads)
     inputs: dict[str, NDArray[Any] | None] = {"q": qn, "k": kn, "v": vn, "kg": kgn, "vg": vgn}
     result = result_array(out, q, (*qn.shape[:-1], vn.shape[-1]), qn.dtype, inputs)
     arrays = (batched(x, 4) for x in (qn, kn, vn, kgn, vgn, result))
@@ -350,7 +350,8 @@ def _globals(kg: Array, vg: Array, k: NDArray[Any], v: NDArray[Any]) -> tuple[ND
     return found[0], found[1]
 
 
-def _centred(bias: Array, name: str, heads: int) -> NDArray[np.float32]:
+def centred_table(bias: Array, name: str, heads: int) -> NDArray[np.float32]:
+    """A checked table `[Hq, 2 * n + 1]`."""
     x = as_numpy(bias, name, any_strides=True)
     check_floating(x, name)
     if x.ndim != 2 or x.shape[0] != heads or x.shape[1] % 2 == 0:

@@ -10,6 +10,9 @@ from longattn import _core
 from longattn._arrays import Array
 from longattn._checks import batched, dense_inputs, flag, returned
 from longattn.dense._options import score_options
+from longattn.methods import Method
+from longattn.pictures import example, seen
+from longattn.reference import sparse as reference
 from longattn.sparse._windows import window_ranges
 
 
@@ -64,6 +67,10 @@ def windowed_attention(
         matrix kernel together, with all keys between the first and the last that any of them sees. Heads of one KV head
         whose windows differ read keys one after another.
 
+    References:
+        T. Luong et al., "Effective Approaches to Attention-based Neural Machine Translation", 2015, arXiv:1508.04025,
+        whose local attention has a window around a place that each query predicts.
+
     Example:
         >>> import numpy as np, longattn as la
         >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 100, 16), dtype=np.float32)
@@ -81,3 +88,25 @@ def windowed_attention(
         q4, k4, v4, out4 = (batched(x, 4) for x in (qn, kn, vn, result))
         _core.windowed(q4, k4, v4, out4, batched(lse, 3), ranges, options)
     return returned(None, q, result, lse if return_lse else None)
+
+
+METHOD = Method(
+    name="windowed_attention",
+    family="sparse",
+    title="Effective Approaches to Attention-based Neural Machine Translation",
+    year=2015,
+    arxiv="1508.04025",
+    function=windowed_attention,
+    reference=reference.windowed_attention,
+    exact=True,
+    modes=frozenset({"causal", "non-causal", "self", "cross"}),
+    gqa=True,
+    checks=(
+        "One radius at the queries' own positions is dense attention with a window.",
+        "A radius as large as the length is dense attention.",
+        "A sequence among others is that sequence alone.",
+    ),
+    tests="tests/sparse/test_windowed_attention.py",
+    cost="`Hq * Lq * window * (D + Dv)` multiply-adds where neighbouring queries look at neighbouring places.",
+    mask=lambda: seen(windowed_attention, *example(), radius=12, centre=np.arange(128) // 2 + 32),
+)

@@ -6,9 +6,9 @@ use crate::dense::offsets;
 use crate::options::Given;
 use crate::running;
 use crate::store::KvArgument;
-use longattn::sparse::{self, BlockLists, Lists, RowLists};
+use longattn::sparse::{self, BlockLists, Lists, RowLists, Sequences};
 use longattn::tensor::{KvView, TensorView};
-use numpy::{PyReadonlyArray1, PyReadonlyArrayDyn, PyUntypedArray};
+use numpy::{PyReadonlyArray1, PyReadonlyArrayDyn, PyReadwriteArray1, PyUntypedArray};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -22,6 +22,15 @@ fn with_lists<R>(given: &GivenLists<'_>, with: impl FnOnce(Lists) -> PyResult<R>
     let query_bounds = offsets("query_bounds", bounds)?;
     let (indptr, indices) = (indptr.as_slice()?, indices.as_slice()?);
     with(Lists { indptr, indices, batch: *batch, heads: *heads, query_bounds: &query_bounds })
+}
+
+/// Bounds of the sequences of queries and of keys, if there are several.
+type GivenSequences<'py> = Option<(PyReadonlyArray1<'py, i64>, PyReadonlyArray1<'py, i64>)>;
+
+/// Those bounds as offsets.
+fn sequence_ends(given: &GivenSequences<'_>) -> PyResult<Option<(Vec<usize>, Vec<usize>)>> {
+    let ends = |(q, k): &(_, _)| Ok((offsets("cu_seqlens_q", q)?, offsets("cu_seqlens_k", k)?));
+    given.as_ref().map(ends).transpose()
 }
 
 /// Multiply-adds of attention in which a list's entry stands for `keys` keys.
@@ -47,6 +56,7 @@ pub(crate) fn block_sparse(
     lse: &Bound<'_, PyUntypedArray>,
     lists: GivenLists<'_>,
     key_bounds: PyReadonlyArray1<'_, i64>,
+    sequences: GivenSequences<'_>,
     options: &Bound<'_, PyDict>,
 ) -> PyResult<()> {
     let (q, k, v) = (view("q", q)?, KvArgument::new("k", k)?, KvArgument::new("v", v)?);
@@ -54,12 +64,13 @@ pub(crate) fn block_sparse(
     let (mut out, mut lse) = (view_mut("out", out)?, lse_view("lse", lse)?);
     let given = Given::new(options)?;
     let options = given.options()?;
-    let key_bounds = offsets("key_bounds", &key_bounds)?;
+    let (key_bounds, ends) = (offsets("key_bounds", &key_bounds)?, sequence_ends(&sequences)?);
+    let sequences = ends.as_ref().map(|(q, k)| Sequences { query_ends: q, key_ends: k });
     with_lists(&lists, |lists| {
         let operations = operations(&q, &v, &lists, block_keys(k.shape()[2], &key_bounds));
         running::run(py, operations, |execution| {
             let blocks = BlockLists { lists, key_bounds: &key_bounds };
-            sparse::block_sparse(q, k, v, blocks, options, &mut out, &mut lse, execution)
+            sparse::block_sparse(q, k, v, blocks, sequences, options, &mut out, &mut lse, execution)
         })
     })
 }
@@ -69,20 +80,23 @@ pub(crate) fn block_sparse_backward<'py>(
     py: Python<'py>,
     arrays: GivenForward<'py>,
     results: GivenGradients<'py>,
+    mut d_sinks: Option<PyReadwriteArray1<'py, f32>>,
     lists: GivenLists<'py>,
     key_bounds: PyReadonlyArray1<'py, i64>,
+    sequences: GivenSequences<'py>,
     options: &Bound<'py, PyDict>,
 ) -> PyResult<()> {
     let given = Given::<f32>::new(options)?;
     let forward = forward(&arrays, given.options()?)?;
-    let mut gradients = gradients(&results, None)?;
-    let key_bounds = offsets("key_bounds", &key_bounds)?;
+    let mut gradients = gradients(&results, d_sinks.as_mut().map(|a| a.as_slice_mut()).transpose()?)?;
+    let (key_bounds, ends) = (offsets("key_bounds", &key_bounds)?, sequence_ends(&sequences)?);
+    let sequences = ends.as_ref().map(|(q, k)| Sequences { query_ends: q, key_ends: k });
     with_lists(&lists, |lists| {
         let keys = block_keys(forward.k.shape()[2], &key_bounds);
         let operations = BACKWARD * operations(&forward.q, &forward.v.into(), &lists, keys);
         running::run(py, operations, |execution| {
             let blocks = BlockLists { lists, key_bounds: &key_bounds };
-            sparse::block_sparse_backward(forward, blocks, &mut gradients, execution)
+            sparse::block_sparse_backward(forward, blocks, sequences, &mut gradients, execution)
         })
     })
 }

@@ -1,6 +1,7 @@
 """References of `longattn.sparse`."""
 
 from longattn.reference.sparse.anchor_attention import anchor_attention, anchor_margins
+from longattn.reference.sparse.block_sparse_attention import block_sparse_attention
 from longattn.reference.sparse.descriptor_attention import descriptor_attention
 from longattn.reference.sparse.dhsa_select import boundary_labels, boundary_logits, dhsa_select, pick_boundaries
 from longattn.reference.sparse.dilated_neighborhood_attention import dilated_neighborhood_attention
@@ -15,6 +16,7 @@ from longattn.reference.sparse.generalized_neighborhood_attention import (
 )
 from longattn.reference.sparse.halo_attention import halo_attention
 from longattn.reference.sparse.hyper_attention import hyper_attention
+from longattn.reference.sparse.index_sparse_attention import index_sparse_attention
 from longattn.reference.sparse.lightweight_topk_attention import (
     lightweight_topk_attention,
     lightweight_topk_logits,
@@ -26,6 +28,7 @@ from longattn.reference.sparse.neighborhood_attention_unfused import na_av, na_q
 from longattn.reference.sparse.overlapped_chunk_attention import kernel_pool, overlapped_chunk_attention
 from longattn.reference.sparse.pooled_block_select_cdf import patch_mask, pooled_block_select_cdf
 from longattn.reference.sparse.power_of_two_attention import power_of_two_attention, power_of_two_mask
+from longattn.reference.sparse.prefix_global_attention import prefix_global_attention
 from longattn.reference.sparse.rectified_block_sparse import rectified_block_sparse
 from longattn.reference.sparse.sale_select import sale_estimates, sale_kept, sale_select
 from longattn.reference.sparse.sparge_attention import sparge_attention, sparge_blocks, sparge_scores
@@ -39,12 +42,14 @@ from longattn.reference.sparse.transient_global_attention import (
     transient_global_attention,
 )
 from longattn.reference.sparse.vmoba_select import block_numbers, vmoba_select, vmoba_taken
+from longattn.reference.sparse.windowed_attention import windowed_attention
 from longattn.reference.sparse.xattention import xattention, xattention_blocks, xattention_mass
 
 __all__ = [
     "anchor_attention",
     "anchor_margins",
     "block_numbers",
+    "block_sparse_attention",
     "boundary_labels",
     "boundary_logits",
     "descriptor_attention",
@@ -58,6 +63,7 @@ __all__ = [
     "generalized_neighborhood_attention",
     "halo_attention",
     "hyper_attention",
+    "index_sparse_attention",
     "kernel_pool",
     "lightweight_topk_attention",
     "lightweight_topk_logits",
@@ -77,6 +83,7 @@ __all__ = [
     "pooled_block_select_cdf",
     "power_of_two_attention",
     "power_of_two_mask",
+    "prefix_global_attention",
     "rectified_block_sparse",
     "sale_estimates",
     "sale_kept",
@@ -93,6 +100,7 @@ __all__ = [
     "vmoba_select",
     "vmoba_taken",
     "window_tokens",
+    "windowed_attention",
     "xattention",
     "xattention_blocks",
     "xattention_mass",

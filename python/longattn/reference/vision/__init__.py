@@ -62,17 +62,33 @@ from longattn.reference.vision.polyline_path_masked_attention import polyline_ma
 from longattn.reference.vision.proxy_token_attention import proxy_token_attention
 from longattn.reference.vision.query_shared_cross_attention import query_shared_cross_attention
 from longattn.reference.vision.reference_attention import reference_attention
+from longattn.reference.vision.regional_cross_attention import regional_cross_attention
 from longattn.reference.vision.scale_patch_attention import scale_patch_attention
 from longattn.reference.vision.stacked_temporal_attention import stacked_temporal_attention
 from longattn.reference.vision.strip_self_attention import strip_self_attention
 from longattn.reference.vision.super_token_attention import super_token_attention
 from longattn.reference.vision.swapped_window_cross_attention import swapped_window_cross_attention
+from longattn.reference.vision.token_coordinated_prompt_attention import token_coordinated_prompt_attention
+from longattn.reference.vision.token_pruning import (
+    attention_adaptive_pooling,
+    diverse_topk,
+    gwpr_token_ranking,
+    hierarchical_attention_pruning,
+    pick_hierarchical,
+    projector_sensitivity,
+    pyramid_token_pruning,
+    split_budget,
+    text_guided_vision_pruning,
+    vision_scores,
+    zeroth_order_token_pruning,
+)
 from longattn.reference.vision.trajectory_attention import flow_paths, trajectory_attention
 from longattn.reference.vision.view_integrated_attention import view_integrated_attention
 
 __all__ = [
     "adaptive_cross_layer_attention",
     "asymmetric_mixed_attention",
+    "attention_adaptive_pooling",
     "attention_guided_crop",
     "attention_rollout",
     "attention_rollout_select",
@@ -90,6 +106,7 @@ __all__ = [
     "deformable_kv_attention_3d",
     "deformable_token_merging",
     "distributed_progressive_attention",
+    "diverse_topk",
     "embedding_free_attention",
     "extended_frame_attention",
     "feature_cluster_attention",
@@ -98,6 +115,8 @@ __all__ = [
     "focal_modulation",
     "forward_cross_attention",
     "global_query_window_attention",
+    "gwpr_token_ranking",
+    "hierarchical_attention_pruning",
     "hierarchical_global_local_attention",
     "integrative_feature_cost_attention",
     "layer_and_channel_spatial_attention",
@@ -111,19 +130,28 @@ __all__ = [
     "pair_wise_cross_attention",
     "parallel_self_cross_attention",
     "partial_visual_attention",
+    "pick_hierarchical",
     "point_attention",
     "polyline_mask_apply",
     "polyline_path_masked_attention",
+    "projector_sensitivity",
     "proxy_token_attention",
+    "pyramid_token_pruning",
     "query_shared_cross_attention",
     "reference_attention",
+    "regional_cross_attention",
     "scale_patch_attention",
     "soft_match",
+    "split_budget",
     "stacked_temporal_attention",
     "strip_self_attention",
     "super_token_attention",
     "swapped_window_cross_attention",
+    "text_guided_vision_pruning",
+    "token_coordinated_prompt_attention",
     "trajectory_attention",
     "view_integrated_attention",
+    "vision_scores",
     "wave_position_encoding",
+    "zeroth_order_token_pruning",
 ]

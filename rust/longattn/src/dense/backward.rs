@@ -14,7 +14,7 @@
 mod block;
 mod listed;
 
-pub(crate) use listed::{ListedTile, listed_backward};
+pub(crate) use listed::{ListedTile, listed_backward, store_sinks};
 
 use super::rows::widen_row;
 use super::scratch::{Buffer, Scratch, with_scratch};
@@ -307,9 +307,7 @@ fn run(isa: Isa, jobs: &[Job], heads: usize, execution: &Execution) -> Result<Ve
 pub fn attention_backward(forward: Forward, gradients: &mut Gradients, execution: &Execution) -> Result<()> {
     let heads = forward.q.shape()[1];
     let d_sinks = run(simd::current(), &[Job::new(forward, gradients)?], heads, execution)?;
-    if let Some(to) = &mut gradients.d_sinks {
-        to.iter_mut().zip(d_sinks).for_each(|(to, x)| *to = x as f32);
-    }
+    store_sinks(gradients, &d_sinks);
     Ok(())
 }
 
@@ -321,7 +319,7 @@ pub fn attention_varlen_backward(
     gradients: &mut Gradients,
     execution: &Execution,
 ) -> Result<()> {
-    super::check_packed(&forward.q, &forward.k, query_ends, key_ends, &forward.options)?;
+    super::check_packed(forward.q.shape()[2], forward.k.shape()[2], query_ends, key_ends, &forward.options)?;
     Job::new(forward, gradients)?;
     let heads = forward.q.shape()[1];
     let mut jobs = Vec::new();
@@ -347,9 +345,7 @@ pub fn attention_varlen_backward(
     }
     let d_sinks = run(simd::current(), &jobs, heads, execution)?;
     drop(jobs);
-    if let Some(to) = &mut gradients.d_sinks {
-        to.iter_mut().zip(d_sinks).for_each(|(to, x)| *to = x as f32);
-    }
+    store_sinks(gradients, &d_sinks);
     Ok(())
 }
 

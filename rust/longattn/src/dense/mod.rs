@@ -500,9 +500,9 @@ pub fn attention<'a>(
 }
 
 /// What packed sequences ask for beyond a problem's own checks.
-fn check_packed(
-    q: &TensorView,
-    k: &TensorView,
+pub(crate) fn check_packed(
+    queries: usize,
+    keys: usize,
     query_ends: &[usize],
     key_ends: &[usize],
     options: &Options,
@@ -516,7 +516,7 @@ fn check_packed(
     if options.segments.is_some() || options.visible_until.is_some() {
         return Err(Error::value("segments", "segments or visible_until", "none: packed sequences take neither"));
     }
-    for (name, ends, total) in [("cu_seqlens_q", query_ends, q.shape()[2]), ("cu_seqlens_k", key_ends, k.shape()[2])] {
+    for (name, ends, total) in [("cu_seqlens_q", query_ends, queries), ("cu_seqlens_k", key_ends, keys)] {
         let fine = ends.first() == Some(&0) && ends.last() == Some(&total) && ends.is_sorted();
         if !fine || ends.len() != query_ends.len() {
             let expected = format!("{} offsets that rise from 0 to {total}", query_ends.len());
@@ -542,7 +542,7 @@ pub fn attention_varlen(
     lse: &mut TensorViewMut,
     execution: &Execution,
 ) -> Result<()> {
-    check_packed(&q, &k, query_ends, key_ends, &options)?;
+    check_packed(q.shape()[2], k.shape()[2], query_ends, key_ends, &options)?;
     let (k, v) = (KvView::from(k), KvView::from(v));
     check_outputs(&Problem::new(q, k, v, options)?, out, lse)?;
     let parts: Vec<_> = (1..query_ends.len())

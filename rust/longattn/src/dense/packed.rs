@@ -11,6 +11,7 @@ use crate::simd::{Isa, Kernel, Simd, dispatch};
 use crate::tensor::{Result, TensorViewMut};
 use half::bf16;
 use std::ops::Range;
+use std::sync::Mutex;
 
 /// Floats that the packed heads of one pass may take, unless a single head needs more.
 const ROOM: usize = 1 << 22;
@@ -20,6 +21,19 @@ const ROOM: usize = 1 << 22;
 pub(crate) struct PackedRoom {
     keys: Buffer,
     values: Buffer,
+}
+
+/// Runs `work` with memory for packed heads that stays for the next call, on whatever thread, unless single heads are larger than
+/// what several may take: new pages cost more than packing does.
+pub(crate) fn with_room<R>(work: impl FnOnce(&mut PackedRoom) -> R) -> R {
+    static KEPT: Mutex<Option<PackedRoom>> = Mutex::new(None);
+    let kept = || KEPT.lock().unwrap_or_else(|e| e.into_inner());
+    let mut room = kept().take().unwrap_or_default();
+    let done = work(&mut room);
+    if room.keys.filled().len() + room.values.filled().len() <= ROOM {
+        *kept() = Some(room);
+    }
+    done
 }
 
 /// How a head is packed on an instruction set.

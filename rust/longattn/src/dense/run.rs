@@ -54,6 +54,17 @@ impl RowBlock<'_> {
         if self.rows.len() > MAX_QUERY_ROWS { self.count } else { 0 }
     }
 
+    /// Whether its keys, blocks of them, are whole panels wherever some that follow one another begin and end, but for the last.
+    pub(crate) fn has_whole_panels(&self, panel: usize) -> bool {
+        let Keys::Blocks { blocks, bounds } = &self.keys else { return false };
+        let mut end = 0;
+        blocks.iter().all(|&block| {
+            let (start, before) = (bounds[block as usize], end);
+            end = bounds[block as usize + 1];
+            start == before || (start.is_multiple_of(panel) && before.is_multiple_of(panel))
+        })
+    }
+
     fn id(&self, r: usize) -> RowId {
         let r = self.rows.start + r;
         RowId { batch: self.batch, head: self.heads.start + r % self.heads.len(), row: r / self.heads.len() }

@@ -6,7 +6,8 @@
 //! ```
 //! List by list a block would be read once for each of its rows; so it is read, and packed, once for many.
 
-use super::lists::{BlockLists, visible_blocks};
+use super::blocks::visible_blocks;
+use super::lists::BlockLists;
 use crate::dense::keys::Keys;
 use crate::dense::run::{Job, Partial};
 use crate::dense::scores::{RowId, Running};
@@ -45,6 +46,12 @@ impl<'a> Gathering<'a> {
         let together = (problem.query_heads / lists.heads).min(problem.group).max(1);
         let longest = lists.query_bounds.windows(2).map(|x| x[1] - x[0]).max()?;
         if longest * together >= MANY {
+            return None;
+        }
+        let heads = lists.batch * lists.heads;
+        let some = |run: &Range<usize>| lists.query_bounds[run.start] < lists.query_bounds[run.end];
+        let runs = (0..heads).flat_map(|head| lists.runs(head, |a, b| lists.are_equal(a, b))).filter(some).count();
+        if problem.queries * heads * together >= MANY * runs {
             return None;
         }
         let stride = problem.value_dim.next_multiple_of(PANEL_VECTORS * MAX_LANES).max(1);

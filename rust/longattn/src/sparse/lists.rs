@@ -1,12 +1,9 @@
-//! Attention over lists of key blocks or of keys.
+//! Lists of key blocks or of keys, and attention over those of keys.
 
-use super::gathered::Gathering;
-use crate::dense::backward::{ListedTile, ROWS, listed_backward};
 use crate::dense::keys::Keys;
-use crate::dense::packed::{PackedHeads, PackedRoom, Packing};
 use crate::dense::run::{Job, RowBlock, push_row_blocks, run_blocks};
 use crate::dense::scores::RowId;
-use crate::dense::{Forward, Gradients, Options, Problem, check_outputs};
+use crate::dense::{Options, Problem, check_outputs};
 use crate::parallel::Execution;
 use crate::simd;
 use crate::tensor::{Error, KvView, Result, TensorView, TensorViewMut};
@@ -46,7 +43,7 @@ pub struct RowLists<'a> {
 }
 
 /// Bounds of blocks that cover `0..total`, in order.
-fn check_bounds(name: &'static str, bounds: &[usize], total: usize) -> Result<()> {
+pub(super) fn check_bounds(name: &'static str, bounds: &[usize], total: usize) -> Result<()> {
     if bounds.first() == Some(&0) && bounds.last() == Some(&total) && bounds.is_sorted() {
         return Ok(());
     }
@@ -54,12 +51,12 @@ fn check_bounds(name: &'static str, bounds: &[usize], total: usize) -> Result<()
 }
 
 impl<'a> Lists<'a> {
-    fn query_blocks(&self) -> usize {
+    pub(super) fn query_blocks(&self) -> usize {
         self.query_bounds.len() - 1
     }
 
     /// Whether the lists fit the problem and hold ascending numbers below `limit`.
-    fn check(&self, problem: &Problem, limit: usize) -> Result<()> {
+    pub(super) fn check(&self, problem: &Problem, limit: usize) -> Result<()> {
         check_bounds("query blocks", self.query_bounds, problem.queries)?;
         if self.batch != 1 && self.batch != problem.batch {
             return Err(Error::value("lists", format!("batch {}", self.batch), format!("1 or {}", problem.batch)));
@@ -94,7 +91,7 @@ impl<'a> Lists<'a> {
         self.indptr[list] as usize..self.indptr[list + 1] as usize
     }
 
-    fn list(&self, list: usize) -> &'a [u32] {
+    pub(super) fn list(&self, list: usize) -> &'a [u32] {
         &self.indices[self.range(list)]
     }
 
@@ -104,8 +101,32 @@ impl<'a> Lists<'a> {
         self.list(head * self.query_blocks() + block as usize)
     }
 
-    /// Row blocks of all lists; `keys` says what a list, by its number, stands for.
-    fn row_blocks(&self, problem: &Problem, keys: impl Fn(usize) -> Keys<'a>) -> Vec<RowBlock<'a>> {
+    /// Blocks of queries of one of the heads that have lists, neighbours with the same list as one: so the block sizes of masks
+    /// that were put together do not matter where the masks do not differ.
+    pub(super) fn runs(&self, head: usize, same: impl Fn(usize, usize) -> bool) -> Vec<Range<usize>> {
+        let first = head * self.query_blocks();
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        for block in 0..self.query_blocks() {
+            match runs.last_mut() {
+                Some(run) if same(first + run.start, first + block) => run.end = block + 1,
+                _ => runs.push(block..block + 1),
+            }
+        }
+        runs
+    }
+
+    /// Whether two lists hold the same numbers.
+    pub(super) fn are_equal(&self, one: usize, other: usize) -> bool {
+        self.list(one) == self.list(other)
+    }
+
+    /// Row blocks of all lists; `keys` says what a list, by its number, stands for, and `same` whether two of them are the same.
+    pub(super) fn row_blocks(
+        &self,
+        problem: &Problem,
+        same: impl Fn(usize, usize) -> bool,
+        keys: impl Fn(usize) -> Keys<'a>,
+    ) -> Vec<RowBlock<'a>> {
         let mut blocks = Vec::new();
         let sharing = problem.query_heads / self.heads;
         // Heads that share a KV head and lists.
@@ -113,10 +134,11 @@ impl<'a> Lists<'a> {
         for batch in 0..problem.batch {
             for first in (0..problem.query_heads).step_by(together.max(1)) {
                 let head = batch.min(self.batch - 1) * self.heads + first / sharing;
-                for (block, queries) in self.query_bounds.windows(2).enumerate() {
-                    let keys = keys(head * self.query_blocks() + block);
-                    let heads = first..first + together;
-                    push_row_blocks(0, problem, batch, heads, queries[0]..queries[1], &keys, &mut blocks);
+                for run in self.runs(head, &same) {
+                    let keys = keys(head * self.query_blocks() + run.start);
+                    let (heads, queries) =
+                        (first..first + together, self.query_bounds[run.start]..self.query_bounds[run.end]);
+                    push_row_blocks(0, problem, batch, heads, queries, &keys, &mut blocks);
                 }
             }
         }
@@ -124,98 +146,11 @@ impl<'a> Lists<'a> {
     }
 }
 
-fn check_options(options: &Options) -> Result<()> {
+pub(super) fn check_options(options: &Options) -> Result<()> {
     if options.qk_int8 {
         return Err(Error::value("qk_int8", true, "false: lists of keys are not offered in bytes"));
     }
     Ok(())
-}
-
-/// Softmax attention of each block of queries over listed blocks of keys; otherwise as [`crate::dense::attention`].
-pub fn block_sparse<'a>(
-    q: TensorView<'a>,
-    k: impl Into<KvView<'a>>,
-    v: impl Into<KvView<'a>>,
-    blocks: BlockLists<'a>,
-    options: Options<'a>,
-    out: &mut TensorViewMut,
-    lse: &mut TensorViewMut,
-    execution: &Execution,
-) -> Result<()> {
-    let problem = Problem::new(q, k.into(), v.into(), options)?;
-    check_options(&options)?;
-    check_outputs(&problem, out, lse)?;
-    let BlockLists { lists, key_bounds: bounds } = blocks;
-    check_bounds("key blocks", bounds, problem.keys)?;
-    lists.check(&problem, bounds.len() - 1)?;
-    let isa = simd::current();
-    if let Some(gathering) = Gathering::new(&problem, blocks) {
-        return gathering.run(isa, &Job::new(problem, out, lse), execution);
-    }
-    let row_blocks = lists.row_blocks(&problem, |list| Keys::Blocks { blocks: lists.list(list), bounds });
-    let packing = Packing::new(isa, &problem);
-    if !pays(&problem, packing, bounds, &row_blocks) {
-        return run_blocks(isa, &[Job::new(problem, out, lse)], &row_blocks, execution);
-    }
-    let (together, mut room) = (packing.heads_together(), PackedRoom::default());
-    for part in row_blocks.chunk_by(|a, b| a.kv_head(&problem) / together == b.kv_head(&problem) / together) {
-        let first = part[0].kv_head(&problem) / together * together;
-        let heads = first..(first + together).min(problem.batch * problem.kv_heads);
-        let packed = PackedHeads::new(isa, &problem, packing, heads, &mut room, execution)?;
-        let problem = Problem { packed: Some(&packed), ..problem };
-        run_blocks(isa, &[Job::new(problem, out, lse)], part, execution)?;
-    }
-    Ok(())
-}
-
-/// Those of the blocks of a list of which causality and a window leave query row `row` something.
-pub(super) fn visible_blocks<'a>(problem: &Problem, list: &'a [u32], bounds: &[usize], row: usize) -> &'a [u32] {
-    let visible = problem.visible(row);
-    let start = list.partition_point(|&block| bounds[block as usize + 1] <= visible.start);
-    let end = list.partition_point(|&block| bounds[block as usize] < visible.end);
-    &list[start..end.max(start)]
-}
-
-/// Whether packing each head as a whole takes less than packing what each block of queries picks, and blocks are whole panels.
-fn pays(problem: &Problem, packing: Packing, bounds: &[usize], row_blocks: &[RowBlock]) -> bool {
-    let inner = &bounds[..bounds.len() - 1];
-    let picked: usize = row_blocks.iter().map(RowBlock::packed_keys).sum();
-    inner.iter().all(|bound| bound.is_multiple_of(packing.panel))
-        && picked >= 2 * problem.keys * problem.kv_heads * problem.batch
-        && picked > 0
-}
-
-/// Gradients of [`block_sparse`]; those of [`attention_backward`](crate::dense::attention_backward) over the listed blocks.
-pub fn block_sparse_backward(
-    forward: Forward,
-    blocks: BlockLists,
-    gradients: &mut Gradients,
-    execution: &Execution,
-) -> Result<()> {
-    let problem = Problem::new(forward.q, forward.k.into(), forward.v.into(), forward.options)?;
-    let BlockLists { lists, key_bounds: bounds } = blocks;
-    check_bounds("key blocks", bounds, problem.keys)?;
-    lists.check(&problem, bounds.len() - 1)?;
-    let sharing = problem.query_heads / lists.heads;
-    let together = sharing.min(problem.group).max(1);
-    // Part of a group's heads, block of queries, and rows of these (queries times heads) of each tile.
-    let mut tiles: Vec<(usize, usize, Range<usize>)> = Vec::new();
-    for part in 0..problem.group / together {
-        for (block, queries) in lists.query_bounds.windows(2).enumerate() {
-            let (first, end) = (queries[0] * together, queries[1] * together);
-            tiles.extend((first..end).step_by(ROWS).map(|row| (part, block, row..end.min(row + ROWS))));
-        }
-    }
-    let visit = |[batch, kv_head]: [usize; 2], tile: usize, with: &mut dyn FnMut(ListedTile)| {
-        let (part, block, rows) = &tiles[tile];
-        let first = kv_head * problem.group + part * together;
-        let list = (batch.min(lists.batch - 1) * lists.heads + first / sharing) * lists.query_blocks() + block;
-        let id = |r: usize| RowId { batch, head: first + r % together, row: r / together };
-        let ids: Vec<RowId> = rows.clone().map(id).collect();
-        with(ListedTile { ids: &ids, keys: &Keys::Blocks { blocks: lists.list(list), bounds } });
-    };
-    let counts = vec![tiles.len(); problem.batch * problem.kv_heads];
-    listed_backward(forward, gradients, None, &counts, &visit, execution)
 }
 
 /// Softmax attention of each block of queries over listed keys; otherwise as [`crate::dense::attention`]. `max`, shaped as `lse`,
@@ -244,10 +179,9 @@ pub fn index_sparse<'a>(
     {
         return Err(Error::value("bias", format!("{} numbers", bias.len()), format!("{}", lists.indices.len())));
     }
-    let row_blocks = lists.row_blocks(&problem, |list| Keys::Rows {
-        index: lists.list(list),
-        bias: bias.map(|bias| &bias[lists.range(list)]),
-    });
+    let of = |list| bias.map(|bias| &bias[lists.range(list)]);
+    let same = |one, other| lists.are_equal(one, other) && of(one) == of(other);
+    let row_blocks = lists.row_blocks(&problem, same, |list| Keys::Rows { index: lists.list(list), bias: of(list) });
     let job = Job { max: max.as_deref(), ..Job::new(problem, out, lse) };
     run_blocks(simd::current(), &[job], &row_blocks, execution)
 }

@@ -10,6 +10,7 @@
 //! ```
 //! Time goes with the number of keys in the lists.
 
+mod blocks;
 mod choose;
 mod gathered;
 mod hash;
@@ -20,9 +21,10 @@ mod pool;
 mod scan;
 mod select;
 
+pub use blocks::{Sequences, block_sparse, block_sparse_backward};
 pub use choose::{Choice, best_forced, choose, line_lists};
 pub use hash::{HashLists, HashOrder, MAX_BITS, hash_lists, hash_order};
-pub use lists::{BlockLists, Lists, RowLists, block_sparse, block_sparse_backward, index_sparse};
+pub use lists::{BlockLists, Lists, RowLists, index_sparse};
 pub use mass::{BlockMass, block_mass, line_mass};
 pub use neighbourhood::{neighbourhood, neighbourhood_backward, neighbourhood_scores, neighbourhood_values};
 pub use pool::{block_deviations, block_means, listed_means};

@@ -15,7 +15,7 @@ use crate::dense::scratch::{Scratch, with_scratch};
 use crate::dense::tile::KEYS;
 use crate::parallel::{Execution, for_each};
 use crate::simd::{self, Kernel, Simd, dispatch};
-use crate::tensor::{Error, Result};
+use crate::tensor::Result;
 use std::ops::Range;
 use std::sync::Mutex;
 
@@ -28,11 +28,12 @@ pub(crate) struct ListedTile<'a> {
 /// Hands tile `i` of a batch entry and KV head to a function.
 type Visit<'a> = dyn Fn([usize; 2], usize, &mut dyn FnMut(ListedTile)) + Sync + 'a;
 
-/// Sums of an item, unpadded: `[keys, dim]`, `[keys, value_dim]`, and the bias table's.
+/// Sums of an item, unpadded: `[keys, dim]`, `[keys, value_dim]`, the bias table's, and those of the sinks of the group's heads.
 struct Sums {
     dk: Vec<f32>,
     dv: Vec<f32>,
     d_table: Vec<f32>,
+    d_sinks: Vec<f64>,
 }
 
 /// One tile.
@@ -63,6 +64,10 @@ impl Kernel for Pass<'_, '_> {
         let mut delta = [0f32; ROWS];
         for (delta, id) in delta.iter_mut().zip(ids) {
             *delta = delta_of(s, forward, [id.batch, id.head, id.row], &mut out[..width], &mut d_out[..width]);
+            let lse = forward.lse.row::<f32>(id.batch, id.head, id.row)[0];
+            if let Some(sinks) = problem.options.sinks.filter(|_| lse != f32::NEG_INFINITY) {
+                sums.d_sinks[id.head % problem.group] -= f64::from((sinks[id.head] - lse).exp()) * f64::from(*delta);
+            }
         }
         let mut room = Room::new(s, problem, &mut scratch.extra);
         let [dw, vw] = room.widths;
@@ -101,7 +106,8 @@ impl Kernel for Pass<'_, '_> {
 }
 
 /// Gradients of attention whose rows see what tiles say, `tiles[batch * kv_heads + kv_head]` of them for each batch entry and KV head;
-/// between them the tiles have every query row once. `d_table`, if any, gets those of the bias table of the tiles' grid.
+/// between them the tiles have every query row once. `d_table`, if any, gets those of the bias table of the tiles' grid. Returns
+/// those of the sinks, by query head (zeros where there are none).
 pub(crate) fn listed_backward(
     forward: Forward,
     gradients: &Gradients,
@@ -109,12 +115,9 @@ pub(crate) fn listed_backward(
     tiles: &[usize],
     visit: &Visit,
     execution: &Execution,
-) -> Result<()> {
+) -> Result<Vec<f64>> {
     /// Items that make use of many threads.
     const ENOUGH: usize = 32;
-    if gradients.d_sinks.is_some() {
-        return Err(Error::value("d_sinks", "an array", "none: sinks over lists have no gradient"));
-    }
     let job = Job::new(forward, gradients)?;
     let (problem, isa) = (&job.problem, simd::current());
     let pairs = problem.batch * problem.kv_heads;
@@ -122,12 +125,12 @@ pub(crate) fn listed_backward(
     let sizes = [problem.keys * problem.dim, problem.keys * problem.value_dim, d_table.as_ref().map_or(0, |x| x.len())];
     let parts: Vec<Mutex<Vec<Option<Sums>>>> =
         (0..pairs).map(|_| Mutex::new((0..slabs).map(|_| None).collect())).collect();
-    let tables: Vec<Mutex<Vec<f32>>> = (0..pairs).map(|_| Mutex::default()).collect();
+    let rest: Vec<Mutex<(Vec<f32>, Vec<f64>)>> = (0..pairs).map(|_| Mutex::default()).collect();
     for_each(execution, pairs * slabs, |i| {
         let (pair, slab) = (i / slabs, i % slabs);
         let head = [pair / problem.kv_heads, pair % problem.kv_heads];
         let [dk, dv, d_table] = sizes.map(|n| vec![0f32; n]);
-        let mut sums = Sums { dk, dv, d_table };
+        let mut sums = Sums { dk, dv, d_table, d_sinks: vec![0f64; problem.group] };
         for tile in tiles[pair] * slab / slabs..tiles[pair] * (slab + 1) / slabs {
             if execution.cancel.is_cancelled() {
                 return;
@@ -147,6 +150,7 @@ pub(crate) fn listed_backward(
                 for (to, from) in pairs {
                     to.iter_mut().zip(from).for_each(|(to, x)| *to += x);
                 }
+                total.d_sinks.iter_mut().zip(part.d_sinks).for_each(|(to, x)| *to += x);
             }
             let [batch, kv_head] = head;
             let (dim, value_dim) = (problem.dim, problem.value_dim);
@@ -155,15 +159,28 @@ pub(crate) fn listed_backward(
                 let row = &total.dv[key * value_dim..(key + 1) * value_dim];
                 store_row(&job.dv, [batch, kv_head, key], row.iter().copied());
             }
-            *tables[pair].lock().unwrap_or_else(|e| e.into_inner()) = total.d_table;
+            *rest[pair].lock().unwrap_or_else(|e| e.into_inner()) = (total.d_table, total.d_sinks);
         }
     })?;
-    if let Some(d_table) = d_table {
+    let mut d_table = d_table;
+    if let Some(d_table) = &mut d_table {
         d_table.fill(0.0);
-        for table in tables {
-            let table = table.into_inner().unwrap_or_else(|e| e.into_inner());
+    }
+    let mut d_sinks = vec![0f64; problem.query_heads];
+    for (pair, rest) in rest.into_iter().enumerate() {
+        let (table, sinks) = rest.into_inner().unwrap_or_else(|e| e.into_inner());
+        if let Some(d_table) = &mut d_table {
             d_table.iter_mut().zip(table).for_each(|(to, x)| *to += x);
         }
+        let first = pair % problem.kv_heads * problem.group;
+        d_sinks[first..].iter_mut().zip(sinks).for_each(|(to, x)| *to += x);
     }
-    Ok(())
+    Ok(d_sinks)
+}
+
+/// Writes the gradients of sinks where they are asked for.
+pub(crate) fn store_sinks(gradients: &mut Gradients, d_sinks: &[f64]) {
+    if let Some(to) = &mut gradients.d_sinks {
+        to.iter_mut().zip(d_sinks).for_each(|(to, &x)| *to = x as f32);
+    }
 }

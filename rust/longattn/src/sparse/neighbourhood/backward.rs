@@ -1,7 +1,7 @@
 //! Gradients of attention over windows of a grid.
 
 use super::{Plan, check_options};
-use crate::dense::backward::{ListedTile, ROWS, listed_backward};
+use crate::dense::backward::{ListedTile, ROWS, listed_backward, store_sinks};
 use crate::dense::grid::Grid;
 use crate::dense::keys::Keys;
 use crate::dense::{Forward, Gradients, Problem};
@@ -39,5 +39,7 @@ pub fn neighbourhood_backward(
         with(ListedTile { ids: &ids, keys: &Keys::Patch(&patch) });
     };
     let tiles: Vec<usize> = bounds.windows(2).map(|x| x[1] - x[0]).collect();
-    listed_backward(forward, gradients, d_table, &tiles, &visit, execution)
+    let d_sinks = listed_backward(forward, gradients, d_table, &tiles, &visit, execution)?;
+    store_sinks(gradients, &d_sinks);
+    Ok(())
 }
