@@ -98,7 +98,10 @@ def sparse_attention(
         True
     """
     causal, return_stats = flag(causal, "causal"), flag(return_stats, "return_stats")
-    scale = scale_factor(scale, shape_of(q, "q")[-1])
+    shape = shape_of(q, "q")
+    if not shape or not shape[-1]:
+        raise ValueError(f"q: got shape {shape}, expected [B, Hq, Lq, D] or [Hq, Lq, D] with D at least 1")
+    scale = scale_factor(scale, shape[-1])
     chosen: Any = selector
     if not isinstance(selector, BlockMask | RowLists):
         if not callable(selector):
