@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from longattn import _core
 from longattn._arrays import BFLOAT16, CODES, FLOATS, Array, CodedRows, as_numpy
-from longattn._checks import check_floating, size
+from longattn._checks import check_floating, file_to_write, size
 from longattn.kv._sizes import Sizes
 
 
@@ -154,9 +154,9 @@ class KVStore(Sizes):
         second copy of the store is made in memory. Appends by other threads may go on and are not part of it.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written, or `path` is a device or a pipe.
         """
-        self._handle.save(os.fsdecode(path))
+        self._handle.save(file_to_write(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], capacity: int | None = None) -> Self:

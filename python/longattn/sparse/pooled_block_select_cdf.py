@@ -116,6 +116,7 @@ def pooled_block_select_cdf(
     qn, kn = selector_inputs(q3, k3)
     vn, return_stats = batched(v3, 4), flag(return_stats, "return_stats")
     batch, heads, tokens, dim = qn.shape
+    frames, special = integer(frames, "frames", 1), integer(special, "special", 0)
     patches = _check_frames(tokens, kn.shape[2], frames, special)
     block_q = integer(block_q, "block_q", 1)
     block_k = integer(block_k, "block_k", 1)
@@ -147,11 +148,10 @@ def pooled_block_select_cdf(
     return (result, SparseStats.of(mask, causal=False)) if return_stats else result
 
 
-def _check_frames(tokens: int, keys: int, frames: object, special: object) -> int:
+def _check_frames(tokens: int, keys: int, count: int, first: int) -> int:
     """Patches of a frame."""
     if keys != tokens:
         raise ValueError(f"k: got {keys} tokens, expected {tokens} as in q")
-    count, first = integer(frames, "frames", 1), integer(special, "special", 0)
     if tokens % count or tokens // count < first:
         raise ValueError(f"frames: got {count} of {tokens} tokens, expected frames of one length, at least {first}")
     return tokens // count - first

@@ -87,10 +87,6 @@ impl KvStore {
 /// Puts what `write` writes under `path`, complete or not at all.
 pub(crate) fn replace_file(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
     let io_error = |source| Error::Io { path: path.display().to_string(), source };
-    // A device or a pipe would be lost; the rename itself refuses a folder.
-    if fs::metadata(path).is_ok_and(|there| !there.is_file() && !there.is_dir()) {
-        return Err(io_error(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")));
-    }
     let (mut file, temporary) = create_beside(path).map_err(io_error)?;
     let done = write(&mut file).and_then(|()| fs::rename(&temporary, path));
     if let Err(error) = done {
