@@ -72,7 +72,7 @@ def sparse_attention(
         q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16.
         k: keys `[B, Hkv, Lk, D]`, or `[Hkv, Lk, D]`; any of the three dtypes.
         v: values `[B, Hkv, Lk, Dv]`, or `[Hkv, Lk, Dv]`; dtype of `k`.
-        selector: one of `longattn.sparse.select`, any function of that form, or a mask or lists.
+        selector: one of `longattn.sparse` (`Moba`, say), any function of that form, or a mask or lists.
         causal: a query sees only keys at its own position and before.
         scale: factor on the dot products; `None` is `D ** -0.5`. The selector gets it, too.
         return_stats: also return `SparseStats`.
