@@ -156,4 +156,5 @@ def _has_tangent(x: torch.Tensor) -> bool:
     """Whether forward-mode differentiation follows `x`: operators of our kind would take its tangent for zero."""
     if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", -1) < 0:
         return False
-    return forward_ad.unpack_dual(x).tangent is not None
+    unpacked = cast(Any, forward_ad).unpack_dual(x)
+    return unpacked.tangent is not None
