@@ -1,5 +1,6 @@
 """What every recurrence of `longattn.linear` is tested for."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -265,6 +266,11 @@ class Recurrence:
         bad(f"{q}: got dtype", TypeError, **{q: arguments[q].astype(np.int32)})
         bad("got shape|got rank|got length", **{v: arguments[v][:, :, :-1]})
         bad("got head_dim 0|got shape", **{v: arguments[v][..., :0]})
+        parameters = inspect.signature(self.case.call).parameters
+        public = self.case.call.__module__.startswith("longattn.")
+        for name in (*self.case.names, *self.case.gates) if public else ():
+            if name is not None and parameters[name].default is inspect.Parameter.empty:
+                bad(f"{name}: got None", TypeError, **{name: None})
         for name in self.case.gates:
             bad(f"{name}: got shape", **{name: arguments[name][..., :-1]})
             if self.case.gates[name][0] != "key":

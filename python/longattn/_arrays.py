@@ -210,13 +210,20 @@ def _borrow_torch(t: Any, name: str) -> NDArray[Any]:
                 "gradients; call longattn.torch.attention, which does, or call under torch.no_grad()"
             )
         t = t.detach()
-    if t.dtype == torch.bfloat16:  # numpy() knows no bfloat16; the bits do
-        bits: NDArray[Any] = t.view(torch.int16).numpy()
-        return bits.view(BFLOAT16)
+    if t.is_neg() or t.is_conj():  # bits that numpy does not know
+        t = t.resolve_neg().resolve_conj()
     try:
+        if t.dtype == torch.bfloat16:  # numpy() knows no bfloat16; the bits do
+            bits: NDArray[Any] = t.view(torch.int16).numpy()
+            return bits.view(BFLOAT16)
         plain: NDArray[Any] = t.numpy()
     except TypeError as error:
         raise TypeError(f"{name}: got dtype {t.dtype}, expected one that numpy knows or torch.bfloat16") from error
+    except RuntimeError as error:  # tensors of torch.func, torch.compile and others
+        raise ValueError(
+            f"{name}: got a {type(t).__name__} without memory of its own ({error}), expected a plain tensor; inside "
+            "transforms of torch call longattn.torch, which has operators"
+        ) from error
     return plain
 
 

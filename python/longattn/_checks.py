@@ -5,10 +5,13 @@ Each error names the argument, what came and what was expected.
 
 from __future__ import annotations
 
+import errno
 import math
 import operator
+import os
 from collections.abc import Mapping
 from numbers import Real
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -116,17 +119,24 @@ def flag(value: object, name: str) -> bool:
 
 
 def integer(value: object, name: str, low: int | None = None, high: int | None = None) -> int:
-    """An integer, where given of at least `low` and at most `high`."""
-    if isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name}: got {value!r}, expected an integer")
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name}: got {value!r}, expected an integer") from None
+    """An integer of 64 bits, where given of at least `low` and at most `high`."""
+    number = any_integer(value, name)
     if (low is not None and number < low) or (high is not None and number > high):
         expected = f"at least {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name}: got {number}, expected {expected}")
+    if high is None and abs(number) > _LARGEST_SIZE:
+        raise ValueError(f"{name}: got {number}, expected an integer of 64 bits")
     return number
+
+
+def any_integer(value: object, name: str) -> int:
+    """An integer of any size, as Python's own, which does not wrap around."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: got {value!r}, expected an integer")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected an integer") from None
 
 
 def real(value: object, name: str) -> float:
@@ -134,7 +144,10 @@ def real(value: object, name: str) -> float:
         return value
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, expected a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: got a number beyond the range of float64, expected one within it") from None
 
 
 def scale_factor(scale: object, dim: int) -> float:
@@ -176,6 +189,8 @@ def window_sides(window: object, span: int) -> tuple[int, int]:
     """Both sides, -1 where a side reaches past a span of `span` positions in any case."""
     if not isinstance(window, tuple | list) or len(window) != 2:
         raise TypeError(f"window: got {window!r}, expected a pair (left, right)")
+    if any(isinstance(side, bool) for side in window):
+        raise TypeError(f"window: got {window!r}, expected a pair of integers (left, right)")
     try:
         left, right = (operator.index(side) for side in window)
     except TypeError:
@@ -226,10 +241,7 @@ def relative_entry(zero: object, entries: int) -> int:
     """The entry of distance 0 in a table of so many."""
     if zero is None:
         return entries - 1
-    try:
-        at = operator.index(zero)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"relative_zero: got {zero!r}, expected an integer") from None
+    at = integer(zero, "relative_zero")
     if not 0 <= at < entries:
         raise ValueError(f"relative_zero: got {at}, expected an entry of the table, 0 to {entries - 1}")
     return at
@@ -362,10 +374,7 @@ def returned(out: Array | None, q: Array, result: NDArray[Any], lse: NDArray[Any
 
 
 def size(value: object, name: str, least: int = 1) -> int:
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name}: got {value!r}, expected an integer") from None
+    number = any_integer(value, name)
     if not least <= number <= _LARGEST_SIZE:
         raise ValueError(f"{name}: got {number}, expected at least {least} and at most {_LARGEST_SIZE}")
     return number
@@ -380,3 +389,12 @@ def storage(dtype: DTypeLike) -> np.dtype[Any]:
     if found not in FLOATS:
         raise TypeError(f"dtype: got {dtype!r}, expected float32, float16 or bfloat16")
     return found
+
+
+def file_to_write(path: str | os.PathLike[str]) -> str:
+    """The name of a file that is put under `path` by a rename, which would take the place of a device or a pipe."""
+    name = os.fsdecode(path)
+    there = Path(name)
+    if there.exists() and not there.is_file() and not there.is_dir():
+        raise OSError(errno.EINVAL, "not a regular file", name)
+    return name

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 Given = dict[str, Any]
 """Arguments by name."""
@@ -99,11 +101,35 @@ def operator(
     torch.library.register_autograd(f"longattn::{name}", differentiate, setup_context=save)
     torch.library.register_autograd(f"longattn::{name}_backward", no_second_derivative)
     call, call_backward = (getattr(torch.ops.longattn, n) for n in (name, f"{name}_backward"))
+    kinds = {argument.split()[-1]: argument.split()[0] for argument in arguments.split(",")}
+    plain = {n: kind for n, kind in kinds.items() if kind.rstrip("?") in _PLAIN}
 
     def by_name(**x: Any) -> Pair:
+        for n, kind in plain.items():
+            _check_plain(x[n], n, kind)
         return cast(Pair, call(*[x[name] for name in names]))
 
     return by_name
+
+
+#: Python's types of what is no tensor, and how they are called.
+_PLAIN: dict[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool, np.bool_), "True or False"),
+    "SymInt": ((int, np.integer, torch.SymInt), "an integer"),
+    "float": ((int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat), "a number"),
+}
+
+
+def _check_plain(value: object, name: str, kind: str) -> None:
+    """What an operator would refuse in its own words, or take for something else."""
+    if value is None and kind.endswith("?"):
+        return
+    types, expected = _PLAIN[kind.rstrip("?")]
+    name = "window" if name in ("window_left", "window_right") else name
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise TypeError(f"{name}: got {value!r}, expected {expected}")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ValueError(f"{name}: got {value}, expected a number of 64 bits")
 
 
 def no_second_derivative(ctx: Any, *_: torch.Tensor) -> None:
@@ -126,6 +152,24 @@ def check_tensors(tensors: Mapping[str, torch.Tensor | None], required: Sequence
                 f"{name}: got a tensor on device {x.device}, expected a CPU tensor: pass tensor.cpu(), or use "
                 "torch.nn.functional.scaled_dot_product_attention there"
             )
+        if x.layout != torch.strided or x.is_nested:
+            kind = "nested" if x.is_nested else str(x.layout)
+            raise ValueError(f"{name}: got a tensor of layout {kind}, expected torch.strided")
+        if x.is_quantized:
+            raise TypeError(f"{name}: got dtype {x.dtype}, expected numbers")
+        if _has_tangent(x):
+            raise ValueError(
+                f"{name}: got a tensor with a tangent (forward-mode differentiation, torch.func.jvp), expected none: "
+                "only backward passes are computed"
+            )
+
+
+def _has_tangent(x: torch.Tensor) -> bool:
+    """Whether forward-mode differentiation follows `x`: operators of our kind would take its tangent for zero."""
+    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", -1) < 0:
+        return False
+    unpacked = cast(Any, forward_ad).unpack_dual(x)
+    return unpacked.tangent is not None
 
 
 def check_constants(tensors: Mapping[str, torch.Tensor | None], constants: Mapping[str, torch.Tensor | None]) -> None:

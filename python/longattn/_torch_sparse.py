@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import longattn as la
-from longattn._checks import integer
+from longattn._checks import flag, integer
 from longattn._torch_operators import (
     SCORE_ARGUMENTS,
     Given,
@@ -73,7 +73,7 @@ def neighborhood_attention(
     rule = {name: _per_axis(x, axes) for name, x in zip(RULE, values, strict=True)}
     more = {"extra_k": extra_k, "extra_v": extra_v, "bias": bias}
     out, lse = _neighborhood(q=q, k=k, v=v, **rule, **more, scale=scale, softcap=softcap)
-    return (out, lse) if return_lse else out
+    return (out, lse) if flag(return_lse, "return_lse") else out
 
 
 def block_sparse_attention(
@@ -170,7 +170,7 @@ def block_sparse_attention(
         k_segments=of_keys,
         sinks=sinks,
     )
-    return (out, lse) if return_lse else out
+    return (out, lse) if flag(return_lse, "return_lse") else out
 
 
 def windowed_attention(
@@ -220,7 +220,7 @@ def windowed_attention(
     sides = radius if isinstance(radius, torch.Tensor) else torch.tensor(_pair(radius)).expand(q.shape[-3], 2)
     radii = sides.contiguous()
     out, lse = _windowed(q=q, k=k, v=v, radius=radii, **given, causal=causal, scale=scale, softcap=softcap)
-    return (out, lse) if return_lse else out
+    return (out, lse) if flag(return_lse, "return_lse") else out
 
 
 def _pair(radius: Any) -> tuple[int, int]:

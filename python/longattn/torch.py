@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 
 import longattn as la
+from longattn._checks import flag
 from longattn._torch_linear import (
     delta_rule_attention,
     gated_delta_rule,
@@ -173,7 +174,7 @@ def attention(
         visible_until=visible_until,
         sinks=sinks,
     )
-    return (out, lse) if return_lse else out
+    return (out, lse) if flag(return_lse, "return_lse") else out
 
 
 def attention_varlen(
@@ -246,7 +247,7 @@ def attention_varlen(
         relative_zero=relative_zero,
         sinks=sinks,
     )
-    return (out, lse) if return_lse else out
+    return (out, lse) if flag(return_lse, "return_lse") else out
 
 
 def merge(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

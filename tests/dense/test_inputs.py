@@ -88,6 +88,9 @@ BAD_ATTENTION = [
     ("window", 5, TypeError, "got 5, expected a pair (left, right)"),
     ("window", (1, 2, 3), TypeError, "got (1, 2, 3), expected a pair"),
     ("window", (1.0, 2), TypeError, "got (1.0, 2), expected a pair of integers"),
+    ("window", (True, 0), TypeError, "got (True, 0), expected a pair of integers"),
+    ("scale", 10**400, ValueError, "got a number beyond the range of float64"),
+    ("softcap", 10**400, ValueError, "got a number beyond the range of float64"),
     ("window", (-2, 0), ValueError, "got (-2, 0), expected sides of at least 0, or -1"),
     ("window", (0, -7), ValueError, "got (0, -7)"),
     ("scale", NAN, ValueError, "got nan, expected a finite float32"),
@@ -285,6 +288,7 @@ OUT, LSE = array(2, 3, 4), array(2, 3)
 
 BAD_MERGE = [
     ([], "parts", ValueError, "got none, expected at least one pair"),
+    (None, "parts", TypeError, "got NoneType, expected pairs (o, lse)"),
     ([OUT], "parts[0]", TypeError, "got ndarray, expected a pair (o, lse)"),
     ([(OUT, LSE, LSE)], "parts[0]", TypeError, "got tuple, expected a pair"),
     ([(OUT, LSE), (OUT, None)], "parts[1] lse", TypeError, "got NoneType"),

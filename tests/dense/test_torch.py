@@ -151,6 +151,20 @@ def test_other_devices_and_layouts_are_refused(rng):
         la.attention(q.to(torch.float8_e4m3fn), k, v)
 
 
+def test_negated_imaginary_parts(rng):
+    """Their sign is a bit of the tensor, which numpy does not know."""
+    q, k, v = (torch.from_numpy(x) for x in qkv(rng, rows=6, keys=9))
+    lazy = torch.complex(k, -q[:, : k.shape[1], :1].expand_as(k)).conj().imag
+    assert lazy.is_neg()
+    assert torch.equal(la.attention(q, lazy, v), la.attention(q, lazy.clone(), v))
+
+
+def test_tensors_of_transforms_are_refused(rng):
+    q, k, v = (torch.from_numpy(x) for x in qkv(rng, rows=6, keys=9))
+    with pytest.raises(ValueError, match=r"^q: got a Tensor without memory of its own .* call longattn\.torch"):
+        torch.func.vmap(lambda x: la.attention(x, k, v))(torch.stack([q, q]))
+
+
 def test_out_has_the_kind_of_q(rng):
     q, k, v = tensors(rng, torch.float32, rows=3, keys=9)
     out = torch.zeros(1, 4, 3, 16)

@@ -197,6 +197,7 @@ def test_a_failing_worker_fails_the_call():
     ("change", "error", "message"),
     [
         ({"workers": 0}, ValueError, r"workers: got 0"),
+        ({"workers": 10**6}, ValueError, r"workers: got 1000000, expected 1 to 1024"),
         ({"workers": 2.0}, TypeError, r"workers: got 2.0"),
         ({"nodes": 3}, ValueError, r"nodes: got 3, expected a divisor of the 4 workers"),
         ({"layout": "blocked"}, ValueError, r"layout: got 'blocked', expected one of contiguous, zigzag, striped"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -33,6 +35,18 @@ def test_a_loaded_index_answers_as_the_saved_one(tmp_path, bits):
     results = [la.retrieval_attention(q, store, i, top_k=50, window=64) for i in (index, again)]
     np.testing.assert_array_equal(results[0].out, results[1].out)
     np.testing.assert_array_equal(results[0].lse, results[1].lse)
+
+
+@pytest.mark.parametrize("kind", sorted(set(la.index.KINDS) - {"features"}))
+def test_a_deep_copy_is_of_a_store_of_its_own(kind):
+    store = _store(1000)
+    index = la.index.make(kind, store)
+    index.update()
+    again = copy.deepcopy({"store": store, "index": index})
+    assert again["index"].store is again["store"] is not store
+    assert (len(again["index"]), again["index"].parameters) == (len(index), index.parameters)
+    store.truncate(10)
+    assert len(again["store"]) == 1000
 
 
 def test_an_index_of_few_rows_is_saved_too(tmp_path):

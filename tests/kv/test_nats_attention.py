@@ -52,6 +52,12 @@ def test_window_tokens_only_are_a_window(rng):
     tolerances.attention(q, k, v).check(out, attention(q, k, v, causal=True, window=(6, -1)))
 
 
+@pytest.mark.parametrize("window", [2**62, 2**63 - 1])
+def test_a_window_of_everything_is_causal(rng, window):
+    """Positions and the window do not wrap around."""
+    assert (nats_visibility(np.full((1, 9), WINDOW), window) >= 8).all()
+
+
 def test_local_tokens_only_are_causal(rng):
     q, k, v = sequence(rng)
     out = nats_attention(q, k, v, np.full((2, 60), LOCAL), window=3)
@@ -145,6 +151,8 @@ def test_torch(rng):
         (lambda q, k, t: nats_attention(q, k, k, t + 5), ValueError, "types: got numbers from 5 to"),
         (lambda q, k, t: nats_attention(q[:, :3], k, k, t), ValueError, "q: got 3 rows, expected 9"),
         (lambda q, k, t: nats_attention(q, k, k, t, window=0), ValueError, "window: got 0"),
+        (lambda q, k, t: nats_attention(q, k, k, np.zeros((), int)), ValueError, r"types: got shape \(\)"),
+        (lambda q, k, t: nats_attention(q, k, k, t, return_lse=1), TypeError, "return_lse: got 1, expected True"),
         (lambda q, k, t: nats_types(k), ValueError, r"logits: got shape \(2, 9, 8\)"),
         (lambda q, k, t: cache_of(Nats(), k, k).append(k, k), TypeError, "types: got arguments"),
         (lambda q, k, t: cache_of(Nats(), k, k).append(k, k, types=t[:, :2]), ValueError, r"types: got shape \(2, 2\)"),

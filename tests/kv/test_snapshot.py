@@ -1,6 +1,7 @@
 """Stores in files: what was saved comes back, and nothing else is taken for it."""
 
 import json
+import os
 import threading
 
 import ml_dtypes
@@ -123,6 +124,20 @@ def test_bad_arguments(tmp_path):
         store.save(tmp_path)
     with pytest.raises(TypeError):
         store.save(3)
+
+
+def test_a_path_of_bytes(tmp_path):
+    path = bytes(tmp_path / "store")
+    store = saved(path)
+    assert same(KVStore.load(path), store)
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="not a regular file"):
+        saved(path)
+    assert path.is_fifo() and list(tmp_path.iterdir()) == [path]
 
 
 def test_saving_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):

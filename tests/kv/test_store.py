@@ -1,5 +1,6 @@
 """`KVStore`: rows in, the same rows out, at addresses that never change."""
 
+import copy
 import gc
 import subprocess
 import sys
@@ -218,6 +219,25 @@ def test_bad_truncate(rng, length, error):
     with pytest.raises(error, match=r"^length: "):
         store.truncate(length)
     assert len(store) == 4
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_copy_has_rows_of_its_own(rng, copied, dtype):
+    store = KVStore(2, 32, dtype=dtype, capacity=9)
+    rows = rng.standard_normal((2, 4, 32)).astype(np.float32)
+    store.append(rows, rows)
+    other = copied(store)
+    other.truncate(2)
+    other.append(-rows, -rows)
+    assert (len(store), len(other)) == (4, 6)
+    np.testing.assert_allclose(np.asarray(store.keys), rows, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["kv_heads", "head_dim", "capacity"])
+def test_a_flag_is_no_size(name):
+    with pytest.raises(TypeError, match=rf"^{name}: got True, expected an integer"):
+        KVStore(**{"kv_heads": 1, "head_dim": 8, name: True})
 
 
 def test_torch_rows(rng):

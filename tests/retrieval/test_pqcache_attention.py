@@ -83,3 +83,5 @@ def test_bad_arguments(rng):
         pqcache_attention(q, s, la.index.Pages(s))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="retrieved: got 0"):
         pqcache_attention(q, s, la.index.ProductQuantisation(s), retrieved=0)
+    with pytest.raises(TypeError, match="store: got NoneType, expected a KVStore"):
+        pqcache_attention(q, None, la.index.ProductQuantisation(s))  # type: ignore[arg-type]

@@ -97,3 +97,5 @@ def test_bad_arguments(rng):
             retro_infer_attention(q, s, clusters(s), retrieved=share)
     with pytest.raises(TypeError, match="retrieved: got '1'"):
         retro_infer_attention(q, s, clusters(s), retrieved="1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="store: got NoneType, expected a KVStore"):
+        retro_infer_attention(q, None, clusters(s))  # type: ignore[arg-type]

@@ -211,3 +211,34 @@ def test_hidden_nan_in_packed_heads_stays_hidden(rng, isa):
     out = la.block_sparse_attention(q, k, v, mask)
     tolerances.same_storage(q, np.nan_to_num(k), np.ones_like(v)).check(out[:, :, rows], expected[:, :, rows])
     assert np.isnan(out[:, :, ~rows]).all()
+
+
+@pytest.mark.parametrize(
+    ("selector", "sizes"),
+    [
+        (la.sparse.Anchor, {"block": 128, "step": 2}),
+        (la.sparse.FlexPrefill, {"block": 128, "min_budget": 200}),
+        (DynamicBlocks, {"top_k": 1, "block": 128}),
+        (Moba, {"block": 128, "top_k": 2}),
+        (Sparge, {"block_q": 128, "block_k": 64}),
+        (VerticalSlash, {"last_q": 64, "vertical": 9, "slash": 9, "block_q": 128}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_small_integers_of_numpy_do_not_wrap_around(rng, selector, sizes):
+    q, k, _ = qkv(rng, rows=300, keys=300)
+    plain = selector(**sizes)
+    numpy = selector(**{name: np.uint8(size) for name, size in sizes.items()})
+    np.testing.assert_array_equal(numpy(q, k, causal=True).to_dense_mask(), plain(q, k, causal=True).to_dense_mask())
+
+
+def test_integers_have_64_bits():
+    with pytest.raises(ValueError, match="top_k: got 9223372036854775808, expected an integer of 64 bits"):
+        DynamicBlocks(top_k=2**63)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 8, 0)])
+def test_queries_of_no_width(shape):
+    x = np.ones((2, 8, 4), np.float32)
+    with pytest.raises(ValueError, match=r"^q: got shape"):
+        la.sparse_attention(np.ones(shape, np.float32), x, x, Moba())

@@ -36,6 +36,13 @@ def test_dtypes_and_layouts(rng, isa, dtype, layout):
     check(*tokens(rng, q_dtype=dtype, layout=layout), tau=0.6, rho=None)
 
 
+def test_small_integers_of_numpy_do_not_wrap_around(rng):
+    q, k, v = qkv(rng, rows=280, keys=280)
+    options = {"frames": 4, "special": 10, "block_q": 16, "block_k": 16, "tau": 0.5}
+    out = pooled_block_select_cdf(q, k, v, **options | {"frames": np.uint8(4), "special": np.uint8(10)})
+    np.testing.assert_array_equal(out, pooled_block_select_cdf(q, k, v, **options))
+
+
 def test_any_number_of_threads(rng, threads):
     check(*tokens(rng), tau=0.6, rho=None)
 

@@ -1,5 +1,6 @@
 """`longattn.torch`: gradients by autograd, whole graphs by `torch.compile`."""
 
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -301,6 +302,49 @@ def test_bad_inputs_are_refused(rng):
         longattn.torch.merge([])
     with pytest.raises(TypeError, match=r"^parts\[0\]: got Tensor, expected a pair"):
         longattn.torch.merge([q])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"causal": 1}, "causal: got 1, expected True or False"),
+        ({"causal": None}, "causal: got None, expected True or False"),
+        ({"scale": "1"}, "scale: got '1', expected a number"),
+        ({"scale": True}, "scale: got True, expected a number"),
+        ({"softcap": None}, "softcap: got None, expected a number"),
+        ({"window": (1.0, 2)}, "window: got 1.0, expected an integer"),
+        ({"return_lse": "yes"}, "return_lse: got 'yes', expected True or False"),
+    ],
+    ids=str,
+)
+def test_options_of_another_kind_are_refused(rng, given, words):
+    with pytest.raises(TypeError, match=f"^{re.escape(words)}"):
+        attend(*tensors(rng, rows=6, keys=9), **given)
+
+
+def test_other_layouts_are_refused(rng):
+    q, k, v = tensors(rng, rows=6, keys=9, grad=False)
+    for bad in (q.to_sparse(), torch.nested.nested_tensor([q[0], q[0]])):
+        with pytest.raises(ValueError, match=r"^q: got a tensor of layout .*, expected torch\.strided"):
+            attend(bad, k, v)
+
+
+def test_forward_derivatives_are_refused(rng):
+    """An operator of this kind would take tangents for zero."""
+    q, k, v = tensors(rng, rows=6, keys=9, grad=False)
+    for function in (lambda x: attend(x, k, v), lambda x: longattn.torch.merge([(x, x[..., 0])])[0]):
+        with pytest.raises(ValueError, match=r"got a tensor with a tangent"):
+            torch.func.jvp(function, (q,), (q,))
+    with torch.autograd.forward_ad.dual_level():
+        assert attend(q, k, v).shape == q.shape
+        with pytest.raises(ValueError, match=r"^v: got a tensor with a tangent"):
+            attend(q, k, torch.autograd.forward_ad.make_dual(v, v))
+
+
+def test_a_batch_of_calls(rng):
+    q, k, v = tensors(rng, rows=6, keys=9, grad=False)
+    out = torch.func.vmap(lambda x: attend(x, k, v))(torch.stack([q, 2 * q]))
+    assert torch.equal(out[1], attend(2 * q, k, v))
 
 
 def test_nothing_else_imports_it():

@@ -156,6 +156,11 @@ def test_constructor_refuses(build_model: Any, arguments: dict[str, Any]) -> Non
         LongAttnCache(build_model("llama").config, **arguments)
 
 
+def test_the_config_is_asked_for(build_model: Any) -> None:
+    with pytest.raises(TypeError, match=r"config: got LlamaForCausalLM, expected the model's config \(model\.config\)"):
+        LongAttnCache(build_model("llama"))
+
+
 def test_masks_at_odds_with_the_cache(build_model: Any) -> None:
     model = build_model("llama")
     model.set_attn_implementation("longattn")

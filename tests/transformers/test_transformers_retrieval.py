@@ -179,6 +179,8 @@ def test_kinds_that_weigh_rows() -> None:
     [
         ({"top_k": 4, "top_p": 0.5}, "one of the two"),
         ({"top_k": 0}, "top_k"),
+        ({"top_k": True}, "top_k: got True, expected an integer"),
+        ({"top_p": "0.5"}, "top_p: got '0.5', expected a number"),
         ({"top_p": 1.0}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),
         ({"top_k": 4, "index": "none"}, "index: got 'none', expected one of signatures"),
@@ -212,6 +214,8 @@ def test_config_refuses(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_config_refuses_parameters_of_another_index() -> None:
+    with pytest.raises(TypeError, match="parameters: got int, expected a mapping"):
+        RetrievalConfig(parameters=5)
     with pytest.raises(TypeError, match="pages"):
         RetrievalConfig(top_k=4, parameters={"pages": 3})
 

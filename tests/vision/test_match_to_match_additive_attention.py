@@ -72,6 +72,8 @@ def test_masked_tokens(rng):
         ({"cos": np.zeros((20, 4))}, ValueError, r"cos: got one of cos and sin"),
         ({"cos": np.zeros((20, 3)), "sin": np.zeros((20, 4))}, ValueError, r"cos: got shape \(20, 3\)"),
         ({"mask": np.ones(20)}, TypeError, r"mask: got dtype float64"),
+        ({"mask": True}, TypeError, r"mask: got bool"),
+        ({"mask": np.ones((), bool)}, ValueError, r"mask: got shape \(\)"),
         ({"pair_reduce": 0}, TypeError, r"pair_reduce: got 0"),
     ],
 )

@@ -277,6 +277,14 @@ def test_convolutions_of_halves(rng, dtype):
     np.testing.assert_array_equal(out, vision.depthwise_convolution(x.astype(F32), kernel).astype(dtype))
 
 
+def test_strides_beyond_the_grid_need_no_memory(rng):
+    x, kernel = normal(rng, (1, 5, 6, 3)), normal(rng, (3, 2, 3))
+    for stride in (50, 2**31, 2**62):
+        out = vision.depthwise_convolution(x, kernel, stride=stride)
+        np.testing.assert_array_equal(out, vision.depthwise_convolution(x, kernel)[:, :1, :1])
+        assert convolution(x, normal(rng, (3, 2, 3, 4)), stride=stride, padding=0).shape == (1, 1, 1, 4)
+
+
 def test_convolution_is_torchs(rng):
     torch = pytest.importorskip("torch")
     x, kernel = normal(rng, (2, 7, 6, 5)), normal(rng, (3, 3, 5, 4))

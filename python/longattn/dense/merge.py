@@ -47,6 +47,8 @@ def merge(parts: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
         >>> np.allclose(la.merge(halves)[0], la.attention(q, k, v), atol=1e-6)
         True
     """
+    if not isinstance(parts, Iterable):
+        raise TypeError(f"parts: got {type(parts).__name__}, expected pairs (o, lse)")
     pairs = list(parts)
     if not pairs:
         raise ValueError("parts: got none, expected at least one pair (o, lse)")

@@ -42,12 +42,16 @@ class BurstStats:
     travel: Travel
 
 
+#: Workers are threads.
+MOST_WORKERS = 1024
+
+
 def shard_rows(length: int, workers: int, layout: Layout = "contiguous") -> list[tuple[range, ...]]:
     """Which rows each worker holds.
 
     Args:
         length: rows of the sequence.
-        workers: number of workers.
+        workers: number of workers, at most 1024.
         layout: `"contiguous"`: one stretch each, late ones having all the work of a causal mask. `"zigzag"`: of twice
             as many stretches, the `r`-th from the front and the `r`-th from the back. `"striped"`: every
             `workers`-th row.
@@ -65,7 +69,7 @@ def shard_rows(length: int, workers: int, layout: Layout = "contiguous") -> list
         >>> longattn.distributed.shard_rows(8, 2, "zigzag")
         [(range(0, 2), range(6, 8)), (range(2, 4), range(4, 6))]
     """
-    total, count = integer(length, "length", 0), integer(workers, "workers", 1)
+    total, count = integer(length, "length", 0), integer(workers, "workers", 1, MOST_WORKERS)
     if layout not in get_args(Layout):
         raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(get_args(Layout))}")
     if layout == "striped":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from typing import Any, ClassVar, Self
 
 from longattn import _core
-from longattn._checks import integer
+from longattn._checks import file_to_write, integer
 from longattn.kv import KVStore
 
 
@@ -85,6 +86,10 @@ class Index:
         check_store(store)
         return self._around(self._handle.fork(store._handle), store)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """As `fork`, of the copy of the store."""
+        return self.fork(copy.deepcopy(self._store, memo))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the index to a file, which appears under its name complete or not at all.
 
@@ -92,10 +97,10 @@ class Index:
         the store beside it.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written, or `path` is a device or a pipe.
             ValueError: the store was truncated since the index was last used; `update` it first.
         """
-        self._handle.save(os.fspath(path))
+        self._handle.save(file_to_write(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], store: KVStore) -> Self:
@@ -111,7 +116,7 @@ class Index:
             ValueError: the file is cut off, altered or of another kind, or its index was made of other rows.
         """
         check_store(store)
-        handle = _core.Index.load(os.fspath(path), store._handle)
+        handle = _core.Index.load(os.fsdecode(path), store._handle)
         if handle.kind != cls.KIND:
             raise ValueError(f"path: got an index of kind {handle.kind!r}, expected {cls.KIND!r}")
         return cls._around(handle, store)
@@ -134,7 +139,4 @@ def check_store(store: object) -> None:
 
 def check_seed(seed: object) -> int:
     """A seed as an integer."""
-    number = integer(seed, "seed")
-    if not 0 <= number < 1 << 64:
-        raise ValueError(f"seed: got {seed}, expected 0 to 2**64 - 1")
-    return number
+    return integer(seed, "seed", 0, (1 << 64) - 1)

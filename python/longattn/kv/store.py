@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from longattn import _core
 from longattn._arrays import BFLOAT16, CODES, FLOATS, Array, CodedRows, as_numpy
-from longattn._checks import check_floating, size
+from longattn._checks import check_floating, file_to_write, size
 from longattn.kv._sizes import Sizes
 
 
@@ -138,6 +138,14 @@ class KVStore(Sizes):
         """
         return self._around(self._handle.fork())
 
+    def __copy__(self) -> Self:
+        """As `fork`: two stores never share rows."""
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """As `fork`."""
+        return self.fork()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the rows to a file, which appears under its name complete or not at all.
 
@@ -146,9 +154,9 @@ class KVStore(Sizes):
         second copy of the store is made in memory. Appends by other threads may go on and are not part of it.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written, or `path` is a device or a pipe.
         """
-        self._handle.save(os.fspath(path))
+        self._handle.save(file_to_write(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], capacity: int | None = None) -> Self:
@@ -165,7 +173,7 @@ class KVStore(Sizes):
             MemoryError: the system refuses the memory.
         """
         rows = None if capacity is None else size(capacity, "capacity")
-        return cls._around(_core.KVStore.load(os.fspath(path), rows))
+        return cls._around(_core.KVStore.load(os.fsdecode(path), rows))
 
     def __len__(self) -> int:
         """Rows stored."""

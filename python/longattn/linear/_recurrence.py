@@ -77,6 +77,7 @@ def checked(
 
     With `columns`, `g` is `[B, H, L, Dv]`.
     """
+    present(**{names[0]: q, names[2]: v})
     given = {name: None if x is None else as_numpy(x, name) for name, x in zip(names, (q, k, v), strict=True)}
     for name, x in given.items():
         if x is not None:
@@ -129,6 +130,13 @@ def checked(
     return Inputs(qn, kn, vn, decays, factors, factor, chunk, bounds, outputs, states)
 
 
+def present(**arrays: Array | None) -> None:
+    """Refuses `None` where it would stand for something that nobody asked for."""
+    for name, x in arrays.items():
+        if x is None:
+            raise TypeError(f"{name}: got None, expected an array")
+
+
 def check_unit_beta(beta: NDArray[Any] | None, name: str) -> None:
     """Refuses what a delta rule over keys of length 1 grows with: `I - beta k k^T` has the eigenvalue `1 - beta`."""
     if beta is None:
@@ -169,6 +177,7 @@ def recurrence(
     normaliser: float | None = None,
     skip: NDArray[np.float32] | None = None,
     columns: bool | None = None,
+    tied: bool = False,
     bonus: Array | None = None,
     pair: tuple[Array, Array] | None = None,
     squares: bool = False,
@@ -184,7 +193,7 @@ def recurrence(
 
     Args:
         q: queries `[B, Hq, L, D]` or `[Hq, L, D]`.
-        k: keys `[B, Hk, L, D]`; `None` is `1 - e^g`.
+        k: keys `[B, Hk, L, D]`; `None` with `tied`.
         v: values `[B, H, L, Dv]`; states belong to these heads.
         names: what the caller calls these three.
         g: log decays: `[H]`, `[B, H, L]` or, with `channels`, `[B, H, L, D]`.
@@ -198,6 +207,7 @@ def recurrence(
         normaliser: outputs are divided by the same of a value of 1, plus this.
         skip: float32 `[H]`, factors of values that are added to outputs.
         columns: `g` is `[B, H, L, Dv]`, decays of the columns of states; True: values are multiplied by `1 - e^g`.
+        tied: keys are `1 - e^g`.
         bonus: floating `[H, D]`, called "u": queries read the state before their row and the row's key times this.
         pair: `a` and `b` like `k`: `b_t (a_t^T S_(t-1))` is added to states.
         squares: scores of rows of a chunk with each other are `max(s, 0) ** 2`.
@@ -212,6 +222,8 @@ def recurrence(
     Returns:
         `(output, states)` in the kind of `q`.
     """
+    if not tied:
+        present(**{names[1]: k})
     x = checked(
         q,
         k,

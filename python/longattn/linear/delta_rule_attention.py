@@ -7,7 +7,7 @@ from longattn._checks import flag
 from longattn.gpu import is_on_gpu
 from longattn.linear._documented import documented
 from longattn.linear._on_gpu import recurrence_on_gpu
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, present, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -61,6 +61,7 @@ def delta_rule_attention(
         S. Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", 2024,
         arXiv:2406.06484.
     """
+    present(beta=beta)
     if is_on_gpu(q):
         return recurrence_on_gpu(
             q,

@@ -7,7 +7,7 @@ from longattn._checks import flag
 from longattn.gpu import is_on_gpu
 from longattn.linear._documented import documented
 from longattn.linear._on_gpu import recurrence_on_gpu
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, present, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -62,6 +62,7 @@ def gated_delta_rule(
     References:
         S. Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule", 2024, arXiv:2412.06464.
     """
+    present(g=g, beta=beta)
     if is_on_gpu(q):
         return recurrence_on_gpu(
             q,

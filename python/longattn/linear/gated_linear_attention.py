@@ -6,7 +6,7 @@ from longattn._arrays import Array
 from longattn.gpu import is_on_gpu
 from longattn.linear._documented import COST, documented
 from longattn.linear._on_gpu import recurrence_on_gpu
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, present, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -55,6 +55,7 @@ def gated_linear_attention(
     References:
         S. Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2023, arXiv:2312.06635.
     """
+    present(g=g)
     if is_on_gpu(q):
         return recurrence_on_gpu(
             q,

@@ -82,7 +82,7 @@ def gated_slot_attention(
     )  # fmt: skip
     qn = as_numpy(q, "q")
     result, values = recurrence(
-        as_numpy(logits, "q"), None, v, channels=True, scale=1.0, maps=(FeatureMap(kind="softmax"), None),
+        as_numpy(logits, "q"), None, v, channels=True, tied=True, scale=1.0, maps=(FeatureMap(kind="softmax"), None),
         dtype=qn.dtype, initial_state=starts[1], out_state=ends[1], out=out, **options,
     )  # fmt: skip
     returned: Any = like(q, as_numpy(result, "out")) if out is None else out

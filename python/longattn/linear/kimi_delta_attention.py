@@ -12,7 +12,7 @@ from longattn._checks import batched, check_floating, flag, result_array
 from longattn.gpu import is_on_gpu
 from longattn.linear._documented import documented
 from longattn.linear._on_gpu import recurrence_on_gpu
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, present, recurrence
 from longattn.linear.feature_map import finite
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -70,6 +70,7 @@ def kimi_delta_attention(
     References:
         Kimi Team, "Kimi Linear: An Expressive, Efficient Attention Architecture", 2025, arXiv:2510.26692.
     """
+    present(g=g, beta=beta)
     if is_on_gpu(q):
         return recurrence_on_gpu(
             q,

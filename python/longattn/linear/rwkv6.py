@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longattn._arrays import Array
 from longattn.linear._documented import COST, documented
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, present, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -56,6 +56,7 @@ def rwkv6(
         B. Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", 2024,
         arXiv:2404.05892.
     """
+    present(g=g, u=u)
     return recurrence(
         q,
         k,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longattn._arrays import Array
 from longattn.linear._documented import documented
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, present, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -64,6 +64,7 @@ def rwkv7(
     References:
         B. Peng et al., "RWKV-7 'Goose' with Expressive Dynamic State Evolution", 2025, arXiv:2503.14456.
     """
+    present(g=g)
     return recurrence(
         q,
         k,

@@ -10,9 +10,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from longattn._checks import integer, real
+from longattn._checks import any_integer, real
 from longattn.index import Index
 from longattn.index._index import check_seed
+from longattn.kv import KVStore
 
 Kind = TypeVar("Kind", bound=Index)
 
@@ -81,6 +82,13 @@ def index_of(index: object, kind: type[Kind]) -> Kind:
     return index
 
 
+def length_of(store: object) -> int:
+    """Rows of a store."""
+    if not isinstance(store, KVStore):
+        raise TypeError(f"store: got {type(store).__name__}, expected a KVStore")
+    return len(store)
+
+
 def rows_of(share: object, name: str, length: int) -> int:
     """Rows that are a share of all, at least one."""
     number = finite(share, name)
@@ -122,7 +130,10 @@ def rows_or_mass(
 
 
 def count(value: object, name: str) -> int:
-    return min(integer(value, name, 0), sys.maxsize)  # more than any store holds
+    number = any_integer(value, name)
+    if number < 0:
+        raise ValueError(f"{name}: got {number}, expected at least 0")
+    return min(number, sys.maxsize)  # more than any store holds
 
 
 def finite(value: object, name: str) -> float:

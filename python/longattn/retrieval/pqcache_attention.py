@@ -7,7 +7,7 @@ from longattn.index import ProductQuantisation
 from longattn.kv import KVStore
 from longattn.methods import Method
 from longattn.reference import retrieval as reference
-from longattn.retrieval._budgets import index_of, rows_of
+from longattn.retrieval._budgets import index_of, length_of, rows_of
 from longattn.retrieval.retrieval_attention import RetrievalResult, retrieval_attention
 
 
@@ -59,11 +59,12 @@ def pqcache_attention(
         H. Zhang et al., "PQCache: Product Quantization-based KVCache for Long Context LLM Inference", 2024,
         arXiv:2407.12820.
     """
+    rows = length_of(store)
     return retrieval_attention(
         q,
         store,
         index_of(index, ProductQuantisation),
-        top_k=rows_of(retrieved, "retrieved", len(store)),
+        top_k=rows_of(retrieved, "retrieved", rows),
         sinks=sinks,
         window=window,
         scale=scale,

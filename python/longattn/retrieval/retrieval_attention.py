@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy, like
+from longattn._checks import flag
 from longattn.index import Index
 from longattn.kv import KVStore
 from longattn.methods import Method
@@ -277,7 +278,7 @@ class _Call:
         if self.rows > len(store):
             raise ValueError(f"q: got {self.rows} queries, expected at most the {len(store)} rows of the store")
         rest = options.rest
-        if rest not in ("values", "none", "sampled", None):
+        if rest is not None and (not isinstance(rest, str) or rest not in ("values", "none", "sampled")):
             raise ValueError(f"rest: got {rest!r}, expected 'values', 'none', 'sampled' or None")
         top_k, top_p = options.top_k, options.top_p
         weighs_none = None if index.weighs_rows else type(index).__name__
@@ -327,7 +328,8 @@ class _Call:
 
 
 def _run(calls: list[_Call], options: _Options) -> list[RetrievalResult]:
-    first = calls[0]
+    first, listed = calls[0], flag(options.return_selected, "return_selected")
+    flag(options.return_stats, "return_stats")
     found = _core.retrieval_attention(
         [(call.q, call.index._handle, call.out, call.lse, call.top_k, call.estimate) for call in calls],
         0.0 if first.top_p is None else first.top_p,
@@ -335,7 +337,7 @@ def _run(calls: list[_Call], options: _Options) -> list[RetrievalResult]:
         first.window,
         first.factor,
         first.logits,
-        options.return_selected,
+        listed,
         first.sampling,
     )
     return [call.result(of_call, options) for call, of_call in zip(calls, found, strict=True)]

@@ -7,7 +7,7 @@ from longattn.index import Clusters
 from longattn.kv import KVStore
 from longattn.methods import Method
 from longattn.reference import retrieval as reference
-from longattn.retrieval._budgets import index_of, rows_of
+from longattn.retrieval._budgets import index_of, length_of, rows_of
 from longattn.retrieval.retrieval_attention import RetrievalResult, retrieval_attention
 
 
@@ -67,11 +67,12 @@ def retro_infer_attention(
     clusters = index_of(index, Clusters)
     if not clusters.estimates:
         raise ValueError(f"index: got clusters scored by {clusters.score!r}, expected 'mean' or 'mean_variance'")
+    rows = length_of(store)
     return retrieval_attention(
         q,
         store,
         clusters,
-        top_k=rows_of(retrieved, "retrieved", len(store)),
+        top_k=rows_of(retrieved, "retrieved", rows),
         sinks=sinks,
         window=window,
         scale=scale,

@@ -49,7 +49,7 @@ class Lists:
         raise NotImplementedError
 
     def _check_lists(self, limit: int) -> None:
-        indptr, indices = (np.ascontiguousarray(x) for x in (self.indptr, self.indices))
+        indptr, indices = (np.require(x, requirements=["C", "A"]) for x in (self.indptr, self.indices))
         for x, name in ((indptr, "indptr"), (indices, "indices")):
             if x.dtype.kind not in "iu":
                 raise TypeError(f"{name}: got dtype {x.dtype}, expected integers")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import FLOAT64, Array, as_numpy
-from longattn._checks import batched, check_float_storage, check_floating, check_heads, flag
+from longattn._checks import batched, check_float_storage, check_floating, check_heads, flag, integer
 from longattn.sparse._lists import from_flat
 
 #: Rows of one of the means that a mean over all rows is made of.
@@ -32,6 +32,12 @@ def selector_inputs(q: Array, k: Array) -> tuple[NDArray[Any], NDArray[Any]]:
         raise ValueError(f"k: got head_dim {kn.shape[3]}, expected {qn.shape[3]} as in q")
     check_heads(qn.shape[1], kn.shape[1], kn.shape[1])
     return qn, kn
+
+
+def keep_integers(selector: object, **least: int) -> None:
+    """Checks a frozen selector's integers and keeps them as Python's own: those of numpy wrap around."""
+    for name, low in least.items():
+        object.__setattr__(selector, name, integer(getattr(selector, name), name, low))
 
 
 def only_causal(causal: object) -> None:

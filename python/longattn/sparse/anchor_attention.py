@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, like
-from longattn._checks import batched, dense_inputs, flag, integer, real, result_array, returned, scale_factor
+from longattn._checks import batched, dense_inputs, flag, real, result_array, returned, scale_factor
 from longattn.dense._options import Options
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import from_flat
-from longattn.sparse._selecting import block_bounds, block_means, listed, only_causal, selector_inputs
+from longattn.sparse._selecting import block_bounds, block_means, keep_integers, listed, only_causal, selector_inputs
 from longattn.sparse.composed import Composable
 from longattn.sparse.row_lists import RowLists
 from longattn.sparse.sparse_attention import SparseStats
@@ -51,9 +51,7 @@ class Anchor(Composable):
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
-        integer(self.block, "block", 1)
-        integer(self.step, "step", 1)
-        integer(self.init_blocks, "init_blocks", 0)
+        keep_integers(self, block=1, step=1, init_blocks=0)
         if np.isnan(real(self.theta, "theta")):
             raise ValueError("theta: got NaN, expected a number")
         if self.group_reduce not in (None, "any"):

@@ -16,7 +16,14 @@ from longattn.methods import Method
 from longattn.pictures import causally, example
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import from_flat
-from longattn.sparse._selecting import block_bounds, block_means, key_limits, only_causal, selector_inputs
+from longattn.sparse._selecting import (
+    block_bounds,
+    block_means,
+    keep_integers,
+    key_limits,
+    only_causal,
+    selector_inputs,
+)
 from longattn.sparse.composed import Composable
 from longattn.sparse.row_lists import RowLists
 
@@ -49,10 +56,7 @@ class Dhsa(Composable):
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
-        integer(self.budget, "budget", 1)
-        integer(self.block_q, "block_q", 1)
-        for name in ("n_local", "n_global", "instruction_tokens"):
-            integer(getattr(self, name), name, 0)
+        keep_integers(self, budget=1, block_q=1, n_local=0, n_global=0, instruction_tokens=0)
         flag(self.per_head, "per_head")
 
     def __call__(self, q: Array, k: Array, *, causal: bool = True, scale: float | None = None) -> RowLists:

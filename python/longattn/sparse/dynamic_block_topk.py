@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from longattn._arrays import Array
-from longattn._checks import flag, integer, scale_factor
+from longattn._checks import flag, scale_factor
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import choose, own_blocks, pooled_scores
-from longattn.sparse._selecting import block_bounds, key_limits, selector_inputs
+from longattn.sparse._selecting import block_bounds, keep_integers, key_limits, selector_inputs
 from longattn.sparse.block_mask import BlockMask, fitted
 from longattn.sparse.composed import Composable
 from longattn.sparse.sparse_attention import sparse_attention
@@ -37,8 +37,7 @@ class DynamicBlocks(Composable):
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
-        integer(self.top_k, "top_k", 1)
-        integer(self.block, "block", 1)
+        keep_integers(self, top_k=1, block=1)
         flag(self.own, "own")
 
     def __call__(self, q: Array, k: Array, *, causal: bool = False, scale: float | None = None) -> BlockMask:

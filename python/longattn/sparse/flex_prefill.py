@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array
-from longattn._checks import integer, real, scale_factor
+from longattn._checks import real, scale_factor
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
@@ -20,6 +20,7 @@ from longattn.sparse._selecting import (
     aligned_first,
     block_bounds,
     block_means,
+    keep_integers,
     key_limits,
     only_causal,
     per_query_head,
@@ -60,8 +61,7 @@ class FlexPrefill(Composable):
 
     def __post_init__(self) -> None:
         """Checks what does not depend on the heads."""
-        integer(self.block, "block", 1)
-        integer(self.min_budget, "min_budget", 0)
+        keep_integers(self, block=1, min_budget=0)
         if not real(self.tau, "tau") >= 0:
             raise ValueError(f"tau: got {self.tau}, expected at least 0")
 

@@ -9,13 +9,13 @@ import numpy as np
 
 from longattn import _core
 from longattn._arrays import Array
-from longattn._checks import integer, scale_factor
+from longattn._checks import scale_factor
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import choose
 from longattn.sparse._lists import from_flat
-from longattn.sparse._selecting import block_bounds, only_causal, selector_inputs
+from longattn.sparse._selecting import block_bounds, keep_integers, only_causal, selector_inputs
 from longattn.sparse.composed import Composable
 from longattn.sparse.row_lists import RowLists
 from longattn.sparse.sparse_attention import sparse_attention
@@ -51,8 +51,7 @@ class VerticalSlash(Composable):
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
-        for name, least in (("last_q", 1), ("vertical", 0), ("slash", 0), ("n_sink", 0), ("local", 1), ("block_q", 1)):
-            integer(getattr(self, name), name, least)
+        keep_integers(self, last_q=1, vertical=0, slash=0, n_sink=0, local=1, block_q=1)
 
     def __call__(self, q: Array, k: Array, *, causal: bool = True, scale: float | None = None) -> RowLists:
         """The lists, one set for each query head."""

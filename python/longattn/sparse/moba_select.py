@@ -8,12 +8,12 @@ import numpy as np
 
 from longattn import _core
 from longattn._arrays import Array
-from longattn._checks import flag, integer
+from longattn._checks import flag
 from longattn.methods import Method
 from longattn.pictures import causally, example
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import from_flat
-from longattn.sparse._selecting import block_bounds, block_means, selector_inputs
+from longattn.sparse._selecting import block_bounds, block_means, keep_integers, selector_inputs
 from longattn.sparse.block_mask import BlockMask, fitted
 from longattn.sparse.composed import Composable
 
@@ -36,8 +36,7 @@ class Moba(Composable):
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
-        integer(self.block, "block", 1)
-        integer(self.top_k, "top_k", 1)
+        keep_integers(self, block=1, top_k=1)
 
     def __call__(self, q: Array, k: Array, *, causal: bool = True, scale: float | None = None) -> BlockMask:
         """The mask, a list for each query of each query head; the scale does not change which blocks are best."""

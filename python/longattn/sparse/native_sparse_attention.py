@@ -180,14 +180,13 @@ def native_sparse_attention(
     qn, kn = selector_inputs(q3, k3)
     vn = batched(v3, 4)
     return_stats = flag(return_stats, "return_stats")
-    integer(stride, "stride", 1)
+    stride = integer(stride, "stride", 1)
+    block, select_block = integer(block, "block", 1), integer(select_block, "select_block", 1)
     for name, value in (("block", block), ("select_block", select_block)):
-        if integer(value, name, 1) % stride:
+        if value % stride:
             raise ValueError(f"{name}: got {value}, expected a multiple of the stride, {stride}")
-    for name, value, least in (
-        ("n_select", n_select, 1), ("n_sink", n_sink, 0), ("n_local", n_local, 1), ("window", window, 1),
-    ):  # fmt: skip
-        integer(value, name, least)
+    n_select, n_sink = integer(n_select, "n_select", 1), integer(n_sink, "n_sink", 0)
+    n_local, window = integer(n_local, "n_local", 1), integer(window, "window", 1)
     (batch, heads, rows, dim), keys = qn.shape, kn.shape[2]
     factors = as_numpy(gates, "gates")
     check_floating(factors, "gates")

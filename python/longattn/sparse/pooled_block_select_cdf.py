@@ -35,8 +35,8 @@ def hilbert_order(height: int, width: int) -> NDArray[np.int64]:
         TypeError: a number that is not an integer.
         ValueError: a number below 1.
     """
-    integer(height, "height", 1)
-    integer(width, "width", 1)
+    height = integer(height, "height", 1)
+    width = integer(width, "width", 1)
     side = 1 << (max(height, width) - 1).bit_length()
     y, x = (a.ravel().copy() for a in np.mgrid[:height, :width])
     place = np.zeros(height * width, np.int64)
@@ -116,9 +116,10 @@ def pooled_block_select_cdf(
     qn, kn = selector_inputs(q3, k3)
     vn, return_stats = batched(v3, 4), flag(return_stats, "return_stats")
     batch, heads, tokens, dim = qn.shape
+    frames, special = integer(frames, "frames", 1), integer(special, "special", 0)
     patches = _check_frames(tokens, kn.shape[2], frames, special)
-    integer(block_q, "block_q", 1)
-    integer(block_k, "block_k", 1)
+    block_q = integer(block_q, "block_q", 1)
+    block_k = integer(block_k, "block_k", 1)
     share, least = _rules(tau, rho, -(-frames * patches // block_k))
     factor = scale_factor(scale, dim)
     of_patches, of_special = _places(frames, special, patches, order)
@@ -147,11 +148,10 @@ def pooled_block_select_cdf(
     return (result, SparseStats.of(mask, causal=False)) if return_stats else result
 
 
-def _check_frames(tokens: int, keys: int, frames: object, special: object) -> int:
+def _check_frames(tokens: int, keys: int, count: int, first: int) -> int:
     """Patches of a frame."""
     if keys != tokens:
         raise ValueError(f"k: got {keys} tokens, expected {tokens} as in q")
-    count, first = integer(frames, "frames", 1), integer(special, "special", 0)
     if tokens % count or tokens // count < first:
         raise ValueError(f"frames: got {count} of {tokens} tokens, expected frames of one length, at least {first}")
     return tokens // count - first

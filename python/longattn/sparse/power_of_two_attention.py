@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from longattn._arrays import Array
-from longattn._checks import flag, integer
+from longattn._checks import flag
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._lists import pointers
-from longattn.sparse._selecting import aligned_first, block_bounds, only_causal, selector_inputs
+from longattn.sparse._selecting import aligned_first, block_bounds, keep_integers, only_causal, selector_inputs
 from longattn.sparse.block_mask import BlockMask, fitted
 from longattn.sparse.composed import Composable
 from longattn.sparse.sparse_attention import sparse_attention
@@ -44,9 +44,7 @@ class PowerOfTwo(Composable):
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
-        integer(self.block, "block", 1)
-        integer(self.n_window, "n_window", 1)
-        integer(self.n_sink, "n_sink", 0)
+        keep_integers(self, block=1, n_window=1, n_sink=0)
         flag(self.powers, "powers")
 
     def __call__(self, q: Array, k: Array, *, causal: bool = True, scale: float | None = None) -> BlockMask:

@@ -98,10 +98,10 @@ def rectified_block_sparse(
     batch, heads, tokens, dim = qn.shape
     if kn.shape[2] != tokens:
         raise ValueError(f"k: got {kn.shape[2]} tokens, expected {tokens} as in q")
-    integer(text, "text", 0, tokens)
-    integer(block, "block", 1)
-    integer(top_k, "top_k", 0)
-    integer(first_frame_blocks, "first_frame_blocks", 0)
+    text = integer(text, "text", 0, tokens)
+    block = integer(block, "block", 1)
+    top_k = integer(top_k, "top_k", 0)
+    first_frame_blocks = integer(first_frame_blocks, "first_frame_blocks", 0)
     if not real(tau, "tau") >= 0:
         raise ValueError(f"tau: got {tau}, expected at least 0")
     if compensate not in COMPENSATE:

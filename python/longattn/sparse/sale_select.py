@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array
-from longattn._checks import integer, scale_factor
+from longattn._checks import scale_factor
 from longattn.methods import Method
 from longattn.pictures import causally, example
 from longattn.reference import sparse as reference
@@ -18,6 +18,7 @@ from longattn.sparse._lists import from_flat
 from longattn.sparse._selecting import (
     aligned_first,
     block_bounds,
+    keep_integers,
     key_limits,
     listed,
     mean_row,
@@ -61,10 +62,7 @@ class Sale(Composable):
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
-        for name in ("block_q", "block_k", "segment"):
-            integer(getattr(self, name), name, 1)
-        integer(self.local_window, "local_window", 0)
-        integer(self.min_length, "min_length", 0)
+        keep_integers(self, block_q=1, block_k=1, segment=1, local_window=0, min_length=0)
         if self.segment % self.block_k:
             raise ValueError(f"segment: got {self.segment}, expected a multiple of block_k, {self.block_k}")
 

@@ -10,13 +10,14 @@ import numpy as np
 
 from longattn import _core
 from longattn._arrays import Array
-from longattn._checks import flag, integer, real, scale_factor
+from longattn._checks import flag, real, scale_factor
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._selecting import (
     block_bounds,
     block_likeness,
+    keep_integers,
     key_limits,
     listed,
     mean_row,
@@ -63,8 +64,7 @@ class Sparge(Composable):
         """Checks what does not depend on the heads."""
         flag(self.smooth_k, "smooth_k")
         flag(self.sink, "sink")
-        integer(self.block_q, "block_q", 1)
-        integer(self.block_k, "block_k", 1)
+        keep_integers(self, block_q=1, block_k=1)
 
     def __call__(self, q: Array, k: Array, *, causal: bool = False, scale: float | None = None) -> BlockMask:
         """The mask, a list for each query head."""

@@ -72,7 +72,7 @@ def sparse_attention(
         q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16.
         k: keys `[B, Hkv, Lk, D]`, or `[Hkv, Lk, D]`; any of the three dtypes.
         v: values `[B, Hkv, Lk, Dv]`, or `[Hkv, Lk, Dv]`; dtype of `k`.
-        selector: one of `longattn.sparse.select`, any function of that form, or a mask or lists.
+        selector: one of `longattn.sparse` (`Moba`, say), any function of that form, or a mask or lists.
         causal: a query sees only keys at its own position and before.
         scale: factor on the dot products; `None` is `D ** -0.5`. The selector gets it, too.
         return_stats: also return `SparseStats`.
@@ -98,7 +98,10 @@ def sparse_attention(
         True
     """
     causal, return_stats = flag(causal, "causal"), flag(return_stats, "return_stats")
-    scale = scale_factor(scale, shape_of(q, "q")[-1])
+    shape = shape_of(q, "q")
+    if not shape or not shape[-1]:
+        raise ValueError(f"q: got shape {shape}, expected [B, Hq, Lq, D] or [Hq, Lq, D] with D at least 1")
+    scale = scale_factor(scale, shape[-1])
     chosen: Any = selector
     if not isinstance(selector, BlockMask | RowLists):
         if not callable(selector):

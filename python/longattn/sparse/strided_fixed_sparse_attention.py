@@ -137,10 +137,11 @@ def strided_fixed_sparse_attention(
     qn, kn = selector_inputs(q3, k3)
     vn, return_lse = batched(v3, 4), flag(return_lse, "return_lse")
     heads, dim = qn.shape[1], qn.shape[3]
-    integer(stride, "stride", 1)
+    stride = integer(stride, "stride", 1)
     near = stride if window is None else integer(window, "window", 1)
-    integer(summary, "summary", 1, stride)
-    if integer(slots, "slots", 1) * summary > stride:
+    summary = integer(summary, "summary", 1, stride)
+    slots = integer(slots, "slots", 1)
+    if slots * summary > stride:
         raise ValueError(f"slots: got {slots} of {summary} keys, expected at most {stride} keys together")
     of_heads = [pattern] * heads if isinstance(pattern, str) else list(pattern)
     unknown = [x for x in of_heads if x not in PATTERNS]

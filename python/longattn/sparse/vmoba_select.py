@@ -96,13 +96,14 @@ def vmoba_blocks(
     batch, heads, rows, _ = qn.shape
     if kn.shape[2] != rows:
         raise ValueError(f"k: got {kn.shape[2]} tokens, expected {rows} as in q")
-    integer(block, "block", 1)
-    integer(min_extra, "min_extra", 0)
+    block = integer(block, "block", 1)
+    min_extra = integer(min_extra, "min_extra", 0)
     if not real(tau, "tau") >= 0:
         raise ValueError(f"tau: got {tau}, expected at least 0")
     if scope not in SCOPES:
         raise ValueError(f"scope: got {scope!r}, expected one of {SCOPES}")
-    if top_k is not None and (integer(top_k, "top_k", 1) < 1 or scope not in ("head", "query")):
+    top_k = None if top_k is None else integer(top_k, "top_k", 1)
+    if top_k is not None and scope not in ("head", "query"):
         raise ValueError(f"scope: got {scope!r} with top_k, expected 'head' or 'query'")
     bounds = block_bounds(rows, block)
     count = len(bounds) - 1

@@ -155,6 +155,8 @@ class LongAttnCache(Cache):  # type: ignore[misc]  # transformers has no types t
         store_dtype = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
         if dtype is not None and store_dtype not in _DTYPES.values():
             raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(_DTYPES)}")
+        if not hasattr(config, "get_text_config"):
+            raise TypeError(f"config: got {type(config).__name__}, expected the model's config (model.config)")
         text_config = config.get_text_config(decoder=True)
         kinds, arguments = get_layer_types_and_kwargs(text_config)
         _refuse_unsupported(text_config, kinds)

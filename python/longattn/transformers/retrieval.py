@@ -64,9 +64,9 @@ class RetrievalConfig:
             raise ValueError(f"top_k, top_p: got {self.top_k} and {self.top_p}, expected one of the two")
         for name, least in (("top_k", 1), ("sinks", 0), ("window", 0), ("min_length", 0)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= least):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}: got {value!r}, expected an integer >= {least}")
-        if self.top_p is not None and not 0 < self.top_p < 1:
+        if self.top_p is not None and not (isinstance(self.top_p, int | float) and 0 < self.top_p < 1):
             raise ValueError(f"top_p: got {self.top_p!r}, expected a number between 0 and 1")
         if self.error is not None:
             if self.top_k is not None or self.top_p is not None:
@@ -79,6 +79,10 @@ class RetrievalConfig:
             raise ValueError(f"rest: got {self.rest!r}, expected 'values', 'none', 'sampled' or None")
         if self.index not in by_name.KINDS:
             raise ValueError(f"index: got {self.index!r}, expected one of {', '.join(by_name.KINDS)}")
+        if not isinstance(self.parameters, Mapping):
+            raise TypeError(
+                f"parameters: got {type(self.parameters).__name__}, expected a mapping from names to values"
+            )
         by_name.check(self.index, dict(self.parameters))
         sampling(
             None if self.index in by_name.WEIGH_ROWS else self.index,

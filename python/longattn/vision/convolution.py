@@ -117,6 +117,8 @@ def _shape(
     if any(k > span for k, span in zip(taps, spans, strict=True)):
         raise ValueError(f"kernel: got {taps} taps, expected at most the padded grid's {spans}")
     outputs = tuple((span - k) // s + 1 for span, k, s in zip(spans, taps, steps, strict=True))
+    # A longer step leads out of the grid as well, and memory would be asked for as far as it leads.
+    steps = tuple(min(s, span - k + 1) for span, k, s in zip(spans, taps, steps, strict=True))
     return tuple(taps), steps, before, outputs
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array
+from longattn._arrays import Array, as_numpy
 from longattn._checks import attention_inputs, flag, mask_scores, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
@@ -86,10 +86,18 @@ def match_to_match_additive_attention(
     if cos is not None and sin is not None:
         angles = numbers(cos, "cos", (tokens, dim // 2)), numbers(sin, "sin", (tokens, dim // 2))
     factor = scale_factor(scale, dim)
-    seen = None if mask is None else mask_scores(np.asarray(mask)[..., None, :], (*qn.shape[:2], 1, tokens))
+    seen = None if mask is None else mask_scores(_of_tokens(mask), (*qn.shape[:2], 1, tokens))
     whole = _pooled(of_q, qn, _turned(qn, angles), factor, seen)
     key = _pooled(of_k, _pairs(kn * whole, paired), _turned(kn, angles), factor, seen)
     return returned(q, project(_pairs(vn * key, paired)) + qn)
+
+
+def _of_tokens(mask: Array) -> NDArray[Any]:
+    """A mask of tokens as one of scores."""
+    x = as_numpy(mask, "mask", any_strides=True)
+    if not x.ndim:
+        raise ValueError("mask: got shape (), expected one that broadcasts to [B, H, N]")
+    return x[..., None, :]
 
 
 def _pooled(w: Float32, keys: Float32, values: Float32, scale: float, mask: NDArray[np.bool_] | None) -> Float32:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, is_torch, like
-from longattn._checks import dense_inputs, per_head
+from longattn._checks import dense_inputs, flag, per_head
 from longattn.dense.attention import attention
 
 #: A position that no query reaches.
@@ -36,7 +36,7 @@ def expiring_attention(
     until = np.minimum(last_visible, length).reshape(batch * kv_heads, length) + 1
     options = dict(options)
     sinks = options.pop("sinks", None)
-    return_lse = options.pop("return_lse", False)
+    return_lse = flag(options.pop("return_lse", False), "return_lse")
     if sinks is None:
         out, lse = attention(*apart, causal=True, visible_until=until, return_lse=True, **options)
     else:
@@ -64,6 +64,8 @@ def _with_sinks(
 def as_flags(flags: Array, name: str) -> NDArray[np.bool_]:
     """Booleans, or numbers 0 and 1."""
     x = as_numpy(flags, name, any_strides=True)
+    if not x.ndim:
+        raise ValueError(f"{name}: got shape (), expected one for each key")
     if x.dtype != np.bool_:
         if x.dtype.kind not in "iu" or (x.size and not (int(x.min()) >= 0 and int(x.max()) <= 1)):
             raise TypeError(f"{name}: got dtype {x.dtype}, expected bool, or integers 0 and 1")

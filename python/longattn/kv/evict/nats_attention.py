@@ -60,7 +60,7 @@ def nats_visibility(types: Array, window: int = 256, *, window_for_all: bool = F
         A few operations per token.
     """
     x = _types(types)
-    window = integer(window, "window", 1)
+    window = _positions(window)
     j = np.arange(x.shape[-1])
     # The next global token at or after each one: the running minimum from the right.
     own = np.where(x == GLOBAL, j, FOREVER)
@@ -130,7 +130,7 @@ class Nats(Policy):
     """
 
     def __init__(self, window: int = 256, *, window_for_all: bool = False) -> None:
-        self.window = integer(window, "window", 1)
+        self.window = _positions(window)
         self.window_for_all = flag(window_for_all, "window_for_all")
 
     def capacity(self, prompt: int) -> None:
@@ -185,10 +185,17 @@ class Nats(Policy):
         return self.live & (self.last_visible <= step)
 
 
+def _positions(window: object) -> int:
+    """A window; no longer than what sums with positions do not wrap around of."""
+    return min(integer(window, "window", 1), FOREVER)
+
+
 def _types(types: Array) -> NDArray[np.int64]:
     x = as_numpy(types, "types")
     if x.dtype.kind not in "iu":
         raise TypeError(f"types: got dtype {x.dtype}, expected integers")
+    if not x.ndim:
+        raise ValueError("types: got shape (), expected one for each key")
     if x.size and not (int(x.min()) >= 0 and int(x.max()) <= WINDOW):
         raise ValueError(f"types: got numbers from {x.min()} to {x.max()}, expected 0 to {WINDOW}")
     return x.astype(np.int64)
