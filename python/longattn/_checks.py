@@ -5,13 +5,10 @@ Each error names the argument, what came and what was expected.
 
 from __future__ import annotations
 
-import errno
 import math
 import operator
-import os
 from collections.abc import Mapping
 from numbers import Real
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -389,12 +386,3 @@ def storage(dtype: DTypeLike) -> np.dtype[Any]:
     if found not in FLOATS:
         raise TypeError(f"dtype: got {dtype!r}, expected float32, float16 or bfloat16")
     return found
-
-
-def file_to_write(path: str | os.PathLike[str]) -> str:
-    """The name of a file that is put under `path` by a rename, which would take the place of a device or a pipe."""
-    name = os.fsdecode(path)
-    there = Path(name)
-    if there.exists() and not there.is_file() and not there.is_dir():
-        raise OSError(errno.EINVAL, "not a regular file", name)
-    return name

@@ -8,7 +8,7 @@ import os
 from typing import Any, ClassVar, Self
 
 from longattn import _core
-from longattn._checks import file_to_write, integer
+from longattn._checks import integer
 from longattn.kv import KVStore
 
 
@@ -100,7 +100,7 @@ class Index:
             OSError: the file cannot be written, or `path` is a device or a pipe.
             ValueError: the store was truncated since the index was last used; `update` it first.
         """
-        self._handle.save(file_to_write(path))
+        self._handle.save(os.fsdecode(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], store: KVStore) -> Self:

@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from longattn import _core
 from longattn._arrays import BFLOAT16, CODES, FLOATS, Array, CodedRows, as_numpy
-from longattn._checks import check_floating, file_to_write, size
+from longattn._checks import check_floating, size
 from longattn.kv._sizes import Sizes
 
 
@@ -156,7 +156,7 @@ class KVStore(Sizes):
         Raises:
             OSError: the file cannot be written, or `path` is a device or a pipe.
         """
-        self._handle.save(file_to_write(path))
+        self._handle.save(os.fsdecode(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], capacity: int | None = None) -> Self:

@@ -104,6 +104,10 @@ fn create_beside(path: &Path) -> io::Result<(File, PathBuf)> {
     if path.file_name().is_none() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not the name of a file"));
     }
+    // A rename would take the place of a device or a pipe.
+    if fs::metadata(path).is_ok_and(|there| !there.is_file() && !there.is_dir()) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
     loop {
         let name = format!(".longattn-{}-{}.tmp", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let temporary = folder_of(path).join(name);
