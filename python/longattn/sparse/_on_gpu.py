@@ -18,7 +18,7 @@ from longattn.sparse.row_lists import RowLists
 
 def over_blocks(q: Any, k: Any, v: Any, mask: BlockMask, *, return_lse: bool, **options: Any) -> Any:
     """`longattn.block_sparse_attention` on arrays of a GPU."""
-    taken = gpu_options(**options)
+    taken = gpu_options(options)
     heads = _check(q, k, mask, "block_mask")
     if mask.block_k % BLOCK_KEYS or mask.block_q % BLOCK_KEYS or mask.first_q != mask.block_q:
         raise ValueError(
@@ -35,7 +35,7 @@ def over_rows(q: Any, k: Any, v: Any, lists: RowLists, *, return_lse: bool, **op
     """`longattn.sparse.index_sparse_attention` on arrays of a GPU, for decode steps."""
     if lists.bias is not None:
         raise ValueError("lists: got a bias, which is not offered for arrays of a GPU")
-    taken = gpu_options(**options)
+    taken = gpu_options(options)
     heads = _check(q, k, lists, "lists")
     batch, kv_heads, positions = q.shape[0], k.shape[1], q.shape[2]
     rows = heads // kv_heads * positions
