@@ -180,8 +180,10 @@ class TestRecurrences:
         assert isinstance(out, cupy.ndarray) and isinstance(state, cupy.ndarray)
         of_cpu, state_of_cpu = function(*given, **options)
         tolerances.device_recurrence(out.get(), of_cpu, state.get(), state_of_cpu)
-        more = [x if x.ndim == 1 else cupy.asarray(np.ascontiguousarray(x[:, :, :1])) for x in given]
-        function(*more, initial_state=state, **options)
+        more = [x if x.ndim == 1 else np.ascontiguousarray(x[:, :, :1]) for x in given]
+        out, state = function(*(cupy.asarray(x) for x in more), initial_state=state, **options)
+        of_cpu, state_of_cpu = function(*more, initial_state=state_of_cpu, **options)
+        tolerances.device_recurrence(out.get(), of_cpu, state.get(), state_of_cpu)
 
     def test_a_constant_gate_is_that_of_every_row(self, rng, cupy):
         q, k, v, slopes = linear_inputs(rng, "lightning_attention")

@@ -62,8 +62,9 @@ def codes(rng, device, dtype, dim):
 
 def recurrence(rng, device, dtype, dim):
     for delta in (True, False):
-        arrays = test_chunked_recurrence.arrays(rng, dtype, heads=1, length=18, dim=dim, delta=delta)
-        test_chunked_recurrence.check(device, *arrays)
+        for length in (2, 18):
+            arrays = test_chunked_recurrence.arrays(rng, dtype, heads=1, length=length, dim=dim, delta=delta)
+            test_chunked_recurrence.check(device, *arrays)
 
 
 class Recorder(EmulatorDevice):

@@ -18,6 +18,7 @@ _FILES = {
     "prefill_f32": ("attention.cuh", "ranges.cuh", "prefill_f32.cuh", "prefill_f32.cu"),
     "recurrence": ("recurrence.cu",),
     "recurrence_f32": ("recurrence_f32.cu",),
+    "recurrence_step": ("recurrence_step.cu",),
     "signatures": ("choice.cuh", "signatures.cu"),
 }
 #: Sources that are compiled a second time for options of scores, so that these cost nothing where there are none, and
