@@ -198,7 +198,7 @@ def index_sparse_attention(
         v: values, the shape of `k`; `CodedRows` where the keys are.
         rows: integers `[B, Hkv, n]`, each in `0 .. Lk`, a list that all rows of the KV head share; on the host or on
             the device.
-        lengths: integers `[B]`, how many entries of the lists count; `None` counts all.
+        lengths: integers `[B]` or `[B, Hkv]`, how many entries of the lists count; `None` counts all.
         scale: as of `attention`.
         softcap: as of `attention`.
         sinks: as of `attention`.
@@ -228,7 +228,10 @@ def index_sparse_attention(
     check_listed(device, rows, lengths, (batch, kv_heads), keys.shape[2], check=check)
     scores, _ = scores_of(device, queries.shape, keys.shape[2], scale=scale, softcap=softcap, sinks=sinks, state=state)
     listed = device.view(device.integers(rows, q), "rows")
-    counts = None if lengths is None else device.view(device.integers(lengths, q), "lengths")
+    counts = None
+    if lengths is not None:
+        counts = device.view(device.integers(lengths, q), "lengths")
+        counts = replace(counts, strides=(*counts.strides, 0)[:2])  # a stride of 0: the same for all heads
     out, lse, results = _results(device, queries, queries.dtype)
     parameters = (coded_views(device, k, "k")[1], coded_views(device, v, "v")[1]) if coded else None
     if math.prod(queries.shape):
@@ -380,6 +383,7 @@ def _decode(
         partial.pointer,
         partial_lse.pointer,
         *_strides(k, v),
+        *(np.int32(n) for n in ((0, 0) if lengths is None else lengths.strides)),
         *(np.int32(n) for n in (most, split, rows, positions, *ends)),
         np.float32(scores.factor),
         *scores.arguments(),
