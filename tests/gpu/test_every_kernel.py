@@ -58,6 +58,9 @@ def codes(rng, device, dtype, dim):
     if dtype != F32:
         test_coded_rows.test_decode(rng, device, dtype, dim, 4)
         test_coded_rows.test_positions_windows_and_options(rng, device, dtype, dim)
+        test_coded_rows.test_prefill(rng, device, dtype, dim, 1)
+        if dim < 256:
+            test_coded_rows.test_blocks_of_codes(rng, device, 64, dtype, dim)
 
 
 def recurrence(rng, device, dtype, dim):

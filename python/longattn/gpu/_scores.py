@@ -52,10 +52,10 @@ class Scores:
 
     @property
     def plain(self) -> bool:
-        """Whether there is nothing but the factor."""
+        """Whether there is nothing but the factor, and that is above 0."""
         arrays = self.scales, self.slopes, self.bias, self.sinks, self.mask, self.relative, self.until
         pairs = self.segments, self.state
-        return not self.softcap and all(x is None for x in (*arrays, *pairs))
+        return self.factor > 0 and not self.softcap and all(x is None for x in (*arrays, *pairs))
 
     def from_key(self, device: Device, first: int) -> Scores:
         """The same for keys from `first` on."""

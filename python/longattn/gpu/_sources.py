@@ -16,6 +16,7 @@ _FILES = {
     "neighbourhood_f32": ("attention.cuh", "prefill_f32.cuh", "neighbourhood.cuh", "neighbourhood_f32.cu"),
     "prefill": ("attention.cuh", "ranges.cuh", "prefill.cuh", "prefill.cu"),
     "prefill_f32": ("attention.cuh", "ranges.cuh", "prefill_f32.cuh", "prefill_f32.cu"),
+    "prefill_int8": ("attention.cuh", "ranges.cuh", "prefill.cuh", "prefill_int8.cu"),
     "recurrence": ("recurrence.cu",),
     "recurrence_f32": ("recurrence_f32.cu",),
     "recurrence_step": ("recurrence_step.cu",),
@@ -30,6 +31,7 @@ _WITH_OPTIONS = {
     "neighbourhood_f32": 2,
     "prefill": 1,
     "prefill_f32": 1,
+    "prefill_int8": 1,
 }
 _OPTIONS = "_options"
 

@@ -30,6 +30,7 @@ DECODE_ROWS = 16
 BLOCK_KEYS = 64
 
 _DECODE_THREADS = 128
+_PREFILL_THREADS = 128
 _WIDE = 128  # wider rows have two stages of copies
 _DECODE_STAGES = 3
 _CODED_STAGES = 4
@@ -53,8 +54,8 @@ def attention(
     Args:
         q: queries `[B, Hq, Lq, D]`, a CuPy array or a torch CUDA tensor; float32, float16 or bfloat16; D is 64, 128
             or 256.
-        k: keys `[B, Hkv, Lk, D]`, dtype of `q`; or `CodedRows` for float16 or bfloat16 queries, of which a KV head has
-            at most 16 rows then.
+        k: keys `[B, Hkv, Lk, D]`, dtype of `q`; or `CodedRows` for float16 or bfloat16 queries. More than 16 query rows
+            per KV head read them as numbers of that dtype.
         v: values, the shape of `k`; `CodedRows` where the keys are.
         state: pair `(o, lse)` of an earlier part over other keys, float32 `[B, Hq, Lq, D]` and `[B, Hq, Lq]`, which
             enters the softmax. Rows with an lse of -inf count as nothing, whatever their `o` holds.
@@ -90,8 +91,6 @@ def attention(
     split = queries.shape[1] // keys.shape[1] * rows <= DECODE_ROWS and length > 0
     if out_dtype not in ((None, *KERNEL_DTYPES) if split else (None, queries.dtype)):
         raise ValueError(f"out_dtype: got {out_dtype!r}, expected {queries.dtype} for these shapes")
-    if coded and not split and length:
-        raise ValueError(f"q: got {queries.shape} over coded keys, expected at most {DECODE_ROWS} rows per KV head")
     out, lse, results = _results(device, queries, out_dtype or queries.dtype)
     if math.prod(queries.shape) == 0:
         return (out, lse) if return_lse else out
@@ -106,7 +105,8 @@ def attention(
         ends = (-1 if rows == 1 else ends[0]), ends[1]
         _decode(device, queries, keys, values, results, scores.from_key(device, first), ends, parameters=parameters)
     else:
-        _prefill(device, queries, keys, values, results, scores, ends)
+        parameters = _parameters(device, k, v) if coded else None
+        _prefill(device, queries, keys, values, results, scores, ends, parameters=parameters)
     return (out, lse) if return_lse else out
 
 
@@ -233,7 +233,7 @@ def index_sparse_attention(
         counts = device.view(device.integers(lengths, q), "lengths")
         counts = replace(counts, strides=(*counts.strides, 0)[:2])  # a stride of 0: the same for all heads
     out, lse, results = _results(device, queries, queries.dtype)
-    parameters = (coded_views(device, k, "k")[1], coded_views(device, v, "v")[1]) if coded else None
+    parameters = _parameters(device, k, v) if coded else None
     if math.prod(queries.shape):
         ends = -1, -1
         _decode(
@@ -260,8 +260,8 @@ def block_sparse_attention(
 
     Args:
         q: queries `[B, Hq, Lq, D]`, as of `attention`.
-        k: keys `[B, Hkv, Lk, D]`.
-        v: values, the shape of `k`.
+        k: keys `[B, Hkv, Lk, D]`, or `CodedRows`, as of `attention`.
+        v: values, the shape of `k`; `CodedRows` where the keys are.
         starts: integers `[B, Hq, query blocks + 1]`: query block `i` reads `blocks[starts[i] : starts[i + 1]]`; on the
             host or on the device.
         blocks: integers `[n]`, ascending within a list.
@@ -285,7 +285,8 @@ def block_sparse_attention(
     Cost: in proportion to the listed blocks.
     """
     device = device or device_of(q, "q")
-    queries, keys, values = attention_views(device, q, k, v)
+    coded = _is_coded(k, v)
+    queries, keys, values = _coded(device, q, k, v) if coded else attention_views(device, q, k, v)
     batch, heads, length = queries.shape[:3]
     scores, ends = scores_of(device, queries.shape, keys.shape[2], state=state, **options)
     offered = _prefill_rows(queries) if scores.plain else (64,)
@@ -303,7 +304,18 @@ def block_sparse_attention(
     out, lse, results = _results(device, queries, queries.dtype)
     if math.prod(queries.shape):
         lists = device.view(device.integers(starts, q), "starts"), device.view(device.integers(blocks, q), "blocks")
-        _prefill(device, queries, keys, values, results, scores, ends, lists=lists, query_block=query_block)
+        _prefill(
+            device,
+            queries,
+            keys,
+            values,
+            results,
+            scores,
+            ends,
+            lists=lists,
+            query_block=query_block,
+            parameters=_parameters(device, k, v) if coded else None,
+        )
     return (out, lse) if return_lse else out
 
 
@@ -322,6 +334,11 @@ def _coded(device: Device, q: Any, k: Any, v: Any) -> tuple[View, View, View]:
     (keys, _), (values, _) = coded_views(device, k, "k"), coded_views(device, v, "v")
     check_fit(queries, keys.shape, values.shape)
     return queries, keys, values
+
+
+def _parameters(device: Device, k: CodedRows, v: CodedRows) -> tuple[View, View]:
+    """Scales and offsets of codes."""
+    return coded_views(device, k, "k")[1], coded_views(device, v, "v")[1]
 
 
 def _results(device: Device, q: View, dtype: str) -> tuple[Any, Any, tuple[View, View]]:
@@ -388,13 +405,18 @@ def _decode(
         np.float32(scores.factor),
         *scores.arguments(),
     )
-    for view in parameters or ():
-        arguments += (view.pointer, np.int64(view.strides[0]), np.int64(view.strides[1]))
+    arguments += _of_parameters(parameters)
     grid = (splits, kv_heads * -(-rows // block_rows), batch)
     source = "decode" if parameters is None else "decode_int8"
     source = source if plain else with_options(source)
     device.kernel(source, name)(grid, (_DECODE_THREADS,), arguments, shared)
     merge_splits(device, partial, partial_lse, *results)
+
+
+def _of_parameters(parameters: tuple[View, View] | None) -> tuple[Any, ...]:
+    """Arguments of scales and offsets: where they lie, and strides of batch and head."""
+    views = parameters or ()
+    return tuple(x for view in views for x in (view.pointer, *(np.int64(stride) for stride in view.strides[:2])))
 
 
 def _split_keys(keys: int, across: int, processors: int) -> int:
@@ -425,12 +447,17 @@ def _prefill(
     lists: tuple[View, View] | None = None,
     query_block: int | None = None,
     packed: tuple[View, View, int] | None = None,
+    parameters: tuple[View, View] | None = None,
 ) -> None:
-    """Blocks of query rows over tiles of keys; `packed`: where sequences begin, and the rows of the longest."""
+    """Blocks of query rows over tiles of keys; `packed`: where sequences begin, and the rows of the longest.
+
+    `parameters`: scales and offsets, where keys and values are codes.
+    """
     out, lse = results
     batch, heads, length, _ = q.shape
     rows = query_block or (max(_prefill_rows(q)) if scores.plain else 64)
-    kernel, threads, shared = prefill_launch(device, "prefill", q, rows, options=not scores.plain)
+    coded = parameters is not None
+    kernel, threads, shared = prefill_launch(device, "prefill", q, rows, options=not scores.plain, coded=coded)
     arguments = (
         q.pointer,
         k.pointer,
@@ -443,27 +470,33 @@ def _prefill(
         *(np.int32(n) for n in (heads // k.shape[1], length, k.shape[2], *ends)),
         np.float32(scores.factor),
         *scores.arguments(),
+        *_of_parameters(parameters),
     )
     sequences, longest = (batch, length) if packed is None else (packed[0].shape[0] - 1, packed[2])
     kernel((-(-longest // rows), heads, sequences), (threads,), arguments, shared)
 
 
-def prefill_launch(device: Device, source: str, q: View, rows: int, *, options: bool) -> tuple[Launch, int, int]:
+def prefill_launch(
+    device: Device, source: str, q: View, rows: int, *, options: bool, coded: bool = False
+) -> tuple[Launch, int, int]:
     """The kernel of a source for these queries in blocks of so many rows, its threads, and its bytes of shared memory.
+
+    `coded`: keys and values are codes.
 
     Raises:
         ValueError: more shared memory than the device has.
     """
     dim = q.shape[-1]
     if q.dtype == "float32":
-        source, threads = f"{source}_f32", 128
+        source = f"{source}_f32"
         name, shared = f"{source}_{dim}", 4 * ((64 + 32 + 32) * (dim + 4) + 64 * (32 + 4))
     else:
-        warps = rows // 16
-        name, threads = f"{source}_{KERNEL_DTYPES[q.dtype]}_{dim}_{warps}", 32 * warps
-        shared = 2 * dim * (rows + 2 * BLOCK_KEYS)
+        source = f"{source}_int8" if coded else source
+        name = f"{source}_{KERNEL_DTYPES[q.dtype]}_{dim}_{rows}"
+        # A tile for keys and one for values; or one for both, and one of codes with their scales and offsets.
+        shared = 2 * dim * rows + BLOCK_KEYS * (dim * 2 + dim + 8 if coded else 4 * dim)
     _check_shared(device, q, shared)
-    return device.kernel(with_options(source) if options else source, name), threads, shared
+    return device.kernel(with_options(source) if options else source, name), _PREFILL_THREADS, shared
 
 
 def _check_shared(device: Device, q: View, shared: int) -> None:
