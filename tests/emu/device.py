@@ -92,6 +92,22 @@ class EmulatorDevice:
         made = self.contiguous(x)
         return _as_torch(made) if is_torch(like) else made
 
+    def pinned(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return np.empty(shape, _DTYPES.get(dtype) or dtype)
+
+    def copy(self, to: Any, source: Any) -> None:
+        to, source = (x.pointer if isinstance(x, View) else x for x in (to, source))
+        np.copyto(to, source)
+
+    def mark(self, *, side: bool = False) -> Any:
+        return side
+
+    def follow(self, event: Any, *, side: bool = False) -> None:
+        pass
+
+    def wait(self, event: Any) -> None:
+        pass
+
     def used(self) -> AbstractContextManager[None]:
         return nullcontext()
 

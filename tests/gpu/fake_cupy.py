@@ -6,6 +6,7 @@ arrays of a device apart from those of the host.
 
 from __future__ import annotations
 
+import ctypes
 import time
 import weakref
 from contextlib import contextmanager
@@ -84,6 +85,10 @@ class _Memory:
         made._number = number
         return made
 
+    def holds(self, address):
+        """Whether an address is one of the device's."""
+        return any(start <= address < start + size for start, (_, size, _) in self._made.items())
+
     def at(self, address):
         """The bytes from an address of the current device to the end of its allocation."""
         for start, (reference, size, number) in list(self._made.items()):
@@ -117,11 +122,14 @@ class _Function:
 
 
 class _Event:
+    def __init__(self, *, disable_timing=False):
+        self.at = None
+
     def record(self, stream=None):
         self.at = time.perf_counter()
 
     def synchronize(self):
-        pass
+        assert self.at is not None, "an event that was not recorded"
 
 
 class _Stream:
@@ -129,6 +137,21 @@ class _Stream:
     current: ClassVar[list[int]] = [0]
     #: Device and stream of each kernel.
     launched: ClassVar[list[tuple[int, int]]] = []
+
+    #: Of streams that were made here.
+    made: ClassVar[list[int]] = []
+    ptr = 0
+
+    def __init__(self, *, non_blocking):
+        assert non_blocking
+        self.ptr = 1000 + len(self.made)
+        self.made.append(self.ptr)
+
+    def __enter__(self):
+        self.current.append(self.ptr)
+
+    def __exit__(self, *_):
+        self.current.pop()
 
     @classmethod
     def from_external(cls, stream):
@@ -144,6 +167,17 @@ class _Stream:
                 cls.current.pop()
 
         return used()
+
+
+class _CurrentStream:
+    """Of the moment."""
+
+    @property
+    def ptr(self):
+        return _Stream.current[-1]
+
+    def wait_event(self, event):
+        event.synchronize()
 
 
 def launches(call):
@@ -186,6 +220,11 @@ def modules() -> dict[str, Any]:
         def get_function(self, name):
             return _Function(memory, self._module.kernel(name))
 
+    def memcpy(to, source, size, kind, stream):
+        assert kind == 4 and stream in _Stream.made, "a copy on no stream of its own"
+        assert memory.holds(to) != memory.holds(source), "a copy between the device and the host"
+        ctypes.memmove(to, source, size)
+
     cupy, cupyx = ModuleType("cupy"), ModuleType("cupyx")
     cupy.ndarray, cupy.RawModule = ndarray, RawModule
     cupy.empty, cupy.zeros, cupy.asarray, cupy.ascontiguousarray = memory.array, zeros, asarray, ascontiguousarray
@@ -196,8 +235,10 @@ def modules() -> dict[str, Any]:
         Event=_Event,
         Stream=_Stream,
         get_elapsed_time=lambda start, end: 1e3 * (end.at - start.at),
-        get_current_stream=lambda: SimpleNamespace(ptr=0),
-        runtime=SimpleNamespace(getDeviceProperties=lambda number: {"name": b"no GPU, an emulator"}),
+        get_current_stream=_CurrentStream,
+        runtime=SimpleNamespace(
+            getDeviceProperties=lambda number: {"name": b"no GPU, an emulator"}, memcpyAsync=memcpy
+        ),
     )
     cupyx.empty_pinned = np.empty
     return {"cupy": cupy, "cupyx": cupyx}

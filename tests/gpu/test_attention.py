@@ -98,6 +98,15 @@ def test_scale(rng, anywhere, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(rng, anywhere, dtype, scale):
+    """The smallest product has the largest score, or all have the same."""
+    for rows in (1, 70):
+        given = arrays(rng, dtype, heads=2, kv_heads=1, rows=rows, keys=130, dim=64)
+        check(anywhere, *given, scale=scale, causal=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("rows", [1, 40])
 def test_no_keys_and_no_rows(rng, device, dtype, rows):
     q, k, v = arrays(rng, dtype, heads=2, kv_heads=1, rows=rows, keys=0, dim=64)

@@ -40,6 +40,7 @@ def test_every_case_runs_and_counts():
         "prefill",
         "block-sparse",
         "KDA forward",
+        "KDA step of 2 sequences",
         "hybrid step",
         "neighbourhood",
     ]
@@ -55,6 +56,9 @@ def test_every_case_runs_and_counts():
         found["hybrid step"]["ms"] / found["hybrid step"]["rows_copy_ms"]
     )
     assert found["KDA forward"]["vs_fla"] > 0
+    step = found["KDA step of 2 sequences"]
+    assert step["gb_s"] == pytest.approx(8 * 2 * 2 * 64 * 64 / step["ms"] / 1e6)
+    assert step["of_copy"] == pytest.approx(step["gb_s"] / found["device copy"]["gb_s"])
 
 
 def test_every_target_is_judged_from_the_rows():

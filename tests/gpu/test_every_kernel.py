@@ -58,12 +58,16 @@ def codes(rng, device, dtype, dim):
     if dtype != F32:
         test_coded_rows.test_decode(rng, device, dtype, dim, 4)
         test_coded_rows.test_positions_windows_and_options(rng, device, dtype, dim)
+        test_coded_rows.test_prefill(rng, device, dtype, dim, 1)
+        if dim < 256:
+            test_coded_rows.test_blocks_of_codes(rng, device, 64, dtype, dim)
 
 
 def recurrence(rng, device, dtype, dim):
     for delta in (True, False):
-        arrays = test_chunked_recurrence.arrays(rng, dtype, heads=1, length=18, dim=dim, delta=delta)
-        test_chunked_recurrence.check(device, *arrays)
+        for length in (2, 18):
+            arrays = test_chunked_recurrence.arrays(rng, dtype, heads=1, length=length, dim=dim, delta=delta)
+            test_chunked_recurrence.check(device, *arrays)
 
 
 class Recorder(EmulatorDevice):

@@ -32,28 +32,32 @@ def over_rows(device, q, k, v, rows, lengths=None, **options):
     """Over lists `[B, Hkv, n]`, of which the first `lengths` count."""
     there = {name: placed(device, x) for name, x in options.items()}
     if device is CPU:
-        counts = [rows.shape[2]] * len(rows) if lengths is None else lengths
-        lists = [rows[b, h, :n] for b, n in enumerate(counts) for h in range(rows.shape[1])]
+        counts = np.full(rows.shape[:2], rows.shape[2]) if lengths is None else per_head(lengths, rows.shape[1])
+        lists = [rows[b, h, :n] for (b, h), n in np.ndenumerate(counts)]
         return la.dense.listed_attention(q, k, v, lists, return_lse=True, **there)
     more = () if lengths is None else (put(device, lengths),)
     placed_rows = [x if isinstance(x, gpu.CodedRows) else put(device, x) for x in (q, k, v)]
     return gpu.index_sparse_attention(*placed_rows, put(device, rows), *more, return_lse=True, device=device, **there)
 
 
+def per_head(lengths, heads):
+    """Lengths `[B]` or `[B, H]` as the latter."""
+    return np.broadcast_to(np.reshape(lengths, (len(lengths), -1)), (len(lengths), heads))
+
+
 def chosen_by(rows, lengths, heads, keys):
     """Lists as a mask `[B, Hq, 1, Lk]`."""
     mask = np.zeros((len(rows), rows.shape[1], 1, keys), bool)
-    for b, n in enumerate(lengths):
-        for h, one in enumerate(rows[b]):
-            mask[b, h, 0, one[:n]] = True
+    for (b, h), n in np.ndenumerate(per_head(lengths, rows.shape[1])):
+        mask[b, h, 0, rows[b, h, :n]] = True
     return np.repeat(mask, heads // rows.shape[1], axis=1)
 
 
 def row_lists(rng, kv_heads, keys, most, lengths):
     """Rows in any order; beyond the lengths nothing is read."""
     lists = np.stack([[rng.permutation(keys)[:most] for _ in range(kv_heads)] for _ in lengths]).astype(np.int32)
-    for one, n in zip(lists, lengths, strict=True):
-        one[:, n:] = -1
+    for (b, h), n in np.ndenumerate(per_head(lengths, kv_heads)):
+        lists[b, h, n:] = -1
     return lists
 
 
@@ -67,6 +71,33 @@ def test_rows_are_read_where_they_lie(rng, anywhere, dtype, group, dim):
     out, lse = over_rows(anywhere, q, k, v, lists, lengths)
     check(anywhere, q, k, v, out, lse, seen=chosen_by(lists, lengths, 2 * group, 90))
     assert np.isneginf(get(lse)[2]).all() and not get(out)[2].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("group", "dim"), [(1, 64), (8, 64), (4, 128), (2, 256)])
+def test_lists_of_a_length_per_head(rng, anywhere, dtype, group, dim):
+    """None, one, in the middle of a split and more than one split, side by side."""
+    lengths = np.array([[0, 300], [17, 1]], np.int32)
+    q, k, v = arrays(rng, dtype, batch=2, heads=2 * group, kv_heads=2, rows=1, keys=310, dim=dim)
+    lists = row_lists(rng, 2, 310, 300, lengths)
+    out, lse = over_rows(anywhere, q, k, v, lists, lengths)
+    check(anywhere, q, k, v, out, lse, seen=chosen_by(lists, lengths, 2 * group, 310))
+    assert np.isneginf(get(lse)[0, :group]).all() and not get(out)[0, :group].any()
+    sinks = rng.standard_normal(2 * group).astype(np.float32)
+    out, lse = over_rows(anywhere, q, k, v, lists, lengths, softcap=2.0, sinks=sinks)
+    check(anywhere, q, k, v, out, lse, seen=chosen_by(lists, lengths, 2 * group, 310), softcap=2.0, sinks=sinks)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_lists_of_codes_of_a_length_per_head(rng, device, dtype):
+    lengths = np.array([[70, 5], [0, 33]], np.int32)
+    q, k, v = arrays(rng, dtype, batch=2, heads=8, kv_heads=2, rows=1, keys=90, dim=64)
+    (keys, k_decoded), (values, v_decoded) = coded(device, k), coded(device, v)
+    lists = row_lists(rng, 2, 90, 70, lengths)
+    out, lse = (get(x) for x in over_rows(device, q, keys, values, lists, lengths))
+    seen = chosen_by(lists, lengths, 8, 90)
+    expected, expected_lse = reference.attention(q, k_decoded, v_decoded, return_lse=True, mask=seen)
+    tolerances.device_coded_attention(q, k_decoded, v_decoded).check(out, expected, lse, expected_lse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -214,12 +245,15 @@ class TestBadInput:
             ((over,), ValueError, "rows: got numbers from 0 to 8, expected 0 to 7"),
             ((below,), ValueError, "rows: got numbers from -1 to 0, expected 0 to 7"),
             ((rows.tolist(), [4, 5]), ValueError, "lengths: got numbers from 4 to 5, expected 0 to 4"),
-            ((rows, np.zeros(3, int)), ValueError, r"lengths: got shape \(3,\), expected \[2\]"),
+            ((rows, np.zeros(3, int)), ValueError, r"lengths: got shape \(3,\), expected \[2\] or \[2, 2\]"),
+            ((rows, np.full((2, 2), 5)), ValueError, "lengths: got numbers from 5 to 5, expected 0 to 4"),
+            ((over, np.array([[4, 4], [4, 3]])), ValueError, "rows: got numbers from 0 to 8, expected 0 to 7"),
             ((rows * 0.5,), TypeError, "rows: got dtype float64, expected integers"),
         ):
             with pytest.raises(error, match=message):
                 gpu.index_sparse_attention(q, k, v, *given, device=device)
-        gpu.index_sparse_attention(q, k, v, over, np.array([4, 3]), device=device)  # what does not count is not read
+        for lengths in (np.array([4, 3]), np.array([[4, 4], [3, 4]])):  # what does not count is not read
+            gpu.index_sparse_attention(q, k, v, over, lengths, device=device)
         with pytest.raises(ValueError, match="q: got 17 rows per KV head, expected at most 16"):
             gpu.index_sparse_attention(np.repeat(q, 17, 2), k, v, rows, device=device)
 

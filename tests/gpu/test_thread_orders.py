@@ -79,8 +79,9 @@ def neighbourhood(rng, dtype, device):
 
 def recurrence(rng, dtype, device):
     for delta in (True, False):
-        given = test_chunked_recurrence.arrays(rng, dtype, length=35, delta=delta)
-        yield from gpu.chunked_recurrence(*given, device=device)
+        for length in (3, 35):
+            given = test_chunked_recurrence.arrays(rng, dtype, length=length, delta=delta)
+            yield from gpu.chunked_recurrence(*given, device=device)
 
 
 FAMILIES = (hashes, signatures, codes, attention, packed, lists, merges, neighbourhood, recurrence)

@@ -111,6 +111,7 @@ class Shapes:
     chosen: int = _CHOSEN
     grid: tuple[int, int] = (128, 15)  # side and window
     recurrence: tuple[tuple[int, int], ...] = ((96, 8192), (32, 16384))  # heads and length
+    steps: tuple[tuple[int, int], ...] = ((1, 32), (64, 32))  # sequences and heads
 
 
 QUICK = Shapes(
@@ -123,6 +124,7 @@ QUICK = Shapes(
     chosen=16,
     grid=(10, 3),
     recurrence=((2, 40),),
+    steps=((2, 2),),
 )
 
 
@@ -242,6 +244,10 @@ def cases(bench: Bench, runner: Runner, shapes: Shapes, budget: Budget | None = 
         (f"KDA, {case[1]} rows", partial(_recurrence, bench, runner, rng, case, shapes.head_dim))
         for case in shapes.recurrence
     ]
+    later += [
+        (f"KDA step, {case[0]} sequences", partial(_step, bench, runner, rng, case, shapes.head_dim, bandwidth))
+        for case in shapes.steps
+    ]
     later.append(("hybrid", partial(_hybrid, bench, runner, rng, shapes)))
     later.append(("neighbourhood", partial(_neighbourhood, bench, runner, rng, shapes)))
     for name, measured in later:
@@ -350,6 +356,24 @@ def _recurrence(bench: Bench, runner: Runner, rng: np.random.Generator, case: tu
     if "fla" in found:
         row |= {"peer_ms": 1e3 * found["fla"][0], "vs_fla": found["fla"][0] / times[0]}
     return [row]
+
+
+def _step(
+    bench: Bench, runner: Runner, rng: np.random.Generator, case: tuple[int, int], dim: int, bandwidth: float
+) -> list[Row]:
+    """One token of Kimi delta attention from a state: that is read once and written once."""
+    batch, heads = case
+    q, k, v = (_random(runner, rng, batch, heads, 1, dim) for _ in "qkv")
+    gates = runner.put(np.float32(-0.05) * rng.standard_exponential((batch, heads, 1, dim), np.float32))
+    rates = runner.put(rng.uniform(0, 1, (batch, heads, 1)).astype(np.float32))
+    state = runner.put(rng.standard_normal((batch, heads, dim, dim), np.float32))
+    call = {
+        "step": lambda: gpu.chunked_recurrence(q, k, v, gates, rates, initial_state=state, device=runner.device),
+    }
+    times = _times(bench, runner, call)["step"]
+    speed = 8 * batch * heads * dim * dim / times[0] / 1e9
+    row = {"case": f"KDA step of {batch} sequences", "heads": f"{heads}/{heads}", "head_dim": dim, "dtype": "bfloat16"}
+    return [{**row, **_columns(times), "gb_s": speed, "of_copy": speed / bandwidth}]
 
 
 def _hybrid(bench: Bench, runner: Runner, rng: np.random.Generator, shapes: Shapes) -> list[Row]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from collections.abc import Collection, Mapping
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from longattn._arrays import Array
 from longattn._checks import (
     bias_scores,
     flag,
@@ -23,10 +23,11 @@ from longattn._checks import (
     softcap_value,
     window_sides,
 )
+from longattn._score_options import PackedScoreOptions, ScoreOptions, check_names
 
 
 class Options(TypedDict, total=False):
-    """What differs from plain softmax attention; names are those of the arguments.
+    """What differs from plain softmax attention, as the compiled module takes it; names are those of the arguments.
 
     Arrays of floats are float32, for float64 queries float64, but for what a state holds.
     """
@@ -49,38 +50,26 @@ class Options(TypedDict, total=False):
 
 
 #: Options that `longattn.gpu` takes; all others must be as they are by default.
-ON_GPU = frozenset(
-    {
-        "causal",
-        "window",
-        "scale",
-        "softcap",
-        "bias",
-        "mask",
-        "alibi_slopes",
-        "sinks",
-        "relative_bias",
-        "relative_zero",
-        "segments",
-        "visible_until",
-        "state",
-    }
-)
+ON_GPU = frozenset({*ScoreOptions.__annotations__, "state"})
 
 
-def gpu_options(**given: Any) -> dict[str, Any]:
-    """The options of a call on arrays of a GPU, for the function of `longattn.gpu` of the same name.
+def gpu_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a call's options that `longattn.gpu` takes.
 
     Raises:
         ValueError: an option that is not offered there is not off.
     """
     taken = {name: value for name, value in given.items() if name in ON_GPU}
-    for name, value in given.items():
-        off = value is None or (isinstance(value, bool | int | float) and not value)
-        if name not in ON_GPU and not off:
+    refuse_on_gpu(taken, **{name: value for name, value in given.items() if name not in ON_GPU})
+    return taken
+
+
+def refuse_on_gpu(taken: Collection[str], **refused: object) -> None:
+    """ValueError where an option that is not offered for arrays of a GPU is not off; `taken`: those that are."""
+    for name, value in refused.items():
+        if value is not None and not (isinstance(value, bool | int | float) and not value):
             offered = ", ".join(sorted(taken))
             raise ValueError(f"{name}: not offered for arrays of a GPU, where options are {offered}")
-    return taken
 
 
 def is_array(x: object) -> bool:
@@ -94,52 +83,44 @@ def score_options(
     *,
     span: int,
     dtype: DTypeLike = np.float32,
-    causal: object = False,
-    window: object = (-1, -1),
-    scale: object = None,
-    softcap: object = 0.0,
-    bias: Array | None = None,
-    mask: Array | None = None,
-    alibi_slopes: Array | None = None,
-    sinks: Array | None = None,
-    relative_bias: Array | None = None,
-    relative_zero: object = None,
-    segments: object = None,
-    visible_until: Array | None = None,
     skip_threshold: object = 0.0,
+    **given: Unpack[ScoreOptions],
 ) -> Options:
     """Options of queries of shape `[..., Hq, Lq, D]` over `keys` keys, for arithmetic in `dtype`.
 
     Distances stay below `span`.
     """
+    check_names(given)
     *outer, heads, length, dim = shape
     batch = outer[0] if outer else 1
     rows = shape[:-1]
+    scale = given.get("scale")
     options: Options = {"scale": row_scales(scale, rows, dtype) if is_array(scale) else scale_factor(scale, dim)}
-    if flag(causal, "causal"):
+    if flag(given.get("causal", False), "causal"):
         options["causal"] = True
-    sides = window_sides(window, span)
+    sides = window_sides(given.get("window", (-1, -1)), span)
     if sides != (-1, -1):
         options["window"] = sides
-    cap = softcap_value(softcap)
+    cap = softcap_value(given.get("softcap", 0.0))
     if cap:
         options["softcap"] = cap
-    if bias is not None:
+    if (bias := given.get("bias")) is not None:
         options["bias"] = bias_scores(bias, (*rows, keys), dtype)
-    if mask is not None:
+    if (mask := given.get("mask")) is not None:
         options["mask"] = mask_scores(mask, (*rows, keys))
-    if alibi_slopes is not None:
-        options["alibi_slopes"] = slopes_per_head(alibi_slopes, shape[:-2], dtype)
-    if sinks is not None:
+    if (slopes := given.get("alibi_slopes")) is not None:
+        options["alibi_slopes"] = slopes_per_head(slopes, shape[:-2], dtype)
+    if (sinks := given.get("sinks")) is not None:
         options["sinks"] = per_head(sinks, "sinks", heads, dtype)
-    if relative_bias is not None:
-        options["relative_bias"], options["relative_zero"] = relative_table(relative_bias, relative_zero, heads, dtype)
-    elif relative_zero is not None:
-        raise ValueError(f"relative_zero: got {relative_zero!r} without relative_bias, expected both or neither")
-    if segments is not None:
+    table, zero = given.get("relative_bias"), given.get("relative_zero")
+    if table is not None:
+        options["relative_bias"], options["relative_zero"] = relative_table(table, zero, heads, dtype)
+    elif zero is not None:
+        raise ValueError(f"relative_zero: got {zero!r} without relative_bias, expected both or neither")
+    if (segments := given.get("segments")) is not None:
         options["segments"] = segment_ids(segments, batch, length, keys)
-    if visible_until is not None:
-        options["visible_until"] = key_ends(visible_until, batch, keys)
+    if (until := given.get("visible_until")) is not None:
+        options["visible_until"] = key_ends(until, batch, keys)
     skip = skip_fraction(skip_threshold)
     if skip:
         options["skip_threshold"] = skip
@@ -147,18 +128,16 @@ def score_options(
 
 
 def packed_options(
-    shape: tuple[int, ...], keys: int, *, scale: object = None, alibi_slopes: Array | None = None, **options: Any
+    shape: tuple[int, ...], keys: int, *, skip_threshold: object = 0.0, **given: Unpack[PackedScoreOptions]
 ) -> Options:
     """Options of packed queries `[Tq, Hq, D]`: one query row stands for all, as nothing differs between them."""
+    check_names(given, PackedScoreOptions)
     total, heads, dim = shape
-    return score_options(
-        (heads, 1, dim),
-        keys,
-        span=total + keys,
-        scale=per_head(scale, "scale", heads) if is_array(scale) else scale,
-        alibi_slopes=None if alibi_slopes is None else per_head(alibi_slopes, "alibi_slopes", heads),
-        **options,
-    )
+    if is_array(scale := given.get("scale")):
+        given["scale"] = per_head(scale, "scale", heads)
+    if (slopes := given.get("alibi_slopes")) is not None:
+        given["alibi_slopes"] = per_head(slopes, "alibi_slopes", heads)
+    return score_options((heads, 1, dim), keys, span=total + keys, skip_threshold=skip_threshold, **given)
 
 
 def arrays_of(options: Options) -> dict[str, NDArray[Any]]:

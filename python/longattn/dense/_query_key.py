@@ -10,23 +10,8 @@ from numpy.typing import NDArray
 
 from longattn._arrays import Array, CodedRows, as_numpy
 from longattn._checks import check_float_storage, check_floating, check_heads
+from longattn._score_options import check_names
 from longattn.dense._options import Options, score_options
-
-#: The options of `attention` that say what the weights are.
-_NAMES = (
-    "causal",
-    "window",
-    "scale",
-    "softcap",
-    "bias",
-    "mask",
-    "alibi_slopes",
-    "sinks",
-    "relative_bias",
-    "relative_zero",
-    "segments",
-    "visible_until",
-)
 
 
 def query_key_inputs(q: Array, k: Array) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -51,9 +36,7 @@ def query_key_inputs(q: Array, k: Array) -> tuple[NDArray[Any], NDArray[Any]]:
 
 def weight_options(qn: NDArray[Any], kn: NDArray[Any], options: Mapping[str, Any]) -> Options:
     """The options as the compiled module takes them."""
-    for name in options:
-        if name not in _NAMES:
-            raise TypeError(f"{name}: got an option that does not exist here, expected some of {', '.join(_NAMES)}")
+    check_names(options)
     keys = kn.shape[-2]
     return score_options(qn.shape, keys, span=qn.shape[-2] + keys, **options)
 

@@ -17,7 +17,8 @@ import numpy as np
 from longattn import _core
 from longattn._arrays import FLOAT64, Array
 from longattn._checks import arithmetic, batched, carried_state, dense_inputs, flag, result_array, returned
-from longattn.dense._options import arrays_of, gpu_options, score_options
+from longattn._score_options import ScoreOptions
+from longattn.dense._options import ON_GPU, arrays_of, refuse_on_gpu, score_options
 from longattn.gpu import attention as attention_on_gpu
 from longattn.gpu import is_on_gpu
 from longattn.methods import Method
@@ -130,33 +131,7 @@ def attention(
         >>> out.shape, lse.shape
         ((1, 8, 1, 64), (1, 8, 1))
     """
-    if is_on_gpu(q):
-        on_gpu = gpu_options(
-            causal=causal,
-            window=window,
-            scale=scale,
-            softcap=softcap,
-            bias=bias,
-            mask=mask,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            relative_bias=relative_bias,
-            relative_zero=relative_zero,
-            segments=segments,
-            visible_until=visible_until,
-            skip_threshold=skip_threshold,
-            qk_int8=qk_int8,
-            state=state,
-            out=out,
-        )
-        return attention_on_gpu(q, k, v, return_lse=return_lse, **on_gpu)
-    qn, kn, vn = dense_inputs(q, k, v, codes=True)
-    keys, dtype = kn.shape[-2], arithmetic(qn)
-    options = score_options(
-        qn.shape,
-        keys,
-        span=qn.shape[-2] + keys,
-        dtype=dtype,
+    given = ScoreOptions(
         causal=causal,
         window=window,
         scale=scale,
@@ -169,7 +144,14 @@ def attention(
         relative_zero=relative_zero,
         segments=segments,
         visible_until=visible_until,
-        skip_threshold=skip_threshold,
+    )
+    if is_on_gpu(q):
+        refuse_on_gpu(ON_GPU, skip_threshold=skip_threshold, qk_int8=qk_int8, out=out)
+        return attention_on_gpu(q, k, v, state=state, return_lse=return_lse, **given)
+    qn, kn, vn = dense_inputs(q, k, v, codes=True)
+    keys, dtype = kn.shape[-2], arithmetic(qn)
+    options = score_options(
+        qn.shape, keys, span=qn.shape[-2] + keys, dtype=dtype, skip_threshold=skip_threshold, **given
     )
     return_lse = flag(return_lse, "return_lse")
     shape = (*qn.shape[:-1], vn.shape[-1])

@@ -9,7 +9,8 @@ import numpy as np
 from longattn import _core
 from longattn._arrays import Array
 from longattn._checks import carried_state, flag, packed_inputs, result_array, returned
-from longattn.dense._options import arrays_of, gpu_options, packed_options
+from longattn._score_options import PackedScoreOptions
+from longattn.dense._options import arrays_of, packed_options, refuse_on_gpu
 from longattn.gpu import attention_varlen as attention_varlen_on_gpu
 from longattn.gpu import is_on_gpu
 from longattn.methods import Method
@@ -79,25 +80,7 @@ def attention_varlen(
         >>> la.attention_varlen(q, k, v, np.array([0, 2, 5]), np.array([0, 2, 5]), causal=True).shape
         (5, 2, 4)
     """
-    if is_on_gpu(q):
-        on_gpu = gpu_options(
-            causal=causal,
-            window=window,
-            scale=scale,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            relative_bias=relative_bias,
-            relative_zero=relative_zero,
-            skip_threshold=skip_threshold,
-            state=state,
-            out=out,
-        )
-        return attention_varlen_on_gpu(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=return_lse, **on_gpu)
-    qn, kn, vn, cu_q, cu_k = packed_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    options = packed_options(
-        qn.shape,
-        kn.shape[0],
+    given = PackedScoreOptions(
         causal=causal,
         window=window,
         scale=scale,
@@ -106,8 +89,12 @@ def attention_varlen(
         sinks=sinks,
         relative_bias=relative_bias,
         relative_zero=relative_zero,
-        skip_threshold=skip_threshold,
     )
+    if is_on_gpu(q):
+        refuse_on_gpu([*given, "state"], skip_threshold=skip_threshold, out=out)
+        return attention_varlen_on_gpu(q, k, v, cu_seqlens_q, cu_seqlens_k, state=state, return_lse=return_lse, **given)
+    qn, kn, vn, cu_q, cu_k = packed_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    options = packed_options(qn.shape, kn.shape[0], skip_threshold=skip_threshold, **given)
     return_lse = flag(return_lse, "return_lse")
     total_q, heads, _ = qn.shape
     shape = (total_q, heads, vn.shape[2])

@@ -22,6 +22,7 @@ from longattn._checks import (
     softcap_value,
 )
 from longattn.gpu import index_sparse_attention, is_on_gpu
+from longattn.gpu._checks import listed_rows
 
 
 def listed_attention(
@@ -64,8 +65,8 @@ def listed_attention(
     Cost:
         `Hq * Lq * n * (D + Dv)` multiply-adds; each listed row is read once per query row of its group.
 
-    Arrays of a GPU go to `longattn.gpu.index_sparse_attention`: at most 16 rows per KV head, lists of one length, no
-    `out`. Lists that lie there, `[B, Hkv, n]`, are looked at first, which waits for them.
+    Arrays of a GPU go to `longattn.gpu.index_sparse_attention`: at most 16 rows per KV head, no `out`.
+    Lists that lie there, `[B, Hkv, n]`, are looked at first, which waits for them.
 
     Example:
         >>> import numpy as np, longattn as la
@@ -105,13 +106,8 @@ def _on_gpu(q: Any, k: Any, v: Any, rows: Any, taken: dict[str, Any]) -> Any:
         return index_sparse_attention(q, k, v, rows, check=True, **taken)
     if is_on_gpu(rows):
         raise ValueError(f"rows: got shape {tuple(rows.shape)}, expected [B, Hkv, n] on a GPU")
-    heads = tuple(k.shape[:2])
-    lists = _lists(rows, heads, k.shape[2])
-    counts = {len(one) for one in lists}
-    if len(counts) > 1:
-        raise ValueError(f"rows: got lists of {min(counts)} to {max(counts)} rows, expected one length on a GPU")
-    each = np.array(lists, np.int32).reshape(*heads, -1 if lists and counts != {0} else 0)
-    return index_sparse_attention(q, k, v, each, **taken)
+    heads = int(k.shape[0]), int(k.shape[1])
+    return index_sparse_attention(q, k, v, *listed_rows(_lists(rows, heads, k.shape[2]), heads), **taken)
 
 
 def _lists(rows: Any, heads: tuple[int, ...], keys: int) -> list[NDArray[np.uint32]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -98,7 +98,7 @@ def sequence_ends(device: Device, bounds: Any, name: str, total: int) -> NDArray
 def check_listed(
     device: Device, rows: Any, lengths: Any, heads: tuple[int, int], keys: int, *, check: bool = False
 ) -> None:
-    """Lists of rows `[B, Hkv, n]` of `keys` keys, of which the first `lengths` `[B]` count.
+    """Lists of rows `[B, Hkv, n]` of `keys` keys, of which the first `lengths` `[B]` or `[B, Hkv]` count.
 
     Numbers are looked at on the host, and with `check` those on the device too.
 
@@ -109,17 +109,25 @@ def check_listed(
     shape = _shape(rows)
     if len(shape) != 3 or shape[:2] != heads:
         raise ValueError(f"rows: got shape {shape}, expected [{heads[0]}, {heads[1]}, n]")
-    if lengths is not None and _shape(lengths) != heads[:1]:
-        raise ValueError(f"lengths: got shape {_shape(lengths)}, expected [{heads[0]}]")
-    counts = np.full(heads[0], shape[2])
+    if lengths is not None and _shape(lengths) not in (heads[:1], heads):
+        raise ValueError(f"lengths: got shape {_shape(lengths)}, expected [{heads[0]}] or {list(heads)}")
+    counts = np.full(heads, shape[2])
     if lengths is not None:
         if not (check or _is_on_host(lengths)):
             return
-        counts = _integers(device, lengths, "lengths", shape[2] + 1)
+        given = _integers(device, lengths, "lengths", shape[2] + 1)
+        counts = np.broadcast_to(given.reshape(heads[0], -1), heads)
     if check or _is_on_host(rows):
-        of_rows = _on_host(device, rows)
-        for one, count in zip(of_rows, counts, strict=True):
-            _integers(device, one[:, :count], "rows", keys)
+        _integers(device, _on_host(device, rows)[np.arange(shape[2]) < counts[..., None]], "rows", keys)
+
+
+def listed_rows(lists: Sequence[NDArray[Any]], shape: tuple[int, int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Lists of a batch and its heads as `[B, H, n]`, filled up with 0, and their lengths `[B, H]`."""
+    counts = np.array([len(one) for one in lists], np.int32)
+    padded = np.zeros((len(lists), counts.max(initial=0)), np.int32)
+    for row, one in zip(padded, lists, strict=True):
+        row[: len(one)] = one
+    return padded.reshape(*shape, -1) if counts.any() else padded.reshape(*shape, 0), counts.reshape(shape)
 
 
 def check_blocks(

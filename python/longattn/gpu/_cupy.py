@@ -15,6 +15,7 @@ from longattn._arrays import BFLOAT16, as_numpy
 from longattn.gpu._device import INSTALL, Launch, View, not_on_gpu
 from longattn.gpu._sources import source
 
+_ANY_DIRECTION = 4  # cudaMemcpyDefault
 _DEFAULT_SHARED = 48 << 10  # a kernel that wants more must say so before it is started
 
 
@@ -68,6 +69,7 @@ class CupyDevice:
         self._number = number
         self._of_torch = of_torch
         self._modules: dict[str, Any] = {}
+        self._side: Any = None
         attributes = cupy.cuda.Device(number).attributes
         self.processors: int = attributes["MultiProcessorCount"]
         self.shared_limit: int = attributes["MaxSharedMemoryPerBlockOptin"]
@@ -158,6 +160,38 @@ class CupyDevice:
             made = pinned.to(like.device, non_blocking=True)
             return made.view(torch.bfloat16) if brain else made
 
+    def pinned(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        """Memory of CuPy's pool of page-locked memory."""
+        import cupyx
+
+        with self.used():
+            made: NDArray[Any] = cupyx.empty_pinned(shape, BFLOAT16 if dtype == "bfloat16" else dtype)
+            return made
+
+    def copy(self, to: View | NDArray[Any], source: View | NDArray[Any]) -> None:
+        """By addresses, whose kinds the driver knows."""
+        ends = [x.address if isinstance(x, View) else x.ctypes.data for x in (to, source)]
+        size = next(x.nbytes for x in (to, source) if isinstance(x, np.ndarray))
+        with self._beside():
+            stream = self._cupy.cuda.get_current_stream()
+            self._cupy.cuda.runtime.memcpyAsync(*ends, size, _ANY_DIRECTION, stream.ptr)
+
+    def mark(self, *, side: bool = False) -> Any:
+        """An event that takes no time."""
+        with self._beside() if side else self.used():
+            event = self._cupy.cuda.Event(disable_timing=True)
+            event.record()
+            return event
+
+    def follow(self, event: Any, *, side: bool = False) -> None:
+        """On the device; the host goes on."""
+        with self._beside() if side else self.used():
+            self._cupy.cuda.get_current_stream().wait_event(event)
+
+    def wait(self, event: Any) -> None:
+        """For that event alone."""
+        event.synchronize()
+
     def seconds(self, call: Callable[[], object]) -> float:
         """By events on the caller's stream; work of the host between them counts as well."""
         with self.used():
@@ -186,6 +220,15 @@ class CupyDevice:
                 kernel(grid, block, passed, shared_mem=shared_bytes)
 
         return launch
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """This device, and a stream of its own for copies, which waits for no other."""
+        with self._cupy.cuda.Device(self._number):
+            if self._side is None:
+                self._side = self._cupy.cuda.Stream(non_blocking=True)
+            with self._side:
+                yield
 
     @contextmanager
     def used(self) -> Iterator[None]:

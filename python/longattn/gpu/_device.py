@@ -75,6 +75,21 @@ class Device(Protocol):
     def upload(self, x: NDArray[Any], like: Any) -> Any:
         """Starts a copy of a host array into a new array of the kind of `like`."""
 
+    def pinned(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        """Page-locked memory of the host, with arbitrary content."""
+
+    def copy(self, to: View | NDArray[Any], source: View | NDArray[Any]) -> None:
+        """Starts a copy between the device and page-locked memory, on a stream of copies beside the caller's."""
+
+    def mark(self, *, side: bool = False) -> Any:
+        """An event after all that was started on the caller's stream, or on that of copies."""
+
+    def follow(self, event: Any, *, side: bool = False) -> None:
+        """Makes the caller's stream, or that of copies, wait for an event."""
+
+    def wait(self, event: Any) -> None:
+        """Makes the host wait for an event."""
+
     def used(self) -> AbstractContextManager[None]:
         """Where operators of the caller's arrays (assignments, sums) are in order with kernels."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from longattn._checks import check_relative_shape, check_state_shapes, relative_entry, scale_factor, softcap_value
+from longattn._score_options import ScoreOptions, check_names
+from longattn.gpu._checks import window_ends
 from longattn.gpu._device import Device, View
 
 LOG2_E = math.log2(math.e)
@@ -50,10 +52,10 @@ class Scores:
 
     @property
     def plain(self) -> bool:
-        """Whether there is nothing but the factor."""
+        """Whether there is nothing but the factor, and that is above 0."""
         arrays = self.scales, self.slopes, self.bias, self.sinks, self.mask, self.relative, self.until
         pairs = self.segments, self.state
-        return not self.softcap and all(x is None for x in (*arrays, *pairs))
+        return self.factor > 0 and not self.softcap and all(x is None for x in (*arrays, *pairs))
 
     def from_key(self, device: Device, first: int) -> Scores:
         """The same for keys from `first` on."""
@@ -112,53 +114,48 @@ def scores_of(
     shape: tuple[int, ...],
     keys: int,
     *,
-    scale: Any = None,
-    softcap: object = 0.0,
-    bias: Any = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    mask: Any = None,
-    relative_bias: Any = None,
-    relative_zero: object = None,
-    segments: Any = None,
-    visible_until: Any = None,
     state: Any = None,
     out_shape: tuple[int, ...] | None = None,
-) -> Scores:
-    """The options of queries of this shape over `keys` keys; `out_shape`: of a packed output.
+    **given: Unpack[ScoreOptions],
+) -> tuple[Scores, tuple[int, int]]:
+    """The options of queries of this shape over `keys` keys, and how far rows see; `out_shape`: of a packed output.
 
     Raises:
-        TypeError: an array that is not float32, or of no GPU.
+        TypeError: an array that is not float32, or of no GPU; an unknown option.
         ValueError: a shape that does not fit, or a number out of range.
     """
+    check_names(given)
     batch, heads, rows, dim = shape
+    scale: Any = given.get("scale")
     scales, factor = None, 1.0
     if hasattr(scale, "shape") and scale.shape != ():
         scales = _broadcast(device, scale, "scale", (batch, heads, rows), (((heads,), 1), ((heads, rows), 0)))
     else:
         factor = scale_factor(scale, dim)
-    slopes = None
+    slopes, alibi_slopes = None, given.get("alibi_slopes")
     if alibi_slopes is not None:
         _floats(device, alibi_slopes, "alibi_slopes")
         slopes = _broadcast(device, device.contiguous(alibi_slopes), "alibi_slopes", (batch, heads), (((heads,), 0),))
     full = batch, heads, rows, keys
+    bias = given.get("bias")
     added = None if bias is None else _over_scores(_floats(device, bias, "bias"), "bias", full)
     hidden = None
-    if mask is not None:
+    if (mask := given.get("mask")) is not None:
         of_mask = device.view(mask, "mask")
         if of_mask.dtype != "bool":
             raise TypeError(f"mask: got dtype {of_mask.dtype}, expected bool (a mask to add goes to bias)")
         hidden = _over_scores(of_mask, "mask", full)
     shares = None
-    if sinks is not None:
+    if (sinks := given.get("sinks")) is not None:
         _floats(device, sinks, "sinks")
         shares = device.view(device.contiguous(sinks), "sinks")
         if shares.shape != (heads,):
             raise ValueError(f"sinks: got shape {shares.shape}, expected ({heads},)")
-    relative, zero = _relative(device, relative_bias, relative_zero, heads)
-    return Scores(
+    relative, zero = _relative(device, given.get("relative_bias"), given.get("relative_zero"), heads)
+    segments, until = given.get("segments"), given.get("visible_until")
+    scores = Scores(
         factor * LOG2_E,
-        softcap_value(softcap) * LOG2_E,
+        softcap_value(given.get("softcap", 0.0)) * LOG2_E,
         scales,
         slopes,
         added,
@@ -167,11 +164,12 @@ def scores_of(
         relative,
         zero,
         None if segments is None else _segments(device, segments, batch, rows, keys),
-        None if visible_until is None else _rows(device, visible_until, "visible_until", batch, keys),
+        None if until is None else _rows(device, until, "visible_until", batch, keys),
         state=None
         if state is None
         else _state(device, state, out_shape or shape, shape[:3] if out_shape is None else shape[1:3]),
     )
+    return scores, window_ends(given.get("causal", False), given.get("window", (-1, -1)), rows + keys)
 
 
 def _floats(device: Device, x: Any, name: str) -> View:

@@ -16,8 +16,10 @@ _FILES = {
     "neighbourhood_f32": ("attention.cuh", "prefill_f32.cuh", "neighbourhood.cuh", "neighbourhood_f32.cu"),
     "prefill": ("attention.cuh", "ranges.cuh", "prefill.cuh", "prefill.cu"),
     "prefill_f32": ("attention.cuh", "ranges.cuh", "prefill_f32.cuh", "prefill_f32.cu"),
+    "prefill_int8": ("attention.cuh", "ranges.cuh", "prefill.cuh", "prefill_int8.cu"),
     "recurrence": ("recurrence.cu",),
     "recurrence_f32": ("recurrence_f32.cu",),
+    "recurrence_step": ("recurrence_step.cu",),
     "signatures": ("choice.cuh", "signatures.cu"),
 }
 #: Sources that are compiled a second time for options of scores, so that these cost nothing where there are none, and
@@ -29,6 +31,7 @@ _WITH_OPTIONS = {
     "neighbourhood_f32": 2,
     "prefill": 1,
     "prefill_f32": 1,
+    "prefill_int8": 1,
 }
 _OPTIONS = "_options"
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
+from longattn._score_options import PackedScoreOptions, ScoreOptions, check_names
 from longattn.gpu._checks import (
     attention_views,
     check_blocks,
@@ -16,7 +17,6 @@ from longattn.gpu._checks import (
     heads_view,
     packed_view,
     sequence_ends,
-    window_ends,
 )
 from longattn.gpu._device import KERNEL_DTYPES, Device, Launch, View, device_of
 from longattn.gpu._scores import Scores, scores_of
@@ -30,6 +30,7 @@ DECODE_ROWS = 16
 BLOCK_KEYS = 64
 
 _DECODE_THREADS = 128
+_PREFILL_THREADS = 128
 _WIDE = 128  # wider rows have two stages of copies
 _DECODE_STAGES = 3
 _CODED_STAGES = 4
@@ -42,50 +43,30 @@ def attention(
     k: Any,
     v: Any,
     *,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    scale: Any = None,
-    softcap: float = 0.0,
-    bias: Any = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    mask: Any = None,
-    relative_bias: Any = None,
-    relative_zero: int | None = None,
-    segments: tuple[Any, Any] | None = None,
-    visible_until: Any = None,
     state: tuple[Any, Any] | None = None,
     return_lse: bool = False,
     out_dtype: str | None = None,
     device: Device | None = None,
+    **options: Unpack[ScoreOptions],
 ) -> Any:
     """Softmax attention on a GPU, as `longattn.attention`.
 
     Args:
         q: queries `[B, Hq, Lq, D]`, a CuPy array or a torch CUDA tensor; float32, float16 or bfloat16; D is 64, 128
             or 256.
-        k: keys `[B, Hkv, Lk, D]`, dtype of `q`; or `CodedRows` for float16 or bfloat16 queries, of which a KV head has
-            at most 16 rows then.
+        k: keys `[B, Hkv, Lk, D]`, dtype of `q`; or `CodedRows` for float16 or bfloat16 queries. More than 16 query rows
+            per KV head read them as numbers of that dtype.
         v: values, the shape of `k`; `CodedRows` where the keys are.
-        causal: a query sees only keys at its own position and before; the last query is at the last key.
-        window: `(left, right)`, -1 unbounded.
-        scale: factor on the dot products; `None` is `D ** -0.5`. A float32 array `[Hq]`, `[Hq, Lq]` or `[B, Hq, Lq]`
-            on the device has one factor per head or per query row.
-        softcap: `c > 0` turns each scaled logit `s` into `c * tanh(s / c)`; 0 is off.
-        bias: float32 array that broadcasts to `[B, Hq, Lq, Lk]`, added to the logits after `softcap`, by any strides.
-        alibi_slopes: float32 `[Hq]` or `[B, Hq]`; adds `-slope * |query position - key position|`.
-        sinks: float32 `[Hq]`: one more logit per head, which takes its share of the softmax.
-        mask: boolean array that broadcasts as `bias`, by any strides; True lets the query see the key.
-        relative_bias: float32 `[Hq, n]`: adds `relative_bias[h, clip(key - position + relative_zero, 0, n - 1)]`.
-        relative_zero: the entry of the key at the query's own position; `None` is `n - 1`.
-        segments: pair of int32 `[Lq]` or `[B, Lq]` and `[Lk]` or `[B, Lk]`: a query sees keys of its own number.
-        visible_until: int32 `[Lk]` or `[B, Lk]`: only positions below `visible_until[j]` see key `j`.
         state: pair `(o, lse)` of an earlier part over other keys, float32 `[B, Hq, Lq, D]` and `[B, Hq, Lq]`, which
             enters the softmax. Rows with an lse of -inf count as nothing, whatever their `o` holds.
         return_lse: also return the log-sum-exp `[B, Hq, Lq]`, float32, natural log, sinks and state included.
         out_dtype: dtype of the output, "float32" for a part that is merged later; `None` is that of `q`, and the only
             one for more than 16 rows per KV head.
         device: the back end; `None` is that of `q`.
+        options: `causal`, `window`, `scale`, `softcap`, `bias`, `mask`, `alibi_slopes`, `sinks`, `relative_bias`,
+            `relative_zero`, `segments` and `visible_until`, which mean what they mean there. Arrays are on the device:
+            `mask` bool, `segments` and `visible_until` int32, the others, one for `scale` among them, float32; `bias`
+            and `mask` by any strides.
 
     Returns:
         `out` in the kind and shape of `q`, or `(out, lse)`. A row that sees no key gives 0 and -inf where there are
@@ -106,28 +87,10 @@ def attention(
     coded = _is_coded(k, v)
     queries, keys, values = _coded(device, q, k, v) if coded else attention_views(device, q, k, v)
     rows, length = queries.shape[2], keys.shape[2]
-    ends = window_ends(causal, window, rows + length)
-    scores = scores_of(
-        device,
-        queries.shape,
-        length,
-        scale=scale,
-        softcap=softcap,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        mask=mask,
-        relative_bias=relative_bias,
-        relative_zero=relative_zero,
-        segments=segments,
-        visible_until=visible_until,
-        state=state,
-    )
+    scores, ends = scores_of(device, queries.shape, length, state=state, **options)
     split = queries.shape[1] // keys.shape[1] * rows <= DECODE_ROWS and length > 0
     if out_dtype not in ((None, *KERNEL_DTYPES) if split else (None, queries.dtype)):
         raise ValueError(f"out_dtype: got {out_dtype!r}, expected {queries.dtype} for these shapes")
-    if coded and not split and length:
-        raise ValueError(f"q: got {queries.shape} over coded keys, expected at most {DECODE_ROWS} rows per KV head")
     out, lse, results = _results(device, queries, out_dtype or queries.dtype)
     if math.prod(queries.shape) == 0:
         return (out, lse) if return_lse else out
@@ -142,7 +105,8 @@ def attention(
         ends = (-1 if rows == 1 else ends[0]), ends[1]
         _decode(device, queries, keys, values, results, scores.from_key(device, first), ends, parameters=parameters)
     else:
-        _prefill(device, queries, keys, values, results, scores, ends)
+        parameters = _parameters(device, k, v) if coded else None
+        _prefill(device, queries, keys, values, results, scores, ends, parameters=parameters)
     return (out, lse) if return_lse else out
 
 
@@ -153,17 +117,10 @@ def attention_varlen(
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
     *,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    scale: Any = None,
-    softcap: float = 0.0,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    relative_bias: Any = None,
-    relative_zero: int | None = None,
     state: tuple[Any, Any] | None = None,
     return_lse: bool = False,
     device: Device | None = None,
+    **options: Unpack[PackedScoreOptions],
 ) -> Any:
     """Attention over packed sequences of different lengths on a GPU, as `longattn.attention_varlen`.
 
@@ -174,17 +131,11 @@ def attention_varlen(
         cu_seqlens_q: integers `[sequences + 1]`, where each sequence's rows begin, and their end; on the host, or on
             the device, from where they are copied, which waits for it.
         cu_seqlens_k: the same for keys.
-        causal: as of `attention`, inside each sequence.
-        window: likewise.
-        scale: as of `attention`, an array being `[Hq]`.
-        softcap: as of `attention`.
-        alibi_slopes: float32 `[Hq]`, inside each sequence.
-        sinks: as of `attention`.
-        relative_bias: as of `attention`, by distances inside each sequence.
-        relative_zero: as of `attention`.
         state: as of `attention`: `o` `[Tq, Hq, D]`, `lse` `[Hq, Tq]`.
         return_lse: also return the log-sum-exp `[Hq, Tq]`.
         device: as of `attention`.
+        options: `causal`, `window`, `scale`, `softcap`, `alibi_slopes`, `sinks`, `relative_bias` and `relative_zero` of
+            `attention`, inside each sequence; arrays for `scale` and `alibi_slopes` are `[Hq]`.
 
     Returns:
         The output `[Tq, Hq, D]` in the kind and dtype of `q`, or the pair with the log-sum-exp.
@@ -202,23 +153,15 @@ def attention_varlen(
     k_ends = sequence_ends(device, cu_seqlens_k, "cu_seqlens_k", keys.shape[2])
     if len(q_ends) != len(k_ends):
         raise ValueError(f"cu_seqlens_k: got {len(k_ends) - 1} sequences, expected {len(q_ends) - 1}")
+    check_names(options, PackedScoreOptions)
+    scale: Any = options.get("scale")
+    slopes = options.get("alibi_slopes")
     if hasattr(scale, "shape") and len(scale.shape) > 1:
         raise ValueError(f"scale: got shape {tuple(scale.shape)}, expected ({heads},)")
-    if alibi_slopes is not None and len(alibi_slopes.shape) != 1:
-        raise ValueError(f"alibi_slopes: got shape {tuple(alibi_slopes.shape)}, expected ({heads},)")
-    ends = window_ends(causal, window, total + keys.shape[2])
-    scores = scores_of(
-        device,
-        queries.shape,
-        keys.shape[2],
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        relative_bias=relative_bias,
-        relative_zero=relative_zero,
-        state=state,
-        out_shape=(total, heads, dim),
+    if slopes is not None and len(slopes.shape) != 1:
+        raise ValueError(f"alibi_slopes: got shape {tuple(slopes.shape)}, expected ({heads},)")
+    scores, ends = scores_of(
+        device, queries.shape, keys.shape[2], state=state, out_shape=(total, heads, dim), **options
     )
     out = device.empty((total, heads, dim), queries.dtype, q)
     lse = device.empty((heads, total), "float32", q)
@@ -255,7 +198,7 @@ def index_sparse_attention(
         v: values, the shape of `k`; `CodedRows` where the keys are.
         rows: integers `[B, Hkv, n]`, each in `0 .. Lk`, a list that all rows of the KV head share; on the host or on
             the device.
-        lengths: integers `[B]`, how many entries of the lists count; `None` counts all.
+        lengths: integers `[B]` or `[B, Hkv]`, how many entries of the lists count; `None` counts all.
         scale: as of `attention`.
         softcap: as of `attention`.
         sinks: as of `attention`.
@@ -283,11 +226,14 @@ def index_sparse_attention(
     if heads // kv_heads * positions > DECODE_ROWS:
         raise ValueError(f"q: got {heads // kv_heads * positions} rows per KV head, expected at most {DECODE_ROWS}")
     check_listed(device, rows, lengths, (batch, kv_heads), keys.shape[2], check=check)
-    scores = scores_of(device, queries.shape, keys.shape[2], scale=scale, softcap=softcap, sinks=sinks, state=state)
+    scores, _ = scores_of(device, queries.shape, keys.shape[2], scale=scale, softcap=softcap, sinks=sinks, state=state)
     listed = device.view(device.integers(rows, q), "rows")
-    counts = None if lengths is None else device.view(device.integers(lengths, q), "lengths")
+    counts = None
+    if lengths is not None:
+        counts = device.view(device.integers(lengths, q), "lengths")
+        counts = replace(counts, strides=(*counts.strides, 0)[:2])  # a stride of 0: the same for all heads
     out, lse, results = _results(device, queries, queries.dtype)
-    parameters = (coded_views(device, k, "k")[1], coded_views(device, v, "v")[1]) if coded else None
+    parameters = _parameters(device, k, v) if coded else None
     if math.prod(queries.shape):
         ends = -1, -1
         _decode(
@@ -304,50 +250,29 @@ def block_sparse_attention(
     blocks: Any,
     *,
     query_block: int = 64,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    scale: Any = None,
-    softcap: float = 0.0,
-    bias: Any = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    mask: Any = None,
-    relative_bias: Any = None,
-    relative_zero: int | None = None,
-    segments: tuple[Any, Any] | None = None,
-    visible_until: Any = None,
     state: tuple[Any, Any] | None = None,
     check: bool = False,
     return_lse: bool = False,
     device: Device | None = None,
+    **options: Unpack[ScoreOptions],
 ) -> Any:
     """Attention over listed blocks of 64 keys for each block of query rows.
 
     Args:
         q: queries `[B, Hq, Lq, D]`, as of `attention`.
-        k: keys `[B, Hkv, Lk, D]`.
-        v: values, the shape of `k`.
+        k: keys `[B, Hkv, Lk, D]`, or `CodedRows`, as of `attention`.
+        v: values, the shape of `k`; `CodedRows` where the keys are.
         starts: integers `[B, Hq, query blocks + 1]`: query block `i` reads `blocks[starts[i] : starts[i + 1]]`; on the
             host or on the device.
         blocks: integers `[n]`, ascending within a list.
         query_block: rows of a query block: 64, or without options of the scores 128 (16-bit dtypes with head sizes up
             to 128 only).
-        causal: as of `attention`, inside the listed blocks too.
-        window: as of `attention`.
-        scale: as of `attention`, an array being an option of the scores.
-        softcap: as of `attention`; an option of the scores, as all that follow up to `state`.
-        bias: as of `attention`.
-        alibi_slopes: as of `attention`.
-        sinks: as of `attention`.
-        mask: as of `attention`, inside the listed blocks.
-        relative_bias: as of `attention`.
-        relative_zero: as of `attention`.
-        segments: as of `attention`.
-        visible_until: as of `attention`.
         state: as of `attention`.
         check: look at lists that lie on the device too before the kernel does, which waits for them.
         return_lse: as of `attention`.
         device: as of `attention`.
+        options: as of `attention`, inside the listed blocks too. All but `causal`, `window` and a number for `scale`
+            are options of the scores, and so is `state`.
 
     Returns:
         As of `attention`; rows of a block without a list give 0 and -inf where there are neither sinks nor a state.
@@ -360,25 +285,10 @@ def block_sparse_attention(
     Cost: in proportion to the listed blocks.
     """
     device = device or device_of(q, "q")
-    queries, keys, values = attention_views(device, q, k, v)
+    coded = _is_coded(k, v)
+    queries, keys, values = _coded(device, q, k, v) if coded else attention_views(device, q, k, v)
     batch, heads, length = queries.shape[:3]
-    ends = window_ends(causal, window, length + keys.shape[2])
-    scores = scores_of(
-        device,
-        queries.shape,
-        keys.shape[2],
-        scale=scale,
-        softcap=softcap,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        mask=mask,
-        relative_bias=relative_bias,
-        relative_zero=relative_zero,
-        segments=segments,
-        visible_until=visible_until,
-        state=state,
-    )
+    scores, ends = scores_of(device, queries.shape, keys.shape[2], state=state, **options)
     offered = _prefill_rows(queries) if scores.plain else (64,)
     if query_block not in offered:
         with_what = "" if scores.plain else " with options of the scores"
@@ -394,7 +304,18 @@ def block_sparse_attention(
     out, lse, results = _results(device, queries, queries.dtype)
     if math.prod(queries.shape):
         lists = device.view(device.integers(starts, q), "starts"), device.view(device.integers(blocks, q), "blocks")
-        _prefill(device, queries, keys, values, results, scores, ends, lists=lists, query_block=query_block)
+        _prefill(
+            device,
+            queries,
+            keys,
+            values,
+            results,
+            scores,
+            ends,
+            lists=lists,
+            query_block=query_block,
+            parameters=_parameters(device, k, v) if coded else None,
+        )
     return (out, lse) if return_lse else out
 
 
@@ -413,6 +334,11 @@ def _coded(device: Device, q: Any, k: Any, v: Any) -> tuple[View, View, View]:
     (keys, _), (values, _) = coded_views(device, k, "k"), coded_views(device, v, "v")
     check_fit(queries, keys.shape, values.shape)
     return queries, keys, values
+
+
+def _parameters(device: Device, k: CodedRows, v: CodedRows) -> tuple[View, View]:
+    """Scales and offsets of codes."""
+    return coded_views(device, k, "k")[1], coded_views(device, v, "v")[1]
 
 
 def _results(device: Device, q: View, dtype: str) -> tuple[Any, Any, tuple[View, View]]:
@@ -474,17 +400,23 @@ def _decode(
         partial.pointer,
         partial_lse.pointer,
         *_strides(k, v),
+        *(np.int32(n) for n in ((0, 0) if lengths is None else lengths.strides)),
         *(np.int32(n) for n in (most, split, rows, positions, *ends)),
         np.float32(scores.factor),
         *scores.arguments(),
     )
-    for view in parameters or ():
-        arguments += (view.pointer, np.int64(view.strides[0]), np.int64(view.strides[1]))
+    arguments += _of_parameters(parameters)
     grid = (splits, kv_heads * -(-rows // block_rows), batch)
     source = "decode" if parameters is None else "decode_int8"
     source = source if plain else with_options(source)
     device.kernel(source, name)(grid, (_DECODE_THREADS,), arguments, shared)
     merge_splits(device, partial, partial_lse, *results)
+
+
+def _of_parameters(parameters: tuple[View, View] | None) -> tuple[Any, ...]:
+    """Arguments of scales and offsets: where they lie, and strides of batch and head."""
+    views = parameters or ()
+    return tuple(x for view in views for x in (view.pointer, *(np.int64(stride) for stride in view.strides[:2])))
 
 
 def _split_keys(keys: int, across: int, processors: int) -> int:
@@ -515,12 +447,17 @@ def _prefill(
     lists: tuple[View, View] | None = None,
     query_block: int | None = None,
     packed: tuple[View, View, int] | None = None,
+    parameters: tuple[View, View] | None = None,
 ) -> None:
-    """Blocks of query rows over tiles of keys; `packed`: where sequences begin, and the rows of the longest."""
+    """Blocks of query rows over tiles of keys; `packed`: where sequences begin, and the rows of the longest.
+
+    `parameters`: scales and offsets, where keys and values are codes.
+    """
     out, lse = results
     batch, heads, length, _ = q.shape
     rows = query_block or (max(_prefill_rows(q)) if scores.plain else 64)
-    kernel, threads, shared = prefill_launch(device, "prefill", q, rows, options=not scores.plain)
+    coded = parameters is not None
+    kernel, threads, shared = prefill_launch(device, "prefill", q, rows, options=not scores.plain, coded=coded)
     arguments = (
         q.pointer,
         k.pointer,
@@ -533,27 +470,33 @@ def _prefill(
         *(np.int32(n) for n in (heads // k.shape[1], length, k.shape[2], *ends)),
         np.float32(scores.factor),
         *scores.arguments(),
+        *_of_parameters(parameters),
     )
     sequences, longest = (batch, length) if packed is None else (packed[0].shape[0] - 1, packed[2])
     kernel((-(-longest // rows), heads, sequences), (threads,), arguments, shared)
 
 
-def prefill_launch(device: Device, source: str, q: View, rows: int, *, options: bool) -> tuple[Launch, int, int]:
+def prefill_launch(
+    device: Device, source: str, q: View, rows: int, *, options: bool, coded: bool = False
+) -> tuple[Launch, int, int]:
     """The kernel of a source for these queries in blocks of so many rows, its threads, and its bytes of shared memory.
+
+    `coded`: keys and values are codes.
 
     Raises:
         ValueError: more shared memory than the device has.
     """
     dim = q.shape[-1]
     if q.dtype == "float32":
-        source, threads = f"{source}_f32", 128
+        source = f"{source}_f32"
         name, shared = f"{source}_{dim}", 4 * ((64 + 32 + 32) * (dim + 4) + 64 * (32 + 4))
     else:
-        warps = rows // 16
-        name, threads = f"{source}_{KERNEL_DTYPES[q.dtype]}_{dim}_{warps}", 32 * warps
-        shared = 2 * dim * (rows + 2 * BLOCK_KEYS)
+        source = f"{source}_int8" if coded else source
+        name = f"{source}_{KERNEL_DTYPES[q.dtype]}_{dim}_{rows}"
+        # A tile for keys and one for values; or one for both, and one of codes with their scales and offsets.
+        shared = 2 * dim * rows + BLOCK_KEYS * (dim * 2 + dim + 8 if coded else 4 * dim)
     _check_shared(device, q, shared)
-    return device.kernel(with_options(source) if options else source, name), threads, shared
+    return device.kernel(with_options(source) if options else source, name), _PREFILL_THREADS, shared
 
 
 def _check_shared(device: Device, q: View, shared: int) -> None:

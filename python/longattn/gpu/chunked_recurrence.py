@@ -1,4 +1,4 @@
-"""Linear attention with gates on a GPU: one pair of kernels from plain linear attention to gated delta rules."""
+"""Linear attention with gates on a GPU, from plain linear attention to gated delta rules: by chunks, or by tokens."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ import numpy as np
 from longattn.gpu._checks import heads_view
 from longattn.gpu._device import KERNEL_DTYPES, Device, View, device_of
 
+#: Tokens up to which they are taken one by one, which needs one launch and one pass over the state.
+STEPS = 8
+
 _CHUNK = 16
 _THREADS = 128
 _COLUMNS = 64
 _COLUMNS_F32 = 32
 _WARPS = 4
 _ALIGNMENT = 16
+#: What the warps of a block of steps sum for each other, twice: two numbers a column and one more, a warp.
+_STEP_SUMS = 2 * (2 * _WARPS * _COLUMNS_F32 + _WARPS)
 
 
 def chunked_recurrence(
@@ -51,18 +56,19 @@ def chunked_recurrence(
 
     Returns:
         Output `[B, Hv, L, Dv]` in the dtype of `q`, and the state after the last row, float32 `[B, Hv, D, Dv]`. A call
-        with L = 1 and the last state is a decode step.
+        with L = 1 and the last state is a decode step. Up to 8 rows are taken one by one.
 
     Raises:
         TypeError: arrays of no GPU, or another dtype.
         ValueError: shapes that do not fit.
 
-    With float16 and bfloat16, products are those of tensor cores: what goes into them (decayed keys and queries, the
-    state as it is read) is rounded to that dtype once each; states, sums and the solve of a chunk are float32, as
-    everything is for float32 inputs.
+    With float16 and bfloat16 and more than 8 rows, products are those of tensor cores: what goes into them (decayed
+    keys and queries, the state as it is read) is rounded to that dtype once each; states, sums and the solve of a chunk
+    are float32, as everything is for float32 inputs and for up to 8 rows.
 
     Cost: `L * Dv * (3 * D + 16)` multiply-adds per head and `L * 7 * D` exponentials (16 for float32);
-        `L * (3 * D + 32) * 2` bytes of parts per value head, twice that for float32.
+        `L * (3 * D + 32) * 2` bytes of parts per value head, twice that for float32. Up to 8 rows: the state is read
+        and written once, `8 * D * Dv` bytes per value head, in one launch.
     """
     device = device or device_of(q, "q")
     queries = heads_view(device, q, "q")
@@ -84,6 +90,10 @@ def chunked_recurrence(
     state = device.empty(shape, "float32", q)
     if math.prod(shape) == 0:
         return out, state
+    if 0 < length <= STEPS:
+        results = device.view(out, "out"), device.view(state, "state")
+        _steps(device, queries, keys, values, gates, rates, initial, results, scale)
+        return out, state
     chunks = -(-length // _CHUNK)
     single = queries.dtype == "float32"
     source, name = ("recurrence_f32" if single else "recurrence"), f"{KERNEL_DTYPES[queries.dtype]}_{dim}"
@@ -96,7 +106,6 @@ def chunked_recurrence(
         columns, to_prepare = _COLUMNS, 8 * _CHUNK * (dim + 8) + 8 * _CHUNK * _CHUNK
         to_carry = 2 * (size + 2 * _CHUNK * columns)
     parts = device.view(device.empty((batch, value_heads, max(chunks, 1), size // 4), "float32", q), "parts")
-    none = np.int64(0)
     if chunks:
         device.kernel(source, f"recurrence_prepare_{name}")(
             (chunks, value_heads, batch),
@@ -108,8 +117,7 @@ def chunked_recurrence(
                 None if rates is None else rates.pointer,
                 parts.pointer,
                 *_strides(queries, keys),
-                *((none,) * 4 if gates is None else (*_strides(gates), np.int64((*gates.strides, 0)[3]))),
-                *((none,) * 3 if rates is None else _strides(rates)),
+                *_strides_of_gates(gates, rates),
                 np.int32(value_heads // heads),
                 np.int32(length),
                 np.float32(dim**-0.5 if scale is None else scale),
@@ -135,6 +143,52 @@ def chunked_recurrence(
         to_carry,
     )
     return out, state
+
+
+def _steps(
+    device: Device,
+    q: View,
+    k: View,
+    v: View,
+    gates: View | None,
+    rates: View | None,
+    initial: View | None,
+    results: tuple[View, View],
+    scale: float | None,
+) -> None:
+    """A few rows, one after another: a block for each value head and some of its columns."""
+    out, state = results
+    batch, heads, length, dim = q.shape
+    value_heads, value_dim = v.shape[1], v.shape[3]
+    aligned = value_dim * state.itemsize % _ALIGNMENT == 0
+    aligned = aligned and all(x.address % _ALIGNMENT == 0 for x in (initial, state) if x is not None)
+    device.kernel("recurrence_step", f"recurrence_step_{KERNEL_DTYPES[q.dtype]}_{dim}")(
+        (-(-value_dim // _COLUMNS_F32), value_heads, batch),
+        (_THREADS,),
+        (
+            q.pointer,
+            k.pointer,
+            None if gates is None else gates.pointer,
+            None if rates is None else rates.pointer,
+            v.pointer,
+            out.pointer,
+            None if initial is None else initial.pointer,
+            state.pointer,
+            *_strides(q, k),
+            *_strides_of_gates(gates, rates),
+            *_strides(v, out),
+            *(np.int32(n) for n in (value_heads // heads, length, value_dim, aligned)),
+            np.float32(dim**-0.5 if scale is None else scale),
+        ),
+        4 * (3 * length * dim + _STEP_SUMS),
+    )
+
+
+def _strides_of_gates(gates: View | None, rates: View | None) -> tuple[np.int64, ...]:
+    """Of batch, head, row and channel of the gates, of batch, head and row of the rates; 0 of what there is not."""
+    none = np.int64(0)
+    of_gates = (none,) * 4 if gates is None else (*_strides(gates), np.int64((*gates.strides, 0)[3]))
+    return *of_gates, *((none,) * 3 if rates is None else _strides(rates))
 
 
 def _strides(*views: View) -> tuple[np.int64, ...]:

@@ -14,6 +14,7 @@ from longattn._arrays import CodedRows
 from longattn.gpu._checks import heads_view
 from longattn.gpu._costs import Costs, measure
 from longattn.gpu._device import Device, device_of
+from longattn.gpu._staging import staging_of
 from longattn.gpu.attention import attention
 from longattn.gpu.merge import merge
 from longattn.gpu.signatures import BLOCK, SignatureCodes, signatures_encode, signatures_topk
@@ -125,6 +126,7 @@ class HostKVCache:
         self._values: Any = None
         self._length = 0
         self._arriving: deque[_Arriving] = deque()
+        self._under_way = 0  # steps that were started and not finished
 
     def __len__(self) -> int:
         """Tokens in both memories."""
@@ -159,8 +161,11 @@ class HostKVCache:
 
         Raises:
             TypeError: arrays of no GPU, or of another dtype than the store's.
-            ValueError: shapes that do not fit the store; more tokens than its capacity.
+            ValueError: shapes that do not fit the store; more tokens than its capacity; a step that was started and
+                not finished.
         """
+        if self._under_way:
+            raise ValueError("append: got tokens while a step is under way, expected its result to be taken before")
         device = self._device = self._device or device_of(k, "k")
         keys = heads_view(device, k, "k", self._dtype)
         values = heads_view(device, v, "v", keys.dtype)
@@ -253,6 +258,29 @@ class HostKVCache:
         Cost: the longer of the device's pass over `sinks + window` rows and the host's retrieval, and a merge.
             Gathered: a scan of the codes on the device, the chosen rows' way over the bus, and attention to them.
         """
+        pending = self.start(q, top_k=top_k, scale=scale, sink_logits=sink_logits, return_stats=return_stats, **budget)
+        return pending()
+
+    def start(
+        self,
+        q: Any,
+        *,
+        top_k: int | None = None,
+        scale: float | None = None,
+        sink_logits: Any = None,
+        return_stats: bool = False,
+        **budget: Any,
+    ) -> Callable[[], Any]:
+        """Starts `attend`, whose arguments these are: the query's way to the host, and the device's part.
+
+        What it returns does the host's part and the merge, once, and gives the result of `attend`. Until then other
+        layers and sequences may start theirs: neither their queries nor what the host sends back waits for this one.
+        Nothing may be appended meanwhile.
+
+        Raises:
+            TypeError: as of `attend`.
+            ValueError: as of `attend`, at once or when the result is asked for.
+        """
         if self._length == 0:
             raise ValueError("attend: got a cache without tokens")
         device = self._device
@@ -265,7 +293,8 @@ class HostKVCache:
         if self.index is None and (budget or (top_k is not None and top_k < 1)):
             raise ValueError(f"top_k: got {top_k} with {sorted(budget)}, expected at least 1, alone, without an index")
         gathers = self._gathers(q, top_k, bool(budget))
-        arriving = None if gathers else device.download(q)
+        staging = staging_of(device)
+        arriving = None if gathers or len(self.store) == 0 else staging.fetch(device, q)
         by_codes = gathers or (self.index is None and len(self.store) > 0)
         chosen = self._chosen(q, top_k, scale) if by_codes and top_k is not None else None
         here = attention(
@@ -278,44 +307,67 @@ class HostKVCache:
             out_dtype="float32",
             device=device,
         )
-        parts, stats = [here], StepStats("device", 0, None)
-        if gathers and chosen is not None:
-            k, v = self._gathered(chosen())
-            out, lse = attention(
-                q,
-                device.upload(k, q),
-                device.upload(v, q),
-                scale=scale,
-                return_lse=True,
-                out_dtype="float32",
-                device=device,
-            )
-            parts.append((out, lse))
-            stats = StepStats("gather", k.shape[2], None)
-        elif arriving is not None and len(self.store):
-            # In float32, as a part of a sum should be.
-            asked = arriving()[0].astype(np.float32)
-            if self.index is None:
-                out, lse, stats = self._listed(asked, None if chosen is None else chosen(), scale)
-            else:
-                from longattn.retrieval import retrieval_attention
+        self._under_way += 1
+        taken = False
 
-                # The rows between sinks and window are all that the store holds.
-                found = retrieval_attention(
-                    asked,
-                    self.store,
-                    self.index,
-                    top_k=top_k,
-                    sinks=0,
-                    window=0,
+        def finish() -> Any:
+            nonlocal taken
+            if taken:
+                raise ValueError("start: got a second call of what it returned, expected one")
+            taken = True
+            self._under_way -= 1
+            parts, stats, sent = [here], StepStats("device", 0, None), None
+            if gathers and chosen is not None:
+                k, v = self._gathered(chosen())
+                gathered = attention(
+                    q,
+                    device.upload(k, q),
+                    device.upload(v, q),
                     scale=scale,
-                    return_stats=return_stats,
-                    **budget,
+                    return_lse=True,
+                    out_dtype="float32",
+                    device=device,
                 )
-                out, lse, stats = found.out, found.lse, StepStats("host", 0, found.stats)
-            parts.append((device.upload(out[None], q), device.upload(lse[None], q)))
-        out, _ = merge(parts, dtype=queries.dtype, device=device)
-        return (out, stats) if return_stats else out
+                parts.append(gathered)
+                stats = StepStats("gather", k.shape[2], None)
+            elif arriving is not None:
+                rows = None if chosen is None else chosen()
+                out, lse, stats = self._on_host(arriving()[0], rows, top_k, scale, return_stats, budget)
+                sent = staging.send(device, out[None], lse[None], q)
+                parts.append((sent.out, sent.lse))
+            out, _ = merge(parts, dtype=queries.dtype, device=device)
+            if sent is not None:
+                sent.done()
+            return (out, stats) if return_stats else out
+
+        return finish
+
+    def _on_host(
+        self,
+        q: NDArray[np.float32],
+        rows: NDArray[Any] | None,
+        top_k: int | None,
+        scale: float | None,
+        return_stats: bool,
+        budget: dict[str, Any],
+    ) -> tuple[NDArray[Any], NDArray[Any], StepStats]:
+        """The host's part: the rows between sinks and window, which are all that the store holds."""
+        if self.index is None:
+            return self._listed(q, rows, scale)
+        from longattn.retrieval import retrieval_attention
+
+        found = retrieval_attention(
+            q,
+            self.store,
+            self.index,
+            top_k=top_k,
+            sinks=0,
+            window=0,
+            scale=scale,
+            return_stats=return_stats,
+            **budget,
+        )
+        return found.out, found.lse, StepStats("host", 0, found.stats)
 
     def _listed(
         self, q: NDArray[Any], rows: NDArray[Any] | None, scale: float | None

@@ -84,7 +84,7 @@ def generalized_neighborhood_attention(
         if view.dtype != queries.dtype:
             raise TypeError(f"{name}: got dtype {view.dtype}, expected {queries.dtype}")
     check_fit(queries, keys.shape, values.shape)
-    scores = scores_of(device, queries.shape, tokens, scale=scale, softcap=softcap, sinks=sinks)
+    scores, _ = scores_of(device, queries.shape, tokens, scale=scale, softcap=softcap, sinks=sinks)
     return_lse = flag(return_lse, "return_lse")
     out, lse = device.empty(shapes[0], queries.dtype, q), device.empty(shapes[0][:-1], "float32", q)
     if math.prod(shapes[0]):

@@ -185,7 +185,7 @@ def kernel_axes(axes: Sequence[GridAxis]) -> list[tuple[int, int, int, NDArray[n
     return [(axis.keys, axis.dilation, axis.step, axis.intervals) for axis in every]
 
 
-def grid_options(q: tuple[int, ...], scale: object, softcap: object, sinks: Array | None) -> Options:
+def grid_options(q: tuple[int, ...], scale: float | Array | None, softcap: float, sinks: Array | None) -> Options:
     """The options of a kernel call with queries of shape `q`."""
     keys = math.prod(q[2:-1])
     return score_options((*q[:2], keys, q[-1]), keys, span=1, scale=scale, softcap=softcap, sinks=sinks)

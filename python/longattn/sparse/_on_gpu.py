@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from longattn import gpu
 from longattn._checks import flag
 from longattn.dense._options import gpu_options
+from longattn.gpu._checks import listed_rows
 from longattn.gpu.attention import BLOCK_KEYS, DECODE_ROWS
 from longattn.sparse._call import check_fit
 from longattn.sparse.block_mask import BlockMask
@@ -18,7 +19,7 @@ from longattn.sparse.row_lists import RowLists
 
 def over_blocks(q: Any, k: Any, v: Any, mask: BlockMask, *, return_lse: bool, **options: Any) -> Any:
     """`longattn.block_sparse_attention` on arrays of a GPU."""
-    taken = gpu_options(**options)
+    taken = gpu_options(options)
     heads = _check(q, k, mask, "block_mask")
     if mask.block_k % BLOCK_KEYS or mask.block_q % BLOCK_KEYS or mask.first_q != mask.block_q:
         raise ValueError(
@@ -35,7 +36,7 @@ def over_rows(q: Any, k: Any, v: Any, lists: RowLists, *, return_lse: bool, **op
     """`longattn.sparse.index_sparse_attention` on arrays of a GPU, for decode steps."""
     if lists.bias is not None:
         raise ValueError("lists: got a bias, which is not offered for arrays of a GPU")
-    taken = gpu_options(**options)
+    taken = gpu_options(options)
     heads = _check(q, k, lists, "lists")
     batch, kv_heads, positions = q.shape[0], k.shape[1], q.shape[2]
     rows = heads // kv_heads * positions
@@ -50,27 +51,12 @@ def over_rows(q: Any, k: Any, v: Any, lists: RowLists, *, return_lse: bool, **op
     for name, value in taken.items():
         if name not in offered and value is not None and not (name == "window" and tuple(value) == (-1, -1)):
             raise ValueError(f"{name}: not offered for lists on a GPU, where options are {', '.join(sorted(offered))}")
-    counts = np.diff(lists.indptr, axis=-1)[..., 0]
-    listed = listed_rows([lists.indices[a:b] for a, b in lists.indptr.reshape(-1, 2)], lists.shape[:2], "lists")
-    listed = np.broadcast_to(np.repeat(listed, kv_heads // lists.shape[1], axis=1), (batch, kv_heads, listed.shape[2]))
-    lengths = np.broadcast_to(counts[:, 0], batch)
+    listed, lengths = (
+        np.broadcast_to(np.repeat(x, kv_heads // lists.shape[1], axis=1), (batch, kv_heads, *x.shape[2:]))
+        for x in listed_rows([lists.indices[a:b] for a, b in lists.indptr.reshape(-1, 2)], lists.shape[:2])
+    )
     given = {name: taken[name] for name in offered & set(taken)}
     return gpu.index_sparse_attention(q, k, v, listed, lengths, return_lse=flag(return_lse, "return_lse"), **given)
-
-
-def listed_rows(lists: list[NDArray[Any]], shape: tuple[int, int], name: str) -> NDArray[np.int32]:
-    """Lists of a batch and its heads as `[B, H, n]`, filled up with 0.
-
-    Raises:
-        ValueError: heads of one batch entry with lists of different lengths, which no kernel takes.
-    """
-    counts = np.array([len(one) for one in lists], np.int64).reshape(shape)
-    if (counts != counts[:, :1]).any():
-        raise ValueError(f"{name}: got lists of {counts.tolist()} rows, expected one length for all heads on a GPU")
-    padded = np.zeros((len(lists), counts.max(initial=0)), np.int32)
-    for row, one in zip(padded, lists, strict=True):
-        row[: len(one)] = one
-    return padded.reshape(*shape, -1)
 
 
 def block_lists(mask: BlockMask) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -58,8 +58,8 @@ def index_sparse_attention(
         `(D + Dv)` multiply-adds per query head, query and listed key. Where a list is for at most 8 rows (queries
         times query heads) its keys are read in place; for more they are packed, once for up to 192 rows.
 
-    Arrays of a GPU go to `longattn.gpu`: one block of at most 16 queries per KV head, lists as long for all heads, and
-    of the options `scale`, `softcap`, `sinks` and `state`.
+    Arrays of a GPU go to `longattn.gpu`: one block of at most 16 queries per KV head, and of the options `scale`,
+    `softcap`, `sinks` and `state`.
 
     Example:
         >>> import numpy as np, longattn as la

@@ -88,20 +88,21 @@ DEVICE float sink_of(const ScoreOptions& options, int head) {
 }
 
 // Takes in COUNT scores a lane of a row that LANES lanes share: they become weights. What was summed with the weights before must
-// be multiplied by the result.
+// be multiplied by the result. Scores, and `most` too, count times `factor`, which is above 0: then the largest one need not be
+// multiplied first, and a weight takes one multiply-add.
 template <int LANES, int COUNT>
-DEVICE float softmax_step(float (&scores)[COUNT], float& most, float& sum) {
+DEVICE float softmax_step(float (&scores)[COUNT], float& most, float& sum, float factor = 1.f) {
   float now = most;
 #pragma unroll
   for (int i = 0; i < COUNT; i++) now = fmaxf(now, scores[i]);
   now = lanes_max<LANES>(now);
   // Where nothing has been visible yet, weights are 0, not NaN.
-  float base = now > -infinity() ? now : 0.f, shrink = exp2f(most - base);
+  float base = now > -infinity() ? now * factor : 0.f, shrink = exp2f(most * factor - base);
   most = now;
   sum *= shrink;
 #pragma unroll
   for (int i = 0; i < COUNT; i++) {
-    scores[i] = exp2f(scores[i] - base);
+    scores[i] = exp2f(scores[i] * factor - base);
     sum += scores[i];
   }
   return shrink;
@@ -140,10 +141,21 @@ DEVICE void load_row(float (&to)[DIM / WARP], const T* row) {
   for (int i = 0; i < DIM / WARP; i++) to[i] = to_float(row[threadIdx.x % WARP + WARP * i]);
 }
 
+// A row of 8-bit codes: offset + scale * code.
+struct CodedRow {
+  const u8* codes;
+  float scale, offset;
+};
+template <int DIM>
+DEVICE void load_row(float (&to)[DIM / WARP], const CodedRow& row) {
+#pragma unroll
+  for (int i = 0; i < DIM / WARP; i++) to[i] = row.offset + row.scale * row.codes[threadIdx.x % WARP + WARP * i];
+}
+
 // Adds the value of one key to a row's sum, by all lanes of a warp; `score(product)` is minus infinity where it is hidden, `most` the
 // row's largest.
-template <int DIM, class T, class Score>
-DEVICE void add_key(float (&sum)[DIM / WARP], const float (&query)[DIM / WARP], const T* key, const T* value, float most, const Score& score) {
+template <int DIM, class Row, class Score>
+DEVICE void add_key(float (&sum)[DIM / WARP], const float (&query)[DIM / WARP], const Row& key, const Row& value, float most, const Score& score) {
   float numbers[DIM / WARP], product = 0.f;
   load_row<DIM>(numbers, key);
 #pragma unroll
@@ -159,19 +171,34 @@ DEVICE void add_key(float (&sum)[DIM / WARP], const float (&query)[DIM / WARP], 
 // ---- what a block of query rows reads and writes ----
 constexpr int LISTED_KEYS = 64;  // of a tile
 
-// One head of one sequence: rows by strides in elements, log-sum-exps one after another.
+// Keys or values of one head of one sequence by a stride in elements: numbers, or codes.
 template <class T>
+struct NumberRows {
+  const T* first;
+  i64 stride;
+  DEVICE const T* at(i64 row) const { return first + row * stride; }
+};
+struct CodeRows {
+  const u8* first;
+  i64 stride;
+  const float* parameters;  // scale and offset of each row
+  DEVICE CodedRow at(i64 row) const { return {first + row * stride, parameters[2 * row], parameters[2 * row + 1]}; }
+};
+
+// One head of one sequence: rows by strides in elements, log-sum-exps one after another.
+template <class T, class Rows = NumberRows<T>>
 struct Operands {
-  const T *q, *k, *v;
+  const T* q;
+  Rows k, v;
   T* out;
   float* lse;
-  i64 q_row, k_row, v_row, out_row;
+  i64 q_row, out_row;
   const float *state, *state_lse;  // as `out` and `lse`, or null
 };
 
 // The output of a row of a pattern, over visible keys alone: see `add_key`. By all lanes of a warp.
-template <int DIM, class T, class Pattern>
-DEVICE void prefill_again(const Pattern& pattern, const Operands<T>& in, const ScoreOptions& options, float scale, int batch, int head, int r,
+template <int DIM, class T, class Rows, class Pattern>
+DEVICE void prefill_again(const Pattern& pattern, const Operands<T, Rows>& in, const ScoreOptions& options, float scale, int batch, int head, int r,
                           float most, float total) {
   i64 row = pattern.query(r);
   typename Pattern::Row sight = pattern.row(r);
@@ -183,7 +210,7 @@ DEVICE void prefill_again(const Pattern& pattern, const Operands<T>& in, const S
     for (int j = 0; j < LISTED_KEYS; j++) {
       i64 key = pattern.key(place, j);
       if (key < 0 || !pattern.sees(sight, place, j)) continue;
-      add_key<DIM>(sum, query, in.k + key * in.k_row, in.v + key * in.v_row, most,
+      add_key<DIM>(sum, query, in.k.at(key), in.v.at(key), most,
                    [&](float product) { return score_of(options, of_row, product, pattern.number(place, j)); });
     }
   }

@@ -21,7 +21,7 @@ DEVICE void decode_load(const Tile<T, DIM>& tile, const T* base, i64 stride, con
 }
 
 template <class T, int DIM>
-DEVICE void decode_matrices(const T* q, const T* k, const T* v, const int* listed, const int* lengths, float* partial, float* lse,
+DEVICE void decode_matrices(const T* q, const T* k, const T* v, const int* listed, const Lengths& lengths, float* partial, float* lse,
                             Strides k_by, Strides v_by, int most, int split_keys, int all_rows, int positions, int left, int right,
                             float scale, const ScoreOptions& options) {
   constexpr int STEPS = DIM / 16;
@@ -169,7 +169,7 @@ DEVICE void decode_matrices(const T* q, const T* k, const T* v, const int* liste
 
 // ---- products of floats, ROWS rows ----
 template <int DIM, int ROWS>
-DEVICE void decode_floats(const float* q, const float* k, const float* v, const int* listed, const int* lengths, float* partial,
+DEVICE void decode_floats(const float* q, const float* k, const float* v, const int* listed, const Lengths& lengths, float* partial,
                           float* lse, Strides k_by, Strides v_by, int most, int split_keys, int all_rows, int positions, int left,
                           int right, float scale, const ScoreOptions& options) {
   // A key is read by LANES lanes, PER_LANE vectors of 4 each.

@@ -5,17 +5,22 @@
 //
 // Arguments: q [B, Hkv, rows, D] contiguous, where row r is position r % positions of the KV head's query head r / positions; keys
 // and values by strides in elements, last axis contiguous; `listed`: rows of the keys to read, [B, Hkv, most], or null; `lengths`:
-// keys (or listed rows) of each sequence, or null for `most`; `scale`: of the scores, times log2(e). A row at position i sees keys
+// keys (or listed rows) of each sequence and KV head by strides, or null for `most`; `scale`: of the scores, times log2(e). A row at position i sees keys
 // from length - positions + i - left to length - positions + i + right, each end open where the number is negative; only texts
 // with SCORE_OPTIONS look at `left`. Out: `partial` [B, Hkv, rows, splits, D] and its log-sum-exp in natural logs.
 // Grid: splits, KV heads times blocks of rows, batch.
 #define DECODE_ARGUMENTS(Q, K)                                                                                                   \
   const Q *q, const K *k, const K *v, const int *listed, const int *lengths, float *partial, float *lse, i64 k_batch, i64 k_head, \
-      i64 k_row, i64 v_batch, i64 v_head, i64 v_row, int most, int split_keys, int all_rows, int positions, int left, int right,  \
-      float scale, SCORE_ARGUMENTS
+      i64 k_row, i64 v_batch, i64 v_head, i64 v_row, int lengths_batch, int lengths_head, int most, int split_keys, int all_rows, \
+      int positions, int left, int right, float scale, SCORE_ARGUMENTS
 #define DECODE_PASSED                                                                                                            \
-  q, k, v, listed, lengths, partial, lse, Strides{k_batch, k_head, k_row}, Strides{v_batch, v_head, v_row}, most, split_keys,     \
-      all_rows, positions, left, right, scale, SCORE_PASSED
+  q, k, v, listed, Lengths{lengths, lengths_batch, lengths_head}, partial, lse, Strides{k_batch, k_head, k_row},                  \
+      Strides{v_batch, v_head, v_row}, most, split_keys, all_rows, positions, left, right, scale, SCORE_PASSED
+
+struct Lengths {
+  const int* first;
+  int batch, head;
+};
 
 constexpr int DECODE_WARPS = 4;
 constexpr int DECODE_THREADS = DECODE_WARPS * WARP;
@@ -26,13 +31,13 @@ struct DecodePart {
   int head, heads, row_from, rows, from, to, length, positions, left, right, group;
   i64 batch_head, first_row;  // of all KV heads, of all rows
 
-  DEVICE DecodePart(const int* lengths, int most, int split_keys, int all_rows, int positions_, int left_, int right_) {
+  DEVICE DecodePart(const Lengths& lengths, int most, int split_keys, int all_rows, int positions_, int left_, int right_) {
     int row_blocks = (all_rows + ROWS - 1) / ROWS;
     head = blockIdx.y / row_blocks;
     heads = gridDim.y / row_blocks;
     row_from = blockIdx.y % row_blocks * ROWS;
     rows = min(ROWS, all_rows - row_from);
-    length = lengths ? min(lengths[blockIdx.z], most) : most;
+    length = lengths.first ? min(lengths.first[blockIdx.z * lengths.batch + head * lengths.head], most) : most;
     from = static_cast<int>(blockIdx.x) * split_keys;
     to = min(from + split_keys, length);
     positions = positions_;

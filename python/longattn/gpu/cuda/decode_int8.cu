@@ -43,7 +43,7 @@ DEVICE void coded_load(const CodedRows<DIM>& to, const u8* codes, i64 stride, co
 }
 
 template <class T, int DIM>
-DEVICE void decode_codes(const T* q, const u8* k, const u8* v, const int* listed, const int* lengths, float* partial, float* lse, Strides k_by,
+DEVICE void decode_codes(const T* q, const u8* k, const u8* v, const int* listed, const Lengths& lengths, float* partial, float* lse, Strides k_by,
                          Strides v_by, int most, int split_keys, int all_rows, int positions, int left, int right, float scale,
                          const ScoreOptions& options, CodedBy k_coded, CodedBy v_coded) {
   constexpr int STEPS = DIM / 16, QUARTERS = DIM / 64;

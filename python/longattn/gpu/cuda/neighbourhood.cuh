@@ -21,6 +21,7 @@ struct GridAxis {
 
 struct Grid {
   static constexpr int AXES = 3;
+  static constexpr bool KEEPS_ROWS = true;
   struct Place {
     int first[AXES];  // of a tile of keys, in its group
   };
@@ -86,6 +87,7 @@ struct Grid {
   DEVICE int number(const Place& place, int j) const { return static_cast<int>(key(place, j)); }
   DEVICE int position(int r) const { return static_cast<int>(query(r)); }
   DEVICE bool reaches(const Place&, int) const { return true; }
+  DEVICE bool whole(const Place&) const { return false; }  // a window has another shape than a tile
   DEVICE Row row(int r) const {
     Row made;
 #pragma unroll
@@ -121,9 +123,9 @@ struct Grid {
   const Grid pattern(axes, blockIdx.x);                                                                                           \
   i64 batch = blockIdx.z, head = blockIdx.y, kv_head = blockIdx.y / heads_per_kv;                                                 \
   const Operands<T> operands{q + batch * q_batch + head * q_head,                                                                 \
-                             k + batch * k_batch + kv_head * k_head,                                                              \
-                             v + batch * v_batch + kv_head * v_head,                                                              \
+                             {k + batch * k_batch + kv_head * k_head, k_row},                                                     \
+                             {v + batch * v_batch + kv_head * v_head, v_row},                                                     \
                              out + batch * out_batch + head * out_head,                                                           \
                              lse + (batch * gridDim.y + head) * length0 * length1 * length2,                                      \
-                             q_row, k_row, v_row, out_row, nullptr, nullptr};                                                     \
+                             q_row, out_row, nullptr, nullptr};                                                                   \
   if (pattern.until == 0) return;

@@ -47,8 +47,8 @@ DEVICE void prefill(const Pattern& pattern, const Operands<float>& in, const Sco
     if (!pattern.reaches(place, first)) continue;
     auto at = [&](int i) { return pattern.key(place, first + i); };
     __syncthreads();  // the tile before is used up
-    load<DIM, KEYS>(k_tile, in.k, in.k_row, at);
-    load<DIM, KEYS>(v_tile, in.v, in.v_row, at);
+    load<DIM, KEYS>(k_tile, in.k.first, in.k.stride, at);
+    load<DIM, KEYS>(v_tile, in.v.first, in.v.stride, at);
     commit_async();
     wait_async<0>();
     __syncthreads();
