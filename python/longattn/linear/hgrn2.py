@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longattn._arrays import Array
 from longattn.linear._documented import COST, documented
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, Common, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -50,19 +50,8 @@ def hgrn2(
     References:
         Z. Qin et al., "HGRN2: Gated Linear RNNs with State Expansion", 2024, arXiv:2404.07904.
     """
-    return recurrence(
-        q,
-        None,
-        v,
-        g=g,
-        channels=True,
-        scale=scale,
-        initial_state=initial_state,
-        out_state=out_state,
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
-        out=out,
-    )
+    common = Common(scale, initial_state, out_state, chunk_size, cu_seqlens, out)
+    return recurrence(q, None, v, common, g=g, channels=True)
 
 
 METHOD = Method(
