@@ -145,7 +145,7 @@ def check_unit_beta(beta: NDArray[Any] | None, name: str) -> None:
     if beta is None:
         return
     factors = beta.astype(np.float32, copy=False)
-    if not ((factors >= 0) & (factors <= 2)).all():
+    if factors.size and not (factors.min() >= 0 and factors.max() <= 2):  # NaN is neither
         raise ValueError(
             f"{name}: got a number outside 0 to 2, or NaN, expected numbers from 0 to 2 with normalize_qk: beyond them "
             "states grow"

@@ -98,10 +98,11 @@ def _log_decays(slopes: Array, v: Array) -> NDArray[Any]:
     """`-slopes` of every head, one for all rows."""
     x = as_numpy(slopes, "slopes", any_strides=True)
     check_floating(x, "slopes")
-    heads = shape_of(v, "v")[-3] if len(shape_of(v, "v")) > 2 else 0
+    shape = shape_of(v, "v")
+    heads = shape[-3] if len(shape) > 2 else 0
     if x.shape != (heads,):
         raise ValueError(f"slopes: got shape {x.shape}, expected {(heads,)}, one per head of v")
-    if not (x >= 0).all():
+    if x.size and not x.min() >= 0:  # NaN is not
         raise ValueError("slopes: got a number below 0 or NaN, expected numbers of at least 0")
     return -x
 
