@@ -35,6 +35,15 @@ ENTRIES = {
     "`out_state`, `cu_seqlens`, `chunk_size` and `out` are not offered there.",
     "gpu_delta": "Arrays of a GPU go to `longattn.gpu.chunked_recurrence`, one head of queries per head of keys; "
     "`normalize_qk`, `out_state`, `cu_seqlens`, `chunk_size` and `out` are not offered there.",
+    "own_keys": "keys `[B, H, L, D]`; any of the three dtypes.",
+    "own_values": "values `[B, H, L, Dv]`; any of the three dtypes. `Hq` is a multiple of `H`.",
+    "going_on": "what a call with the rows before returned.",
+    "taps": "floating `[Dv, K]`, taps of the convolution, for all heads; the first meets the row itself, the next the "
+    "one before it. `None` is none.",
+    "running": "`(output, state)`: the output in the kind and dtype of `q`, and `RunningStatistics`. A call of one row "
+    "is the decode step.",
+    "local": "`(output, state)`: the output in the kind and dtype of `q`, and `LocalState`. A call of one row is the "
+    "decode step.",
     "bad_beta": "a beta that is not finite or, with `normalize_qk`, outside 0 to 2.",
 }
 

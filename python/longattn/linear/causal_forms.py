@@ -23,6 +23,7 @@ from longattn._checks import (
     returned,
     scale_factor,
 )
+from longattn.linear._documented import documented
 from longattn.linear._local import add_causal_convolution
 from longattn.linear._recurrence import CHUNK, Common, recurrence
 from longattn.linear.feature_map import FeatureMap, feature_map, finite
@@ -72,6 +73,7 @@ class LocalState:
     before: Float32
 
 
+@documented
 def causal_efficient_attention(
     q: Array,
     k: Array,
@@ -88,12 +90,12 @@ def causal_efficient_attention(
     that decay by what the rows before keep of it. With "scaling" the sum is divided by the number of rows so far.
 
     Args:
-        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
-        k: keys `[B, H, L, D]`; any of the three dtypes.
-        v: values `[B, H, L, Dv]`; any of the three dtypes. `Hq` is a multiple of `H`.
+        q: {queries}
+        k: {own_keys}
+        v: {own_values}
         norm: "softmax" or "scaling".
-        initial_state: what a call with the rows before returned.
-        chunk_size: rows computed at once; it changes rounding only.
+        initial_state: {going_on}
+        chunk_size: {chunk_size}
         out: array for the output.
 
     Returns:
@@ -133,6 +135,7 @@ def causal_efficient_attention(
     return returned(out, q, result, None), RunningSoftmax(means=np.asarray(after, np.float32), logs=logs)
 
 
+@documented
 def causal_focused_linear_attention(
     q: Array,
     k: Array,
@@ -153,22 +156,20 @@ def causal_focused_linear_attention(
     keys beforehand.
 
     Args:
-        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
-        k: keys `[B, H, L, D]`; any of the three dtypes.
-        v: values `[B, H, L, Dv]`; any of the three dtypes. `Hq` is a multiple of `H`.
+        q: {queries}
+        k: {own_keys}
+        v: {own_values}
         power: the exponent `p`, above 0.
         channel_scale: floating `[H * D]`; features are divided by its softplus; `None` is zeros.
         norm_scope: "all": lengths are kept over all heads of a row; "head": in each.
         eps: added to the divisor.
-        weight: floating `[Dv, K]`, taps of the convolution, for all heads; the first meets the row itself, the next the
-            one before it. `None` is none.
-        initial_state: what a call with the rows before returned.
-        chunk_size: rows computed at once; it changes rounding only.
+        weight: {taps}
+        initial_state: {going_on}
+        chunk_size: {chunk_size}
         out: array for the output.
 
     Returns:
-        `(output, state)`: the output in the kind and dtype of `q`, and `LocalState`. A call of one row is the decode
-        step.
+        {local}
 
     Raises:
         TypeError: an argument of another kind or dtype.
@@ -185,6 +186,7 @@ def causal_focused_linear_attention(
     return _divide(q, rows, maps, eps, weight, initial_state, chunk_size, out)
 
 
+@documented
 def causal_simplified_linear_attention(
     q: Array,
     k: Array,
@@ -201,19 +203,17 @@ def causal_simplified_linear_attention(
     UNSURE: the paper's language models; here the convolution of the values is causal, along rows, and may be left out.
 
     Args:
-        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
-        k: keys `[B, H, L, D]`; any of the three dtypes.
-        v: values `[B, H, L, Dv]`; any of the three dtypes. `Hq` is a multiple of `H`.
+        q: {queries}
+        k: {own_keys}
+        v: {own_values}
         eps: added to the divisor.
-        weight: floating `[Dv, K]`, taps of the convolution, for all heads; the first meets the row itself, the next the
-            one before it. `None` is none.
-        initial_state: what a call with the rows before returned.
-        chunk_size: rows computed at once; it changes rounding only.
+        weight: {taps}
+        initial_state: {going_on}
+        chunk_size: {chunk_size}
         out: array for the output.
 
     Returns:
-        `(output, state)`: the output in the kind and dtype of `q`, and `LocalState`. A call of one row is the decode
-        step.
+        {local}
 
     Raises:
         TypeError: an argument of another kind or dtype.
@@ -229,6 +229,7 @@ def causal_simplified_linear_attention(
     return _divide(q, _rows(q, k, v), (_RELU, _RELU), eps, weight, initial_state, chunk_size, out)
 
 
+@documented
 def causal_magnitude_aware_linear_attention(
     q: Array,
     k: Array,
@@ -246,19 +247,18 @@ def causal_magnitude_aware_linear_attention(
     Weights `(1 + 1 / (m_t + eps)) s phi(q_t)^T phi(k_j) / t - m_t / t`, `m_t = s phi(q_t)^T z_t / t`.
 
     Args:
-        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
-        k: keys `[B, H, L, D]`; any of the three dtypes.
-        v: values `[B, H, L, Dv]`; any of the three dtypes. `Hq` is a multiple of `H`.
+        q: {queries}
+        k: {own_keys}
+        v: {own_values}
         phi: the map of queries and keys, or its name.
         scale: the factor `s`; `None` is `D ** -0.5`.
         eps: added to `m_t` in the denominator.
-        initial_state: what a call with the rows before returned.
-        chunk_size: rows computed at once; it changes rounding only.
+        initial_state: {going_on}
+        chunk_size: {chunk_size}
         out: array for the output.
 
     Returns:
-        `(output, state)`: the output in the kind and dtype of `q`, and `RunningStatistics`. A call of one row is the
-        decode step.
+        {running}
 
     Raises:
         TypeError: an argument of another kind or dtype.
@@ -274,6 +274,7 @@ def causal_magnitude_aware_linear_attention(
     return _attend(q, k, v, feature_map(phi), read_out, initial_state, chunk_size, out)
 
 
+@documented
 def causal_inline_attention(
     q: Array,
     k: Array,
@@ -290,18 +291,17 @@ def causal_inline_attention(
     `m_t = s phi(q_t)^T z_t / t`.
 
     Args:
-        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
-        k: keys `[B, H, L, D]`; any of the three dtypes.
-        v: values `[B, H, L, Dv]`; any of the three dtypes. `Hq` is a multiple of `H`.
+        q: {queries}
+        k: {own_keys}
+        v: {own_values}
         phi: the map of queries and keys, or its name.
         scale: the factor `s`; `None` is `D ** -0.5`.
-        initial_state: what a call with the rows before returned.
-        chunk_size: rows computed at once; it changes rounding only.
+        initial_state: {going_on}
+        chunk_size: {chunk_size}
         out: array for the output.
 
     Returns:
-        `(output, state)`: the output in the kind and dtype of `q`, and `RunningStatistics`. A call of one row is the
-        decode step.
+        {running}
 
     Raises:
         TypeError: an argument of another kind or dtype.
@@ -317,6 +317,7 @@ def causal_inline_attention(
     return _attend(q, k, v, feature_map(phi), read_out, initial_state, chunk_size, out)
 
 
+@documented
 def causal_l2vit_linear_attention(
     q: Array,
     k: Array,
@@ -331,18 +332,17 @@ def causal_l2vit_linear_attention(
     """Linear attention of L2ViT over the rows so far, `tau_h relu(q_t)^T S_t / max(relu(q_t)^T z_t, den_min)`.
 
     Args:
-        q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
-        k: keys `[B, H, L, D]`; any of the three dtypes.
-        v: values `[B, H, L, Dv]`; any of the three dtypes. `Hq` is a multiple of `H`.
+        q: {queries}
+        k: {own_keys}
+        v: {own_values}
         tau: floating `[Hq]`, learned factors of the output; `None` is `D ** -0.5`.
         den_min: the least denominator, at least 0.
-        initial_state: what a call with the rows before returned.
-        chunk_size: rows computed at once; it changes rounding only.
+        initial_state: {going_on}
+        chunk_size: {chunk_size}
         out: array for the output.
 
     Returns:
-        `(output, state)`: the output in the kind and dtype of `q`, and `RunningStatistics`. A call of one row is the
-        decode step.
+        {running}
 
     Raises:
         TypeError: an argument of another kind or dtype.
