@@ -25,6 +25,8 @@ FLOATS: tuple[np.dtype[Any], ...] = (np.dtype(np.float32), np.dtype(np.float16),
 #: What dense attention takes beside them, slowly.
 FLOAT64: np.dtype[Any] = np.dtype(np.float64)
 
+_FLOAT32 = FLOATS[0]
+
 #: Storage of a `KVStore` that keeps codes instead of numbers.
 CODES = ("int8", "int4")
 
@@ -42,6 +44,8 @@ _DLPACK_NAMES = {
 
 def is_torch(x: Array) -> bool:
     """Whether `x` is a torch tensor. Never imports torch: without torch loaded nothing can be one."""
+    if type(x) is np.ndarray:  # nearly always, and calls of a few microseconds notice what follows
+        return False
     torch = sys.modules.get("torch")
     return isinstance(x, getattr(torch, "Tensor", ()))
 
@@ -119,6 +123,8 @@ def as_numpy(x: Array, name: str, *, any_strides: bool = False) -> NDArray[Any]:
         ValueError: `x` is not in CPU memory, or is a torch tensor that would need a gradient.
     """
     a = _borrow(x, name)
+    if a.dtype is _FLOAT32 and a.flags.carray:
+        return a
     if a.dtype != BFLOAT16 and a.dtype.kind not in "biuf":
         raise TypeError(f"{name}: got dtype {a.dtype}, expected booleans, integers or floats")
     if not a.dtype.isnative:
@@ -181,6 +187,8 @@ def like(x: Array, result: NDArray[Any]) -> Array:
 
 
 def _borrow(x: Array, name: str) -> NDArray[Any]:
+    if type(x) is np.ndarray:
+        return x
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name}: got a masked array, expected a plain one (its mask would be ignored)")
     if isinstance(x, np.ndarray):

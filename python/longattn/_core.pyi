@@ -683,6 +683,23 @@ def diagonal_scan(
     silu: bool = False,
     cu_seqlens: NDArray[np.int64] | None = None,
 ) -> None: ...
+def diagonal_scan_backward(
+    x: NDArray[Any],
+    decay_less_1: list[NDArray[np.float32]],
+    b: list[NDArray[np.float32]],
+    c: list[NDArray[np.float32]],
+    initial_state: NDArray[np.float32],
+    d_out: NDArray[Any],
+    dx: NDArray[np.float32],
+    d_decay: list[NDArray[np.float32]],
+    db: list[NDArray[np.float32]],
+    dc: list[NDArray[np.float32]],
+    d_skip: NDArray[np.float32],
+    d_state: NDArray[np.float32],
+    *,
+    skip: NDArray[np.float32] | None = None,
+    cu_seqlens: NDArray[np.int64] | None = None,
+) -> None: ...
 def depthwise(
     x: NDArray[Any],
     weights: NDArray[np.float32],
@@ -765,9 +782,30 @@ def recurrence(
     *,
     columns: bool | None = None,
     bonus: NDArray[np.float32] | None = None,
-    pair: list[NDArray[Any]] | None = None,
+    pair: tuple[NDArray[Any], NDArray[Any]] | None = None,
     squares: bool = False,
     maps: tuple[dict[str, Any] | None, dict[str, Any] | None] = (None, None),
+    names: tuple[str, str, str, str, str] | None = None,
+) -> None: ...
+def recurrence_double(
+    q: NDArray[np.float64],
+    k: NDArray[np.float64] | None,
+    v: NDArray[np.float64],
+    g: NDArray[np.float64] | None,
+    by_row: bool,
+    beta: NDArray[np.float64] | None,
+    delta: bool,
+    scale: float,
+    unit: float | None,
+    normaliser: float | None,
+    skip: NDArray[np.float64] | None,
+    cu_seqlens: NDArray[np.int64] | None,
+    out: NDArray[np.float64],
+    out_state: NDArray[np.float64],
+    *,
+    columns: bool | None = None,
+    bonus: NDArray[np.float64] | None = None,
+    pair: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
 ) -> None: ...
 def refined_gates(x: NDArray[Any], by: NDArray[Any], floor: float, out: NDArray[np.float32]) -> None: ...
 def decay_gates(
@@ -831,6 +869,9 @@ def recurrence_backward(
     dg: NDArray[np.float32] | None,
     d_beta: NDArray[np.float32] | None,
     d_initial_state: NDArray[np.float32],
+    *,
+    pair: tuple[NDArray[Any], ...] | None = None,
+    d_pair: tuple[NDArray[np.float32], ...] | None = None,
 ) -> None: ...
 def key_statistics(
     k: NDArray[Any], v: NDArray[Any], map: dict[str, Any], keep: NDArray[np.bool_] | None
@@ -843,6 +884,16 @@ def read_statistics(
     read_out: tuple[str, float, float],
     factors: NDArray[np.float32] | None,
     add: NDArray[Any] | None,
+    out: NDArray[Any],
+) -> None: ...
+def running_softmax(x: NDArray[Any], logs: NDArray[np.float32], out: NDArray[np.float32]) -> None: ...
+def running_read(
+    read: NDArray[np.float32],
+    v: NDArray[Any],
+    sums: NDArray[np.float32],
+    count: int,
+    read_out: tuple[str, float, float],
+    factors: NDArray[np.float32] | None,
     out: NDArray[Any],
 ) -> None: ...
 def feature_norms(x: NDArray[Any], map: dict[str, Any]) -> list[NDArray[np.float32]]: ...

@@ -14,6 +14,7 @@ from longattn.linear import (
     linear_attention,
     recurrence_backward,
     retention,
+    rwkv7,
 )
 from longattn.reference import linear as reference
 from longattn.reference.linear._recurrence import recurrence
@@ -37,6 +38,7 @@ KINDS = {
     "delta rule": (("beta",), {"delta": True, "normalize_qk": True}),
     "gated delta": (("row", "beta"), {"delta": True}),
     "kda": (("channel", "beta"), {"delta": True, "normalize_qk": True}),
+    "pair": (("channel", "pair"), {"scale": 1.0}),
 }
 
 
@@ -57,12 +59,21 @@ def arguments(
         found["g"] = -strength * rng.random((batch, heads[2], length, dim))
     if "beta" in gates:
         found["beta"] = rng.random((batch, heads[2], length))
+    if "pair" in gates:
+        reads = k / np.maximum(np.linalg.norm(k, axis=-1, keepdims=True), 1)
+        found |= {"a": -reads, "b": reads * rng.random(k.shape)}
     shape = (sequences or batch, heads[2], dim, value_dim + bool(options.get("normalize")))
     found["initial_state"] = rng.standard_normal(shape) * 0.5
     if options.get("normalize"):
         found["initial_state"] = np.abs(found["initial_state"])
-    found = {name: x.astype(dtype if name in "qkv" else F32) for name, x in found.items()}
+    found = {name: x.astype(dtype if name in "qkvab" else F32) for name, x in found.items()}
     return found, options
+
+
+def joined(found):
+    """`a` and `b` as the pair that functions take."""
+    rest = {name: x for name, x in found.items() if name not in ("a", "b")}
+    return {**rest, "pair": (found["a"], found["b"])} if "a" in found else rest
 
 
 def forward(found, options, call=recurrence, **more):
@@ -72,7 +83,7 @@ def forward(found, options, call=recurrence, **more):
         given["unit"] = 1e-6
     if options.get("normalize"):
         given["normaliser"] = options.get("eps", 1e-6)
-    return call(**found, **given, **more)
+    return call(**joined(found), **given, **more)
 
 
 def compare(rng, found, options, *, chunk_size=48, cu_seqlens=None, allowed=None):
@@ -82,14 +93,15 @@ def compare(rng, found, options, *, chunk_size=48, cu_seqlens=None, allowed=None
     d_out = rng.standard_normal(out.shape).astype(found["q"].dtype)
     d_state = rng.standard_normal(state.shape).astype(F32)
     expected = reference.recurrence_backward(
-        d_out.astype(np.float64), d_state, **plain, **options, cu_seqlens=cu_seqlens
+        d_out.astype(np.float64), d_state, **joined(plain), **options, cu_seqlens=cu_seqlens
     )
     given = {"out": out.astype(found["q"].dtype)} if options.get("normalize") else {}
     ours = recurrence_backward(
-        d_out, d_state, **found, **options, **given, chunk_size=chunk_size, cu_seqlens=cu_seqlens
+        d_out, d_state, **joined(found), **options, **given, chunk_size=chunk_size, cu_seqlens=cu_seqlens
     )
     names = {"q": ours.dq, "k": ours.dk, "v": ours.dv, "g": ours.dg, "beta": ours.d_beta}
     names["initial_state"] = ours.d_initial_state
+    names |= dict(zip("ab", ours.d_pair or (None, None), strict=True))
     for name, x in found.items():
         assert names[name].dtype == x.dtype and names[name].shape == x.shape
         if allowed is None:
@@ -110,7 +122,7 @@ def test_the_oracle_is_the_slope(rng, kind, heads):
     found = {name: x.astype(np.float64) for name, x in found.items()}
     out, state = forward(found, options)
     d_out, d_state = rng.standard_normal(out.shape), rng.standard_normal(state.shape)
-    gradients = reference.recurrence_backward(d_out, d_state, **found, **options)
+    gradients = reference.recurrence_backward(d_out, d_state, **joined(found), **options)
     for name, x in found.items():
         direction, step = rng.standard_normal(x.shape), 1e-6
         ends = [forward({**found, name: x + sign * step * direction}, options) for sign in (1, -1)]
@@ -129,7 +141,7 @@ def test_lengths(rng, kind, length):
     compare(rng, *arguments(rng, kind, batch=2, length=length))
 
 
-@pytest.mark.parametrize("kind", ["normalised", "rows and factors", "channels", "kda"])
+@pytest.mark.parametrize("kind", ["normalised", "rows and factors", "channels", "kda", "pair"])
 @pytest.mark.parametrize("dim, value_dim", [(2, 1), (3, 40), (33, 2), (70, 129)])
 def test_dims(rng, isa, kind, dim, value_dim):
     compare(rng, *arguments(rng, kind, length=60, dim=dim, value_dim=value_dim))
@@ -141,7 +153,7 @@ def test_heads(rng, kind, heads):
     compare(rng, *arguments(rng, kind, heads=heads, length=70))
 
 
-@pytest.mark.parametrize("kind", ["normalised", "rows and factors", "channels", "kda"])
+@pytest.mark.parametrize("kind", ["normalised", "rows and factors", "channels", "kda", "pair"])
 @pytest.mark.parametrize("chunk_size", [1, 2, 12, 31, 64, 100, 252, 256])
 def test_chunk_sizes(rng, kind, chunk_size):
     compare(rng, *arguments(rng, kind, length=275, dim=5, value_dim=7), chunk_size=chunk_size)
@@ -157,7 +169,7 @@ def test_packed_sequences(rng, kind, bounds):
             assert np.isfinite(ours.d_initial_state[n]).all()
 
 
-@pytest.mark.parametrize("kind", ["plain", "rows", "kda", "normalised"])
+@pytest.mark.parametrize("kind", ["plain", "rows", "kda", "normalised", "pair"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(rng, kind, dtype):
     found, options = arguments(rng, kind, length=60, dtype=dtype)
@@ -172,7 +184,7 @@ def test_layouts(rng, layout):
     compare(rng, {name: lay(x, layout) if name in "qkvg" else x for name, x in found.items()}, options)
 
 
-@pytest.mark.parametrize("kind", ["rows", "gated delta", "channels", "kda"])
+@pytest.mark.parametrize("kind", ["rows", "gated delta", "channels", "kda", "pair"])
 def test_strong_and_total_decays(rng, isa, kind):
     """Nothing overflows, and decays of 0 have no gradient."""
     found, options = arguments(rng, kind, length=100, strength=100.0)
@@ -203,14 +215,16 @@ def test_long_sequences_keep_some_states(rng):
         tolerances.check_gradients(getattr(ours, name), getattr(expected, name).astype(np.float64), 6000)
 
 
-@pytest.mark.parametrize("kind", ["plain", "kda"])
+@pytest.mark.parametrize("kind", ["plain", "kda", "pair"])
 def test_threads_do_not_matter(rng, kind):
     found, options = arguments(rng, kind, batch=2, heads=(4, 2, 4), length=130)
     d_out = rng.standard_normal((2, 4, 130, 12)).astype(F32)
-    results = on_threads(lambda: recurrence_backward(d_out, None, **found, **options))
+    results = on_threads(lambda: recurrence_backward(d_out, None, **joined(found), **options))
     for other in results[1:]:
         for name in ("dq", "dk", "dv", "d_initial_state"):
             np.testing.assert_array_equal(getattr(other, name), getattr(results[0], name))
+        for ours, theirs in zip(other.d_pair or (), results[0].d_pair or (), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def test_without_a_batch(rng):
@@ -241,6 +255,7 @@ def test_no_rows(rng):
         (delta_rule_attention, "delta rule"),
         (gated_delta_rule, "gated delta"),
         (kimi_delta_attention, "kda"),
+        (rwkv7, "pair"),
     ],
 )
 def test_they_are_the_slopes_of_the_functions(rng, call, kind):
@@ -258,7 +273,7 @@ def test_they_are_the_slopes_of_the_functions(rng, call, kind):
     out, _ = call(**given, **accepted)
     d_out = rng.standard_normal(out.shape).astype(F32)
     extra = {"out": out} if options.get("normalize") else {}
-    ours = recurrence_backward(d_out, None, **found, **options, **extra)
+    ours = recurrence_backward(d_out, None, **joined(found), **options, **extra)
     moved, _ = call(**{**given, "v": given["v"] + ours.dv}, **accepted)
     gained = (d_out * (moved.astype(np.float64) - out)).sum()
     np.testing.assert_allclose(gained, (ours.dv.astype(np.float64) ** 2).sum(), rtol=1e-4)
@@ -283,3 +298,9 @@ def test_wrong_arguments(rng):
     bad("chunk_size: got 0", chunk_size=0)
     bad("initial_state: got shape", initial_state=found["initial_state"][:, :, 1:])
     bad("delta: got 1", TypeError, delta=1)
+    keys = found["k"]
+    bad("pair: got one with another rule", pair=(keys, keys))
+    bad("pair: got ndarray", TypeError, pair=keys[:1])
+    plain = {"beta": None, "delta": False, "g": np.zeros(keys.shape, F32)}
+    bad("b: got shape", pair=(keys, keys[:, :, 1:]), **plain)
+    bad("a: got dtype", TypeError, pair=(keys.astype(int), keys), **plain)

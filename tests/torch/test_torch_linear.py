@@ -27,7 +27,12 @@ CASES = {
     "gated_delta_rule": (ROWS, {"normalize_qk": True}, False),
     "kimi_delta_attention": (CHANNELS, {}, False),
     "rwkv6": ({"g": CHANNELS["g"], "u": (2, 8)}, {}, False),
+    "rwkv7": ({"g": CHANNELS["g"]}, {}, False),
+    "hgrn2": ({"g": CHANNELS["g"]}, {}, False),
 }
+
+#: Those whose numbers are those of `longattn.linear` up to rounding only.
+ROUNDED = ("rwkv6", "hgrn2")
 
 
 def function(name):
@@ -41,6 +46,11 @@ def tensors(rng, name, *, dtype=F32, state=True, heads=(4, 2, 2)):
     found = {n: rng.standard_normal((1, count, 21, width)) for n, count, width in sizes}
     if divided:
         found["q"], found["k"] = np.abs(found["q"]), np.abs(found["k"])
+    if name == "hgrn2":
+        del found["k"]
+    if name == "rwkv7":
+        reads = found["k"] / np.linalg.norm(found["k"], axis=-1, keepdims=True)
+        found |= {"a": -reads, "b": reads * rng.random(reads.shape)}
     for gate, shape in gates.items():
         x = rng.random(shape)
         found[gate] = {"g": -x, "gamma": 0.5 + x / 2}.get(gate, x)
@@ -49,20 +59,22 @@ def tensors(rng, name, *, dtype=F32, state=True, heads=(4, 2, 2)):
     found = {n: torch.from_numpy(x.astype(np.float32)) for n, x in found.items()}
     if dtype != F32:
         kind = {"float16": torch.float16, "bfloat16": torch.bfloat16}[str(dtype)]
-        found = {n: x.to(kind) if n in "qkv" else x for n, x in found.items()}
+        found = {n: x.to(kind) if n in "qkvab" else x for n, x in found.items()}
     return {n: x.requires_grad_() for n, x in found.items()}, options
 
 
 def oracle(name, found, options):
     """The formula in torch's own operations and float64, row after row."""
     x = {n: t.detach().double().requires_grad_() for n, t in found.items()}
-    q, k, v = x["q"], x["k"], x["v"]
     base = name.split()[0]
+    q, k, v = x["q"], -x["g"].expm1() if base == "hgrn2" else x["k"], x["v"]
     if options.get("normalize_qk", base == "kimi_delta_attention"):
         q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
     scale = options.get(
-        "scale", 1.0 if base in ("linear_attention", "lightning_attention", "rwkv6") else q.shape[-1] ** -0.5
+        "scale",
+        1.0 if base in ("linear_attention", "lightning_attention", "rwkv6", "rwkv7", "hgrn2") else q.shape[-1] ** -0.5,
     )
+    pair = [x[n].repeat_interleave(v.shape[1] // x[n].shape[1], 1) for n in "ab" if n in x]
     readers = max(q.shape[1], v.shape[1])
     q, k = q.repeat_interleave(readers // q.shape[1], 1), k.repeat_interleave(v.shape[1] // k.shape[1], 1)
     divided = CASES[name][2]
@@ -80,6 +92,9 @@ def oracle(name, found, options):
         before = state
         if g is not None:
             state = state * (g[:, :, t, :, None] if g.dim() == 4 else g[:, :, t, None, None]).exp()
+        if pair:
+            read = (pair[0][:, :, t].unsqueeze(-2) @ before).squeeze(-2)
+            state = state + pair[1][:, :, t, :, None] * read[..., None, :]
         key, new = k[:, :, t], v[:, :, t]
         if "delta" in base:
             new = new - (key.unsqueeze(-2) @ state).squeeze(-2)
@@ -132,7 +147,7 @@ def test_results_and_gradients(rng, isa, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_grouped_values(rng, name):
-    compare(rng, name, heads=(1, 1, 2), state=False)
+    compare(rng, name, heads=(4, 2, 2) if name == "hgrn2" else (1, 1, 2), state=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -148,8 +163,7 @@ def test_same_numbers_as_without_autograd(rng, name):
     with torch.no_grad():
         given = {n: x.detach() for n, x in found.items()}
         expected, last = getattr(la.linear, name.split()[0])(**given, **options)
-    # RWKV-6 adds its two parts in another order.
-    rtol, atol = (1e-5, 1e-5) if name == "rwkv6" else (1e-6, 1e-6)
+    rtol, atol = (1e-5, 1e-5) if name in ROUNDED else (1e-6, 1e-6)
     torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
     torch.testing.assert_close(state, last, rtol=1e-6, atol=1e-6)
 
@@ -172,7 +186,9 @@ def test_whole_graphs(rng, name):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "gated_delta_rule", "kimi_delta_attention", "rwkv6"])
+@pytest.mark.parametrize(
+    "name", ["linear_attention", "gated_delta_rule", "kimi_delta_attention", "rwkv6", "rwkv7", "hgrn2"]
+)
 def test_parts_hand_states_on(rng, name):
     """A sequence in parts has the gradients of the whole."""
     found, options = tensors(rng, name)
@@ -188,7 +204,7 @@ def test_parts_hand_states_on(rng, name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["gated_delta_rule", "rwkv6"])
+@pytest.mark.parametrize("name", ["gated_delta_rule", "rwkv6", "rwkv7"])
 def test_packed_sequences(rng, name):
     found, options = tensors(rng, name, state=False)
     bounds = torch.tensor([0, 5, 5, 21])
@@ -272,11 +288,153 @@ def test_state_space_duality(rng, isa):
 def test_opcheck(rng):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     found, _ = tensors(rng, "kimi_delta_attention")
-    given = (*(found[n] for n in ("q", "k", "v", "g", "beta", "initial_state")), None, True, None, True, None, 48)
+    rows = (*(found[n] for n in ("q", "k", "v", "g", "beta")), None, None, found["initial_state"], None)
+    given = (*rows, True, None, True, None, 48)
     torch.library.opcheck(torch.ops.longattn.recurrence.default, given, test_utils=checks)
     x = scan_tensors(rng)
     given = (*(x[n] for n in ("x", "dt", "a", "b", "c")), None, None, True, x["z"], None, None)
     torch.library.opcheck(torch.ops.longattn.selective_scan.default, given, test_utils=checks)
+    x = slot_tensors(rng)
+    given = (*(x[n] for n in ("q", "k", "g", "keys")), None, None, 48)
+    torch.library.opcheck(torch.ops.longattn.slot_logits.default, given, test_utils=checks)
+    x = diagonal_tensors(rng, False)
+    given = (*(x[n] for n in ("x", "decay", "b", "c", "skip", "initial_state")), None)
+    torch.library.opcheck(torch.ops.longattn.diagonal_scan.default, given, test_utils=checks)
+
+
+def slot_tensors(rng, dtype=torch.float32, length=21):
+    """Arguments of gated slot attention with 5 slots, states apart."""
+    shapes = {"q": (1, 4, length, 8), "k": (1, 2, length, 8), "v": (1, 2, length, 6), "g": (1, 2, length, 5)}
+    found = {n: torch.from_numpy(rng.standard_normal(s).astype(np.float32)).to(dtype) for n, s in shapes.items()}
+    found["g"] = -found["g"].abs().float()
+    found |= {"keys": torch.from_numpy(rng.standard_normal((1, 2, 8, 5)).astype(np.float32))}
+    found |= {"values": torch.from_numpy(rng.standard_normal((1, 2, 5, 6)).astype(np.float32))}
+    return {n: x.requires_grad_() for n, x in found.items()}
+
+
+def slots(x):
+    out, states = longattn.torch.gated_slot_attention(
+        x["q"], x["k"], x["v"], x["g"], initial_state=(x["keys"], x["values"])
+    )
+    return (out, *states)
+
+
+def slots_oracle(q, k, v, g, keys, values):
+    """The formula, row after row."""
+    rows = []
+    for t in range(q.shape[2]):
+        gate, new = g[:, :, t].exp(), -g[:, :, t].expm1()
+        keys = keys * gate[..., None, :] + k[:, :, t, :, None] * new[..., None, :]
+        values = values * gate[..., None] + new[..., None] * v[:, :, t, None]
+        both = [s.repeat_interleave(2, 1) for s in (keys, values)]
+        weights = (8**-0.5 * (q[:, :, t, None] @ both[0])).softmax(-1)
+        rows.append((weights @ both[1])[:, :, 0])
+    return torch.stack(rows, 2), keys, values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gated_slot_attention(rng, isa, dtype):
+    found = slot_tensors(rng, dtype)
+    exact = {n: x.detach().double().requires_grad_() for n, x in found.items()}
+    results, expected = slots(found), slots_oracle(**exact)
+    assert results[0].dtype == dtype
+    weights = [torch.from_numpy(rng.standard_normal(r.shape)).to(r.dtype) for r in results]
+    ours, theirs = gradients(found, results, weights), gradients(exact, expected, weights)
+    for x, y in zip((*results, *ours), (*expected, *theirs), strict=True):
+        if dtype == torch.float32:
+            tolerances.check_gradients(x.detach().numpy(), y.detach().numpy(), 400)
+        else:
+            near = 4 * 2.0 ** (-8 if dtype == torch.bfloat16 else -11)
+            np.testing.assert_allclose(
+                x.detach().double(), y.detach(), rtol=near, atol=near * float(y.detach().abs().max())
+            )
+    plain = {n: x.detach() for n, x in found.items()}
+    states = plain.pop("keys"), plain.pop("values")
+    out, last = la.linear.gated_slot_attention(**plain, initial_state=states)
+    near = 1e-5 if dtype == torch.float32 else 1e-2
+    for x, y in zip(results, (out, *last), strict=True):
+        torch.testing.assert_close(x.detach(), y, rtol=near, atol=near)
+
+
+def test_slots_of_parts_and_of_packed_sequences(rng):
+    found = slot_tensors(rng)
+    out, *states = slots(found)
+    weights = [torch.from_numpy(rng.standard_normal(r.shape)).float() for r in (out, *states)]
+    whole = gradients(found, (out, *states), weights)
+    state, outs = (found["keys"], found["values"]), []
+    for rows in (slice(0, 1), slice(1, 9), slice(9, 21)):
+        part = [found[n][:, :, rows] for n in "qkvg"]
+        y, state = longattn.torch.gated_slot_attention(*part, initial_state=state)
+        outs.append(y)
+    parts = gradients(found, (torch.cat(outs, 2), *state), weights)
+    for ours, theirs in zip(parts, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+    rows = [found[n] for n in "qkvg"]
+    packed, last = longattn.torch.gated_slot_attention(*rows, cu_seqlens=torch.tensor([0, 5, 5, 21]))
+    alone, own = longattn.torch.gated_slot_attention(*(x[:, :, 5:] for x in rows))
+    torch.testing.assert_close(packed[:, :, 5:], alone)
+    torch.testing.assert_close(last[1][2:], own[1])
+    ours, theirs = (torch.autograd.grad(o.sum(), found["k"])[0][:, :, 5:] for o in (packed[:, :, 5:], alone))
+    torch.testing.assert_close(ours, theirs)
+
+
+def diagonal_tensors(rng, is_complex):
+    shapes = {
+        "x": (2, 19, 20),
+        "decay": (20, 4),
+        "b": (20, 4),
+        "c": (20, 4),
+        "skip": (20,),
+        "initial_state": (2, 20, 4),
+    }
+    found = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    found["decay"] = rng.uniform(0.3, 0.99, (20, 4)).astype(np.float32)
+    if is_complex:
+        for name in ("decay", "b", "c", "initial_state"):
+            found[name] = (found[name] * np.exp(1j * rng.uniform(-1, 1, found[name].shape))).astype(np.complex64)
+    return {n: torch.from_numpy(x).requires_grad_() for n, x in found.items()}
+
+
+def diagonal_oracle(x, decay, b, c, skip, initial_state):
+    h, rows = initial_state, []
+    for t in range(x.shape[1]):
+        h = decay * h + b * x[:, t, :, None]
+        rows.append((c * h).sum(-1).real + skip * x[:, t])
+    return torch.stack(rows, 1), h
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_diagonal_scan(rng, isa, is_complex, silu):
+    found = diagonal_tensors(rng, is_complex)
+    wide = {n: torch.complex128 if x.is_complex() else torch.float64 for n, x in found.items()}
+    exact = {n: x.detach().to(wide[n]).requires_grad_() for n, x in found.items()}
+    results, expected = longattn.torch.diagonal_scan(**found, silu=silu), list(diagonal_oracle(**exact))
+    if silu:
+        expected[0] = torch.nn.functional.silu(expected[0])
+    weights = [torch.from_numpy(rng.standard_normal(r.shape)) for r in results]
+    ours, theirs = gradients(found, results, weights), gradients(exact, expected, weights)
+    for x, y in zip((*results, *ours), (*expected, *theirs), strict=True):
+        parts = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (x.detach(), y.detach()))
+        tolerances.check_gradients(*(part.numpy() for part in parts), 400)
+
+
+@pytest.mark.parametrize("kind", ["slots", "real", "complex"])
+def test_whole_graphs_of_slots_and_of_diagonal_scans(rng, kind):
+    found = slot_tensors(rng) if kind == "slots" else diagonal_tensors(rng, kind == "complex")
+    names = list(found)
+
+    def call(*arguments):
+        given = dict(zip(names, arguments, strict=True))
+        results = slots(given) if kind == "slots" else longattn.torch.diagonal_scan(**given)
+        return sum((torch.view_as_real(r) if r.is_complex() else r).sin().sum() for r in results)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = [f(*found.values()) for f in (compiled, call)]
+    torch.testing.assert_close(*results)
+    for ours, theirs in zip(*(torch.autograd.grad(r, list(found.values())) for r in results), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_second_derivatives_are_refused(rng):
@@ -301,6 +459,14 @@ def test_second_derivatives_are_refused(rng):
         (lambda x, g: longattn.torch.gated_delta_rule(x, x, x, g, g, g), TypeError, "got 6 positional"),
         (lambda x, g: longattn.torch.retention(x, x, x, gama=g), TypeError, "gama: got it twice or unasked"),
         (lambda x, g: longattn.torch.linear_attention(x.to(torch.float64), x, x), TypeError, "q: got dtype float64"),
+        (lambda x, g: longattn.torch.rwkv7(x, x, x, x, x[:, :, 1:], x), ValueError, "a: got shape"),
+        (lambda x, g: longattn.torch.gated_slot_attention(x, x, x, g), ValueError, "g: got shape"),
+        (
+            lambda x, g: longattn.torch.gated_slot_attention(x, x, x, x, initial_state=x),
+            TypeError,
+            "initial_state: got",
+        ),
+        (lambda x, g: longattn.torch.diagonal_scan(g, g[0, 0], g, g), ValueError, "decay: got shape"),
         (lambda x, g: longattn.torch.selective_scan(x[0], None, x, x, x), TypeError, "dt: got None"),
     ],
 )

@@ -8,10 +8,22 @@ from longattn.linear.bidirectional_gated_ssm import DiagonalSsm, bidirectional_g
 from longattn.linear.bidirectional_mamba import bidirectional_mamba
 from longattn.linear.blended_softmax_linear_attention import blended_softmax_linear_attention
 from longattn.linear.causal_fastmax_attention import causal_fastmax_attention
+from longattn.linear.causal_forms import (
+    LocalState,
+    RunningSoftmax,
+    RunningStatistics,
+    causal_efficient_attention,
+    causal_focused_linear_attention,
+    causal_inline_attention,
+    causal_l2vit_linear_attention,
+    causal_magnitude_aware_linear_attention,
+    causal_simplified_linear_attention,
+)
 from longattn.linear.causal_performer_attention import causal_performer_attention
 from longattn.linear.convolution import causal_conv1d, depthwise_conv1d, depthwise_conv2d, dynamic_conv
 from longattn.linear.delta_rule_attention import delta_rule_attention
 from longattn.linear.diagonal_scan import diagonal_scan
+from longattn.linear.diagonal_scan_backward import DiagonalScanGradients, diagonal_scan_backward
 from longattn.linear.efficient_attention import efficient_attention
 from longattn.linear.fastmax_attention import fastmax_attention
 from longattn.linear.feature_map import FeatureMap
@@ -44,6 +56,7 @@ from longattn.linear.magnitude_aware_linear_attention import magnitude_aware_lin
 from longattn.linear.mamba_mixer import MambaState, MambaWeights, mamba_mixer
 from longattn.linear.mega_gated_attention import MegaWeights, mega_gated_attention
 from longattn.linear.miras_memory import miras_memory
+from longattn.linear.miras_retention import miras_retention, read_lq
 from longattn.linear.multi_dim_damped_ema import multi_dim_damped_ema
 from longattn.linear.performer_attention import performer_attention, random_directions
 from longattn.linear.recurrence_backward import RecurrenceGradients, recurrence_backward
@@ -68,22 +81,28 @@ from longattn.linear.titans_layers import (
 )
 from longattn.linear.titans_neural_memory import titans_neural_memory
 from longattn.linear.toeplitz import toeplitz, toeplitz2d
+from longattn.linear.token_tree import TreeVerification, verify_tree
 from longattn.linear.ttt_linear import ttt_linear
 
 __all__ = [
+    "DiagonalScanGradients",
     "DiagonalSsm",
     "FeatureMap",
     "GroupState",
     "KeyStatistics",
     "LaspStats",
     "LocalLinearStats",
+    "LocalState",
     "MambaState",
     "MambaWeights",
     "MegaWeights",
     "MemoryState",
     "RecurrenceGradients",
+    "RunningSoftmax",
+    "RunningStatistics",
     "SelectiveScanGradients",
     "TitansWeights",
+    "TreeVerification",
     "adaptive_frequency_filter",
     "agent_attention",
     "agent_biases",
@@ -92,12 +111,19 @@ __all__ = [
     "bidirectional_mamba",
     "blended_softmax_linear_attention",
     "causal_conv1d",
+    "causal_efficient_attention",
     "causal_fastmax_attention",
+    "causal_focused_linear_attention",
+    "causal_inline_attention",
+    "causal_l2vit_linear_attention",
+    "causal_magnitude_aware_linear_attention",
     "causal_performer_attention",
+    "causal_simplified_linear_attention",
     "delta_rule_attention",
     "depthwise_conv1d",
     "depthwise_conv2d",
     "diagonal_scan",
+    "diagonal_scan_backward",
     "dual_softmax_matches",
     "dynamic_conv",
     "efficient_attention",
@@ -133,9 +159,11 @@ __all__ = [
     "mamba_mixer",
     "mega_gated_attention",
     "miras_memory",
+    "miras_retention",
     "multi_dim_damped_ema",
     "performer_attention",
     "random_directions",
+    "read_lq",
     "read_statistics",
     "recurrence_backward",
     "refine_matches",
@@ -163,4 +191,5 @@ __all__ = [
     "toeplitz2d",
     "tri_plane_scan",
     "ttt_linear",
+    "verify_tree",
 ]

@@ -24,13 +24,31 @@ ENTRIES = {
     "1; each has a state of its own. `None`: the batch's entries are the sequences.",
     "states": "`(output, states)`: the output in the kind and dtype of `q`, and float32 `[N, H, D, Dv]`, the states "
     "after the last rows. A call of one row with `initial_state` is the decode step: one pass over the state. "
-    "Arithmetic is float32, the same bits for any number of threads. A row that holds NaN or an infinity spoils rows "
+    "Arithmetic is float32, the same bits for any number of threads; float64 rows, to compare with, go one by one in "
+    "float64, and so do their states. A row that holds NaN or an infinity spoils rows "
     "after it and none before.",
     "cost": "`2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other "
     "`Hq * L * C * (D + Dv) / 2`; memory beyond inputs and outputs does not depend on `L`.",
+    "delta_cost": "`3 * H * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other about "
+    "`H * L * C * (D + Dv + C / 6)`; memory beyond inputs and outputs does not depend on `L`.",
+    "gpu": "Arrays of a GPU go to `longattn.gpu.chunked_recurrence`, one head of queries per head of keys; "
+    "`out_state`, `cu_seqlens`, `chunk_size` and `out` are not offered there.",
+    "gpu_delta": "Arrays of a GPU go to `longattn.gpu.chunked_recurrence`, one head of queries per head of keys; "
+    "`normalize_qk`, `out_state`, `cu_seqlens`, `chunk_size` and `out` are not offered there.",
+    "own_keys": "keys `[B, H, L, D]`; any of the three dtypes.",
+    "own_values": "values `[B, H, L, Dv]`; any of the three dtypes. `Hq` is a multiple of `H`.",
+    "going_on": "what a call with the rows before returned.",
+    "taps": "floating `[Dv, K]`, taps of the convolution, for all heads; the first meets the row itself, the next the "
+    "one before it. `None` is none.",
+    "running": "`(output, state)`: the output in the kind and dtype of `q`, and `RunningStatistics`. A call of one row "
+    "is the decode step.",
+    "local": "`(output, state)`: the output in the kind and dtype of `q`, and `LocalState`. A call of one row is the "
+    "decode step.",
+    "bad_beta": "a beta that is not finite or, with `normalize_qk`, outside 0 to 2.",
 }
 
 COST = ENTRIES["cost"]
+DELTA_COST = ENTRIES["delta_cost"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _WIDTH = 120

@@ -1,4 +1,4 @@
-"""Depthwise convolution of values that lie as a map, head by head."""
+"""Depthwise convolutions of values, head by head: of those that lie as a map, and causal ones along rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from longattn import _core
 from longattn._arrays import Array, as_numpy
 from longattn._checks import check_floating
+from longattn.linear.convolution import causal_conv1d
 
 Float32 = NDArray[np.float32]
 
@@ -63,3 +64,25 @@ def local_values(
         else:
             _core.depthwise(places, own, centre, to, bias=own_bias)
     return added
+
+
+def add_causal_convolution(rows: Float32, v: NDArray[Any], filters: Float32, before: Float32) -> Float32:
+    """Adds the convolution of each head's values to the rows of the queries that read it.
+
+    Args:
+        rows: `[B, Hq, L, Dv]`, `Hq` a multiple of `H`.
+        v: values `[B, H, L, Dv]`.
+        filters: `[H, Dv, K]`, of which the first tap meets a row itself.
+        before: values before the first row, `[B, H, K - 1, Dv]`.
+
+    Returns:
+        The last values that later rows see, in the shape of `before`.
+    """
+    batch, heads, length, value_dim = v.shape
+    last, group = np.empty(before.shape, np.float32), rows.shape[1] // heads
+    for h in range(heads):
+        wide = np.empty((batch, length, value_dim), np.float32)
+        values = v[:, h].astype(np.float32, copy=False)
+        _, last[:, h] = causal_conv1d(values, filters[h, :, ::-1], initial_state=before[:, h], out=wide)
+        rows[:, h * group : (h + 1) * group] += wide[:, None]
+    return last

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longattn import _core
-from longattn._arrays import FLOATS, Array, as_numpy, as_output, like
+from longattn._arrays import FLOAT64, FLOATS, Array, as_numpy, as_output, like
 from longattn._checks import (
     batched,
     check_float_storage,
     check_floating,
     integer,
-    real,
     result_array,
+    scale_factor,
     sequence_bounds,
 )
 from longattn.linear.feature_map import FeatureMap, parts
@@ -25,18 +24,29 @@ from longattn.linear.feature_map import FeatureMap, parts
 CHUNK = 48
 #: The most that the core computes at once; a larger `chunk_size` means this.
 LARGEST_CHUNK = 252
+FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
+class Common(NamedTuple):
+    """What all recurrences take beside rows and gates; `ENTRIES` of `_documented` says what they are."""
+
+    scale: object = None
+    initial_state: Array | None = None
+    out_state: Array | None = None
+    chunk_size: object = CHUNK
+    cu_seqlens: Array | None = None
+    out: Array | None = None
+
+
+class Inputs(NamedTuple):
     """Checked arguments of a recurrence.
 
     Attributes:
         q: queries, of rank 3 or 4 as they came.
         k: keys, or `None`.
         v: values.
-        g: log decays `[B, H, L, 1]` or `[B, H, L, D]`, or `None`.
-        beta: factors of updates `[B, H, L, 1]`, or `None`.
+        g: log decays `[H]`, `[B, H, L]` or, as many axes as values have, `[B, H, L, D]`; or `None`.
+        beta: factors of updates `[B, H, L]` or `[H]`, or `None`.
         scale: factor of outputs.
         chunk: rows computed at once.
         bounds: bounds of packed sequences, or `None`.
@@ -60,6 +70,7 @@ def checked(
     q: Array,
     k: Array | None,
     v: Array,
+    common: Common,
     *,
     names: tuple[str, str, str] = ("q", "k", "v"),
     g: Array | None = None,
@@ -68,66 +79,66 @@ def checked(
     columns: bool = False,
     beta: Array | None = None,
     beta_name: str = "beta",
-    scale: object = None,
     extra: int = 0,
-    chunk_size: object = CHUNK,
-    cu_seqlens: Array | None = None,
+    double: bool = False,
 ) -> Inputs:
     """Arguments of `recurrence`, checked; `extra` is what states have in columns beyond those of values.
 
-    With `columns`, `g` is `[B, H, L, Dv]`.
+    With `columns`, `g` is `[B, H, L, Dv]`; with `double`, all of `q`, `k` and `v` may be float64.
     """
-    present(**{names[0]: q, names[2]: v})
-    given = {name: None if x is None else as_numpy(x, name) for name, x in zip(names, (q, k, v), strict=True)}
-    for name, x in given.items():
-        if x is not None:
-            check_float_storage(x, name)
-    qn, kn, vn = given.values()
-    assert qn is not None and vn is not None
+    q_name, k_name, v_name = names
+    present(**{q_name: q, v_name: v})
+    qn, vn = as_numpy(q, q_name), as_numpy(v, v_name)
+    kn = None if k is None else as_numpy(k, k_name)
+    wide = double and qn.dtype == FLOAT64
+    rows = ((qn, q_name), (vn, v_name)) if kn is None else ((qn, q_name), (kn, k_name), (vn, v_name))
+    front, length, dim = qn.shape[:-3], qn.shape[-2] if qn.ndim > 1 else 0, qn.shape[-1] if qn.ndim else 0
+    for x, name in rows:
+        if wide:
+            if x.dtype != FLOAT64:
+                raise TypeError(f"{name}: got dtype {x.dtype}, expected float64 as {q_name}")
+        else:
+            check_float_storage(x, name, double)
     if qn.ndim not in (3, 4):
-        raise ValueError(f"{names[0]}: got shape {qn.shape}, expected rank 3 or 4")
-    length, heads, dim = qn.shape[-2], vn.shape[-3] if vn.ndim == qn.ndim else 0, qn.shape[-1]
-    for name, x in given.items():
-        if x is None:
-            continue
-        if x.ndim != qn.ndim:
-            raise ValueError(f"{name}: got shape {x.shape}, expected rank {qn.ndim} as {names[0]}")
-        if x.shape[:-3] != qn.shape[:-3]:
-            raise ValueError(f"{name}: got batch {x.shape[0]}, expected {qn.shape[0]} as in {names[0]}")
-        if x.shape[-2] != length:
-            raise ValueError(f"{name}: got length {x.shape[-2]}, expected {length} as in {names[0]}")
-        if x.shape[-1] == 0:
-            raise ValueError(f"{name}: got head_dim 0 in shape {x.shape}, expected at least 1")
+        raise ValueError(f"{q_name}: got shape {qn.shape}, expected rank 3 or 4")
+    for x, name in rows:
+        shape = x.shape
+        if len(shape) != qn.ndim:
+            raise ValueError(f"{name}: got shape {shape}, expected rank {qn.ndim} as {q_name}")
+        if shape[:-3] != front:
+            raise ValueError(f"{name}: got batch {shape[0]}, expected {qn.shape[0]} as in {q_name}")
+        if shape[-2] != length:
+            raise ValueError(f"{name}: got length {shape[-2]}, expected {length} as in {q_name}")
+        if shape[-1] == 0:
+            raise ValueError(f"{name}: got head_dim 0 in shape {shape}, expected at least 1")
     if kn is not None and kn.shape[-1] != dim:
-        raise ValueError(f"{names[1]}: got head_dim {kn.shape[-1]}, expected {dim} as in {names[0]}")
-    q_heads, k_heads = qn.shape[-3], heads if kn is None else kn.shape[-3]
+        raise ValueError(f"{k_name}: got head_dim {kn.shape[-1]}, expected {dim} as in {q_name}")
+    heads, q_heads = vn.shape[-3], qn.shape[-3]
+    k_heads = heads if kn is None else kn.shape[-3]
     if k_heads == 0 or heads == 0 or heads % k_heads:
-        raise ValueError(f"{names[2]}: got {heads} heads, expected a positive multiple of the {k_heads} of {names[1]}")
+        raise ValueError(f"{v_name}: got {heads} heads, expected a positive multiple of the {k_heads} of {k_name}")
     if q_heads == 0 or q_heads % k_heads or (q_heads % heads and heads % q_heads):
         raise ValueError(
-            f"{names[0]}: got {q_heads} heads, expected a multiple of the {k_heads} of {names[1]} that divides the "
-            f"{heads} of {names[2]}, or a multiple of these"
+            f"{q_name}: got {q_heads} heads, expected a multiple of the {k_heads} of {k_name} that divides the "
+            f"{heads} of {v_name}, or a multiple of these"
         )
-    batch = qn.shape[0] if qn.ndim == 4 else 1
-    gates = (batch, heads, length)
-    axes = (*gates, vn.shape[-1] if columns else dim) if channels or columns else None
-    decays = None if g is None else _gate(g, g_name, gates, axes, qn.ndim)
-    factors = None if beta is None else _gate(beta, beta_name, gates, None, qn.ndim)
-    bounds = None
-    if cu_seqlens is not None:
+    gates, decays, factors = (*front, heads, length), None, None
+    if g is not None:
+        by_row = not (channels or columns)
+        decays = _gate(g, g_name, gates if by_row else (*gates, vn.shape[-1] if columns else dim), by_row, wide)
+    if beta is not None:
+        factors = _gate(beta, beta_name, gates, True, wide)
+    batch, bounds = front[0] if front else 1, None
+    if common.cu_seqlens is not None:
         if batch != 1:
             raise ValueError(f"cu_seqlens: got it with a batch of {batch}, expected one: sequences lie along its rows")
-        bounds = sequence_bounds(cu_seqlens, "cu_seqlens", length)
-    chunk = min(integer(chunk_size, "chunk_size", 1), LARGEST_CHUNK)
-    factor = dim**-0.5 if scale is None else real(scale, "scale")
-    if not abs(factor) <= float(np.finfo(np.float32).max):
-        raise ValueError(f"scale: got {scale}, expected a finite float32")
-    sequences = batch if bounds is None else len(bounds) - 1
-    # Packed sequences each have a state, whatever the rank of their rows.
-    front = qn.shape[:-3] if bounds is None else (sequences,)
+        bounds = sequence_bounds(common.cu_seqlens, "cu_seqlens", length)
+        # Packed sequences each have a state, whatever the rank of their rows.
+        front = (len(bounds) - 1,)
+    chunk = min(integer(common.chunk_size, "chunk_size", 1), LARGEST_CHUNK)
     states = (*front, heads, dim, vn.shape[-1] + extra)
     outputs = (*qn.shape[:-3], max(q_heads, heads), length, vn.shape[-1])
-    return Inputs(qn, kn, vn, decays, factors, factor, chunk, bounds, outputs, states)
+    return Inputs(qn, kn, vn, decays, factors, scale_factor(common.scale, dim), chunk, bounds, outputs, states)
 
 
 def present(**arrays: Array | None) -> None:
@@ -142,28 +153,31 @@ def check_unit_beta(beta: NDArray[Any] | None, name: str) -> None:
     if beta is None:
         return
     factors = beta.astype(np.float32, copy=False)
-    if not ((factors >= 0) & (factors <= 2)).all():
+    if factors.size and not (factors.min() >= 0 and factors.max() <= 2):  # NaN is neither
         raise ValueError(
             f"{name}: got a number outside 0 to 2, or NaN, expected numbers from 0 to 2 with normalize_qk: beyond them "
             "states grow"
         )
 
 
-def states_before(initial_state: Array | None, states: tuple[int, ...]) -> NDArray[np.float32] | None:
-    """States before the first row, as float32."""
+def states_before(
+    initial_state: Array | None, states: tuple[int, ...], dtype: np.dtype[Any] = FLOAT32
+) -> NDArray[Any] | None:
+    """States before the first row, in the dtype of arithmetic."""
     if initial_state is None:
         return None
     first = as_numpy(initial_state, "initial_state")
     check_floating(first, "initial_state")
     if first.shape != states:
         raise ValueError(f"initial_state: got shape {first.shape}, expected {states}")
-    return first if first.dtype == np.float32 else first.astype(np.float32)
+    return first if first.dtype == dtype else first.astype(dtype)
 
 
 def recurrence(
     q: Array,
     k: Array | None,
     v: Array,
+    common: Common,
     *,
     names: tuple[str, str, str] = ("q", "k", "v"),
     g: Array | None = None,
@@ -172,7 +186,6 @@ def recurrence(
     beta: Array | None = None,
     beta_name: str = "beta",
     delta: bool = False,
-    scale: object = None,
     unit: float | None = None,
     normaliser: float | None = None,
     skip: NDArray[np.float32] | None = None,
@@ -181,13 +194,8 @@ def recurrence(
     bonus: Array | None = None,
     pair: tuple[Array, Array] | None = None,
     squares: bool = False,
-    maps: tuple[FeatureMap | None, FeatureMap | None] = (None, None),
+    maps: tuple[FeatureMap | dict[str, Any] | None, FeatureMap | dict[str, Any] | None] = (None, None),
     dtype: np.dtype[Any] | None = None,
-    initial_state: Array | None = None,
-    out_state: Array | None = None,
-    chunk_size: object = CHUNK,
-    cu_seqlens: Array | None = None,
-    out: Array | None = None,
 ) -> tuple[Array, Array]:
     """`S_t = A_t S_(t-1) + k_t u_t^T`, `o_t = scale * q_t^T S_t`, with everything checked.
 
@@ -195,14 +203,14 @@ def recurrence(
         q: queries `[B, Hq, L, D]` or `[Hq, L, D]`.
         k: keys `[B, Hk, L, D]`; `None` with `tied`.
         v: values `[B, H, L, Dv]`; states belong to these heads.
-        names: what the caller calls these three.
+        common: what all recurrences take: `initial_state` is `[N, H, D, Dv]`, with a normaliser `[N, H, D, Dv + 1]`.
+        names: what the caller calls `q`, `k` and `v`.
         g: log decays: `[H]`, `[B, H, L]` or, with `channels`, `[B, H, L, D]`.
         g_name: what the caller calls them.
         channels: whether each channel of the keys decays by itself.
         beta: factors of updates `[B, H, L]`.
         beta_name: what the caller calls them.
         delta: whether an update is what the state does not hold yet.
-        scale: factor of outputs; `None` is `D ** -0.5`.
         unit: rows of `q` and `k` are divided by the root of their sum of squares and this.
         normaliser: outputs are divided by the same of a value of 1, plus this.
         skip: float32 `[H]`, factors of values that are added to outputs.
@@ -211,23 +219,22 @@ def recurrence(
         bonus: floating `[H, D]`, called "u": queries read the state before their row and the row's key times this.
         pair: `a` and `b` like `k`: `b_t (a_t^T S_(t-1))` is added to states.
         squares: scores of rows of a chunk with each other are `max(s, 0) ** 2`.
-        maps: what makes features of queries and of keys, which `D` then counts.
+        maps: what makes features of queries and of keys, which `D` then counts; a dict as the compiled module takes it.
         dtype: of the output; `None` is that of `q`.
-        initial_state: `[N, H, D, Dv]`, with a normaliser `[N, H, D, Dv + 1]`.
-        out_state: float32 array for the final states; may be `initial_state`.
-        chunk_size: rows computed at once.
-        cu_seqlens: bounds of `N` sequences along the rows of a batch of 1; `None`: `N` is `B`.
-        out: array for the output.
 
     Returns:
         `(output, states)` in the kind of `q`.
+
+    float64 `q`, `k` and `v`, without maps and squares, are computed in float64, row by row, and states are float64.
     """
     if not tied:
         present(**{names[1]: k})
+    plain = not squares and maps[0] is None and maps[1] is None
     x = checked(
         q,
         k,
         v,
+        common,
         names=names,
         g=g,
         g_name=g_name,
@@ -235,102 +242,150 @@ def recurrence(
         columns=columns is not None,
         beta=beta,
         beta_name=beta_name,
-        scale=scale,
         extra=int(normaliser is not None),
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
+        double=plain,
     )
     if delta and unit is not None:
         check_unit_beta(x.beta, beta_name)
-    q_heads, k_heads, heads = x.q.shape[-3], x.k.shape[-3] if x.k is not None else x.v.shape[-3], x.v.shape[-3]
-    dim, states = x.q.shape[-1], x.states
-    boost, second = None, None
-    if bonus is not None:
-        boost = as_numpy(bonus, "u", any_strides=True)
-        check_floating(boost, "u")
-        if boost.shape != (heads, dim):
-            raise ValueError(f"u: got shape {boost.shape}, expected {(heads, dim)}")
-        boost = np.ascontiguousarray(boost, np.float32).ravel()
-        if not np.isfinite(boost).all():
-            raise ValueError("u: got numbers that are not finite, expected finite ones")
+    states, is_double = x.states, x.q.dtype == FLOAT64
+    arithmetic = FLOAT64 if is_double else FLOAT32
+    boost = None if bonus is None else _bonus(bonus, (x.v.shape[-3], x.q.shape[-1]), arithmetic)
+    second = None
     if pair is not None:
         assert x.k is not None
-        second = [_like_keys(y, name, x.k) for y, name in zip(pair, ("a", "b"), strict=True)]
-    sides = zip(maps, (q_heads, k_heads), (False, True), strict=True)
-    made = [None if phi is None else parts(phi, n, dim, keys=keys) for phi, n, keys in sides]
-    if maps[0] is not None:
-        states = (*states[:-2], maps[0].features(dim), states[-1])
-
-    inputs = {**dict(zip(names, (x.q, x.k, x.v), strict=True)), g_name: x.g, beta_name: x.beta}
-    result = result_array(out, q, x.outputs, x.q.dtype if dtype is None else dtype, inputs)
-    first = states_before(initial_state, states)
-    if out_state is None:
-        last = np.empty(states, np.float32)
-    else:
-        last = as_output(
-            out_state,
-            like=q,
-            shape=states,
-            dtype=np.dtype(np.float32),
-            inputs={**inputs, "out": result},
-            name="out_state",
+        second = (like_keys(pair[0], "a", x.k), like_keys(pair[1], "b", x.k))
+    made: Any = (None, None)
+    if not plain:
+        sides = zip(maps, (x.q, x.v if x.k is None else x.k), (False, True), strict=True)
+        made = tuple(
+            parts(phi, y.shape[-3], y.shape[-1], keys=n) if isinstance(phi, FeatureMap) else phi for phi, y, n in sides
         )
-        if first is not None and np.may_share_memory(first, last):
+        if isinstance(maps[0], FeatureMap):
+            states = (*states[:-2], maps[0].features(x.q.shape[-1]), states[-1])
+
+    # That results have memory of their own the core sees, faster than numpy.
+    inputs = {} if not is_double else dict(zip((*names, g_name, beta_name), x[:5], strict=True))
+    kind = x.q.dtype if dtype is None or is_double else dtype
+    result = result_array(common.out, q, x.outputs, kind, inputs)
+    first = states_before(common.initial_state, states, arithmetic)
+    if common.out_state is None:
+        last = np.empty(states, arithmetic)
+    else:
+        last = as_output(common.out_state, like=q, shape=states, dtype=arithmetic, inputs=inputs, name="out_state")
+        if first is not None and common.out_state is common.initial_state:
+            first = last
+        elif first is not None and np.may_share_memory(first, last):
             if _begins(first) != _begins(last) or first.strides != last.strides:
                 raise ValueError("out_state: got an array that overlaps initial_state, expected the same or another")
             first = last
-    last4 = batched(last, 4)
-    _core.recurrence(
+    if is_double:
+        _double(x, first, result, last, delta=delta, rule=(unit, normaliser, skip), own=(columns, boost, second))
+    else:
+        _core.recurrence(
+            x.q,
+            x.k,
+            x.v,
+            x.g,
+            x.beta,
+            delta,
+            x.scale,
+            unit,
+            normaliser,
+            skip,
+            first,
+            x.bounds,
+            x.chunk,
+            result,
+            last,
+            columns=columns,
+            bonus=boost,
+            pair=second,
+            squares=squares,
+            maps=made,
+            names=None if names == ("q", "k", "v") and g_name == "g" else (*names, g_name, beta_name),
+        )
+    out, out_state = common.out, common.out_state
+    return like(q, result) if out is None else out, like(q, last) if out_state is None else out_state
+
+
+def _double(
+    x: Inputs,
+    first: NDArray[Any] | None,
+    result: NDArray[Any],
+    last: NDArray[Any],
+    *,
+    delta: bool,
+    rule: tuple[float | None, float | None, NDArray[np.float32] | None],
+    own: tuple[bool | None, NDArray[Any] | None, tuple[NDArray[Any], NDArray[Any]] | None],
+) -> None:
+    """The recurrence of float64 arrays, in contiguous copies of results where these are not."""
+    (unit, normaliser, skip), (columns, boost, pair) = rule, own
+    out, state = (np.ascontiguousarray(batched(y, 4)) for y in (result, last))
+    if first is not last:
+        state[...] = 0 if first is None else first
+    g, by_row = x.g, x.g is not None and x.g.ndim < x.v.ndim
+    if g is not None:
+        g = by_rows(g, x.v) if by_row else batched(g, 4)
+    _core.recurrence_double(
         batched(x.q, 4),
         None if x.k is None else batched(x.k, 4),
         batched(x.v, 4),
-        x.g,
-        x.beta,
+        g,
+        by_row,
+        None if x.beta is None else by_rows(x.beta, x.v),
         delta,
         x.scale,
         unit,
         normaliser,
-        skip,
-        None if first is None else last4 if first is last else batched(first, 4),
+        None if skip is None else skip.astype(np.float64),
         x.bounds,
-        x.chunk,
-        batched(result, 4),
-        last4,
+        out,
+        state,
         columns=columns,
         bonus=boost,
-        pair=second,
-        squares=squares,
-        maps=(made[0], made[1]),
+        pair=None if pair is None else (batched(pair[0], 4), batched(pair[1], 4)),
     )
-    return like(q, result) if out is None else out, like(q, last) if out_state is None else out_state
+    for made, to in ((out, result), (state, last)):
+        if not np.may_share_memory(made, to):
+            to[...] = made.reshape(to.shape)
 
 
-def _like_keys(x: Array, name: str, keys: NDArray[Any]) -> NDArray[Any]:
+def by_rows(gate: NDArray[Any], v: NDArray[Any]) -> NDArray[Any]:
+    """A gate of the rows, or of the heads, of values, as `[B, H, L, 1]`."""
+    return np.broadcast_to(gate[:, None] if gate.ndim == 1 else gate, (1, *v.shape[:-1])[-3:])[..., None]
+
+
+def _bonus(bonus: Array, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    boost = as_numpy(bonus, "u", any_strides=True)
+    check_floating(boost, "u")
+    if boost.shape != shape:
+        raise ValueError(f"u: got shape {boost.shape}, expected {shape}")
+    if not np.isfinite(boost).all():
+        raise ValueError("u: got numbers that are not finite, expected finite ones")
+    return np.ascontiguousarray(boost, dtype).ravel()
+
+
+def like_keys(x: Array, name: str, keys: NDArray[Any]) -> NDArray[Any]:
     """Rows that come in the shape of keys."""
     rows = as_numpy(x, name)
-    check_float_storage(rows, name)
+    if keys.dtype == FLOAT64 != rows.dtype:
+        raise TypeError(f"{name}: got dtype {rows.dtype}, expected float64 as k")
+    if keys.dtype != FLOAT64:
+        check_float_storage(rows, name)
     if rows.shape != keys.shape:
         raise ValueError(f"{name}: got shape {rows.shape}, expected {keys.shape} as k")
-    return batched(rows, 4)
+    return rows
 
 
-def _gate(x: Array, name: str, rows: tuple[int, int, int], channels: tuple[int, ...] | None, rank: int) -> NDArray[Any]:
-    """A gate as `[B, H, L, 1]`, or `[B, H, L, D]`, in a storage dtype."""
-    gate = as_numpy(x, name, any_strides=channels is None)
-    check_floating(gate, name)
-    if gate.dtype not in FLOATS:
-        gate = gate.astype(np.float32)
-    if channels is not None:
-        expected = channels[4 - rank :]
-        if gate.shape != expected:
-            raise ValueError(f"{name}: got shape {gate.shape}, expected {expected}")
-        return batched(gate, 4)
-    expected = rows[4 - rank :]
-    if gate.shape == (rows[1],) and expected != (rows[1],):
-        return np.broadcast_to(gate[:, None, None], (*rows, 1))
-    if gate.shape != expected:
+def _gate(x: Array, name: str, expected: tuple[int, ...], by_row: bool, wide: bool) -> NDArray[Any]:
+    """A gate in its shape, in a storage dtype or, where it is `wide`, float64; gates of rows may be of heads alone."""
+    gate = as_numpy(x, name, any_strides=by_row)
+    if wide or gate.dtype not in FLOATS:
+        check_floating(gate, name)
+        gate = gate.astype(FLOAT64 if wide else FLOAT32, copy=False)
+    if gate.shape != expected and not (by_row and gate.shape == (expected[-2],)):
         raise ValueError(f"{name}: got shape {gate.shape}, expected {expected}")
-    return gate.reshape(*rows, 1)
+    return gate
 
 
 def _begins(x: NDArray[Any]) -> int:

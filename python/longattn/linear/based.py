@@ -5,7 +5,7 @@ from __future__ import annotations
 from longattn._arrays import Array, as_numpy
 from longattn._checks import flag, integer, real, scale_factor
 from longattn.linear._documented import documented
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, Common, recurrence
 from longattn.linear.feature_map import FeatureMap
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -70,19 +70,9 @@ def based(
     if factor < 0:
         raise ValueError(f"scale: got {scale}, expected at least 0")
     phi = FeatureMap(kind="taylor", order=degree, scale=factor**0.5)
-    return recurrence(
-        q,
-        k,
-        v,
-        scale=1.0,
-        maps=(phi, phi),
-        normaliser=real(eps, "eps") if flag(normalize, "normalize") else None,
-        initial_state=initial_state,
-        out_state=out_state,
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
-        out=out,
-    )
+    common = Common(1.0, initial_state, out_state, chunk_size, cu_seqlens, out)
+    divided = real(eps, "eps") if flag(normalize, "normalize") else None
+    return recurrence(q, k, v, common, maps=(phi, phi), normaliser=divided)
 
 
 METHOD = Method(

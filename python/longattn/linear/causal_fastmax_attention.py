@@ -5,7 +5,7 @@ from __future__ import annotations
 from longattn._arrays import Array
 from longattn._checks import integer, shape_of
 from longattn.linear._documented import documented
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, Common, recurrence
 from longattn.linear.feature_map import FeatureMap, finite
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -85,19 +85,8 @@ def causal_fastmax_attention(
     scaled = (c0, c1 / heat, c2 / heat**2)
     norm = "standard" if qk_norm == "standardise" else "none"
     phi = FeatureMap(kind="taylor", order=degree, norm=norm, coefficients=scaled)
-    return recurrence(
-        q,
-        k,
-        v,
-        scale=1.0,
-        maps=(phi, phi),
-        normaliser=0.0,
-        initial_state=initial_state,
-        out_state=out_state,
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
-        out=out,
-    )
+    common = Common(1.0, initial_state, out_state, chunk_size, cu_seqlens, out)
+    return recurrence(q, k, v, common, maps=(phi, phi), normaliser=0.0)
 
 
 METHOD = Method(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from longattn._arrays import Array, as_numpy
 from longattn._checks import real, scale_factor
 from longattn.linear._documented import documented
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, Common, recurrence
 from longattn.linear.feature_map import FeatureMap, finite
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -80,19 +80,8 @@ def causal_performer_attention(
         FeatureMap(kind=kind, scale=factor**0.5, projection=w, offset=0.0 if kernel == "softmax" else added),
         FeatureMap(kind=kind, scale=factor**0.5, projection=w, offset=added),
     )
-    return recurrence(
-        q,
-        k,
-        v,
-        scale=1.0,
-        maps=maps,
-        normaliser=real(eps, "eps"),
-        initial_state=initial_state,
-        out_state=out_state,
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
-        out=out,
-    )
+    common = Common(1.0, initial_state, out_state, chunk_size, cu_seqlens, out)
+    return recurrence(q, k, v, common, maps=maps, normaliser=real(eps, "eps"))
 
 
 METHOD = Method(

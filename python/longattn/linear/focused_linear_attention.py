@@ -71,12 +71,26 @@ def focused_linear_attention(
         D. Han et al., "FLatten Transformer: Vision Transformer using Focused Linear Attention", 2023, arXiv:2308.00442.
     """
     qn, kn, _ = arrays = inputs(q, k, v)
+    maps = focusing(qn, kn, power, channel_scale, norm_scope, pos)
+    eps = finite(eps, "eps")
+    add = local_part(arrays, dwc_weight, dwc_bias, size)
+    return attend(q, arrays, maps, ("divide_means", eps, 0.0), add=add, out=out)
+
+
+def focusing(
+    qn: NDArray[Any],
+    kn: NDArray[Any],
+    power: object,
+    channel_scale: Array | None,
+    norm_scope: str,
+    pos: Array | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The maps of queries and keys of rank 4."""
     exponent = finite(power, "power")
     if exponent <= 0:
         raise ValueError(f"power: got {power}, expected above 0")
     if norm_scope not in ("all", "head"):
         raise ValueError(f"norm_scope: got {norm_scope!r}, expected 'all' or 'head'")
-    eps = finite(eps, "eps")
     own = norm_scope == "head"
     common: dict[str, Any] = {"map": "relu", "offset": OFFSET, "power": (exponent, own)}
     maps = dict(common), dict(common)
@@ -88,8 +102,7 @@ def focused_linear_attention(
     if not own:
         for x, given in zip((qn, kn), maps, strict=True):
             given["row_factors"] = _lengths_kept(x, given)
-    add = local_part(arrays, dwc_weight, dwc_bias, size)
-    return attend(q, arrays, maps, ("divide_means", eps, 0.0), add=add, out=out)
+    return maps
 
 
 def local_part(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from longattn._arrays import Array
-from longattn.gpu import is_on_gpu
+from longattn.linear._anywhere import recurrence_anywhere
 from longattn.linear._documented import COST, documented
-from longattn.linear._on_gpu import recurrence_on_gpu
-from longattn.linear._recurrence import CHUNK, present, recurrence
+from longattn.linear._recurrence import CHUNK, Common, present
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -42,8 +41,7 @@ def gated_linear_attention(
     Returns:
         {states}
 
-    Arrays of a GPU go to `longattn.gpu.chunked_recurrence`, one head of queries per head of keys; `out_state`,
-    `cu_seqlens`, `chunk_size` and `out` are not offered there.
+    {gpu}
 
     Raises:
         TypeError: an argument of another kind or dtype.
@@ -56,32 +54,8 @@ def gated_linear_attention(
         S. Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2023, arXiv:2312.06635.
     """
     present(g=g)
-    if is_on_gpu(q):
-        return recurrence_on_gpu(
-            q,
-            k,
-            v,
-            g=g,
-            scale=scale,
-            initial_state=initial_state,
-            chunk_size=chunk_size,
-            out_state=out_state,
-            cu_seqlens=cu_seqlens,
-            out=out,
-        )
-    return recurrence(
-        q,
-        k,
-        v,
-        g=g,
-        channels=True,
-        scale=scale,
-        initial_state=initial_state,
-        out_state=out_state,
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
-        out=out,
-    )
+    common = Common(scale, initial_state, out_state, chunk_size, cu_seqlens, out)
+    return recurrence_anywhere(q, k, v, common, g=g, channels=True)
 
 
 METHOD = Method(

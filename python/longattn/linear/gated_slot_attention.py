@@ -9,7 +9,7 @@ import numpy as np
 from longattn._arrays import Array, as_numpy, like
 from longattn._checks import check_float_storage
 from longattn.linear._documented import documented
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, Common, recurrence
 from longattn.linear.feature_map import FeatureMap
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -75,15 +75,14 @@ def gated_slot_attention(
     ends: Any = out_state or (None, None)
     # Values of 1, of which a gate lets in what it frees.
     ones = np.broadcast_to(np.ones(gates.shape[-1], np.float32), (*vn.shape[:-1], gates.shape[-1]))
-    options: dict[str, Any] = {"g": g, "chunk_size": chunk_size, "cu_seqlens": cu_seqlens}
     logits, slots = recurrence(
-        q, k, ones, columns=True, scale=scale, dtype=np.dtype(np.float32), initial_state=starts[0],
-        out_state=ends[0], **options,
+        q, k, ones, Common(scale, starts[0], ends[0], chunk_size, cu_seqlens), g=g, columns=True,
+        dtype=np.dtype(np.float32),
     )  # fmt: skip
     qn = as_numpy(q, "q")
     result, values = recurrence(
-        as_numpy(logits, "q"), None, v, channels=True, tied=True, scale=1.0, maps=(FeatureMap(kind="softmax"), None),
-        dtype=qn.dtype, initial_state=starts[1], out_state=ends[1], out=out, **options,
+        as_numpy(logits, "q"), None, v, Common(1.0, starts[1], ends[1], chunk_size, cu_seqlens, out), g=g,
+        channels=True, tied=True, maps=(FeatureMap(kind="softmax"), None), dtype=qn.dtype,
     )  # fmt: skip
     returned: Any = like(q, as_numpy(result, "out")) if out is None else out
     last: Any = like(q, as_numpy(values, "out_state")) if ends[1] is None else ends[1]

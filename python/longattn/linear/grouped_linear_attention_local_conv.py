@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
 from longattn._checks import batched, check_float_storage, check_floating, integer, result_array
-from longattn.linear._recurrence import LARGEST_CHUNK, recurrence
-from longattn.linear.convolution import causal_conv1d
+from longattn.linear._local import add_causal_convolution
+from longattn.linear._recurrence import LARGEST_CHUNK, Common, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -111,22 +111,17 @@ def grouped_linear_attention_local_conv(
     sums = state.sums
     for part, complete in ((slice(0, whole), True), (slice(whole, again + length), False)):
         _, after = recurrence(
-            queries[:, :, part], keys[:, :, part], values[:, :, part], unit=1e-24, scale=1.0, chunk_size=size,
-            squares=sim_local == "relu2", initial_state=sums, dtype=np.dtype(np.float32), out=rows[:, :, part],
+            queries[:, :, part], keys[:, :, part], values[:, :, part],
+            Common(1.0, sums, chunk_size=size, out=rows[:, :, part]),
+            unit=1e-24, squares=sim_local == "relu2", dtype=np.dtype(np.float32),
         )  # fmt: skip
         if complete:
             sums = np.asarray(after, np.float32)
     rows = rows[:, :, again:]
     before = state.before
     if taps is not None:
-        before = np.empty((batch, heads, kept, value_dim), np.float32)
-        group = q4.shape[1] // heads
-        for h in range(heads):
-            filters = np.broadcast_to(taps[h, ::-1], (value_dim, kept + 1))
-            wide = np.empty((batch, length, value_dim), np.float32)
-            values_of = v4[:, h].astype(np.float32, copy=False)
-            _, before[:, h] = causal_conv1d(values_of, filters, initial_state=state.before[:, h], out=wide)
-            rows[:, h * group : (h + 1) * group] += wide[:, None]
+        filters = np.broadcast_to(taps[:, None], (heads, value_dim, kept + 1))
+        before = add_causal_convolution(rows, v4, filters, before)
     batched(result, 4)[...] = rows
     last = GroupState(sums=sums, keys=keys[:, :, whole:].copy(), values=values[:, :, whole:].copy(), before=before)
     returned: Any = like(q, result) if out is None else out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longattn._arrays import Array
 from longattn.linear._documented import COST, documented
-from longattn.linear._recurrence import CHUNK, present, recurrence
+from longattn.linear._recurrence import CHUNK, Common, present, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -51,20 +51,8 @@ def hgrn2(
         Z. Qin et al., "HGRN2: Gated Linear RNNs with State Expansion", 2024, arXiv:2404.07904.
     """
     present(g=g)
-    return recurrence(
-        q,
-        None,
-        v,
-        g=g,
-        channels=True,
-        tied=True,
-        scale=scale,
-        initial_state=initial_state,
-        out_state=out_state,
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
-        out=out,
-    )
+    common = Common(scale, initial_state, out_state, chunk_size, cu_seqlens, out)
+    return recurrence(q, None, v, common, g=g, channels=True, tied=True)
 
 
 METHOD = Method(

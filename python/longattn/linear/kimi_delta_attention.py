@@ -9,10 +9,9 @@ import numpy as np
 from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy, like
 from longattn._checks import batched, check_floating, flag, result_array
-from longattn.gpu import is_on_gpu
-from longattn.linear._documented import documented
-from longattn.linear._on_gpu import recurrence_on_gpu
-from longattn.linear._recurrence import CHUNK, present, recurrence
+from longattn.linear._anywhere import recurrence_anywhere
+from longattn.linear._documented import DELTA_COST, documented
+from longattn.linear._recurrence import CHUNK, Common, present
 from longattn.linear.feature_map import finite
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -55,53 +54,22 @@ def kimi_delta_attention(
     Returns:
         {states}
 
-    Arrays of a GPU go to `longattn.gpu.chunked_recurrence`, one head of queries per head of keys; `normalize_qk`
-    (on where nothing is said), `out_state`, `cu_seqlens`, `chunk_size` and `out` are not offered there.
+    {gpu_delta}
 
     Raises:
         TypeError: an argument of another kind or dtype.
-        ValueError: shapes that do not fit, a log decay above 0 or NaN, a beta that is not finite or, with
-            `normalize_qk`, outside 0 to 2.
+        ValueError: shapes that do not fit, a log decay above 0 or NaN, {bad_beta}
 
     Cost:
-        `3 * H * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other about `H * L * C * (D
-        + Dv + C / 6)`; memory beyond inputs and outputs does not depend on `L`.
+        {delta_cost}
 
     References:
         Kimi Team, "Kimi Linear: An Expressive, Efficient Attention Architecture", 2025, arXiv:2510.26692.
     """
     present(g=g, beta=beta)
-    if is_on_gpu(q):
-        return recurrence_on_gpu(
-            q,
-            k,
-            v,
-            g=g,
-            beta=beta,
-            scale=scale,
-            initial_state=initial_state,
-            chunk_size=chunk_size,
-            normalize_qk=flag(normalize_qk, "normalize_qk"),
-            out_state=out_state,
-            cu_seqlens=cu_seqlens,
-            out=out,
-        )
-    return recurrence(
-        q,
-        k,
-        v,
-        g=g,
-        channels=True,
-        beta=beta,
-        delta=True,
-        scale=scale,
-        unit=1e-6 if flag(normalize_qk, "normalize_qk") else None,
-        initial_state=initial_state,
-        out_state=out_state,
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
-        out=out,
-    )
+    common = Common(scale, initial_state, out_state, chunk_size, cu_seqlens, out)
+    unit = 1e-6 if flag(normalize_qk, "normalize_qk") else None
+    return recurrence_anywhere(q, k, v, common, g=g, channels=True, beta=beta, delta=True, unit=unit)
 
 
 def kimi_delta_gates(
@@ -179,6 +147,5 @@ METHOD = Method(
         "A beta of 0 is pure decay of the initial state.",
     ),
     tests="tests/linear/test_kimi_delta_attention.py",
-    cost="`3 * H * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with "
-    "each other about `H * L * C * (D + Dv + C / 6)`; memory beyond inputs and outputs does not depend on `L`.",
+    cost=DELTA_COST,
 )

@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import batched, check_floating, dense_inputs, flag, integer, scale_factor
+from longattn._checks import batched, check_float_storage, check_floating, dense_inputs, flag, integer, scale_factor
 from longattn.dense.attention import attention
 from longattn.distributed import shard_rows
 from longattn.distributed._workers import Exchange, run_workers
+from longattn.linear._recurrence import Common, recurrence
+from longattn.linear.lasp2_shards import exclusive_states, shard_state
+from longattn.linear.recurrence_backward import recurrence_backward
 from longattn.methods import Method
 from longattn.reference import linear as reference
-
-#: Rows whose products with each other are made as a matrix.
-BLOCK = 64
 
 Float32 = NDArray[np.float32]
 
@@ -52,10 +52,10 @@ def lasp2_linear_attention(
 
     Each worker, a thread here, has a stretch of the sequence. It makes its own state `M_t`, the sum of
     `k_j^T v_j` decayed to the stretch's end, and sends it with the stretch's decay to all others: one gather, whatever
-    the length. Meanwhile it computes what its stretch gives itself, `((q k^T) * decays, lower triangle) v`; then it
-    adds `q` times the states before it. Not causal, every query gets the sum of all states.
+    the length (`shard_state`). What all sent gives it the state before its stretch (`exclusive_states`), from which
+    the recurrence goes on. Not causal, every query gets the sum of all states.
 
-    With `state` and one new row this is the step form: `S = g S + k^T v`, `o = q S`.
+    With `state`, one worker and one new row this is the step form: `S = g S + k^T v`, `o = q S`.
 
     Args:
         q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.
@@ -82,8 +82,8 @@ def lasp2_linear_attention(
         ValueError: shapes or values that do not fit.
 
     Cost:
-        `Hq * L * (D + Dv) * 64 + 2 * Hq * L * D * Dv` multiply-adds, matrix products of numpy. A worker sends
-        `Hkv * D * Dv` float32 numbers to each other one.
+        That of `gated_linear_attention`, and `Hkv * L * D * Dv` multiply-adds of the states where there are other
+        workers, to each of which a worker sends `Hkv * D * Dv` float32 numbers.
 
     References:
         W. Sun et al., "LASP-2: Rethinking Sequence Parallelism for Linear Attention and Its Hybrid", 2025,
@@ -99,49 +99,40 @@ def lasp2_linear_attention(
     qn, kn, vn = dense_inputs(q, k, v, double=False)
     causal, normalize = flag(causal, "causal"), flag(normalize, "normalize")
     return_state, return_stats = flag(return_state, "return_state"), flag(return_stats, "return_stats")
-    q5, k5, v5, gates = _grouped(qn, kn, vn, log_decay, causal)
+    q4, k4, v4, g = _inputs(qn, kn, vn, log_decay, causal)
     if phi is not None:
-        q5, k5 = (_mapped(phi, x) for x in (q5, k5))
+        q4, k4 = (_mapped(phi, x) for x in (q4, k4))
+    summed = v4
     if normalize:
-        v5 = np.concatenate([v5, np.ones((*v5.shape[:-1], 1), np.float32)], axis=-1)
-    first = _first_state(state, k5, v5, kn.ndim, causal)
+        summed = np.concatenate([v4.astype(np.float32), np.ones((*v4.shape[:-1], 1), np.float32)], axis=-1)
+    first = _first_state(state, k4, summed, kn.ndim, causal)
     rows = shard_rows(kn.shape[-2], integer(workers, "workers", 1))
     exchange = Exchange(len(rows))
+    out = np.empty((*q4.shape[:-1], v4.shape[-1]), qn.dtype)
 
-    def work(me: int) -> tuple[Float32, Float32]:
+    def work(me: int) -> NDArray[Any]:
         mine = slice(rows[me][0].start, rows[me][0].stop)
-        own_q, own_k, own_v = (x[..., mine, :] for x in (q5, k5, v5))
-        decay = _since_start(gates, mine)
+        own_q, own_k, own_v, own_sums = (x[..., mine, :] for x in (q4, k4, v4, summed))
         if not causal:
-            states = exchange.all_gather(me, "states", own_k.swapaxes(-1, -2) @ own_v)
+            states = exchange.all_gather(me, "states", _product(own_k, own_sums))
             whole = sum(states[1:], states[0])
-            return own_q @ whole, whole
-        # The own state needs no queries, so that it can be sent first.
-        own = _state(own_k, own_v, decay)
-        for other in range(len(rows)):
-            exchange.send(me, other, me, (own, _last(decay)))
-        out = _within(own_q, own_k, own_v, decay)
-        before, carried = first, first
-        for other in range(len(rows)):
-            if other == me:
-                before = carried
-            sent, passed = exchange.receive(me, other)
-            carried = np.exp(passed)[..., None, None].astype(np.float32) * carried + sent
-        return out + _scaled(own_q, decay) @ before, carried
+            out[..., mine, :] = _divided(_of_groups(own_q, whole), normalize)
+            return whole
+        own_g, before, last = None if g is None else g[..., mine], first, None
+        if len(rows) > 1:
+            gathered = exchange.all_gather(me, "states", shard_state(own_k, own_sums, g=own_g))
+            all_before, last = exclusive_states(*zip(*gathered, strict=True), initial_state=first)
+            before = all_before[me]
+        common = Common(1.0, before)
+        found, after = recurrence(own_q, own_k, own_v, common, g=own_g, normaliser=0.0 if normalize else None)
+        out[..., mine, :] = found
+        return after if last is None else last
 
-    shape = (*q5.shape[:-1], v5.shape[-1])
-    parts = run_workers(exchange, work)
-    out, last = np.empty(shape, np.float32), parts[-1][1]
-    for mine, (part, _) in zip(rows, parts, strict=True):
-        out[..., mine[0].start : mine[0].stop, :] = part
-    if normalize:
-        mass = out[..., -1:]
-        out = np.divide(out[..., :-1], mass, out=np.zeros((*shape[:-1], shape[-1] - 1), np.float32), where=mass != 0)
-    result = out.reshape(*qn.shape[:-1], out.shape[-1]).astype(qn.dtype, copy=False)
+    last = run_workers(exchange, work)[0]
+    result = out.reshape(*qn.shape[:-1], out.shape[-1])
     found: tuple[Any, ...] = (like(q, result),)
     if return_state:
-        flat = last[:, :, 0]
-        found += (like(q, np.ascontiguousarray(flat if kn.ndim == 4 else flat[0])),)
+        found += (like(q, last if kn.ndim == 4 else last[0]),)
     if return_stats:
         found += (LaspStats(exchange.sent),)
     return found if len(found) > 1 else found[0]
@@ -184,50 +175,45 @@ def lasp2_linear_attention_backward(
     qn, kn, vn = dense_inputs(q, k, v, double=False)
     causal = flag(causal, "causal")
     given = as_numpy(d_out, "d_out")
-    check_floating(given, "d_out")
+    check_float_storage(given, "d_out")
     shape = (*qn.shape[:-1], vn.shape[-1])
     if given.shape != shape:
         raise ValueError(f"d_out: got shape {given.shape}, expected {shape}")
-    q5, k5, v5, gates = _grouped(qn, kn, vn, log_decay, causal)
-    d5 = np.asarray(given, np.float32).reshape(*q5.shape[:-1], vn.shape[-1])
+    q4, k4, v4, g = _inputs(qn, kn, vn, log_decay, causal)
+    d4 = batched(given, 4)
     rows = shard_rows(kn.shape[-2], integer(workers, "workers", 1))
     exchange = Exchange(len(rows))
+    gradients = tuple(np.empty(x.shape, x.dtype) for x in (q4, k4, v4))
 
-    def work(me: int) -> tuple[Float32, Float32, Float32]:
+    def work(me: int) -> None:
         mine = slice(rows[me][0].start, rows[me][0].stop)
-        own_q, own_k, own_v, own_d = (x[..., mine, :] for x in (q5, k5, v5, d5))
-        decay = _since_start(gates, mine)
-        total = _last(decay)
-        back = (total[..., None] - decay) if decay.size else decay  # from a row to the stretch's end
-        ahead = (_scaled(own_q, decay).swapaxes(-1, -2) @ own_d).sum(axis=2, keepdims=True)
-        gathered = exchange.all_gather(me, "states", (_state(own_k, own_v, decay), ahead, total))
-        if not causal:
+        own_q, own_k, own_v, own_d = (x[..., mine, :] for x in (q4, k4, v4, d4))
+        parts: tuple[NDArray[Any], ...]
+        if causal:
+            own_g = None if g is None else g[..., mine]
+            # What the stretch's outputs say of the state before it.
+            seen = own_q if own_g is None else own_q * _from_start(own_g, own_q)
+            state, decay = shard_state(own_k, own_v, g=own_g)
+            gathered = exchange.all_gather(me, "states", (state, _product(seen, own_d, own_k.shape[1]), decay))
+            states, ahead, decays = zip(*gathered, strict=True)
+            before = exclusive_states(states, decays)[0][me]
+            after = exclusive_states(ahead[::-1], decays[::-1])[0][-1 - me]
+            of = recurrence_backward(own_d, after, own_q, own_k, own_v, g=own_g, scale=1.0, initial_state=before)
+            parts = of.dq, of.dk, of.dv
+        else:
+            sums = _product(own_k, own_v), _product(own_q, own_d, own_k.shape[1])
+            gathered = exchange.all_gather(me, "states", sums)
             m, dm = (sum((x[n] for x in gathered[1:]), gathered[0][n]) for n in (0, 1))
-            return own_d @ m.swapaxes(-1, -2), own_v @ dm.swapaxes(-1, -2), own_k @ dm
-        before = _carried([(m, passed) for m, _, passed in gathered[:me]], gathered[me][0])
-        after = _carried([(dm, passed) for _, dm, passed in gathered[:me:-1]], gathered[me][1])
-        dq = _within(own_d, own_v, own_k, decay) + _scaled(own_d, decay) @ before.swapaxes(-1, -2)
-
-        def later(out_of: Float32, keys: Float32, values: Float32, carried: Float32) -> Float32:
-            """What rows get from those at and after them: time runs backwards."""
-            shape = own_q.shape[:-1]
-            queries, sources, sums = (
-                np.broadcast_to(x, (*shape, x.shape[-1]))[..., ::-1, :] for x in (out_of, keys, values)
+            parts = (
+                _of_groups(own_d, m.swapaxes(-1, -2)),
+                _of_groups(own_v, dm.swapaxes(-1, -2)),
+                _of_groups(own_k, dm),
             )
-            own = _within(queries, sources, sums, -decay[..., ::-1])[..., ::-1, :]
-            found: Float32 = own.sum(axis=2, keepdims=True) + _scaled(out_of, back) @ carried
-            return found
-
-        dk = later(own_v, own_d, own_q, after.swapaxes(-1, -2))
-        return dq, dk, later(own_k, own_q, own_d, after)
-
-    gradients = [np.empty(x.shape, np.float32) for x in (q5, k5, v5)]
-    for mine, parts in zip(rows, run_workers(exchange, work), strict=True):
         for whole, part in zip(gradients, parts, strict=True):
-            whole[..., mine[0].start : mine[0].stop, :] = part if whole is gradients[0] else part.sum(2, keepdims=True)
-    dq, dk, dv = (
-        like(q, x.reshape(of.shape).astype(of.dtype, copy=False)) for x, of in zip(gradients, (qn, kn, vn), strict=True)
-    )
+            whole[..., mine, :] = part
+
+    run_workers(exchange, work)
+    dq, dk, dv = (like(q, d.reshape(x.shape)) for d, x in zip(gradients, (qn, kn, vn), strict=True))
     return dq, dk, dv
 
 
@@ -293,95 +279,81 @@ def lasp2_hybrid_attention(
     return found if len(found) > 1 else found[0]
 
 
-def _grouped(
+def _inputs(
     q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], log_decay: Array | None, causal: bool
-) -> tuple[Float32, Float32, Float32, NDArray[np.float64]]:
-    """Float32 queries `[B, Hkv, G, L, D]`, keys and values `[B, Hkv, 1, L, D]`, and log decays `[B, Hkv, 1, L]`."""
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], Float32 | None]:
+    """Queries, keys and values of rank 4, and log decays `[B, Hkv, L]`, `None` where there are none."""
     if q.shape[-2] != k.shape[-2]:
         raise ValueError(f"k: got length {k.shape[-2]}, expected {q.shape[-2]} as in q")
-    q4, k4, v4 = (batched(np.asarray(x, np.float32), 4) for x in (q, k, v))
+    q4, k4, v4 = (batched(x, 4) for x in (q, k, v))
+    if log_decay is None:
+        return q4, k4, v4, None
     batch, kv_heads, length, _ = k4.shape
-    gates = np.zeros((batch, kv_heads, length))
-    if log_decay is not None:
-        if not causal:
-            raise ValueError("log_decay: got decays with causal=False, expected None: they have a direction")
-        x = as_numpy(log_decay, "log_decay")
-        check_floating(x, "log_decay")
-        shapes = ((kv_heads,), (kv_heads, length), (batch, kv_heads, length))
-        if x.shape not in shapes:
-            raise ValueError(f"log_decay: got shape {x.shape}, expected {shapes[0]}, {shapes[1]} or {shapes[2]}")
-        if not (np.isfinite(x.astype(np.float64)).all() and (x <= 0).all()):
-            raise ValueError("log_decay: got numbers above 0 or not finite, expected finite ones of at most 0")
-        gates += x[:, None] if x.shape == (kv_heads,) else x
-    q5 = q4.reshape(batch, kv_heads, q4.shape[1] // kv_heads, length, q4.shape[3])
-    return q5, k4[:, :, None], v4[:, :, None], gates[:, :, None]
+    if not causal:
+        raise ValueError("log_decay: got decays with causal=False, expected None: they have a direction")
+    x = as_numpy(log_decay, "log_decay")
+    check_floating(x, "log_decay")
+    shapes = ((kv_heads,), (kv_heads, length), (batch, kv_heads, length))
+    if x.shape not in shapes:
+        raise ValueError(f"log_decay: got shape {x.shape}, expected {shapes[0]}, {shapes[1]} or {shapes[2]}")
+    if not (np.isfinite(x.astype(np.float64)).all() and (x <= 0).all()):
+        raise ValueError("log_decay: got numbers above 0 or not finite, expected finite ones of at most 0")
+    if not x.any():
+        return q4, k4, v4, None
+    g = np.broadcast_to(x[:, None] if x.shape == (kv_heads,) else x, shapes[2])
+    return q4, k4, v4, np.ascontiguousarray(g, np.float32)
 
 
-def _mapped(phi: Callable[[Float32], Float32], x: Float32) -> Float32:
-    features = np.asarray(phi(x))
+def _mapped(phi: Callable[[Float32], Float32], x: NDArray[Any]) -> Float32:
+    features = np.asarray(phi(np.asarray(x, np.float32)))
     if features.ndim != x.ndim or features.shape[:-1] != x.shape[:-1] or features.dtype.kind != "f":
         raise ValueError(f"phi: got {features.dtype} {features.shape} of {x.shape}, expected floats of those rows")
     return features.astype(np.float32, copy=False)
 
 
-def _first_state(state: Array | None, k: Float32, v: Float32, rank: int, causal: bool) -> Float32:
-    shape = (*k.shape[:2], k.shape[-1], v.shape[-1])
+def _first_state(state: Array | None, k: NDArray[Any], v: NDArray[Any], rank: int, causal: bool) -> NDArray[Any] | None:
     if state is None:
-        return np.zeros((*shape[:2], 1, *shape[2:]), np.float32)
+        return None
     if not causal:
         raise ValueError("state: got one with causal=False, expected None")
+    shape = (*k.shape[:2], k.shape[-1], v.shape[-1])
     x = as_numpy(state, "state")
     check_floating(x, "state")
     expected = shape if rank == 4 else shape[1:]
     if x.shape != expected:
         raise ValueError(f"state: got shape {x.shape}, expected {expected}")
-    return np.asarray(batched(x, 4), np.float32)[:, :, None]
+    return batched(x, 4)
 
 
-def _since_start(gates: NDArray[np.float64], mine: slice) -> NDArray[np.float64]:
-    """Log of the decays from a stretch's start to each row, that row's included."""
-    return np.cumsum(gates[..., mine], axis=-1)
+def _product(x: NDArray[Any], y: NDArray[Any], heads: int | None = None) -> Float32:
+    """`sum_i x_i^T y_i` of each head, or of each of `heads` groups of heads."""
+    found = np.asarray(x, np.float32).swapaxes(-1, -2) @ np.asarray(y, np.float32)
+    if heads is not None:
+        found = found.reshape(found.shape[0], heads, -1, *found.shape[2:]).sum(axis=2)
+    return found
 
 
-def _last(decay: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Log of a stretch's decay; 0 for an empty one."""
-    return decay[..., -1] if decay.shape[-1] else np.zeros(decay.shape[:-1])
+def _of_groups(x: NDArray[Any], states: Float32) -> Float32:
+    """Rows times the state of their head's group."""
+    batch, heads, length, dim = x.shape
+    grouped = np.asarray(x, np.float32).reshape(batch, states.shape[1], heads // states.shape[1], length, dim)
+    return (grouped @ states[:, :, None]).reshape(batch, heads, length, states.shape[-1])
 
 
-def _scaled(x: Float32, logs: NDArray[np.float64]) -> Float32:
-    return x * np.exp(logs)[..., None].astype(np.float32)
+def _divided(sums: Float32, normalize: bool) -> Float32:
+    """Less the last column, divided by it where it is not 0."""
+    if not normalize:
+        return sums
+    mass = sums[..., -1:]
+    return np.divide(
+        sums[..., :-1], mass, out=np.zeros((*sums.shape[:-1], sums.shape[-1] - 1), np.float32), where=mass != 0
+    )
 
 
-def _state(k: Float32, v: Float32, decay: NDArray[np.float64]) -> Float32:
-    """Sum of `k_j^T v_j`, decayed to the last row."""
-    return _scaled(k, _last(decay)[..., None] - decay).swapaxes(-1, -2) @ v
-
-
-def _carried(parts: list[tuple[Float32, NDArray[np.float64]]], like_this: Float32) -> Float32:
-    """States of stretches one after another, each decayed by those that follow it."""
-    carried = np.zeros_like(like_this)
-    for state, passed in parts:
-        carried = np.exp(passed)[..., None, None].astype(np.float32) * carried + state
-    return carried
-
-
-def _within(q: Float32, k: Float32, v: Float32, decay: NDArray[np.float64]) -> Float32:
-    """What rows get from those at and before them in the same stretch, a block of rows at a time."""
-    out = np.empty((*q.shape[:-1], v.shape[-1]), np.float32)
-    state = np.zeros((*np.broadcast_shapes(k.shape[:-2], v.shape[:-2]), k.shape[-1], v.shape[-1]), np.float32)
-    end = decay[..., :1]  # log decay that the state is at
-    for at in range(0, q.shape[-2], BLOCK):
-        rows = slice(at, at + BLOCK)
-        logs, some_q, some_k, some_v = decay[..., rows], q[..., rows, :], k[..., rows, :], v[..., rows, :]
-        between = logs[..., :, None] - logs[..., None, :]
-        weights = np.exp(np.where(np.tri(logs.shape[-1], dtype=bool), between, -np.inf)).astype(np.float32)
-        out[..., rows, :] = (weights * (some_q @ some_k.swapaxes(-1, -2))) @ some_v + _scaled(
-            some_q, logs - end
-        ) @ state
-        passed = np.exp(logs[..., -1:] - end)[..., None].astype(np.float32)
-        state = passed * state + _state(some_k, some_v, logs)
-        end = logs[..., -1:]
-    return out
+def _from_start(g: Float32, q: NDArray[Any]) -> Float32:
+    """Decays from a stretch's start to each row, that row's included, for each head of `q`."""
+    decays = np.exp(np.cumsum(g, axis=-1, dtype=np.float64)).astype(np.float32)
+    return np.repeat(decays, q.shape[1] // g.shape[1], axis=1)[..., None]
 
 
 METHOD = Method(
@@ -403,6 +375,6 @@ METHOD = Method(
         "Gradients are those of the quadratic form.",
     ),
     tests="tests/linear/test_lasp2_linear_attention.py",
-    cost="`Hq * L * (D + Dv) * 64 + 2 * Hq * L * D * Dv` multiply-adds; a worker sends `Hkv * D * Dv` float32 numbers "
-    "to each other one.",
+    cost="That of `gated_linear_attention`, and `Hkv * L * D * Dv` multiply-adds of the states; a worker sends "
+    "`Hkv * D * Dv` float32 numbers to each other one.",
 )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
 from longattn._checks import check_floating
-from longattn.linear._recurrence import checked
+from longattn.linear._recurrence import Common, by_rows, checked
 
 Float32 = NDArray[np.float32]
 
@@ -49,9 +49,11 @@ def shard_state(k: Array, v: Array, *, g: Array | None = None, beta: Array | Non
     """
     keys = as_numpy(k, "k")
     channels = g is not None and np.ndim(as_numpy(g, "g", any_strides=True)) == keys.ndim
-    x = checked(k, k, v, g=g, channels=channels, beta=beta, scale=1.0)
+    x = checked(k, k, v, Common(1.0), g=g, channels=channels, beta=beta)
     values = np.asarray(x.v, np.float32)
-    logs = np.zeros((*values.shape[:-2], 1, 1)) if x.g is None else np.asarray(x.g, np.float64)
+    logs = np.zeros((*values.shape[:-2], 1, 1))
+    if x.g is not None:
+        logs = np.asarray(x.g if channels else by_rows(x.g, x.v), np.float64)
     if not (logs <= 0).all():
         raise ValueError("g: got a number above 0 or NaN, expected logarithms of decays, at most 0")
     logs = logs.reshape(*values.shape[:-2], *logs.shape[-2:])
@@ -61,7 +63,7 @@ def shard_state(k: Array, v: Array, *, g: Array | None = None, beta: Array | Non
     wide = np.repeat(np.asarray(keys, np.float32), values.shape[-3] // keys.shape[-3], axis=-3)
     wide = wide * np.exp(rest).astype(np.float32)
     if x.beta is not None:
-        wide = wide * np.asarray(x.beta, np.float32).reshape(*values.shape[:-1], 1)
+        wide = wide * np.asarray(by_rows(x.beta, x.v), np.float32).reshape(*values.shape[:-1], 1)
     total = after[..., 0, :] if after.shape[-2] else np.zeros((*after.shape[:-2], after.shape[-1]))
     return like(k, wide.swapaxes(-1, -2) @ values), total.astype(np.float32)
 

@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
 from longattn._checks import check_floating, integer, shape_of
-from longattn.gpu import is_on_gpu
+from longattn.linear._anywhere import recurrence_anywhere
 from longattn.linear._documented import COST, documented
-from longattn.linear._on_gpu import decays_on_gpu, recurrence_on_gpu
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, Common
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -50,8 +49,7 @@ def lightning_attention(
     Returns:
         {states}
 
-    Arrays of a GPU go to `longattn.gpu.chunked_recurrence`, one head of queries per head of keys; `out_state`,
-    `cu_seqlens`, `chunk_size` and `out` are not offered there.
+    {gpu}
 
     Raises:
         TypeError: an argument of another kind or dtype.
@@ -64,32 +62,8 @@ def lightning_attention(
         Z. Qin et al., "Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention", 2024,
         arXiv:2405.17381.
     """
-    if is_on_gpu(q):
-        return recurrence_on_gpu(
-            q,
-            k,
-            v,
-            g=decays_on_gpu(slopes, v, _log_decays),
-            scale=scale,
-            initial_state=initial_state,
-            chunk_size=chunk_size,
-            out_state=out_state,
-            cu_seqlens=cu_seqlens,
-            out=out,
-        )
-    return recurrence(
-        q,
-        k,
-        v,
-        g=_log_decays(slopes, v),
-        g_name="slopes",
-        scale=scale,
-        initial_state=initial_state,
-        out_state=out_state,
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
-        out=out,
-    )
+    common = Common(scale, initial_state, out_state, chunk_size, cu_seqlens, out)
+    return recurrence_anywhere(q, k, v, common, of_heads=("slopes", slopes, _log_decays))
 
 
 def lightning_slopes(heads: int, layer: int = 0, layers: int = 1) -> NDArray[np.float32]:
@@ -124,10 +98,11 @@ def _log_decays(slopes: Array, v: Array) -> NDArray[Any]:
     """`-slopes` of every head, one for all rows."""
     x = as_numpy(slopes, "slopes", any_strides=True)
     check_floating(x, "slopes")
-    heads = shape_of(v, "v")[-3] if len(shape_of(v, "v")) > 2 else 0
+    shape = shape_of(v, "v")
+    heads = shape[-3] if len(shape) > 2 else 0
     if x.shape != (heads,):
         raise ValueError(f"slopes: got shape {x.shape}, expected {(heads,)}, one per head of v")
-    if not (x >= 0).all():
+    if x.size and not x.min() >= 0:  # NaN is not
         raise ValueError("slopes: got a number below 0 or NaN, expected numbers of at least 0")
     return -x
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from longattn._arrays import Array
 from longattn._checks import flag, real
-from longattn.gpu import is_on_gpu
+from longattn.linear._anywhere import recurrence_anywhere
 from longattn.linear._documented import COST, documented
-from longattn.linear._on_gpu import recurrence_on_gpu
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, Common
 from longattn.linear.feature_map import FeatureMap
 from longattn.linear.feature_map import feature_map as named
 from longattn.methods import Method
@@ -74,33 +73,10 @@ def linear_attention(
         A. Katharopoulos et al., "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention", 2020,
         arXiv:2006.16236.
     """
-    if is_on_gpu(q):
-        return recurrence_on_gpu(
-            q,
-            k,
-            v,
-            scale=scale,
-            initial_state=initial_state,
-            chunk_size=chunk_size,
-            feature_map=feature_map,
-            normalize=flag(normalize, "normalize"),
-            out_state=out_state,
-            cu_seqlens=cu_seqlens,
-            out=out,
-        )
-    return recurrence(
-        q,
-        k,
-        v,
-        scale=scale,
-        maps=(None, None) if feature_map is None else (named(feature_map, "feature_map"),) * 2,
-        normaliser=real(eps, "eps") if flag(normalize, "normalize") else None,
-        initial_state=initial_state,
-        out_state=out_state,
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
-        out=out,
-    )
+    common = Common(scale, initial_state, out_state, chunk_size, cu_seqlens, out)
+    maps = (None, None) if feature_map is None else (named(feature_map, "feature_map"),) * 2
+    divided = real(eps, "eps") if flag(normalize, "normalize") else None
+    return recurrence_anywhere(q, k, v, common, maps=maps, normaliser=divided)
 
 
 METHOD = Method(

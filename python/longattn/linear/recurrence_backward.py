@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from longattn import _core
 from longattn._arrays import Array, as_numpy, like
 from longattn._checks import batched, check_float_storage, check_floating, flag, real, shape_of
-from longattn.linear._recurrence import CHUNK, check_unit_beta, checked, states_before
+from longattn.linear._recurrence import CHUNK, Common, by_rows, check_unit_beta, checked, like_keys, states_before
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class RecurrenceGradients:
         dg: by log decays; `None` where there are none.
         d_beta: by factors of updates; `None` where there are none.
         d_initial_state: by the states before the first row, float32.
+        d_pair: by `a` and by `b`; `None` where there are none.
     """
 
     dq: Array
@@ -33,6 +34,7 @@ class RecurrenceGradients:
     dg: Array | None
     d_beta: Array | None
     d_initial_state: Array
+    d_pair: tuple[Array, Array] | None = None
 
 
 def recurrence_backward(
@@ -50,6 +52,7 @@ def recurrence_backward(
     normalize: bool = False,
     eps: float = 1e-6,
     out: Array | None = None,
+    pair: tuple[Array, Array] | None = None,
     initial_state: Array | None = None,
     chunk_size: int = CHUNK,
     cu_seqlens: Array | None = None,
@@ -64,6 +67,8 @@ def recurrence_backward(
         delta_rule_attention               beta, `delta`
         gated_delta_rule                   g per row, beta, `delta`
         kimi_delta_attention               g per channel, beta, `delta`, `normalize_qk`
+        rwkv7                              g per channel, `pair`, scale 1
+        hgrn2                              g per channel, keys `1 - e^g`, whose gradient adds to that of g
 
     Sequences are walked from their last chunk to their first; states at the starts of chunks are made anew. Decays of
     0 (`g = -inf`) have a gradient of 0. `longattn.torch` makes this part of torch's autograd.
@@ -84,6 +89,8 @@ def recurrence_backward(
         normalize: outputs were divided by the sum of their weights plus `eps`; not with `delta`.
         eps: added to that divisor.
         out: with `normalize`, the output of the forward call.
+        pair: `(a, b)` in the shape of `k`: `b_t (a_t^T S_(t-1))` was added to states. With log decays per channel, and
+            neither `delta` nor `normalize`.
         initial_state: states before the first row, as in the forward call.
         chunk_size: rows computed at once, at most 252 (more means 252); it changes rounding only.
         cu_seqlens: bounds of packed sequences, as in the forward call.
@@ -111,15 +118,24 @@ def recurrence_backward(
         q,
         k,
         v,
+        Common(scale, chunk_size=chunk_size, cu_seqlens=cu_seqlens),
         g=g,
         channels=channels,
         beta=beta,
-        scale=scale,
         extra=int(divided),
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
+    )
+    x = x._replace(
+        g=None if x.g is None else batched(x.g, 4) if channels else by_rows(x.g, x.v),
+        beta=None if x.beta is None else by_rows(x.beta, x.v),
     )
     assert x.k is not None
+    keys = None
+    if pair is not None:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"pair: got {type(pair).__name__}, expected (a, b)")
+        if not channels or delta or divided:
+            raise ValueError("pair: got one with another rule, expected log decays per channel and nothing else")
+        keys = tuple(batched(like_keys(y, name, x.k), 4) for y, name in zip(pair, ("a", "b"), strict=True))
     if delta and unit:
         check_unit_beta(x.beta, "beta")
     given = _outputs(d_out, "d_out", x.outputs)
@@ -139,6 +155,7 @@ def recurrence_backward(
     dq, dk, dv = (np.empty(a.shape, np.float32) for a in (x.q, x.k, x.v))
     dg, d_beta = (None if a is None else np.empty(a.shape, np.float32) for a in (x.g, x.beta))
     d_first = np.empty(x.states, np.float32)
+    d_keys = None if keys is None else tuple(np.empty(y.shape, np.float32) for y in keys)
     _core.recurrence_backward(
         batched(x.q, 4),
         batched(x.k, 4),
@@ -161,11 +178,18 @@ def recurrence_backward(
         dg,
         d_beta,
         batched(d_first, 4),
+        pair=keys,
+        d_pair=d_keys,
     )
     found = [like(q, d.astype(a.dtype, copy=False)) for d, a in ((dq, x.q), (dk, x.k), (dv, x.v))]
     decays = _gate_gradient(q, dg, x.g, rank, channels)
     factors = _gate_gradient(q, d_beta, x.beta, rank, False)
-    return RecurrenceGradients(found[0], found[1], found[2], decays, factors, like(q, d_first))
+    of_pair: Any = None
+    if keys is not None and d_keys is not None:
+        of_pair = tuple(
+            like(q, d.astype(y.dtype, copy=False).reshape(x.k.shape)) for d, y in zip(d_keys, keys, strict=True)
+        )
+    return RecurrenceGradients(found[0], found[1], found[2], decays, factors, like(q, d_first), of_pair)
 
 
 def _outputs(x: Array, name: str, shape: tuple[int, ...]) -> NDArray[Any]:

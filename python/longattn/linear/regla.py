@@ -12,7 +12,7 @@ from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy, like
 from longattn._checks import batched, check_floating, real, result_array
 from longattn.linear._documented import documented
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, Common, recurrence
 from longattn.linear.feature_map import FeatureMap, finite
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -102,11 +102,11 @@ def regla(
     dim = max(qn.shape[-1], 1) if qn.ndim else 1
     scale = finite(1 / (math.e * math.sqrt(dim * (math.e**2 - 1))), "scale")
     normed = norm != "none"
+    common = Common(scale, initial_state, out_state, chunk_size, cu_seqlens, None if normed else out)
     result, states = recurrence(
-        qn, k, v, g=logs, g_name="gate", channels=gate_axis == "key", columns=False if gate_axis == "value" else None,
-        scale=scale, maps=(FeatureMap(kind="softmax"), FeatureMap(kind="exp")), initial_state=initial_state,
-        out_state=out_state, chunk_size=chunk_size, cu_seqlens=cu_seqlens,
-        dtype=np.dtype(np.float32) if normed else None, out=None if normed else out,
+        qn, k, v, common, g=logs, g_name="gate", channels=gate_axis == "key",
+        columns=False if gate_axis == "value" else None, dtype=np.dtype(np.float32) if normed else None,
+        maps=(FeatureMap(kind="softmax"), FeatureMap(kind="exp")),
     )  # fmt: skip
     final: Any = like(q, as_numpy(states, "states")) if out_state is None else states
     raw = as_numpy(result, "output")

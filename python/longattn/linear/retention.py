@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
 from longattn._checks import check_floating, shape_of
-from longattn.gpu import is_on_gpu
+from longattn.linear._anywhere import recurrence_anywhere
 from longattn.linear._documented import COST, documented
-from longattn.linear._on_gpu import decays_on_gpu, recurrence_on_gpu
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, Common
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -50,8 +49,7 @@ def retention(
     Returns:
         {states}
 
-    Arrays of a GPU go to `longattn.gpu.chunked_recurrence`, one head of queries per head of keys; `out_state`,
-    `cu_seqlens`, `chunk_size` and `out` are not offered there.
+    {gpu}
 
     Raises:
         TypeError: an argument of another kind or dtype.
@@ -64,32 +62,8 @@ def retention(
         Y. Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models", 2023,
         arXiv:2307.08621.
     """
-    if is_on_gpu(q):
-        return recurrence_on_gpu(
-            q,
-            k,
-            v,
-            g=decays_on_gpu(gamma, v, _log_decays),
-            scale=scale,
-            initial_state=initial_state,
-            chunk_size=chunk_size,
-            out_state=out_state,
-            cu_seqlens=cu_seqlens,
-            out=out,
-        )
-    return recurrence(
-        q,
-        k,
-        v,
-        g=_log_decays(gamma, v),
-        g_name="gamma",
-        scale=scale,
-        initial_state=initial_state,
-        out_state=out_state,
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
-        out=out,
-    )
+    common = Common(scale, initial_state, out_state, chunk_size, cu_seqlens, out)
+    return recurrence_anywhere(q, k, v, common, of_heads=("gamma", gamma, _log_decays))
 
 
 def _log_decays(gamma: Array | None, v: Array) -> NDArray[Any]:
@@ -97,7 +71,7 @@ def _log_decays(gamma: Array | None, v: Array) -> NDArray[Any]:
     shape = shape_of(v, "v")
     heads = shape[-3] if len(shape) > 2 else 0
     if gamma is None:
-        published: NDArray[np.float32] = np.log1p(-(2.0 ** (-5.0 - np.arange(heads)))).astype(np.float32)
+        published: NDArray[np.float64] = np.log1p(-(2.0 ** (-5.0 - np.arange(heads))))
         return published
     x = as_numpy(gamma, "gamma", any_strides=True)
     check_floating(x, "gamma")
@@ -106,7 +80,7 @@ def _log_decays(gamma: Array | None, v: Array) -> NDArray[Any]:
     if not ((x >= 0) & (x <= 1)).all():
         raise ValueError("gamma: got a number outside 0 to 1, expected decays")
     with np.errstate(divide="ignore"):
-        found: NDArray[np.float32] = np.log(x.astype(np.float64)).astype(np.float32)
+        found: NDArray[np.float64] = np.log(x.astype(np.float64))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longattn._arrays import Array
 from longattn.linear._documented import COST, documented
-from longattn.linear._recurrence import CHUNK, present, recurrence
+from longattn.linear._recurrence import CHUNK, Common, present, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -57,20 +57,8 @@ def rwkv6(
         arXiv:2404.05892.
     """
     present(g=g, u=u)
-    return recurrence(
-        q,
-        k,
-        v,
-        g=g,
-        channels=True,
-        bonus=u,
-        scale=scale,
-        initial_state=initial_state,
-        out_state=out_state,
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
-        out=out,
-    )
+    common = Common(scale, initial_state, out_state, chunk_size, cu_seqlens, out)
+    return recurrence(q, k, v, common, g=g, channels=True, bonus=u)
 
 
 METHOD = Method(

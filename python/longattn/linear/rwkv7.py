@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longattn._arrays import Array
 from longattn.linear._documented import documented
-from longattn.linear._recurrence import CHUNK, present, recurrence
+from longattn.linear._recurrence import CHUNK, Common, present, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -65,20 +65,8 @@ def rwkv7(
         B. Peng et al., "RWKV-7 'Goose' with Expressive Dynamic State Evolution", 2025, arXiv:2503.14456.
     """
     present(g=g)
-    return recurrence(
-        q,
-        k,
-        v,
-        g=g,
-        channels=True,
-        pair=(a, b),
-        scale=scale,
-        initial_state=initial_state,
-        out_state=out_state,
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
-        out=out,
-    )
+    common = Common(scale, initial_state, out_state, chunk_size, cu_seqlens, out)
+    return recurrence(q, k, v, common, g=g, channels=True, pair=(a, b))
 
 
 METHOD = Method(

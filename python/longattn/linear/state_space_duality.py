@@ -7,7 +7,7 @@ import numpy as np
 from longattn._arrays import Array, as_numpy
 from longattn._checks import check_floating, per_head, shape_of
 from longattn.linear._documented import documented
-from longattn.linear._recurrence import CHUNK, recurrence
+from longattn.linear._recurrence import CHUNK, Common, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -78,22 +78,9 @@ def state_space_duality(
     if not (steps >= 0).all():
         raise ValueError("dt: got a number below 0 or NaN, expected steps of at least 0")
     decays = steps * rates[:, None]
+    common = Common(1.0, initial_state, out_state, chunk_size, cu_seqlens, out)
     return recurrence(
-        c,
-        b,
-        x,
-        names=("c", "b", "x"),
-        g=decays,
-        g_name="dt",
-        beta=steps,
-        beta_name="dt",
-        scale=1.0,
-        skip=skips,
-        initial_state=initial_state,
-        out_state=out_state,
-        chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
-        out=out,
+        c, b, x, common, names=("c", "b", "x"), g=decays, g_name="dt", beta=steps, beta_name="dt", skip=skips
     )
 
 

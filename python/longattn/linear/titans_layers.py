@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +76,9 @@ class _Layer:
         whole = np.asarray(x, np.float32).swapaxes(1, 2)
         return np.ascontiguousarray(whole).reshape(*whole.shape[:2], whole.shape[2] * whole.shape[3])
 
-    def remember(self, asking: Float32, x: Float32, theta: Any, **options: Any) -> tuple[Float32, MemoryState]:
-        """What the memory says to `asking` while it learns `x`."""
-        q, k, v = (self.split(y, w) for y, w in zip((asking, x, x), self.memory, strict=True))
+    def remember(self, asking: Float32, learning: Float32, theta: Any, **options: Any) -> tuple[Float32, MemoryState]:
+        """What the memory says to `asking` while it learns other rows."""
+        q, k, v = (self.split(x, w) for x, w in zip((asking, learning, learning), self.memory, strict=True))
         said, state = titans_neural_memory(q, k, v, theta, **options)
         return self.joined(said), state
 
@@ -90,6 +91,53 @@ class _Layer:
         span = (-1, -1) if window is None else (window - 1, 0)
         mixed: Float32 = self.joined(attention(q, k, v, causal=True, window=span, **merged)) @ self.own[3]
         return mixed
+
+
+class _Part:
+    """The rows of a segment, and the memory at its start."""
+
+    def __init__(self, layer: _Layer, rows: Float32, gates: dict[str, Any], options: dict[str, Any]) -> None:
+        self.layer, self.rows, self.gates, self.options = layer, rows, gates, options
+
+    def ask(self, rows: Float32) -> Float32:
+        """What the memory says to rows, of which it learns nothing."""
+        eta = None if self.gates.get("eta") is None else 0.0
+        return self.layer.remember(rows, rows, 0.0, eta=eta, **self.options)[0]
+
+    def learn(self, rows: Float32) -> Float32:
+        """What the memory says to rows, to each after it learnt it."""
+        said, self.options["initial_state"] = self.layer.remember(rows, rows, **self.gates, **self.options)
+        return said
+
+
+def _compose(
+    x: Array,
+    weights: TitansWeights,
+    heads: object,
+    gates: dict[str, Any],
+    mix: Callable[[_Part], Float32],
+    *,
+    segment: object = None,
+    memory_weights: Any = None,
+    **options: Any,
+) -> tuple[Array, MemoryState]:
+    """A memory beside attention: segment by segment `mix` makes outputs of rows, whose part of the memory learns."""
+    layer = _Layer(x, weights, heads)
+    rows, length = layer.x, layer.x.shape[1]
+    size = max(length, 1) if segment is None else integer(segment, "segment", 1)
+    if segment is not None:
+        gates = {name: _rows_of(gate, name, layer) for name, gate in gates.items()}
+    given = {name: gate for name, gate in gates.items() if gate is not None}
+    out, state = np.empty_like(rows), options.pop("initial_state", None)
+    for at in range(0, max(length, 1), size):
+        here = slice(at, min(at + size, length))
+        cut = given if size >= length else {n: g if np.ndim(g) == 0 else g[..., here] for n, g in given.items()}
+        begin = {"initial_state": state, "weights": memory_weights if at == 0 else None}
+        part = _Part(layer, rows[:, here], cut, {**options, **begin})
+        out[:, here] = mix(part)
+        state = part.options["initial_state"]
+    assert state is not None
+    return like(x, out.astype(layer.dtype, copy=False)), state
 
 
 def _rows_of(gate: Any, name: str, layer: _Layer) -> Any:
@@ -152,23 +200,15 @@ def titans_memory_as_context(
     References:
         A. Behrouz, P. Zhong and V. Mirrokni, "Titans: Learning to Memorize at Test Time", 2024, arXiv:2501.00663.
     """
-    layer, size = _Layer(x, weights, heads), integer(segment, "segment", 1)
-    first = options.pop("memory_weights", None)
-    rows, out, state = layer.x, np.empty_like(layer.x), initial_state
-    gates = {"theta": _rows_of(theta, "theta", layer), "alpha": _rows_of(alpha, "alpha", layer)}
-    gates["eta"] = _rows_of(eta, "eta", layer)
-    for at in range(0, max(rows.shape[1], 1), size):
-        part = slice(at, min(at + size, rows.shape[1]))
-        here = rows[:, part]
-        given = {name: x if np.ndim(x) == 0 else x[..., part] for name, x in gates.items() if x is not None}
-        begin = {**options, "initial_state": state, "weights": first if state is None else None}
-        resting = None if eta is None else 0.0
-        h, _ = layer.remember(here, here, 0.0, eta=resting, **begin)
-        y = layer.attend(here, np.concatenate([layer.persistent, h], axis=1), here, None)
-        said, state = layer.remember(y, y, **given, **begin)
-        out[:, part] = y * said
-    assert state is not None
-    return like(x, out.astype(layer.dtype, copy=False)), state
+
+    def mix(part: _Part) -> Float32:
+        layer, rows = part.layer, part.rows
+        mixed = layer.attend(rows, np.concatenate([layer.persistent, part.ask(rows)], axis=1), rows, None)
+        return mixed * part.learn(mixed)
+
+    options["initial_state"] = initial_state
+    gates = {"theta": theta, "alpha": alpha, "eta": eta}
+    return _compose(x, weights, heads, gates, mix, segment=integer(segment, "segment", 1), **options)
 
 
 def titans_memory_as_gate(
@@ -214,20 +254,22 @@ def titans_memory_as_gate(
     """
     if gate not in GATES:
         raise ValueError(f"gate: got {gate!r}, expected one of {', '.join(GATES)}")
-    layer, span = _Layer(x, weights, heads), integer(window, "window", 1)
+    span = integer(window, "window", 1)
     if not 0 <= eps < np.inf:
         raise ValueError(f"eps: got {eps}, expected at least 0")
-    channels = layer.x.shape[2]
     if norms is not None and (not isinstance(norms, tuple | list) or len(norms) != 2):
         raise TypeError(f"norms: got {type(norms).__name__}, expected factors of attention and of the memory")
-    factors: list[Any] = [1.0, 1.0]
-    if norms is not None:
-        factors = [parameter(w, f"norms[{i}]", (channels,), "[C]") for i, w in enumerate(norms)]
-    options["weights"] = options.pop("memory_weights", None)
-    said, state = layer.remember(layer.x, layer.x, theta, **options)
-    seen = layer.attend(layer.x, layer.persistent, layer.x, span)
-    out = _root_norm(seen, eps) * factors[0] * pointwise(gate, _root_norm(said, eps) * factors[1])
-    return like(x, out.astype(layer.dtype, copy=False)), state
+
+    def mix(part: _Part) -> Float32:
+        layer, rows = part.layer, part.rows
+        factors: list[Any] = [1.0, 1.0]
+        if norms is not None:
+            factors = [parameter(w, f"norms[{i}]", rows.shape[2:], "[C]") for i, w in enumerate(norms)]
+        seen = _root_norm(layer.attend(rows, layer.persistent, rows, span), eps) * factors[0]
+        gated: Float32 = seen * pointwise(gate, _root_norm(part.learn(rows), eps) * factors[1])
+        return gated
+
+    return _compose(x, weights, heads, {"theta": theta}, mix, **options)
 
 
 def titans_memory_as_layer(
@@ -259,9 +301,11 @@ def titans_memory_as_layer(
     References:
         A. Behrouz, P. Zhong and V. Mirrokni, "Titans: Learning to Memorize at Test Time", 2024, arXiv:2501.00663.
     """
-    layer, span = _Layer(x, weights, heads), integer(window, "window", 1)
-    options["weights"] = options.pop("memory_weights", None)
-    whole, first = np.concatenate([layer.persistent, layer.x], axis=1), layer.persistent.shape[1]
-    said, state = layer.remember(whole, whole, theta, **options)
-    out = layer.attend(said[:, first:], said[:, :first], said[:, first:], span)
-    return like(x, out.astype(layer.dtype, copy=False)), state
+    span = integer(window, "window", 1)
+
+    def mix(part: _Part) -> Float32:
+        layer, first = part.layer, part.layer.persistent.shape[1]
+        said = part.learn(np.concatenate([layer.persistent, part.rows], axis=1))
+        return layer.attend(said[:, first:], said[:, :first], said[:, first:], span)
+
+    return _compose(x, weights, heads, {"theta": theta}, mix, **options)

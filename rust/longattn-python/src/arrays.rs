@@ -3,18 +3,28 @@
 use crate::errors::to_py;
 use longattn::dense::Broadcast;
 use longattn::tensor::{DType, TensorView, TensorViewMut};
+use numpy::npyffi::flags::NPY_ARRAY_WRITEABLE;
 use numpy::{PyArrayDescr, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use std::ffi::c_int;
+use std::ops::Range;
+use std::sync::OnceLock;
 
 /// The dtype of the core that a numpy dtype is, if any. bfloat16 is ml_dtypes' type, known by its name.
 pub(crate) fn dtype_of(descr: &Bound<'_, PyArrayDescr>) -> PyResult<Option<DType>> {
+    // Numbers of types that were registered with numpy never change; asking for a name takes a microsecond.
+    static BFLOAT16: OnceLock<c_int> = OnceLock::new();
     let found = match (descr.kind(), descr.itemsize()) {
         (b'f', 4) => Some(DType::F32),
         (b'f', 2) => Some(DType::F16),
+        (_, 2) if BFLOAT16.get() == Some(&descr.num()) => Some(DType::BF16),
         (_, 2) => {
             let name: String = descr.getattr("name")?.extract()?;
-            (name == "bfloat16").then_some(DType::BF16)
+            (name == "bfloat16").then(|| {
+                BFLOAT16.get_or_init(|| descr.num());
+                DType::BF16
+            })
         }
         _ => None,
     };
@@ -109,8 +119,64 @@ pub(crate) fn lse_view<'a>(name: &'static str, array: &'a Bound<'_, PyUntypedArr
     unsafe { TensorViewMut::from_raw(name, layout.data, DType::F32, shape, strides) }.map_err(to_py)
 }
 
+/// A view `[B, H, L, 1]` of numbers of rows, `[B, H, L]`, `[H, L]` or `[H]`, of any strides.
+pub(crate) fn row_numbers<'a>(
+    name: &'static str,
+    array: &'a Bound<'_, PyUntypedArray>,
+    [batch, heads, length, _]: [usize; 4],
+) -> PyResult<TensorView<'a>> {
+    let dtype = float_dtype(name, array)?;
+    let layout = layout(name, array)?;
+    let (shape, strides) = match (&layout.shape[..], &layout.strides[..]) {
+        (&[h], &[s]) => ([batch, h, length, 1], [0, s, 0, 1]),
+        (&[h, l], &[s, t]) => ([1, h, l, 1], [0, s, t, 1]),
+        (&[b, h, l], &[r, s, t]) => ([b, h, l, 1], [r, s, t, 1]),
+        (shape, _) => {
+            let expected = [batch, heads, length];
+            return Err(PyValueError::new_err(format!("{name}: got shape {shape:?}, expected {expected:?}")));
+        }
+    };
+    // SAFETY: as in `view`.
+    unsafe { TensorView::from_raw(name, layout.data, dtype, shape, strides) }.map_err(to_py)
+}
+
+/// The addresses between which an array lies; `None` where it has no elements.
+fn memory(array: &Bound<'_, PyUntypedArray>) -> Option<Range<isize>> {
+    // SAFETY: the array object is alive, and its header is read under the GIL.
+    let data = unsafe { (*array.as_array_ptr()).fields.data }.addr() as isize;
+    let (mut low, mut high) = (data, data + array.dtype().itemsize() as isize);
+    for (&n, &stride) in array.shape().iter().zip(array.strides()) {
+        let reach = (n as isize - 1) * stride;
+        if n == 0 {
+            return None;
+        }
+        if reach < 0 { low += reach } else { high += reach }
+    }
+    Some(low..high)
+}
+
+/// An error where an output may share memory with one of the other arrays.
+pub(crate) fn check_apart<'a, 'py: 'a>(
+    name: &str,
+    out: &Bound<'py, PyUntypedArray>,
+    others: impl IntoIterator<Item = (&'a str, Option<&'a Bound<'py, PyUntypedArray>>)>,
+) -> PyResult<()> {
+    let Some(own) = memory(out) else { return Ok(()) };
+    for (other, array) in others {
+        if let Some(range) = array.and_then(memory)
+            && range.start < own.end
+            && own.start < range.end
+        {
+            let text = format!("{name}: got an array that overlaps {other}, expected memory of its own");
+            return Err(PyValueError::new_err(text));
+        }
+    }
+    Ok(())
+}
+
 fn writeable(name: &str, array: &Bound<'_, PyUntypedArray>) -> PyResult<()> {
-    if array.getattr("flags")?.getattr("writeable")?.extract()? {
+    // SAFETY: the array object is alive, and its header is read under the GIL.
+    if unsafe { (*array.as_array_ptr()).fields.flags } & NPY_ARRAY_WRITEABLE != 0 {
         Ok(())
     } else {
         Err(PyValueError::new_err(format!("{name}: got a read-only array, expected a writable one")))

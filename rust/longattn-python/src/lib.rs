@@ -66,13 +66,15 @@ mod _core {
     #[pymodule_export]
     use super::linear::fast_weight::fast_weight;
     #[pymodule_export]
-    use super::linear::recurrence::{recurrence, recurrence_backward};
+    use super::linear::recurrence::{recurrence, recurrence_backward, recurrence_double};
     #[pymodule_export]
     use super::linear::row_maps::{decay_gates, normalised_rows, refined_gates};
     #[pymodule_export]
-    use super::linear::scan::{diagonal_scan, selective_scan, selective_scan_backward};
+    use super::linear::scan::{diagonal_scan, diagonal_scan_backward, selective_scan, selective_scan_backward};
     #[pymodule_export]
-    use super::linear::statistics::{feature_norms, key_statistics, read_statistics, write_features};
+    use super::linear::statistics::{
+        feature_norms, key_statistics, read_statistics, running_read, running_softmax, write_features,
+    };
     #[pymodule_export]
     use super::neighbourhood::{
         neighbourhood, neighbourhood_backward, neighbourhood_scores, neighbourhood_values, windowed, windowed_backward,

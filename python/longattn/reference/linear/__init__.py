@@ -6,9 +6,11 @@ from longattn.reference.linear.based import based
 from longattn.reference.linear.bidirectional_gated_ssm import bidirectional_gated_ssm
 from longattn.reference.linear.blended_softmax_linear_attention import blended_softmax_linear_attention
 from longattn.reference.linear.causal_fastmax_attention import causal_fastmax_attention
+from longattn.reference.linear.causal_forms import causal, causal_convolution
 from longattn.reference.linear.causal_performer_attention import causal_performer_attention
 from longattn.reference.linear.convolution import depthwise, diagonal_scan, dynamic_conv, toeplitz, toeplitz2d
 from longattn.reference.linear.delta_rule_attention import delta_rule_attention
+from longattn.reference.linear.diagonal_scan_backward import diagonal_scan_backward
 from longattn.reference.linear.efficient_attention import efficient_attention
 from longattn.reference.linear.fastmax_attention import fastmax_attention
 from longattn.reference.linear.features import features
@@ -63,11 +65,14 @@ __all__ = [
     "bidirectional_gated_ssm",
     "bidirectional_mamba",
     "blended_softmax_linear_attention",
+    "causal",
+    "causal_convolution",
     "causal_fastmax_attention",
     "causal_performer_attention",
     "delta_rule_attention",
     "depthwise",
     "diagonal_scan",
+    "diagonal_scan_backward",
     "dual_softmax",
     "dynamic_conv",
     "efficient_attention",

@@ -8,25 +8,8 @@ from longattn.reference.linear._recurrence import Float64, recurrence
 
 
 def gated_delta_rule(
-    q: Any,
-    k: Any,
-    v: Any,
-    g: Any,
-    beta: Any,
-    *,
-    scale: Any = None,
-    normalize_qk: bool = False,
-    **options: Any,
+    q: Any, k: Any, v: Any, g: Any, beta: Any, *, scale: Any = None, normalize_qk: bool = False, **options: Any
 ) -> tuple[Float64, Float64]:
     """Row after row in float64; see `longattn.linear`. `options` are states and bounds of sequences."""
-    return recurrence(
-        q,
-        k,
-        v,
-        g=g,
-        beta=beta,
-        delta=True,
-        scale=scale,
-        unit=1e-6 if normalize_qk else None,
-        **options,
-    )
+    unit = 1e-6 if normalize_qk else None
+    return recurrence(q, k, v, g=g, beta=beta, delta=True, scale=scale, unit=unit, **options)

@@ -6,7 +6,10 @@ use longattn::linear::{
     self, FeatureMap, Map, Power, ReadOut, RowNorm, Sums, accumulate, feature_norms as norms, read,
 };
 use longattn::tensor::TensorView;
-use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1, PyReadonlyArrayDyn, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{
+    IntoPyArray, PyArray1, PyReadonlyArray1, PyReadonlyArrayDyn, PyReadwriteArray3, PyUntypedArray,
+    PyUntypedArrayMethods,
+};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
@@ -135,6 +138,51 @@ pub(crate) fn key_statistics<'py>(
     Ok([found.sums, found.totals, found.values, found.counts].map(|x| x.into_pyarray(py)))
 }
 
+/// A read-out by its name and two numbers.
+fn read_out_of<'a>((kind, one, two): &(String, f32, f32), factors: &'a [f32]) -> PyResult<ReadOut<'a>> {
+    let (one, two) = (*one, *two);
+    Ok(match kind.as_str() {
+        "plain" => ReadOut::Plain { factor: one, means: false },
+        "plain_means" => ReadOut::Plain { factor: one, means: true },
+        "divide" => ReadOut::Divide { eps: one, means: false },
+        "divide_means" => ReadOut::Divide { eps: one, means: true },
+        "clamp" => ReadOut::Clamp { least: one, factors },
+        "subtract" => ReadOut::Subtract { scale: one },
+        "magnitude" => ReadOut::Magnitude { scale: one, eps: two },
+        other => return Err(PyTypeError::new_err(format!("read_out: got {other:?}, expected a known read-out"))),
+    })
+}
+
+#[pyfunction]
+pub(crate) fn running_softmax(
+    py: Python<'_>,
+    x: &Bound<'_, PyUntypedArray>,
+    mut logs: PyReadwriteArray3<'_, f32>,
+    out: &Bound<'_, PyUntypedArray>,
+) -> PyResult<()> {
+    let (x, mut out, logs) = (view("x", x)?, view_mut("out", out)?, logs.as_slice_mut()?);
+    let work = 20.0 * x.shape().iter().map(|&n| n as f64).product::<f64>();
+    running::run(py, work, |execution| linear::running_softmax(x, logs, &mut out, execution))
+}
+
+#[pyfunction]
+pub(crate) fn running_read(
+    py: Python<'_>,
+    read: &Bound<'_, PyUntypedArray>,
+    v: &Bound<'_, PyUntypedArray>,
+    mut sums: PyReadwriteArray3<'_, f32>,
+    count: u64,
+    read_out: (String, f32, f32),
+    factors: Option<PyReadonlyArray1<'_, f32>>,
+    out: &Bound<'_, PyUntypedArray>,
+) -> PyResult<()> {
+    let (read, v, mut out, sums) = (view("q", read)?, view("v", v)?, view_mut("out", out)?, sums.as_slice_mut()?);
+    let factors = factors.as_ref().map(|x| x.as_slice()).transpose()?.unwrap_or(&[]);
+    let read_out = read_out_of(&read_out, factors)?;
+    let work = 4.0 * read.shape().iter().map(|&n| n as f64).product::<f64>();
+    running::run(py, work, |execution| linear::running_read(read, v, sums, count, read_out, &mut out, execution))
+}
+
 #[pyfunction]
 pub(crate) fn read_statistics<'py>(
     py: Python<'py>,
@@ -150,20 +198,8 @@ pub(crate) fn read_statistics<'py>(
     let (q, given, mut out) = (view("q", q)?, Given::new(map)?, view_mut("out", out)?);
     let map = given.map()?;
     let add = add.as_ref().map(|add| view("add", add)).transpose()?;
-    let (kind, one, two) = read_out;
-    let read_out = match kind.as_str() {
-        "plain" => ReadOut::Plain { factor: one, means: false },
-        "plain_means" => ReadOut::Plain { factor: one, means: true },
-        "divide" => ReadOut::Divide { eps: one, means: false },
-        "divide_means" => ReadOut::Divide { eps: one, means: true },
-        "clamp" => {
-            let factors = factors.as_ref().map(|x| x.as_slice()).transpose()?.unwrap_or(&[]);
-            ReadOut::Clamp { least: one, factors }
-        }
-        "subtract" => ReadOut::Subtract { scale: one },
-        "magnitude" => ReadOut::Magnitude { scale: one, eps: two },
-        other => return Err(PyTypeError::new_err(format!("read_out: got {other:?}, expected a known read-out"))),
-    };
+    let factors = factors.as_ref().map(|x| x.as_slice()).transpose()?.unwrap_or(&[]);
+    let read_out = read_out_of(&read_out, factors)?;
     let [sums, totals, values, counts] = &statistics;
     let statistics = Sums {
         sums: sums.as_slice()?,

@@ -19,7 +19,7 @@ pub fn feature_norms(
     after: &mut [f32],
     execution: &Execution,
 ) -> Result<()> {
-    map.check("x", &x)?;
+    map.check("x", x.shape())?;
     let [batch, heads, rows, _] = x.shape();
     for (name, to) in [("before", &before), ("after", &after)] {
         if to.len() != batch * heads * rows {
@@ -85,7 +85,7 @@ const BLOCK: usize = 32;
 /// Writes the features of the rows of `x` to `out`, `[batch, heads, rows, features]`. Exponents of [`Map::Gaussian`] are taken as they
 /// are; [`Map::PositionSoftmax`], which is no map of single rows, is refused.
 pub fn write_features(x: TensorView, map: &FeatureMap, out: &mut [f32], execution: &Execution) -> Result<()> {
-    map.check("x", &x)?;
+    map.check("x", x.shape())?;
     let [batch, heads, rows, dim] = x.shape();
     let features = map.features(dim);
     if map.map == Map::PositionSoftmax {

@@ -131,11 +131,11 @@ impl FeatureMap<'_> {
     }
 
     /// Whether the map's arrays fit rows of `x`, which the caller knows as `name`.
-    pub(crate) fn check(&self, name: &'static str, x: &TensorView) -> Result<()> {
-        let [batch, heads, rows, dim] = x.shape();
+    pub(crate) fn check(&self, name: &'static str, shape: [usize; 4]) -> Result<()> {
+        let [batch, heads, rows, dim] = shape;
         let features = self.features(dim);
         if dim == 0 || features == 0 {
-            return Err(Error::value(name, format!("shape {:?}", x.shape()), "at least one channel and one feature"));
+            return Err(Error::value(name, format!("shape {shape:?}"), "at least one channel and one feature"));
         }
         if let Some(shift) = self.shift {
             let [first, rest @ ..] = shift.shape();

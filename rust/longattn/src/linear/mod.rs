@@ -10,6 +10,7 @@ pub mod pointwise;
 pub mod recurrence;
 pub mod row_maps;
 mod rows;
+mod running;
 pub mod scan;
 mod statistics;
 mod tiles;
@@ -17,4 +18,5 @@ pub mod toeplitz;
 
 pub use feature_rows::{feature_norms, write_features};
 pub use features::{FeatureMap, Map, Power, RowNorm};
+pub use running::{running_read, running_softmax};
 pub use statistics::{ReadOut, Statistics, Sums, accumulate, read};

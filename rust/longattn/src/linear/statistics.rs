@@ -89,7 +89,7 @@ pub enum ReadOut<'a> {
 impl ReadOut<'_> {
     /// Factors of `p` and of `u`.
     #[inline(always)]
-    fn factors(&self, t: f32, n: f32, head: usize) -> (f32, f32) {
+    pub(super) fn factors(&self, t: f32, n: f32, head: usize) -> (f32, f32) {
         // Below the normal range a quotient would be infinite, or noise.
         let over = |x: f32, d: f32| if d.abs() < f32::MIN_POSITIVE { 0.0 } else { x / d };
         if n == 0.0 {
@@ -361,7 +361,7 @@ pub fn accumulate(
     keep: Option<&[bool]>,
     execution: &Execution,
 ) -> Result<Statistics> {
-    map_of_keys.check("k", &k)?;
+    map_of_keys.check("k", k.shape())?;
     let [batch, heads, keys, dim] = k.shape();
     let value_dim = v.shape()[3];
     if v.shape() != [batch, heads, keys, value_dim] || value_dim == 0 {
@@ -534,7 +534,7 @@ pub fn read(
     out: &mut TensorViewMut,
     execution: &Execution,
 ) -> Result<()> {
-    map_of_queries.check("q", &q)?;
+    map_of_queries.check("q", q.shape())?;
     let [batch, heads, queries, dim] = q.shape();
     let value_dim = out.shape()[3];
     let features = map_of_queries.features(dim);

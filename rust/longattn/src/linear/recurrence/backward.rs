@@ -30,6 +30,8 @@ pub struct Outputs<'a> {
     pub g: Option<TensorViewMut<'a>>,
     /// Of factors of updates; there if these are.
     pub beta: Option<TensorViewMut<'a>>,
+    /// Of a second pair of keys; there if this is.
+    pub pair: Option<[TensorViewMut<'a>; 2]>,
     /// Of the states before the first row, `[sequences, heads, dim, value_dim]` (one column more with a normaliser).
     pub state: TensorViewMut<'a>,
 }
@@ -57,7 +59,7 @@ fn check<'a>(of: Recurrence<'a>, given: Gradients<'a>, to: &'a Outputs<'a>) -> R
         return Err(Error::value("skip", "factors", "none: their part of the outputs is a product outside"));
     }
     let by_column = matches!(of.decay, Decay::Value { .. });
-    if by_column || of.bonus.is_some() || of.pair.is_some() || of.squares || of.maps.iter().any(Option::is_some) {
+    if by_column || of.bonus.is_some() || of.squares || of.maps.iter().any(Option::is_some) {
         let expected = "decays per row or channel of the keys, and nothing between queries, keys and states";
         return Err(Error::value("decay", "a rule whose gradients are not known", expected));
     }
@@ -96,6 +98,15 @@ fn check<'a>(of: Recurrence<'a>, given: Gradients<'a>, to: &'a Outputs<'a>) -> R
             (None, None) => {}
             _ => return Err(Error::value(name, "one without the other", "an argument and its gradient, or neither")),
         }
+    }
+    match (&of.pair, &to.pair) {
+        (Some(_), Some(pair)) => {
+            for (name, gradient) in ["da", "db"].into_iter().zip(pair) {
+                expect_f32(name, &gradient.as_view(), k.shape())?;
+            }
+        }
+        (None, None) => {}
+        _ => return Err(Error::value("da", "one without the other", "a pair and its gradients, or neither")),
     }
     Ok(Backward { inputs, given, first, to })
 }
@@ -190,6 +201,7 @@ mod tests {
                     v: TensorViewMut::new(&mut dv, [1, 1, n, e]).unwrap(),
                     g: (width > 0).then(|| TensorViewMut::new(&mut dg, [1, 1, n, width]).unwrap()),
                     beta: Some(TensorViewMut::new(&mut d_beta, [1, 1, n, 1]).unwrap()),
+                    pair: None,
                     state: TensorViewMut::new(&mut d_first, [1, 1, d, e]).unwrap(),
                 };
                 run(isa, of, given, &mut to, &Execution::default()).unwrap();

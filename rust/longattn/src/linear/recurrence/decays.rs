@@ -103,135 +103,168 @@ impl Work<'_, '_> {
     pub(super) fn through_channels<S: Simd>(&mut self, s: S, n: usize) {
         let Sizes { dim, padded, rows: room, across, group } = self.sizes;
         let of = &self.job.inputs.of;
-        let (delta, wide) = (of.delta, self.wide);
-        let sets = group + usize::from(delta);
-        let keys = if of.beta.is_some() && !delta { &*self.scaled } else { &*self.keys };
+        let (sets, wide) = (self.sets, self.wide);
+        let readers = group + usize::from(self.solves);
+        let (first, second) = self.keys.split_at(room * wide);
+        let keys = [if of.beta.is_some() && !of.delta { &*self.scaled } else { first }, second];
+        // Rows that read before they write: by the delta rule keys, after their decay; else before it.
+        let early = of.pair.is_some();
+        let reads = if early { &*self.asks } else { first };
+        let place = |set: usize, reader: usize| (set * (group + 1) + reader) * room * across;
         let (total, rest) = self.channels.split_at_mut(wide);
         let (along, rest) = rest.split_at_mut(wide);
         let (whole, rest) = rest.split_at_mut(wide);
         let (before, rest) = rest.split_at_mut(wide);
         let (block_rows, moved) = rest.split_at_mut((CHANNELS - 4) * wide);
-        for (d, last) in self.d_keys.chunks_exact(wide).zip(self.last.chunks_exact(wide)).take(n) {
-            add_products(s, &mut total[..padded], &d[..padded], &last[..padded]);
-        }
-        for g in 0..sets {
-            let (from, to) = (&self.d_scores[g * room * across..], &mut self.d_turned[g * room * across..]);
-            s.call(Turn { rows: n, columns: n, from: (from, across), to: (to, across) });
+        for set in 0..sets {
+            let from = set * room * wide;
+            let (d_keys, last) = (self.d_keys[from..].chunks_exact(wide), self.last[from..].chunks_exact(wide));
+            for (d, last) in d_keys.zip(last).take(n) {
+                add_products(s, &mut total[..padded], &d[..padded], &last[..padded]);
+            }
+            for reader in 0..readers {
+                let from = (&self.d_scores[place(set, reader)..], across);
+                let to = (&mut self.d_turned[place(set, reader)..], across);
+                s.call(Turn { rows: n, columns: n, from, to });
+            }
         }
         // Keys, from the last block to the first: gradients of keys times the decay up to the start of the block at hand.
         for start in (0..n).step_by(BLOCK).rev() {
             let end = (start + BLOCK).min(n);
             whole.fill(1.0);
             for i in (start..end).rev() {
-                multiply_rows(s, &mut self.d_keys[i * wide..][..padded], whole);
+                for set in 0..sets {
+                    multiply_rows(s, &mut self.d_keys[(set * room + i) * wide..][..padded], whole);
+                }
                 multiply_rows(s, whole, &self.g[i * padded..][..padded]);
             }
-            for row in self.d_keys.chunks_exact_mut(wide).take(start) {
-                multiply_rows(s, &mut row[..padded], whole);
+            for set in 0..sets {
+                for row in self.d_keys[set * room * wide..].chunks_exact_mut(wide).take(start) {
+                    multiply_rows(s, &mut row[..padded], whole);
+                }
             }
-            for g in 0..sets {
-                let readers = if g == group { &*self.keys } else { &self.queries[g * room * wide..] };
+            for reader in 0..readers {
+                let own = reader == group;
+                let rows = if own { reads } else { &self.queries[reader * room * wide..] };
                 along.fill(1.0);
                 for i in start..end {
-                    multiply_rows(s, along, &self.g[i * padded..][..padded]);
                     let to = &mut block_rows[(i - start) * wide..][..padded];
-                    to.copy_from_slice(&readers[i * wide..][..padded]);
-                    multiply_rows(s, to, along);
+                    to.copy_from_slice(&rows[i * wide..][..padded]);
+                    if own && early {
+                        multiply_rows(s, to, along);
+                    }
+                    multiply_rows(s, along, &self.g[i * padded..][..padded]);
+                    if !(own && early) {
+                        multiply_rows(s, to, along);
+                    }
                 }
-                let a = (&self.d_turned[g * room * across + start..], across);
-                let (b, c) = ((&*block_rows, wide), (&mut *self.d_keys, wide));
-                let depth = end - start;
-                s.call(Multiply { part: Part::Whole, rows: start, columns: dim, depth, a, b, c, add: true });
+                for set in 0..sets {
+                    let a = (&self.d_turned[place(set, reader) + start..], across);
+                    let (b, c) = ((&*block_rows, wide), (&mut self.d_keys[set * room * wide..], wide));
+                    let depth = end - start;
+                    s.call(Multiply { part: Part::Whole, rows: start, columns: dim, depth, a, b, c, add: true });
+                }
             }
         }
         // Readers, from the first block to the last: keys before the block times the decay up to its start.
         before.fill(1.0);
         for start in (0..n).step_by(BLOCK) {
             let end = (start + BLOCK).min(n);
-            for g in 0..sets {
-                let to = if g == group { &mut *self.d_reads } else { &mut self.d_queries[g * room * wide..] };
+            for reader in 0..readers {
+                let own = reader == group;
+                let to = if own { &mut *self.d_reads } else { &mut self.d_queries[reader * room * wide..] };
                 for i in start..end {
                     let row = &mut to[i * wide..][..padded];
                     multiply_rows(s, row, before);
-                    if g == group {
+                    if own && !early {
                         scale_row(s, row, -1.0);
                     }
                 }
-                let a = (&self.d_scores[(g * room + start) * across..], across);
-                let (b, c) = ((&*moved, wide), (&mut to[start * wide..], wide));
-                s.call(Multiply {
-                    part: Part::Whole,
-                    rows: end - start,
-                    columns: dim,
-                    depth: start,
-                    a,
-                    b,
-                    c,
-                    add: true,
-                });
+                for set in 0..sets {
+                    let a = (&self.d_scores[place(set, reader) + start * across..], across);
+                    let (b, c) = ((&moved[set * room * wide..], wide), (&mut to[start * wide..], wide));
+                    let rows = end - start;
+                    s.call(Multiply { part: Part::Whole, rows, columns: dim, depth: start, a, b, c, add: true });
+                }
                 along.fill(1.0);
                 for i in start..end {
+                    let row = &mut to[i * wide..][..padded];
+                    if own && early {
+                        multiply_rows(s, row, along);
+                    }
                     multiply_rows(s, along, &self.g[i * padded..][..padded]);
-                    multiply_rows(s, &mut to[i * wide..][..padded], along);
+                    if !(own && early) {
+                        multiply_rows(s, row, along);
+                    }
                 }
             }
-            s.call(Pairs {
-                rows: [start, end],
-                sizes: self.sizes,
-                wide,
-                decays: &*self.g,
-                d_scores: &*self.d_scores,
-                queries: &*self.queries,
-                reads: &*self.keys,
-                keys,
-                d_queries: &mut *self.d_queries,
-                d_reads: &mut *self.d_reads,
-                d_keys: &mut *self.d_keys,
-                delta,
-            });
+            for (set, &keys) in keys.iter().enumerate().take(sets) {
+                s.call(Pairs {
+                    rows: [start, end],
+                    sizes: self.sizes,
+                    wide,
+                    decays: &*self.g,
+                    d_scores: &self.d_scores[place(set, 0)..],
+                    queries: &*self.queries,
+                    reads: self.solves.then_some(reads),
+                    early,
+                    keys,
+                    d_queries: &mut *self.d_queries,
+                    d_reads: &mut *self.d_reads,
+                    d_keys: &mut self.d_keys[set * room * wide..],
+                });
+            }
             whole.fill(1.0);
             for i in (start..end).rev() {
-                let to = &mut moved[i * wide..][..padded];
-                to.copy_from_slice(&keys[i * wide..][..padded]);
-                multiply_rows(s, to, whole);
+                for (set, keys) in keys.iter().enumerate().take(sets) {
+                    let to = &mut moved[(set * room + i) * wide..][..padded];
+                    to.copy_from_slice(&keys[i * wide..][..padded]);
+                    multiply_rows(s, to, whole);
+                }
                 multiply_rows(s, whole, &self.g[i * padded..][..padded]);
             }
-            for row in moved.chunks_exact_mut(wide).take(start) {
-                multiply_rows(s, &mut row[..padded], whole);
+            for set in 0..sets {
+                for row in moved[set * room * wide..].chunks_exact_mut(wide).take(start) {
+                    multiply_rows(s, &mut row[..padded], whole);
+                }
             }
             multiply_rows(s, before, whole);
         }
         // Decays: those of all rows from each on. Products of a row with itself have no decay between them and come after.
         for i in (0..n).rev() {
-            let key = &keys[i * wide..][..padded];
+            let place_of = |set: usize| (set * room + i) * wide;
             for g in 0..group {
                 let at = (g * room + i) * wide;
-                let (q, d) = (&self.queries[at..][..padded], &mut self.d_queries[at..][..padded]);
-                add_products(s, &mut total[..padded], q, d);
+                add_products(s, &mut total[..padded], &self.queries[at..][..padded], &self.d_queries[at..][..padded]);
             }
-            if delta {
-                add_products(
-                    s,
-                    &mut total[..padded],
-                    &self.keys[i * wide..][..padded],
-                    &self.d_reads[i * wide..][..padded],
-                );
+            let own = i * wide;
+            if self.solves && !early {
+                add_products(s, &mut total[..padded], &reads[own..][..padded], &self.d_reads[own..][..padded]);
             }
-            let d_key = &mut self.d_keys[i * wide..][..padded];
-            for ((total, key), d) in total.iter_mut().zip(key).zip(&*d_key) {
-                *total -= key * d;
+            for (set, keys) in keys.iter().enumerate().take(sets) {
+                let d_key = &self.d_keys[place_of(set)..][..padded];
+                for ((total, key), d) in total.iter_mut().zip(&keys[i * wide..][..padded]).zip(d_key) {
+                    *total -= key * d;
+                }
             }
             let decays = &self.g[i * padded..][..padded];
             for ((to, total), decay) in self.dg[i * padded..][..padded].iter_mut().zip(&*total).zip(decays) {
                 *to = if *decay == 0.0 { 0.0 } else { *total };
             }
-            for g in 0..group {
-                let weight = self.d_scores[(g * room + i) * across + i];
-                let at = (g * room + i) * wide;
-                let (q, d) = (&self.queries[at..][..padded], &mut self.d_queries[at..][..padded]);
-                for (((d, q), key), d_key) in d.iter_mut().zip(q).zip(key).zip(&mut *d_key) {
-                    *d += weight * key;
-                    *d_key += weight * q;
+            if early {
+                add_products(s, &mut total[..padded], &reads[own..][..padded], &self.d_reads[own..][..padded]);
+            }
+            for (set, keys) in keys.iter().enumerate().take(sets) {
+                let key = &keys[i * wide..][..padded];
+                let d_key = &mut self.d_keys[place_of(set)..][..padded];
+                for g in 0..group {
+                    let weight = self.d_scores[place(set, g) + i * across + i];
+                    let at = (g * room + i) * wide;
+                    let (q, d) = (&self.queries[at..][..padded], &mut self.d_queries[at..][..padded]);
+                    for (((d, q), key), d_key) in d.iter_mut().zip(q).zip(key).zip(&mut *d_key) {
+                        *d += weight * key;
+                        *d_key += weight * q;
+                    }
                 }
             }
         }
@@ -256,13 +289,13 @@ struct Pairs<'a> {
     decays: &'a [f32],
     d_scores: &'a [f32],
     queries: &'a [f32],
-    /// Keys as they read, with the delta rule.
-    reads: &'a [f32],
+    /// Rows that read before they write, and whether they do so before their decay.
+    reads: Option<&'a [f32]>,
+    early: bool,
     keys: &'a [f32],
     d_queries: &'a mut [f32],
     d_reads: &'a mut [f32],
     d_keys: &'a mut [f32],
-    delta: bool,
 }
 
 impl Kernel for Pairs<'_> {
@@ -271,13 +304,13 @@ impl Kernel for Pairs<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { rows: [start, end], sizes, wide, decays, d_scores, queries, reads, keys, .. } = self;
-        let Self { d_queries, d_reads, d_keys, delta, .. } = self;
+        let Self { d_queries, d_reads, d_keys, early, .. } = self;
         let Sizes { padded, rows: room, across, group, .. } = sizes;
         let last = (end - 1) * wide + padded;
         let heads = (group - 1) * room * wide;
         assert!(decays.len() >= end * padded && keys.len() >= last && d_keys.len() >= last && padded <= wide);
         assert!(queries.len() >= heads + last && d_queries.len() >= heads + last);
-        assert!(!delta || reads.len() >= last && d_reads.len() >= last);
+        assert!(reads.is_none_or(|reads| reads.len() >= last && d_reads.len() >= last));
         for at in (0..padded).step_by(S::LANES) {
             for j in start..end {
                 // SAFETY: vectors from `at` on of rows below `end`, which all of these have by the assertions above.
@@ -287,6 +320,7 @@ impl Kernel for Pairs<'_> {
                     let mut d_key = s.load(to);
                     let mut decay = s.splat(1.0);
                     for i in j + 1..end {
+                        let before = decay;
                         decay = s.mul(decay, s.load(decays.as_ptr().add(i * padded + at)));
                         let moved = s.mul(decay, key);
                         let mut back = s.zero();
@@ -297,11 +331,13 @@ impl Kernel for Pairs<'_> {
                             s.store(d, s.fma(weight, moved, s.load(d)));
                             back = s.fma(weight, s.load(queries.as_ptr().add(place)), back);
                         }
-                        if delta {
+                        if let Some(reads) = reads {
                             let weight = s.splat(d_scores[(group * room + i) * across + j]);
+                            let between = if early { before } else { decay };
                             let d = d_reads.as_mut_ptr().add(i * wide + at);
-                            s.store(d, s.fma(weight, moved, s.load(d)));
-                            back = s.fma(weight, s.load(reads.as_ptr().add(i * wide + at)), back);
+                            s.store(d, s.fma(weight, s.mul(between, key), s.load(d)));
+                            let read = s.mul(weight, s.load(reads.as_ptr().add(i * wide + at)));
+                            d_key = s.fma(between, read, d_key);
                         }
                         d_key = s.fma(decay, back, d_key);
                     }

@@ -7,26 +7,27 @@
 //! dQ' = dO S^T              dK' = -dV S^T                                   dK'' = U D^T
 //! D before the chunk = decay D + Q'^T dO - K'^T dV
 //! ```
+//! With a second pair of keys, which writes `Y = (I - A_ab)^-1 (A' S + A_ak V)`, there is a dY like dU for what it writes, `dZ = ((I -
+//! A_ab)^-1)^T dY` for what that is solved from, `dV = dU + A_ak^T dZ`, and products with both keys.
+//!
 //! What this means for queries, keys and decays is in [`super::decays`]. The gradient of `beta` is that of what is written, times what
-//! was to be written: both are known times `beta`, which is why none is taken to be smaller than [`LEAST`].
+//! was to be written: both are known times `beta`, which is why none is taken to be smaller than 1e-10 ([`super::prepare`]).
 
 use super::Decay;
 use super::backward::Backward;
+use super::prepare::{Advance, Prepare, decayed};
 use super::products::{Multiply, Part, Turn};
-use super::rows::{load, load_numbers, scale_row};
-use super::scores::{Chunk, Sizes, add_up, dot};
+use super::rows::{load, scale_row};
+use super::scores::{Sizes, add_up, dot};
 use super::work::Work;
 use crate::dense::scratch::Scratch;
 use crate::parallel::Cancel;
-use crate::simd::{Kernel, MAX_LANES, Simd};
+use crate::simd::{Kernel, Simd};
 use crate::tensor::TensorViewMut;
 use std::ops::Range;
 
 /// Bytes of states at the starts of chunks, of one head, beyond which they are not all kept at once.
 const KEPT: usize = 32 << 20;
-
-/// The least factor of an update by the delta rule. A smaller one changes nothing that f32 could tell from this.
-const LEAST: f32 = 1e-10;
 
 /// The heads of one sequence that share a head of keys.
 pub(super) struct Item<'a, 's> {
@@ -113,155 +114,6 @@ impl Kernel for Body<'_, '_> {
     }
 }
 
-/// What rows of a chunk have to do with each other and what they write, from the state before it.
-struct Prepare<'w, 'a, 's> {
-    work: &'w mut Work<'a, 's>,
-    now: Range<usize>,
-    /// Whether queries count.
-    queries: bool,
-}
-
-impl Kernel for Prepare<'_, '_, '_> {
-    /// The decay of a whole state.
-    type Output = f32;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> f32 {
-        let Self { work, now, queries } = self;
-        let inputs = &work.job.inputs;
-        let of = &inputs.of;
-        let (n, at) = (now.len(), [work.batch, work.head]);
-        let Sizes { padded, rows: room, .. } = work.sizes;
-        let (group, wide) = (if queries { work.sizes.group } else { 0 }, work.wide);
-        let sizes = Sizes { group, ..work.sizes };
-        let tiles = n.next_multiple_of(S::ROWS);
-        for (i, reader) in work.readers.clone().enumerate().take(group) {
-            let to = &mut work.q[i * room * padded..][..room * padded];
-            load(s, &of.q, [work.batch, reader], now.clone(), to, padded, None, 1.0);
-            to[n * padded..tiles * padded].fill(0.0);
-            let lengths = &mut work.lengths[i * room..];
-            keep(s, of.unit, to, padded, lengths, &mut work.queries[i * room * wide..], wide, n);
-        }
-        if let Some(k) = &of.k {
-            load(s, k, [work.batch, inputs.key_head(work.head)], now.clone(), work.k, padded, None, 1.0);
-        }
-        work.k[n * padded..(tiles + MAX_LANES) * padded].fill(0.0);
-        let lengths = &mut work.lengths[work.sizes.group * room..];
-        keep(s, of.unit, work.k, padded, lengths, work.keys, wide, n);
-        if let Decay::Channel(view) = &of.decay {
-            load(s, view, at, now.clone(), work.g, padded, None, 1.0);
-        }
-        load(s, &of.v, at, now.clone(), work.values, work.across_values, None, 1.0);
-        if of.normaliser.is_some() {
-            for row in work.values.chunks_exact_mut(work.across_values).take(n) {
-                row[inputs.value_dim] = 1.0;
-            }
-        }
-        let beta = of.beta.map(|view| {
-            load_numbers(&view, at, now.clone(), &mut work.beta[..n]);
-            work.beta[n..].fill(0.0);
-            if of.delta {
-                for beta in &mut work.beta[..n] {
-                    if beta.abs() < LEAST {
-                        *beta = LEAST;
-                    }
-                }
-            }
-            &*work.beta
-        });
-        if let Some(beta) = beta
-            && !of.delta
-        {
-            for (i, &beta) in beta.iter().enumerate().take(n) {
-                let row = &mut work.k[i * padded..][..padded];
-                scale_row(s, row, beta);
-                work.scaled[i * wide..][..padded].copy_from_slice(row);
-            }
-        }
-        let (q, k, turned, scores) = (&mut *work.q, &mut *work.k, &mut *work.turned, &mut *work.scores);
-        let (inverse, own) = (&mut *work.inverse, &mut *work.own);
-        let mut rows_of =
-            Chunk { sizes, n, q, k, turned, scores, delta: of.delta, inverse, own, beta, bonus: None, pair: None };
-        let total = match &of.decay {
-            Decay::None | Decay::Value { .. } => rows_of.by_tokens(s, None),
-            Decay::Token(view) => {
-                load_numbers(view, at, now, &mut work.decay[..n]);
-                rows_of.by_tokens(s, Some(&mut *work.decay))
-            }
-            Decay::Channel(_) => {
-                rows_of.by_channels(s, work.g, work.working);
-                1.0
-            }
-        };
-        if of.delta {
-            let (dim, columns, pitch) = (inputs.dim, work.columns, work.across_values);
-            let (a, b, c) = ((&*work.k, padded), (&*work.state, pitch), (&mut *work.values, pitch));
-            s.call(Multiply { part: Part::Whole, rows: n, columns, depth: dim, a, b, c, add: true });
-            let (a, b) = ((&*work.inverse, sizes.across), (&*work.values, pitch));
-            let c = (&mut *work.updates, pitch);
-            s.call(Multiply { part: Part::Lower, rows: n, columns, depth: n, a, b, c, add: false });
-        }
-        total
-    }
-}
-
-/// Rows of length 1, where they shall be, and what they were multiplied by; `to` gets what they are then.
-#[inline(always)]
-fn keep<S: Simd>(
-    s: S,
-    unit: Option<f32>,
-    rows: &mut [f32],
-    padded: usize,
-    factors: &mut [f32],
-    to: &mut [f32],
-    wide: usize,
-    n: usize,
-) {
-    for i in 0..n {
-        let row = &mut rows[i * padded..][..padded];
-        if let Some(eps) = unit {
-            factors[i] = 1.0 / (dot(s, row, row) + eps).sqrt();
-            scale_row(s, row, factors[i]);
-        }
-        to[i * wide..][..padded].copy_from_slice(row);
-    }
-}
-
-/// The state after a chunk, from that before it.
-struct Advance<'w, 'a, 's> {
-    work: &'w mut Work<'a, 's>,
-    now: Range<usize>,
-}
-
-impl Kernel for Advance<'_, '_, '_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self { work, now } = self;
-        let n = now.len();
-        let total = s.call(Prepare { work: &mut *work, now, queries: false });
-        let pitch = work.across_values;
-        decayed(s, &work.job.inputs.of.decay, work.state, pitch, work.sizes.dim, total, work.working);
-        let updates = if work.job.inputs.of.delta { &*work.updates } else { &*work.values };
-        let (a, b, c) = ((&*work.turned, work.sizes.across), (updates, pitch), (&mut *work.state, pitch));
-        let (rows, columns) = (work.sizes.dim, work.columns);
-        s.call(Multiply { part: Part::Whole, rows, columns, depth: n, a, b, c, add: true });
-    }
-}
-
-/// Rows of a state times the decay of a chunk: `total`, or that of their channel.
-#[inline(always)]
-fn decayed<S: Simd>(s: S, decay: &Decay, state: &mut [f32], pitch: usize, dim: usize, total: f32, channels: &[f32]) {
-    for (d, row) in state.chunks_exact_mut(pitch).take(dim).enumerate() {
-        match decay {
-            Decay::None | Decay::Value { .. } => {}
-            Decay::Token(_) => scale_row(s, row, total),
-            Decay::Channel(_) => scale_row(s, row, channels[d]),
-        }
-    }
-}
-
 /// A chunk's gradients, and the gradient of the state before it from that after it.
 struct Back<'w, 'a, 's> {
     work: &'w mut Work<'a, 's>,
@@ -302,51 +154,58 @@ impl Kernel for Back<'_, '_, '_> {
                 }
             }
         }
-        let updates = if of.delta { &*work.updates } else { &*work.values };
-        s.call(Turn { rows: n, columns, from: (updates, pitch), to: (&mut *work.updates_turned, across) });
+        let (sets, solves, keys) = (work.sets, work.solves, room * wide);
+        let (readers, turned) = (group + usize::from(solves), work.turned.len() / sets);
+        // Places of scores of a reader with one of the keys.
+        let place = |set: usize, reader: usize| (set * (group + 1) + reader) * room * across;
 
-        // What is written, and values.
-        s.call(Turn { rows: dim, columns: n, from: (&*work.turned, across), to: (&mut *work.last, wide) });
-        let (a, b, c) = ((&*work.last, wide), (&*work.d_state, pitch), (&mut *work.d_update, pitch));
-        s.call(Multiply { part: Part::Whole, rows: n, columns, depth: dim, a, b, c, add: false });
-        for g in 0..group {
-            let from = (&work.scores[g * room * across..], across);
-            s.call(Turn { rows: n, columns: n, from, to: (&mut *work.d_turned, across) });
-            let (a, b) = ((&*work.d_turned, across), (&work.d_out[g * room * pitch..], pitch));
-            let c = (&mut *work.d_update, pitch);
-            s.call(Multiply { part: Part::Upper, rows: n, columns, depth: n, a, b, c, add: true });
+        // What is written, what that is solved from, and values.
+        for set in 0..sets {
+            let (from, to) = ((&work.turned[set * turned..], across), (&mut work.last[set * keys..], wide));
+            s.call(Turn { rows: dim, columns: n, from, to });
+            let (a, b) = ((&work.last[set * keys..], wide), (&*work.d_state, pitch));
+            let c = (&mut work.d_update[set * room * pitch..], pitch);
+            s.call(Multiply { part: Part::Whole, rows: n, columns, depth: dim, a, b, c, add: false });
+            for g in 0..group {
+                let from = (&work.scores[(set * group + g) * room * across..], across);
+                s.call(Turn { rows: n, columns: n, from, to: (&mut *work.d_turned, across) });
+                let (a, b) = ((&*work.d_turned, across), (&work.d_out[g * room * pitch..], pitch));
+                let c = (&mut work.d_update[set * room * pitch..], pitch);
+                s.call(Multiply { part: Part::Upper, rows: n, columns, depth: n, a, b, c, add: true });
+            }
         }
-        if of.delta {
+        if solves {
             let from = (&*work.inverse, across);
             s.call(Turn { rows: n, columns: n, from, to: (&mut *work.d_turned, across) });
-            let (a, b) = ((&*work.d_turned, across), (&*work.d_update, pitch));
+            let (a, b) = ((&*work.d_turned, across), (&work.d_update[(sets - 1) * room * pitch..], pitch));
             let c = (&mut *work.d_value, pitch);
             s.call(Multiply { part: Part::Upper, rows: n, columns, depth: n, a, b, c, add: false });
         }
-        let d_value = if of.delta { &*work.d_value } else { &*work.d_update };
+        if sets == 2 {
+            s.call(Turn { rows: n, columns: n, from: (&*work.own, across), to: (&mut *work.d_turned, across) });
+            let (a, b) = ((&*work.d_turned, across), (&*work.d_value, pitch));
+            let c = (&mut *work.d_update, pitch);
+            s.call(Multiply { part: Part::Upper, rows: n, columns, depth: n, a, b, c, add: true });
+        }
 
         // Scores, 0 above the diagonal.
-        for g in 0..group + usize::from(of.delta) {
-            let own = g == group;
-            let a = if own { d_value } else { &work.d_out[g * room * pitch..] };
-            let (b, to) = ((&*work.updates_turned, across), &mut work.d_scores[g * room * across..]);
-            let c = (&mut *to, across);
-            s.call(Multiply {
-                part: Part::Below,
-                rows: n,
-                columns: n,
-                depth: columns,
-                a: (a, pitch),
-                b,
-                c,
-                add: false,
-            });
-            for i in 0..n {
-                let end = ((i / S::ROWS + 1) * S::ROWS).max((i + 1).next_multiple_of(S::LANES)).min(across);
-                let row = &mut to[i * across..][..across];
-                row[i + usize::from(!own)..end].fill(0.0);
-                if own {
-                    scale_row(s, &mut row[..i.next_multiple_of(S::LANES)], -1.0);
+        for set in 0..sets {
+            let written = if set == 1 || of.delta { &*work.updates } else { &*work.values };
+            let to = (&mut *work.updates_turned, across);
+            s.call(Turn { rows: n, columns, from: (written, pitch), to });
+            for reader in 0..readers {
+                let own = reader == group;
+                let a = if own { &*work.d_value } else { &work.d_out[reader * room * pitch..] };
+                let (b, to) = ((&*work.updates_turned, across), &mut work.d_scores[place(set, reader)..]);
+                let (a, c) = ((a, pitch), (&mut *to, across));
+                s.call(Multiply { part: Part::Below, rows: n, columns: n, depth: columns, a, b, c, add: false });
+                for i in 0..n {
+                    let end = ((i / S::ROWS + 1) * S::ROWS).max((i + 1).next_multiple_of(S::LANES)).min(across);
+                    let row = &mut to[i * across..][..across];
+                    row[i + usize::from(!own)..end].fill(0.0);
+                    if own && of.delta {
+                        scale_row(s, &mut row[..i.next_multiple_of(S::LANES)], -1.0);
+                    }
                 }
             }
         }
@@ -355,15 +214,18 @@ impl Kernel for Back<'_, '_, '_> {
         let b = (&*work.state_turned, wide);
         for g in 0..group {
             let a = (&work.d_out[g * room * pitch..], pitch);
-            let c = (&mut work.d_queries[g * room * wide..], wide);
+            let c = (&mut work.d_queries[g * keys..], wide);
             s.call(Multiply { part: Part::Whole, rows: n, columns: dim, depth: columns, a, b, c, add: false });
         }
-        if of.delta {
-            let (a, c) = ((d_value, pitch), (&mut *work.d_reads, wide));
+        if solves {
+            let (a, c) = ((&*work.d_value, pitch), (&mut *work.d_reads, wide));
             s.call(Multiply { part: Part::Whole, rows: n, columns: dim, depth: columns, a, b, c, add: false });
         }
-        let (a, b, c) = ((updates, pitch), (&*work.d_state_turned, wide), (&mut *work.d_keys, wide));
-        s.call(Multiply { part: Part::Whole, rows: n, columns: dim, depth: columns, a, b, c, add: false });
+        for set in 0..sets {
+            let written = if set == 1 || of.delta { &*work.updates } else { &*work.values };
+            let (a, b, c) = ((written, pitch), (&*work.d_state_turned, wide), (&mut work.d_keys[set * keys..], wide));
+            s.call(Multiply { part: Part::Whole, rows: n, columns: dim, depth: columns, a, b, c, add: false });
+        }
         // What the decays of the chunk are to the state after it.
         let mut whole = 0f64;
         for d in 0..dim {
@@ -376,11 +238,11 @@ impl Kernel for Back<'_, '_, '_> {
         }
 
         decayed(s, &of.decay, work.d_state, pitch, dim, total, work.working);
-        for g in 0..group + usize::from(of.delta) {
+        for reader in 0..readers {
             // Keys as they read are those of `Chunk`, negative.
-            let (from, b) = match g == group {
-                false => (&work.q[g * room * padded..], &work.d_out[g * room * pitch..]),
-                true => (&*work.k, d_value),
+            let (from, b) = match reader == group {
+                false => (&work.q[reader * room * padded..], &work.d_out[reader * room * pitch..]),
+                true => (if of.delta { &*work.k } else { &*work.reads }, &*work.d_value),
             };
             s.call(Turn { rows: n, columns: dim, from: (from, padded), to: (&mut *work.reads_turned, across) });
             let (a, b, c) = ((&*work.reads_turned, across), (b, pitch), (&mut *work.d_state, pitch));
@@ -435,6 +297,10 @@ impl Work<'_, '_> {
             }
             let key_head = inputs.key_head(self.head);
             write(&job.to.k, [self.batch, key_head, at], &row[..dim], later);
+            if let Some([a, b]) = &job.to.pair {
+                write(a, [self.batch, key_head, at], &self.d_reads[i * wide..][..dim], later);
+                write(b, [self.batch, key_head, at], &self.d_keys[(room + i) * wide..][..dim], later);
+            }
             let d_value = if of.delta { &*self.d_value } else { &*self.d_update };
             let place = [self.batch, self.head, at];
             write(&job.to.v, place, &d_value[i * pitch..][..value_dim], false);

@@ -17,7 +17,9 @@ mod backward;
 mod chunk;
 mod columns;
 mod decays;
+pub mod double;
 mod gradient;
+mod prepare;
 mod products;
 mod rows;
 mod scores;
@@ -47,25 +49,25 @@ const SMALL: usize = 1 << 20;
 
 /// What happens to a state between two updates. Logarithms are natural and at most 0; `-inf` forgets everything.
 #[derive(Clone, Copy)]
-pub enum Decay<'a> {
+pub enum Decay<V> {
     /// Nothing.
     None,
     /// All of it is multiplied by `e^g`; `g` is `[batch, heads, length, 1]`.
-    Token(TensorView<'a>),
+    Token(V),
     /// Its rows are multiplied by `e^g` each; `g` is `[batch, heads, length, dim]`.
-    Channel(TensorView<'a>),
+    Channel(V),
     /// Its columns are multiplied by `e^g` each; `g` is `[batch, heads, length, value_dim]`. Only the plain recurrence has it.
     Value {
         /// Logarithms.
-        g: TensorView<'a>,
+        g: V,
         /// Multiply values by `1 - e^g`.
         fills: bool,
     },
 }
 
-impl<'a> Decay<'a> {
+impl<V: Copy> Decay<V> {
     /// Logarithms of decays per column.
-    fn of_values(&self) -> Option<TensorView<'a>> {
+    fn of_values(&self) -> Option<V> {
         if let Decay::Value { g, .. } = self { Some(*g) } else { None }
     }
 }
@@ -81,36 +83,48 @@ pub enum Start<'a> {
     InPlace,
 }
 
-/// The arguments of [`recurrence`]. States belong to the heads of `v`; heads of `k` divide these, and heads of `q` divide them or are
+/// An array of rank 4, whatever its numbers are.
+pub trait Shaped: Copy {
+    /// Its shape.
+    fn shape(&self) -> [usize; 4];
+}
+
+impl Shaped for TensorView<'_> {
+    fn shape(&self) -> [usize; 4] {
+        self.shape()
+    }
+}
+
+/// The arguments of [`recurrence`], views and numbers of any type. States belong to the heads of `v`; heads of `k` divide these, and heads of `q` divide them or are
 /// a multiple.
 #[derive(Clone, Copy)]
-pub struct Recurrence<'a> {
+pub struct Recurrence<'a, V = TensorView<'a>, F = f32> {
     /// `[batch, query heads, length, dim]`.
-    pub q: TensorView<'a>,
+    pub q: V,
     /// `[batch, key heads, length, dim]`; none: `1 - e^g` of a decay per channel.
-    pub k: Option<TensorView<'a>>,
+    pub k: Option<V>,
     /// `[batch, heads, length, value_dim]`.
-    pub v: TensorView<'a>,
+    pub v: V,
     /// `A_t`.
-    pub decay: Decay<'a>,
+    pub decay: Decay<V>,
     /// Factor of updates, `[batch, heads, length, 1]`; none is 1.
-    pub beta: Option<TensorView<'a>>,
+    pub beta: Option<V>,
     /// Whether an update is what the state does not hold yet.
     pub delta: bool,
     /// Factor of outputs.
-    pub scale: f32,
+    pub scale: F,
     /// Divide rows of `q` and `k` by `sqrt(sum of squares + this)`.
-    pub unit: Option<f32>,
+    pub unit: Option<F>,
     /// Divide outputs by `scale q_t^T z_t + this`, `z_t` the state of a value of 1, which is the last column of states. An output whose
     /// divisor is 0 is 0. Not with `delta`.
-    pub normaliser: Option<f32>,
+    pub normaliser: Option<F>,
     /// `skip[h] v_t` is added to the outputs of head h. Not with `delta` or `normaliser`.
-    pub skip: Option<&'a [f32]>,
+    pub skip: Option<&'a [F]>,
     /// `o_t = scale q_t^T (S_(t-1) + Diag(bonus) k_t v_t^T)`, numbers `[heads, dim]`. With decays per channel, and nothing else.
-    pub bonus: Option<&'a [f32]>,
+    pub bonus: Option<&'a [F]>,
     /// `S_t = A_t S_(t-1) + b_t (a_t^T S_(t-1)) + k_t v_t^T`: `a` and `b`, in the shape of `k`. With decays per channel, and nothing
     /// else.
-    pub pair: Option<[TensorView<'a>; 2]>,
+    pub pair: Option<[V; 2]>,
     /// Scores of rows of a chunk with each other are `max(s, 0)^2`, which makes chunks a part of what is computed. The plain recurrence
     /// without decays alone has it. A row that is not finite spoils its chunk.
     pub squares: bool,
@@ -125,8 +139,8 @@ pub struct Recurrence<'a> {
 }
 
 /// Checked inputs.
-struct Inputs<'a> {
-    of: Recurrence<'a>,
+struct Inputs<'a, V = TensorView<'a>, F = f32> {
+    of: Recurrence<'a, V, F>,
     sequences: usize,
     heads: usize,
     query_heads: usize,
@@ -154,7 +168,7 @@ impl<'a> Deref for Job<'a> {
     }
 }
 
-impl Inputs<'_> {
+impl<V: Shaped, F> Inputs<'_, V, F> {
     /// Entry of the batch and rows of a sequence.
     fn sequence(&self, n: usize) -> (usize, Range<usize>) {
         match self.of.ends {
@@ -188,13 +202,13 @@ fn expect(name: &'static str, got: [usize; 4], expected: [usize; 4]) -> Result<(
     if got == expected { Ok(()) } else { Err(Error::value(name, format!("shape {got:?}"), format!("{expected:?}"))) }
 }
 
-fn check_inputs(of: Recurrence) -> Result<Inputs> {
+fn check_inputs<'a, V: Shaped, F>(of: Recurrence<'a, V, F>) -> Result<Inputs<'a, V, F>> {
     let [batch, heads, length, value_dim] = of.v.shape();
     let [_, query_heads, _, q_dim] = of.q.shape();
     for (map, x, name) in [(of.maps[0], Some(of.q), "q"), (of.maps[1], of.k, "k")] {
         let Some(map) = map else { continue };
         let Some(x) = x else { return Err(Error::value("k", "none", "keys to make features of")) };
-        map.check(name, &x)?;
+        map.check(name, x.shape())?;
         if of.unit.is_some() || map.map == Map::PositionSoftmax || map.rotation.is_some() {
             return Err(Error::value(
                 "map",

@@ -30,15 +30,23 @@ struct Room {
     state_rows: usize,
     state_columns: usize,
     working: usize,
-    is_delta: bool,
+    /// Keys of a row: two with a second pair.
+    sets: usize,
+    solves: bool,
     has_channels: bool,
 }
 
 impl Room {
-    /// What only the delta rule needs.
+    /// What only rules need that read the state before they write.
     #[inline(always)]
-    fn delta(&self, n: usize) -> usize {
-        if self.is_delta { n } else { 0 }
+    fn solving(&self, n: usize) -> usize {
+        if self.solves { n } else { 0 }
+    }
+
+    /// What only a second pair of keys needs.
+    #[inline(always)]
+    fn second(&self, n: usize) -> usize {
+        if self.sets == 2 { n } else { 0 }
     }
 
     /// What only decays per channel need.
@@ -82,46 +90,53 @@ work! {
         columns: usize,
         wide: usize,
         across_values: usize,
+        sets: usize,
+        solves: bool,
     }
     |r| {
-        /// Queries and keys as [`Chunk`] has them.
+        /// Queries and keys as [`Chunk`] has them, and of a second pair the rows that read and those that are written. What there is
+        /// of keys is there for each of a row's, those of one after those of the other.
         q: r.group * r.room * r.padded,
         k: r.room * r.padded,
-        turned: r.turned * r.across,
-        scores: r.group * r.room * r.across,
-        own: r.delta(r.room * r.across),
-        inverse: r.delta(r.room * r.across),
-        /// Queries and keys themselves, of length 1 where they shall be, and what keys and queries were multiplied by for it.
+        reads: r.second(r.room * r.padded),
+        b: r.second(r.room * r.padded),
+        turned: r.sets * r.turned * r.across,
+        scores: r.sets * r.group * r.room * r.across,
+        own: r.solving(r.sets * r.room * r.across),
+        inverse: r.solving(r.room * r.across),
+        /// Queries, keys and rows that read, themselves, of length 1 where they shall be, and what keys and queries were multiplied by
+        /// for it.
         queries: r.group * r.room * r.wide,
-        keys: r.room * r.wide,
+        keys: r.sets * r.room * r.wide,
+        asks: r.second(r.room * r.wide),
         lengths: (r.group + 1) * r.room,
         /// Keys times the factors of updates, without the delta rule.
         scaled: r.room * r.wide,
         /// Keys times the decay up to the chunk's end.
-        last: r.room * r.wide,
-        /// Values, or what the state does not hold of them; what is written by the delta rule.
+        last: r.sets * r.room * r.wide,
+        /// Values, or what the state does not hold of them; what is written by the delta rule, or by a second key.
         values: r.room * r.across_values,
-        updates: r.delta(r.room * r.across_values),
-        /// Gradients of outputs, of what is written and of values.
+        updates: r.solving(r.room * r.across_values),
+        /// Gradients of outputs, of what is written by each key, and of what that is solved from.
         d_out: r.group * r.room * r.across_values,
-        d_update: r.room * r.across_values,
-        d_value: r.delta(r.room * r.across_values),
+        d_update: r.sets * r.room * r.across_values,
+        d_value: r.solving(r.room * r.across_values),
         /// The state before the chunk, the gradient of that after it, and both with rows as columns.
         state: r.state_rows * r.across_values,
         d_state: r.state_rows * r.across_values,
         state_turned: r.state_columns * r.wide,
         d_state_turned: r.state_columns * r.wide,
-        /// What is written, with rows as columns.
+        /// What a key writes, with rows as columns.
         updates_turned: r.state_columns * r.across,
-        /// Gradients of scores, those of keys with themselves last; and all with rows as columns.
-        d_scores: (r.group + 1) * r.room * r.across,
-        d_turned: (r.group + 1) * r.room * r.across,
+        /// Gradients of scores, those of rows that read last; and all with rows as columns.
+        d_scores: r.sets * (r.group + 1) * r.room * r.across,
+        d_turned: r.sets * (r.group + 1) * r.room * r.across,
         /// Queries or keys with rows as columns.
         reads_turned: r.state_rows * r.across,
-        /// Gradients of queries, of keys as they read, of keys as they are written.
+        /// Gradients of queries, of rows that read, of keys as they are written.
         d_queries: r.group * r.room * r.wide,
-        d_reads: r.delta(r.room * r.wide),
-        d_keys: r.room * r.wide,
+        d_reads: r.solving(r.room * r.wide),
+        d_keys: r.sets * r.room * r.wide,
         /// Log decays per channel, afterwards the decays; gradients of the logarithms.
         g: r.by_channel(r.room * r.padded),
         dg: r.room * r.padded,
@@ -131,7 +146,7 @@ work! {
         beta: r.across,
         /// A row of values; rows of channels, for a block.
         row: r.across_values,
-        channels: CHANNELS * r.wide + r.by_channel(r.room * r.wide),
+        channels: CHANNELS * r.wide + r.by_channel(r.sets * r.room * r.wide),
     }
 }
 
@@ -153,6 +168,7 @@ impl<'a, 's> Work<'a, 's> {
         let (wide, across_values) = (pitch::<S>(inputs.dim), pitch::<S>(columns));
         let Sizes { dim, padded, rows: room, across, group } = sizes;
         let high = |n: usize| n.next_multiple_of(S::ROWS).max(n.next_multiple_of(MAX_LANES));
+        let (sets, solves) = (1 + usize::from(of.pair.is_some()), of.delta || of.pair.is_some());
         let room = Room {
             group,
             room,
@@ -164,9 +180,10 @@ impl<'a, 's> Work<'a, 's> {
             state_rows: high(dim),
             state_columns: high(columns),
             working: sizes.channel_room(),
-            is_delta: of.delta,
+            sets,
+            solves,
             has_channels: matches!(of.decay, Decay::Channel(_)),
         };
-        Self::carve(item, &room, job, batch, head, readers, sizes, columns, wide, across_values)
+        Self::carve(item, &room, job, batch, head, readers, sizes, columns, wide, across_values, sets, solves)
     }
 }

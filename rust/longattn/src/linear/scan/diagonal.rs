@@ -8,9 +8,9 @@ use crate::simd::{self, Kernel, Simd, dispatch};
 use crate::tensor::{Result, TensorView, TensorViewMut};
 
 /// Tokens of one tile.
-const TOKENS: usize = 64;
+pub(super) const TOKENS: usize = 64;
 /// States that go through a tile together, in registers.
-const TOGETHER: usize = 4;
+pub(super) const TOGETHER: usize = 4;
 
 /// What [`diagonal_scan`] reads. Weights are `[channels, states]`: real parts, and imaginary parts or nothing.
 #[derive(Clone, Copy)]
@@ -40,17 +40,9 @@ pub fn diagonal_scan(
     out: &mut TensorViewMut,
     execution: &Execution,
 ) -> Result<()> {
+    let (states, parts) = check_weights(&given)?;
     let [_, entries, len, channels] = given.x.shape();
-    check_shape("x", given.x.shape(), [1, entries, len, channels])?;
     check_shape("out", out.shape(), given.x.shape())?;
-    let size = given.decay_less_1[0].len();
-    let states = size.checked_div(channels).unwrap_or(0);
-    let parts = if given.decay_less_1[1].is_empty() { 1 } else { 2 };
-    for (name, values) in [("decay", given.decay_less_1), ("b", given.b), ("c", given.c)] {
-        check_len(name, values[0].len(), channels * states)?;
-        check_len(name, values[1].len(), (parts - 1) * channels * states)?;
-    }
-    check_len("skip", given.skip.map_or(channels, <[f32]>::len), channels)?;
     let all = sequences(entries, len, bounds)?;
     check_len("state", state.len(), all.len() * parts * channels * states)?;
     let blocks = channels.div_ceil(WIDTH);
@@ -92,6 +84,21 @@ pub fn diagonal_scan(
             }
         });
     })
+}
+
+/// Checks weights; how many states a channel has, and of how many parts each is.
+pub(super) fn check_weights(given: &DiagonalScan) -> Result<(usize, usize)> {
+    let [_, entries, len, channels] = given.x.shape();
+    check_shape("x", given.x.shape(), [1, entries, len, channels])?;
+    let size = given.decay_less_1[0].len();
+    let states = size.checked_div(channels).unwrap_or(0);
+    let parts = if given.decay_less_1[1].is_empty() { 1 } else { 2 };
+    for (name, values) in [("decay", given.decay_less_1), ("b", given.b), ("c", given.c)] {
+        check_len(name, values[0].len(), channels * states)?;
+        check_len(name, values[1].len(), (parts - 1) * channels * states)?;
+    }
+    check_len("skip", given.skip.map_or(channels, <[f32]>::len), channels)?;
+    Ok((states, parts))
 }
 
 struct Item<'a> {
@@ -168,7 +175,7 @@ impl<const PARTS: usize> Kernel for Run<'_, PARTS> {
 
 /// What inputs add to their own outputs.
 #[inline(always)]
-fn first<S: Simd>(s: S, x: &[f32], skip: &[f32], y: &mut [f32], at: usize, rows: usize) {
+pub(super) fn first<S: Simd>(s: S, x: &[f32], skip: &[f32], y: &mut [f32], at: usize, rows: usize) {
     assert!(x.len() >= rows * WIDTH && y.len() >= rows * WIDTH && skip.len() >= WIDTH && at + S::LANES <= WIDTH);
     // SAFETY: vectors from `at` on in rows of WIDTH floats, by the assertion.
     unsafe {
@@ -179,23 +186,23 @@ fn first<S: Simd>(s: S, x: &[f32], skip: &[f32], y: &mut [f32], at: usize, rows:
     }
 }
 
-struct Tile<'a> {
-    x: &'a [f32],
-    y: &'a mut [f32],
-    h: &'a mut [f32],
+pub(super) struct Tile<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) y: &'a mut [f32],
+    pub(super) h: &'a mut [f32],
     /// Decays less 1, input weights and output weights, each as `h`.
-    weights: &'a [f32],
-    padded: usize,
+    pub(super) weights: &'a [f32],
+    pub(super) padded: usize,
     /// The first state.
-    group: usize,
+    pub(super) group: usize,
     /// The first channel.
-    at: usize,
-    rows: usize,
+    pub(super) at: usize,
+    pub(super) rows: usize,
 }
 
 /// A vector of channels and a few states of each, row after row.
 #[inline(always)]
-fn tile<S: Simd, const PARTS: usize>(s: S, tile: Tile) {
+pub(super) fn tile<S: Simd, const PARTS: usize>(s: S, tile: Tile) {
     let Tile { x, y, h, weights, padded, group, at, rows } = tile;
     let size = PARTS * padded * WIDTH;
     assert!(x.len() >= rows * WIDTH && y.len() >= rows * WIDTH && at + S::LANES <= WIDTH);

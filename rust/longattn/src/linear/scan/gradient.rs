@@ -155,7 +155,7 @@ pub fn selective_scan_backward(
     Ok(())
 }
 
-fn check_output(name: &'static str, view: &TensorViewMut, shape: [usize; 4]) -> Result<()> {
+pub(super) fn check_output(name: &'static str, view: &TensorViewMut, shape: [usize; 4]) -> Result<()> {
     check_shape(name, view.shape(), shape)?;
     if view.dtype() == DType::F32 { Ok(()) } else { Err(Error::dtype(name, view.dtype(), "float32")) }
 }
