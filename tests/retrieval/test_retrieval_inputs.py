@@ -132,3 +132,17 @@ def test_an_index_keeps_its_store(rng):
     assert np.isfinite(result.out).all()
     index.store.append(*rows(rng, 2, 10, 16))
     assert len(index.store) == 610
+
+
+def test_statistics_are_made_when_they_are_asked_for(rng):
+    """They say what the call did, whatever became of the store since."""
+    s = store(rng, 2, 700)
+    index, q = la.index.Signatures(s), queries(rng, 4, 3)
+    result = la.retrieval_attention(q, s, index, top_k=30, window=50, return_selected=True)
+    s.truncate(600)
+    stats = result.stats
+    assert stats is not None and stats is result.stats
+    np.testing.assert_array_equal(stats.keys_total, [[698, 699, 700]] * 2)
+    assert [len(rows) for of_head in stats.selected for rows in of_head] == [30] * 6
+    assert "keys_attended" in repr(result)
+    assert la.retrieval_attention(q, s, index, top_k=30, return_stats=False).stats is None

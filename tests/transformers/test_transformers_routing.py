@@ -15,7 +15,7 @@ pytest.importorskip("transformers", minversion="5.19")
 import longattn as la  # noqa: E402
 from longattn.diagnostics import less_is_more_attention, less_is_more_select, qada_attention  # noqa: E402
 from longattn.transformers import LongAttnCache, RetrievalConfig, RoutingConfig  # noqa: E402
-from longattn.transformers.routing import ROUTES, Lists  # noqa: E402
+from longattn.transformers.routing import ROUTES, Lists, Pass  # noqa: E402
 from longattn.transformers.sequence import ReadCounts, ScoreOptions  # noqa: E402
 
 PLAIN = ScoreOptions(scale=0.3, softcap=0.0, sinks=None)
@@ -102,8 +102,8 @@ def filled(rng: np.random.Generator, rows: int) -> la.KVStore:
 
 def attend(router: Any, store: Any, query: Any, decode: bool = True, lists: Any = None, options: Any = PLAIN) -> Any:
     counts, out = ReadCounts(), torch.empty(query.shape)
-    beside = {"decode": decode, "lists": lists or Lists(), "counts": counts}
-    return (out if router.attend(query, store, options, out=out, **beside) else None), counts
+    written = router.attend(Pass(query, store, options, decode, lists or Lists(), counts, out))
+    return (out if written else None), counts
 
 
 def queries(rng: np.random.Generator, rows: int) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -72,7 +73,6 @@ class RetrievalStats:
         return float(self.keys_attended.sum() / max(1, self.keys_total.sum()))
 
 
-@dataclass(frozen=True, slots=True)
 class RetrievalResult:
     """Output of `retrieval_attention`.
 
@@ -80,12 +80,23 @@ class RetrievalResult:
         out: `[Hq, Lq, Dv]` (with a leading 1 if `q` had one), kind and dtype of `q`.
         lse: float32 `[Hq, Lq]` (likewise), natural log of the denominator: the rows read, the estimate of the
             rest, and the sink logit. Use it with `merge`.
-        stats: what was read and missed; `None` with `return_stats=False`.
     """
 
-    out: Array
-    lse: Array
-    stats: RetrievalStats | None
+    __slots__ = ("_stats", "lse", "out")
+
+    def __init__(self, out: Array, lse: Array, stats: Callable[[], RetrievalStats] | RetrievalStats | None) -> None:
+        self.out, self.lse, self._stats = out, lse, stats
+
+    @property
+    def stats(self) -> RetrievalStats | None:
+        """What was read and missed; `None` with `return_stats=False`. Made when it is first asked for."""
+        if callable(self._stats):
+            self._stats = self._stats()
+        return self._stats
+
+    def __repr__(self) -> str:
+        """Output, log-sum-exp and statistics."""
+        return f"RetrievalResult(out={self.out!r}, lse={self.lse!r}, stats={self.stats!r})"
 
 
 def retrieval_attention(
@@ -300,31 +311,36 @@ class _Call:
 
     def result(self, found: dict[str, list[Any]], options: _Options) -> RetrievalResult:
         """What the core found, as callers get it."""
-        stats = self._stats(found, options.return_selected) if options.return_stats else None
-        out = like(self.given, self.out.reshape(*self.batch, *self.out.shape))
-        return RetrievalResult(out, like(self.given, self.lse.reshape(*self.batch, *self.lse.shape)), stats)
+        shape, listed = (self.heads, self.kv_heads, self.rows), options.return_selected
+        stats = partial(_stats, found, shape, listed) if options.return_stats else None
+        out, lse = self.out, self.lse
+        if self.batch:
+            out, lse = out[None], lse[None]
+        return RetrievalResult(like(self.given, out), like(self.given, lse), stats)
 
-    def _stats(self, found: dict[str, list[Any]], listed: bool) -> RetrievalStats:
-        heads, kv_heads, rows = self.heads, self.kv_heads, self.rows
-        per_kv_head: dict[str, NDArray[Any]] = {
-            name: np.asarray(found[name], kind).reshape(kv_heads, rows)
-            for names, kind in ((_PER_KV_HEAD, np.int64), (_SECONDS, np.float32))
-            for name in names
-        }
 
-        def per_query_head(name: str) -> NDArray[np.float32]:
-            by_group = np.asarray(found[name], np.float32).reshape(kv_heads, rows, heads // kv_heads)
-            return np.ascontiguousarray(by_group.transpose(0, 2, 1)).reshape(heads, rows)
+def _stats(found: dict[str, list[Any]], shape: tuple[int, int, int], listed: bool) -> RetrievalStats:
+    """Statistics of a call of so many query heads, KV heads and rows."""
+    heads, kv_heads, rows = shape
+    per_kv_head: dict[str, NDArray[Any]] = {
+        name: np.asarray(found[name], kind).reshape(kv_heads, rows)
+        for names, kind in ((_PER_KV_HEAD, np.int64), (_SECONDS, np.float32))
+        for name in names
+    }
 
-        lists = [np.asarray(picked, np.uint32) for picked in found["selected"]] if listed else []
-        return RetrievalStats(
-            **per_kv_head,
-            missed_mass=per_query_head("missed_mass"),
-            missed_mass_bound=per_query_head("missed_mass_bound"),
-            selected=[lists[h * rows : (h + 1) * rows] for h in range(kv_heads)],
-            error_estimate=per_query_head("error_estimate"),
-            verified=np.asarray(found["verified"], bool).reshape(kv_heads, rows).repeat(heads // kv_heads, axis=0),
-        )
+    def per_query_head(name: str) -> NDArray[np.float32]:
+        by_group = np.asarray(found[name], np.float32).reshape(kv_heads, rows, heads // kv_heads)
+        return np.ascontiguousarray(by_group.transpose(0, 2, 1)).reshape(heads, rows)
+
+    lists = [np.asarray(picked, np.uint32) for picked in found["selected"]] if listed else []
+    return RetrievalStats(
+        **per_kv_head,
+        missed_mass=per_query_head("missed_mass"),
+        missed_mass_bound=per_query_head("missed_mass_bound"),
+        selected=[lists[h * rows : (h + 1) * rows] for h in range(kv_heads)],
+        error_estimate=per_query_head("error_estimate"),
+        verified=np.asarray(found["verified"], bool).reshape(kv_heads, rows).repeat(heads // kv_heads, axis=0),
+    )
 
 
 def _run(calls: list[_Call], options: _Options) -> list[RetrievalResult]:

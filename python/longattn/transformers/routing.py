@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -36,40 +35,72 @@ class Lists:
     of_rows: list[NDArray[np.int64]] = field(default_factory=list)
 
 
-class Router(ABC):
-    """What decides, for one sequence of one layer."""
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of one sequence through a layer: its last rows attend to all of it.
+
+    Attributes:
+        query: `[Hq, L, D]`.
+        store: keys and values, those of the queries included.
+        options: scale, softcap and sinks.
+        decode: whether this is a decoding step.
+        lists: of this sequence, shared by all layers.
+        counts: where decoding steps are counted.
+        out: `[Hq, L, Dv]`, written in place.
+    """
+
+    query: torch.Tensor
+    store: la.KVStore
+    options: ScoreOptions
+    decode: bool
+    lists: Lists
+    counts: ReadCounts
+    out: torch.Tensor
+
+    @property
+    def ends(self) -> range:
+        """How many keys each row sees."""
+        return range(len(self.store) - self.query.shape[1] + 1, len(self.store) + 1)
+
+    def count(self, end: int, read: int, missed: float = 0.0) -> None:
+        """Counts a row that saw `end` keys of every KV head: keys read, all KV heads together, and mass missed."""
+        self.counts.add(end * self.store.kv_heads, read, missed, self.query.shape[0])
+
+    def count_all(self, local: int, keys: int) -> None:
+        """Counts a step in which `local` KV heads read `keys` keys and the others all."""
+        for end in self.ends:
+            self.count(end, (self.store.kv_heads - local) * end + local * min(end, keys))
+
+
+class Router:
+    """What decides, for one sequence of one layer: a route overrides `prompt`, `step` or `row`."""
 
     #: Options of the model's attention that it cannot honour.
     REFUSES: ClassVar[tuple[str, ...]] = ()
 
-    @abstractmethod
-    def attend(
-        self,
-        query: torch.Tensor,
-        store: la.KVStore,
-        options: ScoreOptions,
-        *,
-        decode: bool,
-        lists: Lists,
-        counts: ReadCounts,
-        out: torch.Tensor,
-    ) -> bool:
+    def attend(self, call: Pass) -> bool:
         """Attends with the last rows of the store, or leaves that to the layer.
 
-        Args:
-            query: `[Hq, L, D]`.
-            store: keys and values, those of the queries included.
-            options: scale, softcap and sinks.
-            decode: whether this is a decoding step.
-            lists: of this sequence, shared by all layers.
-            counts: where decoding steps are counted.
-            out: `[Hq, L, Dv]`, written in place.
-
         Returns:
-            Whether `out` is written.
+            Whether `call.out` is written.
         """
+        return self.step(call) if call.decode else self.prompt(call)
 
-    def crop(self, length: int) -> None:  # noqa: B027  # most have nothing to forget
+    def prompt(self, call: Pass) -> bool:
+        """A prompt, or part of one; what `attend` returns."""
+        return False
+
+    def step(self, call: Pass) -> bool:
+        """A decoding step; what `attend` returns."""
+        for i, end in enumerate(call.ends):
+            self.row(call, slice(i, i + 1), end)
+        return True
+
+    def row(self, call: Pass, one: slice, end: int) -> None:
+        """One row of a decoding step, `query[:, one]`, which sees the first `end` keys; for routes without a `step`."""
+        raise NotImplementedError
+
+    def crop(self, length: int) -> None:
         """The sequence goes back to `length` rows."""
 
     def fork(self) -> Router:
@@ -107,40 +138,22 @@ class QadaHeads(Router):
         self._rank = None if rank is None else integer(rank, "rank", 0)
         self._moments: KeyMoments | None = None
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        store: la.KVStore,
-        options: ScoreOptions,
-        *,
-        decode: bool,
-        lists: Lists,
-        counts: ReadCounts,
-        out: torch.Tensor,
-    ) -> bool:
-        """Decoding steps, a row at a time."""
-        if not decode:
-            return False
-        rows = query.shape[1]
-        for row in range(rows):
-            end = len(store) - rows + row + 1
-            one = slice(row, row + 1)
-            found, stats = qada_attention(
-                query[:, one],
-                store.keys[:, :end],
-                store.values[:, :end],
-                tau=self._tau,
-                sinks=self._sinks,
-                local=self._local,
-                moments=self._of(store, max(end - self._local - self._sinks, 0)),
-                any_of_group=self._any,
-                scale=options["scale"],
-                return_stats=True,
-            )
-            out[:, one] = found
-            heads, read = store.kv_heads, round(stats.keys_read * store.kv_heads)
-            counts.add(end * heads, read, float((1 - stats.share[stats.local]).sum()), query.shape[0])
-        return True
+    def row(self, call: Pass, one: slice, end: int) -> None:
+        """Local keys, or all, head by head."""
+        store = call.store
+        call.out[:, one], stats = qada_attention(
+            call.query[:, one],
+            store.keys[:, :end],
+            store.values[:, :end],
+            tau=self._tau,
+            sinks=self._sinks,
+            local=self._local,
+            moments=self._of(store, max(end - self._local - self._sinks, 0)),
+            any_of_group=self._any,
+            scale=call.options["scale"],
+            return_stats=True,
+        )
+        call.count(end, round(stats.keys_read * store.kv_heads), float((1 - stats.share[stats.local]).sum()))
 
     def _of(self, store: la.KVStore, keys: int) -> KeyMoments:
         """Moments of that many keys after the sinks."""
@@ -193,25 +206,23 @@ class FluxLayer(Router):
         self._window = integer(window, "window", 1)
         self._full = True
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        store: la.KVStore,
-        options: ScoreOptions,
-        *,
-        decode: bool,
-        lists: Lists,
-        counts: ReadCounts,
-        out: torch.Tensor,
-    ) -> bool:
-        """Prompts decide; few keys are read where they decide so."""
-        if not decode:
-            self._full = bool(flux_route(query, self._weights, pool=self._pool))
+    def prompt(self, call: Pass) -> bool:
+        """Prompts decide."""
+        self._full = bool(flux_route(call.query, self._weights, pool=self._pool))
+        return self._read_few(call)
+
+    def step(self, call: Pass) -> bool:
+        """As the prompt decided."""
+        few = self._read_few(call)
+        if few:
+            call.count_all(call.store.kv_heads, self._sinks + self._window)
+        return few
+
+    def _read_few(self, call: Pass) -> bool:
         if self._full:
             return False
-        out.copy_(_few(query, store.keys, store.values, self._sinks, self._window, options))
-        if decode:
-            _count(query, store, store.kv_heads, self._sinks + self._window, counts)
+        store = call.store
+        call.out.copy_(_few(call.query, store.keys, store.values, self._sinks, self._window, call.options))
         return True
 
 
@@ -230,20 +241,9 @@ class RetrievalHeads(Router):
         self._heads = sorted({integer(head, "heads", 0) for head in heads})
         self._sinks, self._window = integer(sinks, "sinks", 0), integer(window, "window", 1)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        store: la.KVStore,
-        options: ScoreOptions,
-        *,
-        decode: bool,
-        lists: Lists,
-        counts: ReadCounts,
-        out: torch.Tensor,
-    ) -> bool:
-        """Decoding steps, a KV head at a time."""
-        if not decode:
-            return False
+    def step(self, call: Pass) -> bool:
+        """A KV head at a time."""
+        query, store, options = call.query, call.store, call.options
         if self._heads and self._heads[-1] >= query.shape[0]:
             raise ValueError(f"heads: got {self._heads[-1]}, expected heads below {query.shape[0]}")
         group = query.shape[0] // store.kv_heads
@@ -255,10 +255,10 @@ class RetrievalHeads(Router):
                 of_head["sinks"] = options["sinks"][mine]
             q, k, v = query[mine], store.keys[head : head + 1], store.values[head : head + 1]
             if head in wide:
-                out[mine] = la.attention(q, k, v, causal=True, **of_head)
+                call.out[mine] = la.attention(q, k, v, causal=True, **of_head)
             else:
-                out[mine] = _few(q, k, v, self._sinks, self._window, of_head)
-        _count(query, store, store.kv_heads - len(wide), self._sinks + self._window, counts)
+                call.out[mine] = _few(q, k, v, self._sinks, self._window, of_head)
+        call.count_all(store.kv_heads - len(wide), self._sinks + self._window)
         return True
 
 
@@ -281,40 +281,34 @@ class LessIsMore(Router):
         # What only depends on parameters is refused here; two keys are longer than a budget of one.
         less_is_more_select(np.zeros((1, self._budget + 1), np.float32), self._budget, **self._how)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        store: la.KVStore,
-        options: ScoreOptions,
-        *,
-        decode: bool,
-        lists: Lists,
-        counts: ReadCounts,
-        out: torch.Tensor,
-    ) -> bool:
-        """Decoding steps: all keys and a list of each row, or the keys of the list."""
-        if not decode:
-            return False
-        rows, total = query.shape[1], len(store)
-        ends = range(total - rows + 1, total + 1)
-        if self.selects:
-            la.attention(query, store.keys, store.values, causal=True, out=out, **options)
-            weights = as_numpy(
-                la.dense.attention_weights(query, store.keys, rows=range(rows), causal=True, **options), "weights"
-            )
-            lists.length = total
-            lists.of_rows = [
-                less_is_more_select(weights[:, i, :end], self._budget, **self._how) for i, end in enumerate(ends)
-            ]
-            _count(query, store, 0, 0, counts)
-            return True
-        if lists.length != total or len(lists.of_rows) != rows:
-            raise RuntimeError("attention to a layer without a list: the layer that selects was not called before it")
-        for i, listed in enumerate(lists.of_rows):
-            one = slice(i, i + 1)
-            out[:, one] = la.dense.listed_attention(query[:, one], store.keys, store.values, listed, **options)
-            counts.add(ends[i] * store.kv_heads, len(listed) * store.kv_heads, 0.0, query.shape[0])
+    def step(self, call: Pass) -> bool:
+        """All keys and a list of each row, or the keys of the lists."""
+        query, store, lists = call.query, call.store, call.lists
+        rows = len(call.ends)
+        if not self.selects:
+            if lists.length != len(store) or len(lists.of_rows) != rows:
+                raise RuntimeError(
+                    "attention to a layer without a list: the layer that selects was not called before it"
+                )
+            return super().step(call)
+        la.attention(query, store.keys, store.values, causal=True, out=call.out, **call.options)
+        weights = as_numpy(
+            la.dense.attention_weights(query, store.keys, rows=range(rows), causal=True, **call.options), "weights"
+        )
+        lists.length = len(store)
+        lists.of_rows = [
+            less_is_more_select(weights[:, i, :end], self._budget, **self._how) for i, end in enumerate(call.ends)
+        ]
+        call.count_all(0, 0)
         return True
+
+    def row(self, call: Pass, one: slice, end: int) -> None:
+        """The keys of the row's list."""
+        store, listed = call.store, call.lists.of_rows[one.start]
+        call.out[:, one] = la.dense.listed_attention(
+            call.query[:, one], store.keys, store.values, listed, **call.options
+        )
+        call.count(end, len(listed) * store.kv_heads)
 
 
 #: Every kind of router by the name of its method.
@@ -395,11 +389,3 @@ def check_lists(routing: Mapping[int, RoutingConfig | None]) -> None:
 def _few(query: Any, k: Any, v: Any, sinks: int, window: int, options: ScoreOptions) -> Any:
     scores: dict[str, Any] = {"scale": options["scale"], "softcap": options["softcap"]}
     return sink_window_attention(query, k, v, sinks, window, sink_logits=options["sinks"], **scores)
-
-
-def _count(query: torch.Tensor, store: la.KVStore, local: int, keys: int, counts: ReadCounts) -> None:
-    """Counts a step in which `local` KV heads read `keys` keys and the others all."""
-    rows, total = query.shape[1], len(store)
-    for end in range(total - rows + 1, total + 1):
-        read = (store.kv_heads - local) * end + local * min(end, keys)
-        counts.add(end * store.kv_heads, read, 0.0, query.shape[0])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import longattn as la
 from longattn.index import by_name
 from longattn.transformers.retrieval import RetrievalConfig
-from longattn.transformers.routing import Lists, Router
+from longattn.transformers.routing import Lists, Pass, Router
 from longattn.transformers.sparse import SparsePrefill
 
 # Rows a sliding layer keeps beyond its window, so that rejected candidate tokens can be cropped.
@@ -157,10 +157,13 @@ class Sequence:
         """
         if query.shape[1] == 0:  # nothing but padding arrived
             return
-        if self.router is not None and lists is not None and dense is None:
-            given: dict[str, Any] = {"decode": decode, "lists": lists, "counts": counts, "out": out}
-            if self.router.attend(query, self.store, options, **given):
-                return
+        if (
+            self.router is not None
+            and lists is not None
+            and dense is None
+            and self.router.attend(Pass(query, self.store, options, decode, lists, counts, out))
+        ):
+            return
         how = self.retrieval
         if how is not None and not decode and self.index is None and by_name.learns_from_queries(how.index):
             step = -(-query.shape[1] // _SAMPLE)
