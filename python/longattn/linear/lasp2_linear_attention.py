@@ -110,7 +110,7 @@ def lasp2_linear_attention(
     exchange = Exchange(len(rows))
     out = np.empty((*q4.shape[:-1], v4.shape[-1]), qn.dtype)
 
-    def work(me: int) -> NDArray[Any]:
+    def work(me: int) -> Any:
         mine = slice(rows[me][0].start, rows[me][0].stop)
         own_q, own_k, own_v, own_sums = (x[..., mine, :] for x in (q4, k4, v4, summed))
         if not causal:
