@@ -383,13 +383,10 @@ def clusters(
     iterations: int,
     spherical: bool,
     score: str,
-    clusters_per_group: int,
-    probe: int,
     coded: bool,
     seed: int,
 ) -> Index: ...
 def clusters_members(index: Index, head: int) -> list[list[int]]: ...
-def clusters_groups(index: Index, head: int) -> list[tuple[int, int]]: ...
 def pages(store: KVStore, page_size: int, score: str, landmark: int) -> Index: ...
 def product_quantisation(
     store: KVStore,

@@ -13,7 +13,6 @@ from random_stores import queries, rows, store, store_of
 
 SCORES = ("mean", "mean_variance", "bounds", "radius")
 ESTIMATING = ("mean", "mean_variance")
-GROUPED = {"clusters_per_group": 4, "probe": 2}
 
 
 def small(s, **options):
@@ -24,8 +23,7 @@ def small(s, **options):
 def oracle(q, s, index, **call):
     members = [index.members(h) for h in range(s.kv_heads)]
     call.setdefault("rest", index.estimates)
-    groups = [index.groups(h) for h in range(s.kv_heads)] if any(index.groups(0)) else None
-    call |= {"score": index.score, "groups": groups, "probe": index.parameters["probe"]}
+    call["score"] = index.score
     return reference.unit_attention(q, s.keys, s.values, members, **call)
 
 
@@ -44,11 +42,10 @@ SHAPES = [(4, 2, 1003, 32, 32), (5, 1, 1700, 33, 1), (2, 2, 530, 1, 7), (18, 1, 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("grouped", [{}, GROUPED], ids=["", "grouped"])
-def test_oracle(rng, isa, shape, score, grouped):
+def test_oracle(rng, isa, shape, score):
     heads, kv_heads, count, dim, value_dim = shape
     s = store(rng, kv_heads, count, dim, value_dim)
-    index = small(s, score=score, **grouped)
+    index = small(s, score=score)
     q = queries(rng, heads, 2, dim=dim)
     for sinks, window, top_k in [(4, 100, 40), (0, 0, 1), (3, 17, 333)]:
         call = {"sinks": sinks, "window": window, "top_k": top_k}
@@ -59,10 +56,9 @@ def test_oracle(rng, isa, shape, score, grouped):
 
 @pytest.mark.parametrize("score", ESTIMATING)
 @pytest.mark.parametrize("p", [0.3, 0.8, 0.999])
-@pytest.mark.parametrize("grouped", [{}, GROUPED, {"clusters_per_group": 9, "probe": 1}], ids=str)
-def test_budget_of_mass(rng, isa, score, p, grouped):
+def test_budget_of_mass(rng, isa, score, p):
     s = store(rng, 2, 1500, 32)
-    index = small(s, score=score, **grouped)
+    index = small(s, score=score)
     q = queries(rng, 4)
     result = la.retrieval_attention(q, s, index, top_p=p, window=64, return_selected=True)
     expected = oracle(q, s, index, top_p=p, window=64)
@@ -72,10 +68,9 @@ def test_budget_of_mass(rng, isa, score, p, grouped):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("score", ESTIMATING)
-@pytest.mark.parametrize("grouped", [{}, GROUPED], ids=["", "grouped"])
-def test_dtypes(rng, isa, dtype, score, grouped):
+def test_dtypes(rng, isa, dtype, score):
     s = store(rng, 2, 1200, 48, 16, dtype=dtype)
-    index = small(s, score=score, **grouped)
+    index = small(s, score=score)
     q = queries(rng, 4, 2, dim=48, dtype=dtype)
     result = la.retrieval_attention(q, s, index, top_k=100, window=60, return_selected=True)
     expected = oracle(q, s, index, top_k=100, window=60, selected=result.stats.selected)
@@ -100,71 +95,13 @@ def test_every_row_is_in_one_cluster_of_its_segment(rng, isa, options):
         assert 60 < len(index.members(0)) <= 88
 
 
-def _sets(clusters):
-    return {tuple(rows.tolist()) for rows in clusters}
-
-
-@pytest.mark.parametrize("spherical", [False, True])
-@pytest.mark.parametrize("clusters_per_group", [1, 4, 32])
-def test_every_cluster_is_in_one_group_of_its_segment(rng, isa, clusters_per_group, spherical):
-    """Clusters are the same with groups, in another order."""
-    s = store(rng, 2, 1501, 24)
-    index = small(s, clusters_per_group=clusters_per_group, spherical=spherical)
-    one_level = small(s, spherical=spherical)
-    index.update()
-    one_level.update()
-    parts = [0, 512, 1024, 1152, 1280, 1408]
-    for h in range(2):
-        members, groups = index.members(h), index.groups(h)
-        assert _sets(members) == _sets(one_level.members(h)) and one_level.groups(h) == []
-        assert [c for group in groups for c in group] == list(range(len(members)))
-        for group in groups:
-            assert len({int(np.searchsorted(parts, members[c][0], "right")) for c in group}) == 1
-        assert abs(len(members) / len(groups) - clusters_per_group) <= 0.5 * clusters_per_group
-    assert index.nbytes > one_level.nbytes
-
-
-@pytest.mark.parametrize("score", SCORES)
-def test_opening_every_group_is_one_level(rng, isa, score):
-    s = store(rng, 2, 1500, 32)
-    index, one_level = small(s, score=score, clusters_per_group=5, probe=1 << 20), small(s, score=score)
-    q = queries(rng, 4, 2)
-    for budget in ({"top_k": 100}, {"top_p": 0.7}) if score in ESTIMATING else ({"top_k": 100},):
-        a, b = (la.retrieval_attention(q, s, i, window=60, return_selected=True, **budget) for i in (index, one_level))
-        for of_a, of_b in zip(a.stats.selected, b.stats.selected, strict=True):
-            for one, other in zip(of_a, of_b, strict=True):
-                np.testing.assert_array_equal(one, other)
-        tolerances.same_storage(q, s.keys, s.values).check(a.out, b.out, a.lse, b.lse)
-
-
-def test_groups_left_closed_are_not_read(rng):
-    """Content far apart: a few groups are opened, the picked rows are those of one level, and the estimate holds."""
-    kinds = rng.integers(0, 64, 8192)
-    centres = 1.5 * rng.normal(size=(8, 1, 64)).astype(np.float32) + rng.normal(size=(8, 8, 64)).astype(np.float32)
-    keys = centres.reshape(64, 64)[kinds] + 0.3 * rng.normal(size=(8192, 64)).astype(np.float32)
-    s = store_of(keys[None], rows(rng, 1, 8192, 64)[1])
-    options = {"keys_per_cluster": 16, "score": "mean_variance"}
-    grouped = la.index.Clusters(s, clusters_per_group=16, **options)
-    one_level = la.index.Clusters(s, **options)
-    q = 1.5 * centres[3, :4].reshape(4, 1, 64)
-    call = {"top_k": 400, "window": 0, "sinks": 0, "return_selected": True}
-    a, b = (la.retrieval_attention(q, s, index, **call) for index in (grouped, one_level))
-    assert (a.stats.keys_scored < 0.6 * b.stats.keys_scored).all()
-    assert (a.stats.index_bytes < 0.6 * b.stats.index_bytes).all()
-    assert len(np.intersect1d(a.stats.selected[0][0], b.stats.selected[0][0])) > 360
-    exact = la.attention(q, s.keys, s.values, causal=True)
-    errors = [np.linalg.norm(x.out - exact, axis=-1).mean() / np.linalg.norm(exact, axis=-1).mean() for x in (a, b)]
-    assert errors[0] < 1.3 * errors[1] + 0.01
-
-
 @pytest.mark.parametrize("score", ESTIMATING)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grouped", [{}, GROUPED], ids=["", "grouped"])
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 40), (128, 128), (17, 3)])
-def test_tables_of_bytes(rng, isa, score, dtype, grouped, dim, value_dim):
+def test_tables_of_bytes(rng, isa, score, dtype, dim, value_dim):
     """Half the bytes, the same clusters; scores and means are off by the rounding to bytes."""
     s = store(rng, 2, 1500, dim, value_dim, dtype=dtype)
-    index, exact = small(s, score=score, tables="int8", **grouped), small(s, score=score, **grouped)
+    index, exact = small(s, score=score, tables="int8"), small(s, score=score)
     q = queries(rng, 4, 2, dim=dim, dtype=dtype, spread=0.5)
     results = [la.retrieval_attention(q, s, i, top_k=150, window=60, return_selected=True) for i in (index, exact)]
     for h in range(2):
@@ -181,10 +118,9 @@ def test_tables_of_bytes(rng, isa, score, dtype, grouped, dim, value_dim):
     np.testing.assert_allclose(results[0].lse, results[1].lse, atol=0.1)
 
 
-@pytest.mark.parametrize("options", [{}, GROUPED], ids=["", "grouped"])
-def test_tables_of_bytes_are_indexes(tmp_path, options):
+def test_tables_of_bytes_are_indexes(tmp_path):
     def make(s):
-        return small(s, score="mean_variance", tables="int8", **options)
+        return small(s, score="mean_variance", tables="int8")
 
     index_checks.check_follows(make, dtype=BF16)
     index_checks.check_fork(make)
@@ -255,10 +191,9 @@ def test_clusters_of_equal_keys_make_the_estimate_exact(rng, isa):
 
 @pytest.mark.parametrize("score", ["bounds", "radius"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grouped", [{}, {"clusters_per_group": 4, "probe": 1}], ids=["", "grouped"])
-def test_bounds_hold(rng, isa, score, dtype, grouped):
+def test_bounds_hold(rng, isa, score, dtype):
     s = store(rng, 2, 1500, 48, dtype=dtype)
-    index = small(s, score=score, **grouped)
+    index = small(s, score=score)
     q = queries(rng, 8, 2, dim=48)
     for top_k in (16, 300, 1200):
         result = la.retrieval_attention(q, s, index, top_k=top_k, window=60, return_selected=True)
@@ -328,7 +263,7 @@ def test_new_rows_get_clusters_of_their_own(rng):
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(
-    "options", [{}, {"keys_per_cluster": 1, "tail": 512}, {"tail": 64, "spherical": True}, GROUPED], ids=str
+    "options", [{}, {"keys_per_cluster": 1, "tail": 512}, {"tail": 64, "spherical": True}], ids=str
 )
 def test_follows_its_store(score, options):
     index_checks.check_follows(lambda s: small(s, score=score, **options), dtype=BF16)
@@ -336,23 +271,19 @@ def test_follows_its_store(score, options):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_fork_and_files(score, tmp_path):
-    for options in ({}, GROUPED):
-        index_checks.check_fork(lambda s, options=options: small(s, score=score, seed=4, **options))
-        for dtype in DTYPES:
-            make = lambda s, options=options: small(s, score=score, **options)  # noqa: E731
-            index_checks.check_files(make, tmp_path, dtype=dtype)
+    index_checks.check_fork(lambda s: small(s, score=score, seed=4))
+    for dtype in DTYPES:
+        index_checks.check_files(lambda s: small(s, score=score), tmp_path, dtype=dtype)
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_odd_numbers(score):
-    for options in ({}, GROUPED):
-        index_checks.check_keys_that_are_not_finite(lambda s, options=options: small(s, score=score, **options))
-        index_checks.check_values_that_are_not_finite(lambda s, options=options: small(s, score=score, **options))
+    index_checks.check_keys_that_are_not_finite(lambda s: small(s, score=score))
+    index_checks.check_values_that_are_not_finite(lambda s: small(s, score=score))
 
 
 def test_threads():
     index_checks.check_threads_and_callers(lambda s: small(s, keys_per_cluster=2))
-    index_checks.check_threads_and_callers(lambda s: small(s, keys_per_cluster=2, **GROUPED))
 
 
 def test_seeds(rng):
@@ -380,16 +311,11 @@ def test_bad_arguments(rng):
         ("iterations", -1, "iterations: got -1"),
         ("score", "landmark", "score: got 'landmark'"),
         ("seed", -1, "seed: got -1"),
-        ("clusters_per_group", 0, "clusters_per_group: got 0"),
-        ("probe", 0, "probe: got 0"),
         ("tables", "int4", "tables: got 'int4'"),
     ]:
         with pytest.raises(ValueError, match=message):
             small(s, **{name: value})
     with pytest.raises(TypeError, match="spherical: got 1"):
         small(s, spherical=1)
-    with pytest.raises(TypeError, match="clusters_per_group"):
-        small(s, clusters_per_group=2.5)
-    for ask in (small(s).members, small(s).groups):
-        with pytest.raises(ValueError, match="head: got 2"):
-            ask(2)
+    with pytest.raises(ValueError, match="head: got 2"):
+        small(s).members(2)

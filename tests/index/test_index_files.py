@@ -109,3 +109,19 @@ def test_a_truncated_store_is_followed_before_it_is_saved(tmp_path):
     index.update()
     index.save(tmp_path / "index")
     assert len(la.index.Signatures.load(tmp_path / "index", store)) == 592
+
+
+def test_files_of_another_version_are_refused(tmp_path):
+    store = _store(1024)
+    path = tmp_path / "index"
+    index = la.index.Clusters(store, 512)
+    index.update()
+    index.save(path)
+    whole = path.read_bytes()
+    for version in (b"2", b"4"):
+        path.write_bytes(whole.replace(b'"version":"3"', b'"version":"' + version + b'"', 1))
+        with pytest.raises(ValueError, match=f"index of version .{version.decode()}., expected .3.: make it anew"):
+            la.index.Clusters.load(path, store)
+    path.write_bytes(whole.replace(b'"longattn.index"', b'"longattn.other"', 1))
+    with pytest.raises(ValueError, match=r"not a longattn\.index file"):
+        la.index.Clusters.load(path, store)

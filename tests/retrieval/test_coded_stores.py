@@ -17,7 +17,6 @@ INDEXES = {
     "pages": lambda s: la.index.Pages(s, 16, "mean_variance"),
     "pages, bounds": lambda s: la.index.Pages(s, 16, "bounds"),
     "clusters": lambda s: la.index.Clusters(s, 512, 16, tail=128, score="mean_variance"),
-    "clusters, grouped": lambda s: la.index.Clusters(s, 512, 16, tail=128, clusters_per_group=4),
 }
 FORMATS = [("int8", {}), ("int4", {"group_size": 32}), ("int8", {"channel_scales": True})]
 CALL = {"sinks": 3, "window": 70, "return_selected": True}

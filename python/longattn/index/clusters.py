@@ -31,13 +31,6 @@ class Clusters(Index):
     left unread have the weight `size * exp(score)` and the mean of their values. Members among sinks or window do
     not count: scores by means and mean values are of the others.
 
-    With `clusters_per_group` clusters lie in groups, by k-means of the centroids of a segment, and a group has what a
-    cluster has, over all its rows. A pick then scores groups, opens the best of them, and scores and picks the
-    clusters of these alone; rows of groups left closed have their group's weight and mean value. Groups are opened
-    until they hold `probe` times the rows that are picked, or with `top_p` all but `(1 - top_p) / probe` of the mass;
-    groups that sinks or window cut, always. So a step need not read what the index keeps of every cluster, which is
-    most of its time in long stores.
-
     Args:
         store: the store to index; it is kept alive.
         segment: rows that are clustered together.
@@ -48,9 +41,7 @@ class Clusters(Index):
             the segment where that is a whole number, else the segment.
         spherical: cluster by the angle from the segment's mean key instead of by distance.
         score: see above.
-        clusters_per_group: clusters of a group, on average; `None` for no groups.
-        probe: how much is opened, at least 1; only matters with groups.
-        tables: `"store"`: what is kept of clusters and groups is in the store's dtype (float32 for a store of codes).
+        tables: `"store"`: what is kept of clusters is in the store's dtype (float32 for a store of codes).
             `"int8"`: a byte a number, with a scale for up to 64, so that a pick reads half as much; for the scores by
             means only, as codes are no bounds.
         seed: seed of the first centroids, which are keys drawn at random.
@@ -61,9 +52,9 @@ class Clusters(Index):
 
     Cost:
         Memory per cluster and KV head: a row of keys (two for `"mean_variance"` and `"bounds"`) in the store's dtype
-        and, where clusters are weighed, one of values; as much per group; 4 bytes per row and KV head. Building takes
+        and, where clusters are weighed, one of values; 4 bytes per row and KV head. Building takes
         `segment / keys_per_cluster * (iterations + 1) * head_dim` multiply-adds per row and KV head, up to twice. A
-        pick reads all but the lists of rows, or with groups what it keeps of these and of the clusters opened.
+        pick reads all but the lists of rows.
 
     References:
         Y. Chen et al., "RetroInfer: A Vector-Storage Approach for Scalable Long-Context LLM Inference", 2025,
@@ -84,8 +75,6 @@ class Clusters(Index):
         tail: int | None = None,
         spherical: bool = False,
         score: Literal["mean", "mean_variance", "bounds", "radius"] = "mean",
-        clusters_per_group: int | None = None,
-        probe: int = 4,
         tables: Literal["store", "int8"] = "store",
         seed: int = 0,
     ) -> None:
@@ -100,9 +89,6 @@ class Clusters(Index):
         iterations = integer(iterations, "iterations", 0, 1000)
         if score not in UNIT_SCORES:
             raise ValueError(f"score: got {score!r}, expected one of {UNIT_SCORES}")
-        if clusters_per_group is not None:
-            clusters_per_group = integer(clusters_per_group, "clusters_per_group", 1, 1 << 20)
-        probe = integer(probe, "probe", 1, 1 << 20)
         if tables not in ("store", "int8"):
             raise ValueError(f"tables: got {tables!r}, expected 'store' or 'int8'")
         seed = check_seed(seed)
@@ -115,8 +101,6 @@ class Clusters(Index):
             iterations,
             spherical,
             score,
-            clusters_per_group or 0,
-            probe,
             tables == "int8",
             seed,
         )
@@ -138,15 +122,3 @@ class Clusters(Index):
         """
         head = integer(head, "head", 0, self.store.kv_heads - 1)
         return [np.asarray(rows, np.uint32) for rows in _core.clusters_members(self._handle, head)]
-
-    def groups(self, head: int) -> list[range]:
-        """Places in `members` of each group's clusters; empty without `clusters_per_group`.
-
-        Args:
-            head: KV head.
-
-        Raises:
-            ValueError: no such head.
-        """
-        head = integer(head, "head", 0, self.store.kv_heads - 1)
-        return [range(*bounds) for bounds in _core.clusters_groups(self._handle, head)]

@@ -83,11 +83,6 @@ WAYS: tuple[Way, ...] = (
         "clusters",
         {"keys_per_cluster": 16, "score": "mean_variance", "tables": "int8"},
     ),
-    Way(
-        "clusters of 16, grouped",
-        "clusters",
-        {"keys_per_cluster": 16, "score": "mean_variance", "tables": "int8", "clusters_per_group": 8},
-    ),
     Way("clusters of 64", "clusters", {"keys_per_cluster": 64, "score": "mean_variance"}),
     Way("RetroInfer", "clusters", {"keys_per_cluster": 16, "iterations": 10, "spherical": True}),
     Way("hashes, random", "hashes"),

@@ -38,7 +38,7 @@ mod _core {
     #[pymodule_export]
     use super::index::Index;
     #[pymodule_export]
-    use super::index::clusters::{clusters, clusters_groups, clusters_members};
+    use super::index::clusters::{clusters, clusters_members};
     #[pymodule_export]
     use super::index::collisions::collisions;
     #[pymodule_export]

@@ -79,8 +79,6 @@ def unit_attention(
     top_p: float | None = None,
     score: str = "mean",
     landmark: int = -1,
-    groups: Sequence[Sequence[Sequence[int]]] | None = None,
-    probe: int = 4,
     sinks: int = 4,
     window: int = 512,
     scale: float | None = None,
@@ -96,12 +94,6 @@ def unit_attention(
     the share `top_p` of every head. A row left unread has the logit `S_gu` and the mean value of its unit's
     candidates left unread.
 
-    With `groups` only the units of some groups are scored so. A group's score is that of a unit of all its rows, and
-    groups are opened in the order in which units are picked: until they have `probe * top_k` candidates, or with the
-    steady rows the share `1 - (1 - top_p) / probe` of every head, by the groups' scores; those cut by sinks or window
-    always. Rows of the others have their group's score and mean value. Where the opened groups cannot hold `top_p`,
-    all are opened.
-
     Args:
         q: queries `[Hq, Lq, D]`, the last positions of the sequence.
         keys: `[Hkv, N, D]`.
@@ -111,8 +103,6 @@ def unit_attention(
         top_p: or the share of the mass to reach.
         score: see `unit_scores`.
         landmark: likewise.
-        groups: `[Hkv]` lists of groups: numbers of units.
-        probe: see above.
         sinks: first rows, always read.
         window: last rows, always read.
         scale: factor of the logits; `None` is `D ** -0.5`.
@@ -139,41 +129,22 @@ def unit_attention(
             steady = np.ones(total, bool)
             steady[among] = False
             steady_mass = _log_sum(logits[:, steady])
-            # Each unit as its score, its candidates and whether it may be picked.
-            every = [
-                (unit_scores(qs, keys[h], unit, part, score, landmark), part, True)
+            # Each unit as its score and its candidates.
+            found = [
+                (unit_scores(qs, keys[h], unit, part, score, landmark), part)
                 for unit, part in zip(own, parts_of, strict=True)
                 if len(part)
             ]
-            tries = [every]
-            if groups is not None:
-                grouped = [np.sort(np.concatenate([own[u] for u in units_of])) for units_of in groups[h]]
-                by_group = [unit_scores(qs, keys[h], rows_of, rows_of, score) for rows_of in grouped]
-                opened = _opened(by_group, grouped, among, steady_mass, top_k, top_p, probe)
-                scored = [
-                    (unit_scores(qs, keys[h], own[u], parts_of[u], score), parts_of[u], True)
-                    for i in np.flatnonzero(opened).tolist()
-                    for u in groups[h][i]
-                    if len(parts_of[u])
-                ]
-                left_closed = [i for i in np.flatnonzero(~opened) if np.isin(grouped[i], among).any()]
-                tries.insert(0, [*scored, *((by_group[i], grouped[i], False) for i in left_closed)])
-            for found in tries:
-                scores = np.stack([of_unit for of_unit, _, _ in found] or [np.zeros(group)], axis=1)
-                inside = [part for _, part, _ in found]
-                sizes = np.array([len(part) for part in inside] or [0])
-                mass = _log_sum(np.concatenate([logits[:, steady], scores + np.log(np.maximum(sizes, 1))], axis=1))
-                if not inside:
-                    mass = _log_sum(logits)
-                able = [u for u, (_, _, may) in enumerate(found) if may]
-                picked_units, reached = _in_order(
-                    scores - mass[:, None], sizes, able, np.exp(steady_mass - mass), top_k, top_p
-                )
-                if reached or top_k is not None:
-                    break
+            scores = np.stack([of_unit for of_unit, _ in found] or [np.zeros(group)], axis=1)
+            inside = [part for _, part in found]
+            sizes = np.array([len(part) for part in inside] or [0])
+            mass = _log_sum(np.concatenate([logits[:, steady], scores + np.log(np.maximum(sizes, 1))], axis=1))
+            if not inside:
+                mass = _log_sum(logits)
+            picked_units = _in_order(scores - mass[:, None], sizes, np.exp(steady_mass - mass), top_k, top_p)
             read = steady.copy()
             picked, left = [], top_k
-            for u in picked_units:
+            for u in picked_units if inside else []:
                 picked.append(inside[u][:left])
                 left = None if left is None else left - len(picked[-1])
             chosen = np.sort(np.concatenate([*picked, np.zeros(0, np.int64)]))
@@ -203,15 +174,12 @@ def unit_attention(
     return UnitAttention(out, lse, chosen_rows, missed)
 
 
-def _in_order(
-    shares: Float64, sizes: Rows, able: Sequence[int], held: Float64, top_k: int | None, top_p: float | None
-) -> tuple[list[int], bool]:
-    """Units in the order of their mean share until a budget is reached, and whether it was.
+def _in_order(shares: Float64, sizes: Rows, held: Float64, top_k: int | None, top_p: float | None) -> list[int]:
+    """Units in the order of their mean share until a budget is reached.
 
     Args:
         shares: `[G, units]`, log of the share of a row of each.
         sizes: rows of each.
-        able: units that may be picked.
         held: `[G]`, share of the mass that is there already.
         top_k: rows, or
         top_p: share of the mass to reach.
@@ -221,38 +189,13 @@ def _in_order(
     order = np.lexsort((np.arange(len(rank)), -shares.max(0), -rank))
     picked: list[int] = []
     left = top_k
-    for u in order[np.isin(order, able)]:
+    for u in order:
         if left == 0 or (top_p is not None and (held >= top_p).all()):
             break
         picked.append(int(u))
         left = None if left is None else max(left - int(sizes[u]), 0)
         held = held + sizes[u] * np.exp(shares[:, u])
-    return picked, left == 0 or (top_p is not None and bool((held >= top_p).all()))
-
-
-def _opened(
-    scores: Sequence[Float64],
-    groups: Sequence[Rows],
-    among: Rows,
-    steady_mass: Float64,
-    top_k: int | None,
-    top_p: float | None,
-    probe: int,
-) -> NDArray[np.bool_]:
-    """Which groups are opened: those cut by what is read anyway, and the best of the others."""
-    sizes = np.array([np.isin(rows, among).sum() for rows in groups])
-    cut = (sizes > 0) & (sizes < [len(rows) for rows in groups])
-    opened = cut.copy()
-    held = [i for i in range(len(groups)) if sizes[i]]
-    stacked = np.stack(scores, axis=1)
-    mass = _log_sum(np.concatenate([steady_mass[:, None], stacked[:, held] + np.log(sizes[held])], axis=1))
-    shares = stacked - mass[:, None]
-    there = np.exp(steady_mass - mass) + (sizes * np.exp(shares))[:, cut].sum(-1)
-    able = [i for i in held if not cut[i]]
-    rows = None if top_k is None else probe * top_k
-    picked, _ = _in_order(shares, sizes, able, there, rows, None if top_p is None else 1 - (1 - top_p) / probe)
-    opened[picked] = True
-    return opened
+    return picked
 
 
 def _log_sum(logits: Float64) -> Float64:

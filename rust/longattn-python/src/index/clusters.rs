@@ -7,7 +7,7 @@ use longattn::index::{KeyClusterOptions, KeyClusters, UnitScore};
 use pyo3::prelude::*;
 
 #[pyfunction]
-#[pyo3(signature = (store, segment, tail, keys_per_cluster, iterations, spherical, score, clusters_per_group, probe, coded, seed))]
+#[pyo3(signature = (store, segment, tail, keys_per_cluster, iterations, spherical, score, coded, seed))]
 pub(crate) fn clusters(
     store: &KVStore,
     segment: usize,
@@ -16,24 +16,11 @@ pub(crate) fn clusters(
     iterations: usize,
     spherical: bool,
     score: &str,
-    clusters_per_group: usize,
-    probe: usize,
     coded: bool,
     seed: u64,
 ) -> PyResult<Index> {
     let score = UnitScore::from_parts(score, 0).map_err(to_py)?;
-    let options = KeyClusterOptions {
-        segment,
-        tail,
-        keys_per_cluster,
-        iterations,
-        spherical,
-        score,
-        clusters_per_group,
-        probe,
-        coded,
-        seed,
-    };
+    let options = KeyClusterOptions { segment, tail, keys_per_cluster, iterations, spherical, score, coded, seed };
     Ok(Index::new(KeyClusters::new(store.inner().clone(), options).map_err(to_py)?))
 }
 
@@ -43,11 +30,4 @@ pub(crate) fn clusters_members(py: Python<'_>, index: &Index, head: usize) -> Py
     let members = |index: &KeyClusters| index.clusters(head);
     py.detach(|| index.inner().as_any().downcast_ref::<KeyClusters>().map_or_else(|| Ok(Vec::new()), members))
         .map_err(to_py)
-}
-
-/// First and last cluster of each group of a KV head, the last one not in it; empty for other indexes.
-#[pyfunction]
-pub(crate) fn clusters_groups(index: &Index, head: usize) -> PyResult<Vec<(usize, usize)>> {
-    let found = index.inner().as_any().downcast_ref::<KeyClusters>().map_or_else(|| Ok(Vec::new()), |x| x.groups(head));
-    Ok(found.map_err(to_py)?.into_iter().map(|range| (range.start, range.end)).collect())
 }

@@ -9,9 +9,6 @@
 //!      segment            segment         tail      tail     read exactly
 //! ```
 //! What is clustered together depends on the number of rows alone, not on how they came.
-//!
-//! Clusters may lie in groups, which are clusters of the centroids of a part, and are kept as clusters are. A pick then scores groups,
-//! and of clusters only those of the best groups.
 
 use super::head_rows::HeadRows;
 use super::kmeans::{self, Fit};
@@ -20,7 +17,7 @@ use super::units::{HeadUnits, Members, UnitScore, table_storage};
 use super::{Ask, Followed, Grow, Grown, Index, Pick, View, not_finite};
 use crate::kv::{KvStore, Reader};
 use crate::parallel::{Execution, map};
-use crate::retrieval::units::{Groups, Units, pick};
+use crate::retrieval::units::{Units, pick};
 use crate::simd::{self, Isa};
 use crate::tensor::{Element, Error, Result, Storage, with_element};
 use std::any::Any;
@@ -42,11 +39,7 @@ pub struct KeyClusterOptions {
     pub spherical: bool,
     /// How a cluster is scored.
     pub score: UnitScore,
-    /// Clusters of a group, on average; 0 for no groups.
-    pub clusters_per_group: usize,
-    /// Groups are opened until they hold so many times the rows that are picked.
-    pub probe: usize,
-    /// Whether what is kept of clusters and groups is coded, 8 bits a number; only of scores that are no bounds.
+    /// Whether what is kept of clusters is coded, 8 bits a number; only of scores that are no bounds.
     pub coded: bool,
     /// Seed of the first centroids.
     pub seed: u64,
@@ -62,10 +55,6 @@ struct Head {
     starts: Vec<u32>,
     /// Clusters up to the end of each part.
     parts: Vec<u32>,
-    /// Groups of clusters, none where they are not asked for.
-    groups: HeadUnits,
-    /// The first cluster of each group, and the end of the last one.
-    group_starts: Vec<u32>,
 }
 
 impl Head {
@@ -75,10 +64,6 @@ impl Head {
         self.starts.truncate(units + 1);
         self.rows.truncate(self.starts[units] as usize);
         self.units.truncate(units);
-        // No group is in two parts.
-        let groups = self.group_starts.partition_point(|&start| (start as usize) < units);
-        self.group_starts.truncate(groups + 1);
-        self.groups.truncate(groups);
     }
 
     fn append(&mut self, part: &Part) {
@@ -88,15 +73,10 @@ impl Head {
             self.starts.push(self.starts[self.starts.len() - 1] + size);
         }
         self.parts.push(self.starts.len() as u32 - 1);
-        self.groups.append(&part.groups);
-        for size in &part.group_sizes {
-            self.group_starts.push(self.group_starts[self.group_starts.len() - 1] + size);
-        }
     }
 
     fn nbytes(&self) -> usize {
-        let numbers = self.rows.len() + self.starts.len() + self.parts.len() + self.group_starts.len();
-        self.units.nbytes() + self.groups.nbytes() + 4 * numbers
+        self.units.nbytes() + 4 * (self.rows.len() + self.starts.len() + self.parts.len())
     }
 }
 
@@ -105,9 +85,6 @@ struct Part {
     units: HeadUnits,
     rows: Vec<u32>,
     sizes: Vec<u32>,
-    groups: HeadUnits,
-    /// Clusters of each group.
-    group_sizes: Vec<u32>,
 }
 
 #[derive(Clone)]
@@ -175,17 +152,13 @@ impl KeyClusters {
         if matches!(options.score, UnitScore::Landmark(_)) {
             return Err(Error::value("score", "landmark", "a score of clusters, which have no key of their own"));
         }
-        if options.probe == 0 {
-            return Err(Error::value("probe", 0, "at least 1"));
-        }
         if options.coded && options.score.bounds() {
             let got = format!("int8 with the score {}", options.score.to_parts().0);
             return Err(Error::value("tables", got, "a score by means: codes are no bounds"));
         }
         let storage = if options.coded { Storage::Codes(8) } else { table_storage(store.storage()) };
         let units = HeadUnits::new(options.score, storage, store.head_dim(), store.value_dim());
-        let groups = units.clone();
-        let head = Head { units, rows: Vec::new(), starts: vec![0], parts: Vec::new(), groups, group_starts: vec![0] };
+        let head = Head { units, rows: Vec::new(), starts: vec![0], parts: Vec::new() };
         Ok(State { options, ends: Vec::new(), heads: vec![head; store.kv_heads()] })
     }
 
@@ -208,15 +181,6 @@ impl KeyClusters {
         Ok(head.starts.windows(2).map(|w| head.rows[w[0] as usize..w[1] as usize].to_vec()).collect())
     }
 
-    /// The clusters of each group of a KV head: numbers of places in [`Self::clusters`]; none without groups.
-    pub fn groups(&self, head: usize) -> Result<Vec<Range<usize>>> {
-        let state = self.state.look();
-        let Some(head) = state.heads.get(head) else {
-            return Err(Error::value("head", head, format!("0 to {}", state.heads.len() - 1)));
-        };
-        Ok(head.group_starts.windows(2).map(|w| w[0] as usize..w[1] as usize).collect())
-    }
-
     /// The index that was saved, over a store that has its rows.
     pub(crate) fn load(store: Arc<KvStore>, mut saved: Saved) -> Result<Self> {
         let size = |saved: &Saved, name: &str| saved.integer(name).map(|n| n as usize);
@@ -227,8 +191,6 @@ impl KeyClusters {
             iterations: size(&saved, "iterations")?,
             spherical: saved.flag("spherical")?,
             score: UnitScore::from_parts(saved.text("score")?, 0)?,
-            clusters_per_group: size(&saved, "clusters_per_group")?,
-            probe: size(&saved, "probe")?,
             coded: saved.flag("coded")?,
             seed: saved.integer("seed")?,
         };
@@ -244,21 +206,13 @@ impl KeyClusters {
             head.parts = saved.take(&format!("parts.{h}"), &[state.ends.len()])?;
             let units = head.starts.len().checked_sub(1).ok_or_else(broken)?;
             head.units = head.units.load(&mut saved, h, units)?;
-            head.group_starts = saved.take_list(&format!("group_starts.{h}"))?;
-            let groups = head.group_starts.len().checked_sub(1).ok_or_else(broken)?;
-            head.groups = head.groups.load(&mut saved, format_args!("groups.{h}"), groups)?;
             // Every row of a part is in one of its clusters, once.
             let rising = head.starts[0] == 0 && head.starts.windows(2).all(|w| w[0] < w[1]);
             let mut first = 0;
-            let grouped = if options.clusters_per_group == 0 { 0 } else { units };
-            let mut fits = head.group_starts[0] == 0
-                && head.group_starts.windows(2).all(|w| w[0] < w[1])
-                && head.group_starts[groups] as usize == grouped;
-            fits &= rising && head.starts[units] as usize == saved.rows && state.ends.len() == head.parts.len();
+            let mut fits = rising && head.starts[units] as usize == saved.rows && state.ends.len() == head.parts.len();
             let mut seen = vec![false; saved.rows];
             for (part, &end) in state.ends.iter().enumerate() {
                 let last = head.parts[part] as usize;
-                fits &= grouped == 0 || head.group_starts.binary_search(&(last as u32)).is_ok();
                 fits &= (first..=units).contains(&last) && head.starts[last.min(units)] as usize == end;
                 let start = part.checked_sub(1).map_or(0, |before| state.ends[before]);
                 for unit in first..last.min(units) {
@@ -339,46 +293,15 @@ fn cluster(
     let k = (n / options.keys_per_cluster).clamp(1, n);
     // Another draw for each segment and head.
     let seed = options.seed ^ (range.start as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ ((head as u64) << 48);
-    let fit =
-        |rows: &[f32], k: usize, seed: u64| kmeans::fit(isa, rows, dim, k, options.iterations, options.spherical, seed);
-    let clusters = fit(&rows, k, seed);
+    let clusters = kmeans::fit(isa, &rows, dim, k, options.iterations, options.spherical, seed);
     let mut members = members_of(&clusters, k, range.start as u32);
     drop(rows);
-    let build = |members: &[Vec<u32>]| {
-        let units: Vec<Members> = members.iter().map(|rows| Members::List(rows)).collect();
-        HeadUnits::build(isa, options.score, keys, values, &units)
-    };
-    let (mut groups, mut group_sizes) = (Vec::new(), Vec::new());
-    let filled: Vec<usize> = (0..k).filter(|&c| !members[c].is_empty()).collect();
-    if let Some(count) = filled.len().checked_div(options.clusters_per_group) {
-        let centroids: Vec<f32> =
-            filled.iter().flat_map(|&c| clusters.centroids[c * dim..(c + 1) * dim].iter().copied()).collect();
-        let count = count.max(1);
-        let mut of_group = members_of(&fit(&centroids, count, seed ^ GROUPS), count, 0);
-        of_group.retain(|clusters| !clusters.is_empty());
-        let in_order = |rows: &[Vec<u32>]| {
-            let mut rows = rows.concat();
-            rows.sort_unstable();
-            rows
-        };
-        // The clusters of a group follow one another.
-        let mut ordered = Vec::with_capacity(filled.len());
-        for clusters in &of_group {
-            let first = ordered.len();
-            ordered.extend(clusters.iter().map(|&c| std::mem::take(&mut members[filled[c as usize]])));
-            groups.push(in_order(&ordered[first..]));
-            group_sizes.push(clusters.len() as u32);
-        }
-        members = ordered;
-    }
     members.retain(|rows| !rows.is_empty());
-    let (units, groups) = (build(&members)?, build(&groups)?);
+    let units: Vec<Members> = members.iter().map(|rows| Members::List(rows)).collect();
+    let units = HeadUnits::build(isa, options.score, keys, values, &units)?;
     let sizes = members.iter().map(|rows| rows.len() as u32).collect();
-    Ok(Part { units, sizes, rows: members.concat(), groups, group_sizes })
+    Ok(Part { units, sizes, rows: members.concat() })
 }
-
-/// Makes the draw of groups another than that of the clusters.
-const GROUPS: u64 = 0x5851_f42d_4c95_7f2d;
 
 /// The rows of each of `k` clusters, counted from `first`.
 fn members_of(fit: &Fit, k: usize, first: u32) -> Vec<Vec<u32>> {
@@ -436,8 +359,6 @@ impl Index for KeyClusters {
             ("tail", self.options.tail),
             ("keys_per_cluster", self.options.keys_per_cluster),
             ("iterations", self.options.iterations),
-            ("clusters_per_group", self.options.clusters_per_group),
-            ("probe", self.options.probe),
         ];
         for (name, size) in sizes {
             made.insert(name.into(), size.into());
@@ -458,8 +379,6 @@ impl Index for KeyClusters {
                 .tensor(format!("rows.{h}"), &[head.rows.len()], head.rows.clone())
                 .tensor(format!("parts.{h}"), &[head.parts.len()], head.parts.clone());
             saved = head.units.save(saved, h);
-            saved = saved.tensor(format!("group_starts.{h}"), &[head.group_starts.len()], head.group_starts.clone());
-            saved = head.groups.save(saved, format_args!("groups.{h}"));
         }
         saved
     }
@@ -478,8 +397,7 @@ impl View for Snapshot<'_> {
 
     fn pick(&self, ask: &Ask) -> Pick {
         let head = &self.0.heads[ask.head];
-        let KeyClusterOptions { score, probe, .. } = self.0.options;
-        pick(&Lists { head, ends: &self.0.ends, probe }, &head.units, score, ask)
+        pick(&Lists { head, ends: &self.0.ends }, &head.units, self.0.options.score, ask)
     }
 }
 
@@ -487,7 +405,6 @@ impl View for Snapshot<'_> {
 struct Lists<'a> {
     head: &'a Head,
     ends: &'a [usize],
-    probe: usize,
 }
 
 impl Lists<'_> {
@@ -515,10 +432,5 @@ impl Units for Lists<'_> {
     fn members(&self, unit: usize) -> Members<'_> {
         let starts = &self.head.starts;
         Members::List(&self.head.rows[starts[unit] as usize..starts[unit + 1] as usize])
-    }
-
-    fn groups(&self) -> Option<Groups<'_>> {
-        let Head { groups, group_starts, .. } = self.head;
-        (group_starts.len() > 1).then_some(Groups { of: groups, starts: group_starts, probe: self.probe })
     }
 }

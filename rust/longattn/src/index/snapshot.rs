@@ -19,7 +19,7 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::Xxh3;
 
 const FORMAT: &str = "longattn.index";
-const VERSION: &str = "2";
+const VERSION: &str = "3";
 
 /// What an index was made with, by name.
 pub type Parameters = Map<String, Value>;
@@ -305,9 +305,12 @@ fn read(path: &Path) -> std::result::Result<(String, Saved, String), Refusal> {
     };
     let metadata = &header["__metadata__"];
     let text = |name: &str| metadata[name].as_str().unwrap_or_default().to_owned();
-    if text("format") != FORMAT || text("version") != VERSION {
-        let got = format!("{:?} version {:?}", text("format"), text("version"));
-        return corrupt(format!("not a {FORMAT} file of version {VERSION}: it says {got}"));
+    if text("format") != FORMAT {
+        return corrupt(format!("not a {FORMAT} file: it says {:?}", text("format")));
+    }
+    if text("version") != VERSION {
+        let got = text("version");
+        return corrupt(format!("an index of version {got:?}, expected {VERSION:?}: make it anew from its store"));
     }
     let (Ok(rows), Ok(Value::Object(parameters))) = (text("rows").parse(), serde_json::from_str(&text("parameters")))
     else {

@@ -2,7 +2,7 @@
 
 use super::chunks::{Shared, Slots};
 use crate::dense::dots::BlockScores;
-use crate::dense::rows::{Coded, Indexed, Rows, Strided};
+use crate::dense::rows::{Coded, Rows, Strided};
 use crate::dense::scores::{Running, exp_difference};
 use crate::dense::scratch::Buffer;
 use crate::dense::stream::{KEYS, MAX_QUERY_ROWS};
@@ -20,36 +20,11 @@ const CHUNK: usize = 16 * KEYS;
 /// A block none of whose units has this share of a row's mass is not added to the estimate of the rest: f32 would not show it.
 const NEGLIGIBLE: f32 = 1.0 / (1u64 << 40) as f32;
 
-/// Which units of a table are scored, in this order.
-#[derive(Clone, Copy)]
-pub(super) enum Places<'a> {
-    /// From the first number on, as many as the second.
-    Run(usize, usize),
-    /// These, ascending.
-    List(&'a [u32]),
-}
-
-impl Places<'_> {
-    pub(super) fn len(self) -> usize {
-        match self {
-            Self::Run(_, count) => count,
-            Self::List(units) => units.len(),
-        }
-    }
-
-    /// The unit at place `i`.
-    pub(super) fn unit(self, i: usize) -> usize {
-        match self {
-            Self::Run(first, _) => first + i,
-            Self::List(units) => units[i] as usize,
-        }
-    }
-}
-
 /// Some units of a head, scored for a query group.
 pub(super) struct Level<'a> {
     of: &'a HeadUnits,
-    places: Places<'a>,
+    /// Number of the first.
+    first: usize,
     group: usize,
     /// Candidates of each unit that its score stands for.
     pub(super) counts: Vec<u32>,
@@ -58,8 +33,8 @@ pub(super) struct Level<'a> {
 }
 
 impl<'a> Level<'a> {
-    pub(super) fn score(of: &'a HeadUnits, score: UnitScore, places: Places<'a>, counts: Vec<u32>, ask: &Ask) -> Self {
-        let (group, n, width) = (ask.queries.len(), places.len(), of.vectors.width());
+    pub(super) fn score(of: &'a HeadUnits, score: UnitScore, units: Range<usize>, counts: Vec<u32>, ask: &Ask) -> Self {
+        let (first, group, n, width) = (units.start, ask.queries.len(), units.len(), of.vectors.width());
         assert!(counts.len() == n);
         let mut queries = Buffer::default();
         for (to, q) in queries.take(group * width).chunks_exact_mut(width).zip(ask.queries) {
@@ -72,24 +47,11 @@ impl<'a> Level<'a> {
             // SAFETY: a chunk's blocks are its worker's own.
             let scores = unsafe { blocks(&all, &units, group) };
             with_table!(&of.vectors, |vectors| {
-                match places {
-                    Places::Run(first, _) => {
-                        let units = first + units.start..first + units.end;
-                        dispatch(ask.isa, Scan { queries, group, width, vectors, units, scores });
-                    }
-                    Places::List(index) => {
-                        let vectors = Indexed { rows: vectors, index };
-                        dispatch(ask.isa, Scan { queries, group, width, vectors, units, scores });
-                    }
-                }
+                let units = first + units.start..first + units.end;
+                dispatch(ask.isa, Scan { queries, group, width, vectors, units, scores });
             });
         });
-        Self { of, places, group, counts, scores }
-    }
-
-    /// Units that were scored.
-    pub(super) fn all(&self) -> usize {
-        self.counts.len()
+        Self { of, first, group, counts, scores }
     }
 
     /// Units that the scores stand for.
@@ -172,15 +134,10 @@ impl<'a> Level<'a> {
         let (unread, sums) = (&unread, Slots::new(n.div_ceil(CHUNK)));
         run(ask, n, |c, units| {
             let (scores, unread) = (&self.scores[floats(&units, self.group)], &unread[units.start..]);
-            let summed = with_table!(&self.of.values, |rows| match self.places {
-                Places::Run(first, _) => {
-                    let (first, values) = (first + units.start, means.then_some(rows));
-                    sum(ask, |careful| Rest { scores, totals, unread, first, values, value_dim, careful })
-                }
-                Places::List(index) => {
-                    let (first, values) = (units.start, means.then_some(Indexed { rows, index }));
-                    sum(ask, |careful| Rest { scores, totals, unread, first, values, value_dim, careful })
-                }
+            let first = self.first + units.start;
+            let summed = with_table!(&self.of.values, |rows| {
+                let values = means.then_some(rows);
+                sum(ask, |careful| Rest { scores, totals, unread, first, values, value_dim, careful })
             });
             sums.set(c, summed);
         });
@@ -243,13 +200,6 @@ impl Ahead for Coded<8> {
     #[inline(always)]
     fn ahead(self, n: usize) -> Self {
         self.from(n)
-    }
-}
-
-impl<R> Ahead for Indexed<'_, R> {
-    #[inline(always)]
-    fn ahead(self, n: usize) -> Self {
-        Self { index: self.index.get(n..).unwrap_or_default(), ..self }
     }
 }
 

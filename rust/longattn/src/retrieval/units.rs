@@ -1,16 +1,14 @@
 //! Picking whole units of keys (pages, clusters) by a score of each, and weighing those that are left unread.
 //!
 //! ```text
-//! open      where units lie in groups: groups by their own scores, as below, until they hold several times the budget
 //! score     one product of a vector per unit with each query of the group: each unit's bytes are read once    (levels.rs)
 //! rank      the mean over the group of the share of all mass that a row of the unit has
 //! pick      units in this order until the budget of rows is full; of the last one, its first rows
-//! rest      rows left unread have their unit's weight and their unit's mean value, those of groups left closed their group's
+//! rest      rows left unread have their unit's weight and their unit's mean value
 //! ```
 //! A unit may lie partly outside the candidates. Its share, where it is a mean, is then of its candidates alone, and so is its mean value.
-//! Groups of such units are always opened.
 
-use super::levels::{Level, Places};
+use super::levels::Level;
 use super::select::{BINS, bin};
 use crate::dense::scores::{Running, exp_difference};
 use crate::index::units::{HeadUnits, Members, UnitScore, part_mean};
@@ -25,97 +23,21 @@ pub(crate) trait Units: Sync {
     fn whole(&self, candidates: &Range<usize>) -> Range<usize>;
     /// Rows of a unit.
     fn members(&self, unit: usize) -> Members<'_>;
-    /// Groups that the units lie in.
-    fn groups(&self) -> Option<Groups<'_>> {
-        None
-    }
-}
-
-/// Groups of units that follow one another; no group is partly [`Units::within`].
-pub(crate) struct Groups<'a> {
-    /// What is kept of each, as of a unit.
-    pub(crate) of: &'a HeadUnits,
-    /// The first unit of each, and the end of the last one.
-    pub(crate) starts: &'a [u32],
-    /// Groups are opened until they hold so many times the rows that are picked.
-    pub(crate) probe: usize,
 }
 
 /// A unit that is not simply read or left unread as a whole.
 struct Part {
-    /// Its place.
+    /// Its place, counted from the first unit that is scored.
     unit: usize,
     /// Places of its members that are candidates and, once rows were picked, unread.
     places: Range<usize>,
 }
 
-/// Picks units for a query group.
-pub(crate) fn pick<U: Units>(units: &U, of: &HeadUnits, score: UnitScore, ask: &Ask) -> Pick {
-    if let Some(groups) = units.groups() {
-        let (closed, opened) = open(units, &groups, score, ask);
-        if let Some(pick) = pick_among(units, of, score, ask, Places::List(&opened), Some(&closed)) {
-            return pick;
-        }
-    }
-    let range = units.within(&ask.candidates);
-    pick_among(units, of, score, ask, Places::Run(range.start, range.len()), None).expect("all units hold all mass")
-}
-
-/// The groups that are left closed, and the units of the others, ascending.
-fn open<'a, U: Units>(units: &U, groups: &Groups<'a>, score: UnitScore, ask: &Ask) -> (Level<'a>, Vec<u32>) {
-    let (range, whole) = (units.within(&ask.candidates), units.whole(&ask.candidates));
-    let first = groups.starts.partition_point(|&start| (start as usize) < range.start);
-    let n = groups.starts.partition_point(|&start| (start as usize) < range.end) - first;
-    let members = |i: usize| groups.starts[first + i] as usize..groups.starts[first + i + 1] as usize;
-    let (mut counts, mut opened) = (vec![0u32; n], vec![false; n]);
-    for (i, (count, opened)) in counts.iter_mut().zip(&mut opened).enumerate() {
-        let mut rows = 0;
-        for unit in members(i) {
-            let members = units.members(unit);
-            let inside = if whole.contains(&unit) { members.len() } else { members.inside(&ask.candidates).len() };
-            rows += members.len();
-            *count += inside as u32;
-        }
-        *opened = *count > 0 && (*count as usize) < rows;
-    }
-    let mut level = Level::score(groups.of, score, Places::Run(first, n), counts, ask);
-    let totals = totals(ask, [&level]);
-    let wanted = match ask.select {
-        Select::TopK(rows) => rows.saturating_mul(groups.probe),
-        Select::TopP(_) => 0,
-    };
-    let weights = level.ranks(ask, &totals, wanted.min(ask.candidates.len()));
-    let mass = |g: usize, i: usize| level.mass(g, i, totals[g]);
-    let mut held = steady_shares(ask, &totals);
-    let mut counts = level.counts.clone();
-    for i in (0..n).filter(|&i| opened[i]) {
-        held.iter_mut().enumerate().for_each(|(g, held)| *held += mass(g, i));
-        counts[i] = 0;
-    }
-    let picked = match ask.select {
-        Select::TopK(_) => {
-            let (mut picked, last) = fill(&weights, &counts, wanted);
-            picked.extend(last.map(|(i, _)| i as u32));
-            picked
-        }
-        Select::TopP(p) => reach(&weights, &counts, 1.0 - (1.0 - f64::from(p)) / groups.probe as f64, held, mass),
-    };
-    picked.iter().for_each(|&i| opened[i as usize] = true);
-    let mut list = Vec::new();
-    for i in (0..n).filter(|&i| opened[i]) {
-        level.counts[i] = 0;
-        list.extend(members(i).map(|unit| unit as u32));
-    }
-    (level, list)
-}
-
 /// Log of each query's mass: steady rows and what is scored.
-fn totals<'a>(ask: &Ask, levels: impl IntoIterator<Item = &'a Level<'a>>) -> Vec<f32> {
+fn totals(ask: &Ask, level: &Level) -> Vec<f32> {
     let steady = |&lse: &f32| Running { max: lse, sum: if lse == f32::NEG_INFINITY { 0.0 } else { 1.0 } };
     let mut totals: Vec<Running> = ask.steady.iter().map(steady).collect();
-    for level in levels {
-        level.masses(ask, &mut totals);
-    }
+    level.masses(ask, &mut totals);
     totals.into_iter().map(Running::lse).collect()
 }
 
@@ -124,21 +46,15 @@ fn steady_shares(ask: &Ask, totals: &[f32]) -> Vec<f64> {
     ask.steady.iter().zip(totals).map(|(&lse, &total)| f64::from(exp_difference(lse, total))).collect()
 }
 
-/// Picks among some units; `closed` are groups of others. `None` where these hold too much of the mass that is to be read.
-fn pick_among<U: Units>(
-    units: &U,
-    of: &HeadUnits,
-    score: UnitScore,
-    ask: &Ask,
-    places: Places,
-    closed: Option<&Level>,
-) -> Option<Pick> {
-    let group = ask.queries.len();
+/// Picks units for a query group.
+pub(crate) fn pick<U: Units>(units: &U, of: &HeadUnits, score: UnitScore, ask: &Ask) -> Pick {
+    let (group, range) = (ask.queries.len(), units.within(&ask.candidates));
+    let first = range.start;
     // How many candidates each unit has.
-    let (mut counts, mut parts) = (vec![0u32; places.len()], Vec::new());
+    let (mut counts, mut parts) = (vec![0u32; range.len()], Vec::new());
     let whole = units.whole(&ask.candidates);
     for (i, count) in counts.iter_mut().enumerate() {
-        let unit = places.unit(i);
+        let unit = first + i;
         let members = units.members(unit);
         *count = members.len() as u32;
         if !whole.contains(&unit) {
@@ -151,10 +67,10 @@ fn pick_among<U: Units>(
             }
         }
     }
-    let mut level = Level::score(of, score, places, counts, ask);
+    let mut level = Level::score(of, score, range, counts, ask);
     if score.estimates() {
         for part in &parts {
-            let unit = places.unit(part.unit);
+            let unit = first + part.unit;
             let stored = of.vectors.row(unit);
             let mean = part_mean(&ask.keys, ask.head, &units.members(unit), part.places.clone(), &stored);
             for (g, q) in ask.queries.iter().enumerate() {
@@ -163,32 +79,22 @@ fn pick_among<U: Units>(
             }
         }
     }
-    let totals = totals(ask, [Some(&level), closed].into_iter().flatten());
+    let totals = totals(ask, &level);
 
     // The units that fill the budget.
     let (mut picked, last) = match ask.select {
         Select::TopK(rows) => fill(&level.ranks(ask, &totals, rows.min(ask.candidates.len())), &level.counts, rows),
         Select::TopP(p) => {
             let (weights, p) = (level.ranks(ask, &totals, 0), f64::from(p));
-            let mut held = steady_shares(ask, &totals);
             let mass = |g: usize, i: usize| level.mass(g, i, totals[g]);
-            let picked = reach(&weights, &level.counts, p, held.clone(), mass);
-            if closed.is_some() {
-                for (g, held) in held.iter_mut().enumerate() {
-                    *held += picked.iter().map(|&i| mass(g, i as usize)).sum::<f64>();
-                }
-                if held.iter().any(|&held| held < p) {
-                    return None;
-                }
-            }
-            (picked, None)
+            (reach(&weights, &level.counts, p, steady_shares(ask, &totals), mass), None)
         }
     };
     let mut read = Vec::new();
     let mut unread: Vec<f32> = level.counts.iter().map(|&n| n as f32).collect();
     picked.sort_unstable();
     for &i in &picked {
-        let (members, i) = (units.members(places.unit(i as usize)), i as usize);
+        let (members, i) = (units.members(first + i as usize), i as usize);
         let places = match parts.iter().position(|part| part.unit == i) {
             Some(part) => parts.swap_remove(part).places,
             None => 0..members.len(),
@@ -197,35 +103,31 @@ fn pick_among<U: Units>(
         unread[i] = 0.0;
     }
     if let Some((i, taken)) = last {
-        let members = units.members(places.unit(i));
+        let members = units.members(first + i);
         if !parts.iter().any(|part| part.unit == i) {
             parts.push(Part { unit: i, places: 0..members.len() });
         }
         let part = parts.iter_mut().find(|part| part.unit == i).expect("pushed where it was not there");
-        let first = part.places.start;
-        read.extend((first..first + taken).map(|place| members.row(place) as u32));
+        let start = part.places.start;
+        read.extend((start..start + taken).map(|place| members.row(place) as u32));
         part.places.start += taken;
     }
     // Those in part are added one by one.
     parts.iter().for_each(|part| unread[part.unit] = 0.0);
 
-    let scored = level.scored() + closed.map_or(0, Level::all);
+    let scored = level.scored();
     let mut bytes = scored * of.vectors.row_bytes();
     let (mut rest, mut bound) = (None, None);
     if score.estimates() || score.bounds() {
         let means = ask.rest && score.estimates();
-        bytes += if means { (level.scored() + closed.map_or(0, Level::scored)) * of.values.row_bytes() } else { 0 };
+        bytes += if means { scored * of.values.row_bytes() } else { 0 };
         let value_dim = ask.values.shape()[3];
         let mut mass = vec![0f64; group];
         let mut outputs = vec![0f64; if means { group * value_dim } else { 0 }];
         level.rest(ask, &totals, unread, means, &mut mass, &mut outputs);
-        if let Some(closed) = closed {
-            let unread = closed.counts.iter().map(|&n| n as f32).collect();
-            closed.rest(ask, &totals, unread, means, &mut mass, &mut outputs);
-        }
         for Part { unit, places: members } in parts.iter().filter(|part| !part.places.is_empty()) {
             let mean = means.then(|| {
-                let unit = places.unit(*unit);
+                let unit = first + *unit;
                 let stored = of.values.row(unit);
                 part_mean(&ask.values, ask.head, &units.members(unit), members.clone(), &stored)
             });
@@ -254,7 +156,7 @@ fn pick_among<U: Units>(
             bound = Some(log_masses);
         }
     }
-    Some(Pick { rows: ascending(&read, &ask.candidates), rest, bound, scored, bytes, ..Pick::default() })
+    Pick { rows: ascending(&read, &ask.candidates), rest, bound, scored, bytes, ..Pick::default() }
 }
 
 /// Different rows of a range, in order: by a bit for each row, which is several times as fast as sorting many.

@@ -192,12 +192,16 @@ impl Kernel for Summarise<'_> {
             }
             row[..inside.start].fill(hidden);
             row[inside.end..].fill(hidden);
-            let mut max = s.splat(hidden);
-            for chunk in row.chunks_exact(S::LANES) {
-                // SAFETY: as above.
-                max = s.max(unsafe { s.load(chunk.as_ptr()) }, max);
+            // Several maxima at a time, which do not wait for each other.
+            let mut largest = [s.splat(hidden); 4];
+            for chunk in row.chunks(4 * S::LANES) {
+                for (max, chunk) in largest.iter_mut().zip(chunk.chunks_exact(S::LANES)) {
+                    // SAFETY: as above.
+                    *max = s.max(unsafe { s.load(chunk.as_ptr()) }, *max);
+                }
             }
-            let max = s.max_lane(max);
+            let [a, b, c, d] = largest;
+            let max = s.max_lane(s.max(s.max(a, b), s.max(c, d)));
             origins[g] = max;
             let mut total = s.zero();
             let keep = error.is_one_factor();
