@@ -54,6 +54,12 @@ class Tensor:
     def element_size(self):
         return self.held.itemsize
 
+    def is_neg(self):
+        return False
+
+    def is_conj(self):
+        return False
+
     def data_ptr(self):
         return self.held.ctypes.data
 

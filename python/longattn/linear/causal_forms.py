@@ -130,7 +130,7 @@ def causal_efficient_attention(
     maps = (FeatureMap(kind="softmax"), None)
     _, after = recurrence(
         rows[0], None, rows[2], Common(1.0, means, None, chunk_size, None, batched(result, 4)), g=kept, channels=True,
-        maps=maps,
+        tied=True, maps=maps,
     )  # fmt: skip
     return returned(out, q, result, None), RunningSoftmax(means=np.asarray(after, np.float32), logs=logs)
 
