@@ -75,6 +75,7 @@ class _Memory:
 
     def __init__(self):
         self._made = {}
+        self.allocators = []  # that were asked for
 
     def array(self, shape, dtype):
         dtype = np.dtype(dtype)
@@ -271,6 +272,7 @@ def modules() -> dict[str, Any]:
         Stream=_Stream,
         get_elapsed_time=lambda start, end: 1e3 * (end.at - start.at),
         get_current_stream=_CurrentStream,
+        set_allocator=memory.allocators.append,
         runtime=SimpleNamespace(
             getDeviceProperties=lambda number: {"name": b"no GPU, an emulator"}, memcpyAsync=memcpy
         ),

@@ -135,6 +135,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=",".join(_PARTS),
         help="what to run, in order: times, tests (of the repository, on the device), sanitizer (compute-sanitizer)",
     )
+    parser.add_argument(
+        "--own-allocations",
+        action="store_true",
+        help="memory for each array instead of a pool's: compute-sanitizer then sees where an array ends",
+    )
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="of all parts together (default: %(default)s)")
 
 
@@ -152,6 +157,8 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     budget = Budget(args.seconds)
     rows: list[Row] = []
     runner = _on_gpu(bench)
+    if args.own_allocations:
+        _without_pool()
     for part in parts:
         if part == "times":
             rows += cases(bench, runner, QUICK if bench.quick else Shapes(), budget)
@@ -160,8 +167,8 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
             rows.append(run_tests(budget))
         else:
             bench.say("compute-sanitizer")
-            again = [sys.executable, "-m", "longattn.cli", "bench", "gpu", "--quick", "--no-peers", "--parts", "times"]
-            rows += run_sanitizers(budget, again)
+            again = [sys.executable, "-m", "longattn.cli", "bench", "gpu", "--quick", "--no-peers", "--own-allocations"]
+            rows += run_sanitizers(budget, [*again, "--parts", "times"])
     return {"rows": rows, "slopes": [], "device": _name()}
 
 
@@ -169,6 +176,12 @@ def _name() -> str:
     import cupy
 
     return str(cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode())
+
+
+def _without_pool() -> None:
+    import cupy
+
+    cupy.cuda.set_allocator(None)
 
 
 def _on_gpu(bench: Bench) -> Runner:
