@@ -22,8 +22,11 @@ class Dry(EmulatorDevice):
     def __init__(self, shared_limit=SHARED["sm_90"]):
         super().__init__()
         self.shared_limit = shared_limit
+        self.sources = set()
 
     def kernel(self, source_name, name):
+        self.sources.add(source_name)
+
         def launch(grid, block, arguments, shared_bytes):
             x, y, z = (*grid, 1, 1)[:3]
             assert 1 <= x < 2**31 and 1 <= y <= 65535 and 1 <= z <= 65535, f"{name}: grid {grid}"
@@ -126,6 +129,17 @@ def test_more_sequences_than_a_grid_has_are_refused():
     with pytest.raises(ValueError, match="cu_seqlens_q: got 65536 sequences, expected at most 65535"):
         gpu.attention_varlen(rows, rows, rows, ends, ends, device=device)
     assert not device.started
+
+
+@pytest.mark.parametrize(("scale", "plain"), [(1e-30, True), (1e-38, True), (1e-39, False)])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_factors_that_a_device_takes_for_zero(scale, plain, rows):
+    """Minus infinity times 0 is no number: such factors go to kernels that do not multiply it."""
+    device = Dry()
+    q, k = (np.zeros((1, 1, n, 64), F16) for n in (rows, 90))
+    gpu.attention(q, k, k, scale=scale, device=device)
+    source = {1: "decode", 40: "prefill"}[rows]
+    assert device.sources == {*(["merge"] if rows == 1 else []), source if plain else f"{source}_options"}
 
 
 def test_no_sequences():
