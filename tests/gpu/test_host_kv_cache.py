@@ -69,6 +69,36 @@ def test_pieces_do_not_matter(rng, pieces):
     check(device, cache, q, k, v, top_k=60)
 
 
+def test_the_host_waits_for_rows_that_enter_the_store(rng):
+    """For no others: a token's copy has a whole window of steps to arrive."""
+
+    class Counting(EmulatorDevice):
+        waited = 0
+
+        def download(self, x):
+            arrived = super().download(x)
+
+            def wait():
+                self.waited += 1
+                return arrived()
+
+            return wait
+
+    device = Counting()
+    _, k, v = arrays(rng, F32, 40)
+    cache = cache_of(device, F32, window=16)
+    for n in range(16):
+        cache.append(k[:, :, n : n + 1], v[:, :, n : n + 1])
+    assert device.waited == 0
+    for n in range(16, 40):
+        cache.append(k[:, :, n : n + 1], v[:, :, n : n + 1])
+        assert len(cache.store) == max(n + 1 - 20, 0)
+        assert device.waited <= 4 * (
+            n + 1 - 16
+        )  # keys and values of the token that leaves, to be read and to be let go
+    np.testing.assert_array_equal(cache.store.keys, k[0, :, 4:24])
+
+
 def test_retrieval_is_that_of_the_host(rng):
     """With a budget, the result is the merge of exact attention here and retrieval there."""
     device = EmulatorDevice()
