@@ -322,8 +322,14 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
             # Written in place, except around padding, where the rows are gathered and scattered.
             o = out[b] if rows is None else out.new_empty(len(rows), *out.shape[2:])
             row_mask = None if dense is None else dense[b]
-            beside = {} if self.routing is None else {"lists": self._lists[b]}
-            given = {"decode": decode, "dense": row_mask, "counts": self.counts, "out": o.transpose(0, 1), **beside}
+            given: dict[str, Any] = {
+                "decode": decode,
+                "dense": row_mask,
+                "counts": self.counts,
+                "out": o.transpose(0, 1),
+            }
+            if self.routing is not None:
+                given["lists"] = self._lists[b]
             parts.append(o)
             if isinstance(sequence, DeviceSequence):
                 steps.append(sequence.attend(q, options, **given))
