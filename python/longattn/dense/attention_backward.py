@@ -31,7 +31,7 @@ def attention_backward(
     *,
     d_lse: Array | None = None,
     return_d_sinks: bool = False,
-    **given: Unpack[ScoreOptions],
+    **options: Unpack[ScoreOptions],
 ) -> Any:
     """Gradients of `longattn.attention` by its queries, keys, values and sink logits.
 
@@ -51,7 +51,7 @@ def attention_backward(
         lse: the forward call's log-sum-exp, floating `[B, Hq, Lq]` (or `[Hq, Lq]`).
         d_lse: gradient of the log-sum-exp, floating, shape of `lse`; `None` is zero.
         return_d_sinks: also return the gradient of `sinks`.
-        given: `causal`, `window`, `scale`, `softcap`, `bias`, `mask`, `alibi_slopes`, `sinks`, `relative_bias`,
+        options: `causal`, `window`, `scale`, `softcap`, `bias`, `mask`, `alibi_slopes`, `sinks`, `relative_bias`,
             `relative_zero`, `segments` and `visible_until` as in the forward call.
 
     Returns:
@@ -79,26 +79,26 @@ def attention_backward(
     """
     qn, kn, vn = dense_inputs(q, k, v)
     dtype, keys = arithmetic(qn), kn.shape[-2]
-    options = score_options(qn.shape, keys, span=qn.shape[-2] + keys, dtype=dtype, **given)
+    checked = score_options(qn.shape, keys, span=qn.shape[-2] + keys, dtype=dtype, **options)
     output = (*qn.shape[:-1], vn.shape[-1])
     out_n, d_out_n = saved_output(out, "out", output, qn.dtype), saved_output(d_out, "d_out", output, qn.dtype)
     lse_n, d_lse_n = saved_sums(lse, "lse", qn.shape[:-1], dtype), None
     if d_lse is not None:
         d_lse_n = saved_sums(d_lse, "d_lse", qn.shape[:-1], dtype)
-    wants_sinks = wants_d_sinks(return_d_sinks, given.get("sinks"))
+    wants_sinks = wants_d_sinks(return_d_sinks, options.get("sinks"))
 
     d4, q4, k4, v4, o4 = (batched(x, 4) for x in (d_out_n, qn, kn, vn, out_n))
     gradients: tuple[NDArray[Any], ...]
     if qn.dtype == FLOAT64:
         flat = None if d_lse_n is None else d_lse_n.ravel()
-        *found, d_sinks = _core.attention_backward_double(d4, q4, k4, v4, o4, lse_n.ravel(), flat, options)
+        *found, d_sinks = _core.attention_backward_double(d4, q4, k4, v4, o4, lse_n.ravel(), flat, checked)
         gradients = tuple(x.reshape(whose.shape) for x, whose in zip(found, (qn, kn, vn), strict=True))
         return _returned(q, gradients, d_sinks if wants_sinks else None)
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (qn, kn, vn))
     target = np.empty(qn.shape[-3], np.float32) if wants_sinks else None
     lse3, d_lse3 = batched(lse_n, 3), None if d_lse_n is None else batched(d_lse_n, 3)
     arrays = (d4, q4, k4, v4, o4, lse3, d_lse3)
-    _core.attention_backward(arrays, (batched(dq, 4), batched(dk, 4), batched(dv, 4)), target, options)
+    _core.attention_backward(arrays, (batched(dq, 4), batched(dk, 4), batched(dv, 4)), target, checked)
     return _returned(q, (dq, dk, dv), target)
 
 
@@ -114,7 +114,7 @@ def attention_varlen_backward(
     *,
     d_lse: Array | None = None,
     return_d_sinks: bool = False,
-    **given: Unpack[PackedScoreOptions],
+    **options: Unpack[PackedScoreOptions],
 ) -> Any:
     """Gradients of `longattn.attention_varlen`: `attention_backward` of each packed sequence.
 
@@ -129,7 +129,7 @@ def attention_varlen_backward(
         cu_seqlens_k: as in the forward call.
         d_lse: gradient of the log-sum-exp, floating `[Hq, Tq]`; `None` is zero.
         return_d_sinks: also return the gradient of `sinks`, summed over the sequences.
-        given: `causal`, `window`, `scale`, `softcap`, `alibi_slopes`, `sinks`, `relative_bias` and `relative_zero` as
+        options: `causal`, `window`, `scale`, `softcap`, `alibi_slopes`, `sinks`, `relative_bias` and `relative_zero` as
             in the forward call.
 
     Returns:
@@ -143,18 +143,18 @@ def attention_varlen_backward(
         That of `attention_backward` summed over the sequences.
     """
     qn, kn, vn, bounds_q, bounds_k = packed_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    options = packed_options(qn.shape, kn.shape[0], **given)
+    checked = packed_options(qn.shape, kn.shape[0], **options)
     total_q, heads, _ = qn.shape
     output, sums = (total_q, heads, vn.shape[-1]), (heads, total_q)
     out_n, d_out_n = saved_output(out, "out", output, qn.dtype), saved_output(d_out, "d_out", output, qn.dtype)
     lse_n = saved_sums(lse, "lse", sums, np.dtype(np.float32))
     d_lse_n = None if d_lse is None else batched(saved_sums(d_lse, "d_lse", sums, np.dtype(np.float32)), 3)
-    wants_sinks = wants_d_sinks(return_d_sinks, given.get("sinks"))
+    wants_sinks = wants_d_sinks(return_d_sinks, options.get("sinks"))
 
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (qn, kn, vn))
     d_sinks = np.empty(heads, np.float32) if wants_sinks else None
     arrays = (d_out_n, qn, kn, vn, out_n, batched(lse_n, 3), d_lse_n)
-    _core.attention_varlen_backward(arrays, (dq, dk, dv), d_sinks, bounds_q, bounds_k, options)
+    _core.attention_varlen_backward(arrays, (dq, dk, dv), d_sinks, bounds_q, bounds_k, checked)
     return _returned(q, (dq, dk, dv), d_sinks)
 
 
