@@ -297,7 +297,12 @@ def test_bad_input(rng):
     cache.append(k[:, :, :28], v[:, :, :28])
     with pytest.raises(ValueError, match="q: got shape"):
         cache.attend(np.concatenate([q, q], axis=2))
+    for options in ({"sinks": 3}, {"topk": 5}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))}: got an option that does not exist here"):
+            cache.attend(q, **options)
     other = la.KVStore(kv_heads=2, head_dim=64, capacity=8)
+    with pytest.raises(TypeError, match="costs: got float, expected Costs or None"):
+        HostKVCache(other, None, costs=1.0, device=device)
     with pytest.raises(ValueError, match="another store"):
         HostKVCache(other, la.index.Flat(cache.store), device=device)
     with pytest.raises(ValueError, match="expected an empty store"):

@@ -22,7 +22,7 @@ def attention(q, k, v, *, scale=None, offset=0.0, together=None):
         scale: as in the call.
         offset: the largest magnitude of what is added to the logits (bias, ALiBi).
         together: query rows that share keys; `None`: those of a KV head's group, as in `longattn.attention`. Packed and
-            branching sequences, lists and retrieval put others together, eight at times.
+            branching sequences, lists, grids and retrieval put others together, eight at times.
     """
     u = unit(q.dtype)
     logit, summed = _logit(q, k, scale, offset), SAFETY * u * np.sqrt(k.shape[-2])

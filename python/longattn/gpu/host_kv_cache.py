@@ -119,6 +119,7 @@ class HostKVCache:
         device: the back end; `None` is that of the first arrays.
 
     Raises:
+        TypeError: `costs` of another kind.
         ValueError: a store that is not empty, an index of another store, counts out of range, an unknown way, or one
             that a store of codes does not have.
     """
@@ -144,6 +145,8 @@ class HostKVCache:
             raise ValueError(f"reads: got {reads!r}, expected 'host', 'gather' or 'auto'")
         if reads != "host" and isinstance(store.dtype, str):
             raise ValueError(f"reads: got {reads!r} with a store of {store.dtype}, expected 'host'")
+        if costs is not None and not isinstance(costs, Costs):
+            raise TypeError(f"costs: got {type(costs).__name__}, expected Costs or None")
         self.store, self.index, self.sinks, self.window = store, index, sinks, window
         self.reads, self.costs = reads, costs
         self._codes: SignatureCodes | None = None

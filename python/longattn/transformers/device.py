@@ -37,7 +37,7 @@ class DeviceConfig:
         device: back end of `longattn.gpu`; `None` is that of the keys.
 
     Raises:
-        TypeError: a parameter that the index does not have.
+        TypeError: a parameter that the index does not have; `costs` of another kind.
         ValueError: a value outside the range stated above.
     """
 
@@ -65,6 +65,8 @@ class DeviceConfig:
             raise ValueError(f"codes: got {self.codes!r}, expected 'int8', 'int4' or None")
         if self.codes and self.reads != "host":
             raise ValueError(f"reads: got {self.reads!r} with codes={self.codes!r}, expected 'host'")
+        if self.costs is not None and not isinstance(self.costs, gpu.Costs):
+            raise TypeError(f"costs: got {type(self.costs).__name__}, expected gpu.Costs or None")
         if self.index not in by_name.KINDS or by_name.learns_from_queries(self.index):
             fitting = (kind for kind in by_name.KINDS if not by_name.learns_from_queries(kind))
             raise ValueError(f"index: got {self.index!r}, expected one of {', '.join(fitting)}")
