@@ -1,25 +1,22 @@
 """Linear attention: states of fixed size in place of a cache that grows."""
 
 from longattn.linear._fast_weight import MemoryState
+from longattn.linear._running import LocalState, RunningStatistics
+from longattn.linear._titans_layer import TitansWeights
 from longattn.linear.adaptive_frequency_filter import adaptive_frequency_filter
 from longattn.linear.agent_attention import agent_attention, agent_biases
 from longattn.linear.based import based
 from longattn.linear.bidirectional_gated_ssm import DiagonalSsm, bidirectional_gated_ssm
 from longattn.linear.bidirectional_mamba import bidirectional_mamba
 from longattn.linear.blended_softmax_linear_attention import blended_softmax_linear_attention
+from longattn.linear.causal_efficient_attention import RunningSoftmax, causal_efficient_attention
 from longattn.linear.causal_fastmax_attention import causal_fastmax_attention
-from longattn.linear.causal_forms import (
-    LocalState,
-    RunningSoftmax,
-    RunningStatistics,
-    causal_efficient_attention,
-    causal_focused_linear_attention,
-    causal_inline_attention,
-    causal_l2vit_linear_attention,
-    causal_magnitude_aware_linear_attention,
-    causal_simplified_linear_attention,
-)
+from longattn.linear.causal_focused_linear_attention import causal_focused_linear_attention
+from longattn.linear.causal_inline_attention import causal_inline_attention
+from longattn.linear.causal_l2vit_linear_attention import causal_l2vit_linear_attention
+from longattn.linear.causal_magnitude_aware_linear_attention import causal_magnitude_aware_linear_attention
 from longattn.linear.causal_performer_attention import causal_performer_attention
+from longattn.linear.causal_simplified_linear_attention import causal_simplified_linear_attention
 from longattn.linear.convolution import causal_conv1d, depthwise_conv1d, depthwise_conv2d, dynamic_conv
 from longattn.linear.delta_rule_attention import delta_rule_attention
 from longattn.linear.diagonal_scan import diagonal_scan
@@ -73,12 +70,9 @@ from longattn.linear.simplified_linear_attention import fold_rep_batch_norm, rep
 from longattn.linear.span_dynamic_convolution import span_dynamic_convolution
 from longattn.linear.state_space_duality import state_space_duality
 from longattn.linear.taipan_selective_attention import taipan_selective_attention
-from longattn.linear.titans_layers import (
-    TitansWeights,
-    titans_memory_as_context,
-    titans_memory_as_gate,
-    titans_memory_as_layer,
-)
+from longattn.linear.titans_memory_as_context import titans_memory_as_context
+from longattn.linear.titans_memory_as_gate import titans_memory_as_gate
+from longattn.linear.titans_memory_as_layer import titans_memory_as_layer
 from longattn.linear.titans_neural_memory import titans_neural_memory
 from longattn.linear.toeplitz import toeplitz, toeplitz2d
 from longattn.linear.token_tree import TreeVerification, verify_tree

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from enum import Enum
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,16 @@ LARGEST_CHUNK = 252
 FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 
 
+class _Tied(Enum):
+    """Its one member is what may stand in the place of keys."""
+
+    TIED = "1 - e^g"
+
+
+#: In the place of keys: they are what the decays per channel take away, `1 - e^g`.
+TIED: Final = _Tied.TIED
+
+
 class Common(NamedTuple):
     """What all recurrences take beside rows and gates; `ENTRIES` of `_documented` says what they are."""
 
@@ -43,7 +54,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         q: queries, of rank 3 or 4 as they came.
-        k: keys, or `None`.
+        k: keys; `None` where they are tied to decays.
         v: values.
         g: log decays `[H]`, `[B, H, L]` or, as many axes as values have, `[B, H, L, D]`; or `None`.
         beta: factors of updates `[B, H, L]` or `[H]`, or `None`.
@@ -68,7 +79,7 @@ class Inputs(NamedTuple):
 
 def checked(
     q: Array,
-    k: Array | None,
+    k: Array | Literal[_Tied.TIED],
     v: Array,
     common: Common,
     *,
@@ -87,9 +98,9 @@ def checked(
     With `columns`, `g` is `[B, H, L, Dv]`; with `double`, all of `q`, `k` and `v` may be float64.
     """
     q_name, k_name, v_name = names
-    present(**{q_name: q, v_name: v})
+    present(**{q_name: q, k_name: k, v_name: v})
     qn, vn = as_numpy(q, q_name), as_numpy(v, v_name)
-    kn = None if k is None else as_numpy(k, k_name)
+    kn = None if k is TIED else as_numpy(k, k_name)
     wide = double and qn.dtype == FLOAT64
     rows = ((qn, q_name), (vn, v_name)) if kn is None else ((qn, q_name), (kn, k_name), (vn, v_name))
     front, length, dim = qn.shape[:-3], qn.shape[-2] if qn.ndim > 1 else 0, qn.shape[-1] if qn.ndim else 0
@@ -141,7 +152,7 @@ def checked(
     return Inputs(qn, kn, vn, decays, factors, scale_factor(common.scale, dim), chunk, bounds, outputs, states)
 
 
-def present(**arrays: Array | None) -> None:
+def present(**arrays: Array | Literal[_Tied.TIED] | None) -> None:
     """Refuses `None` where it would stand for something that nobody asked for."""
     for name, x in arrays.items():
         if x is None:
@@ -175,7 +186,7 @@ def states_before(
 
 def recurrence(
     q: Array,
-    k: Array | None,
+    k: Array | Literal[_Tied.TIED],
     v: Array,
     common: Common,
     *,
@@ -190,7 +201,6 @@ def recurrence(
     normaliser: float | None = None,
     skip: NDArray[np.float32] | None = None,
     columns: bool | None = None,
-    tied: bool = False,
     bonus: Array | None = None,
     pair: tuple[Array, Array] | None = None,
     squares: bool = False,
@@ -201,7 +211,7 @@ def recurrence(
 
     Args:
         q: queries `[B, Hq, L, D]` or `[Hq, L, D]`.
-        k: keys `[B, Hk, L, D]`; `None` with `tied`.
+        k: keys `[B, Hk, L, D]`, or `TIED`.
         v: values `[B, H, L, Dv]`; states belong to these heads.
         common: what all recurrences take: `initial_state` is `[N, H, D, Dv]`, with a normaliser `[N, H, D, Dv + 1]`.
         names: what the caller calls `q`, `k` and `v`.
@@ -215,7 +225,6 @@ def recurrence(
         normaliser: outputs are divided by the same of a value of 1, plus this.
         skip: float32 `[H]`, factors of values that are added to outputs.
         columns: `g` is `[B, H, L, Dv]`, decays of the columns of states; True: values are multiplied by `1 - e^g`.
-        tied: keys are `1 - e^g`.
         bonus: floating `[H, D]`, called "u": queries read the state before their row and the row's key times this.
         pair: `a` and `b` like `k`: `b_t (a_t^T S_(t-1))` is added to states.
         squares: scores of rows of a chunk with each other are `max(s, 0) ** 2`.
@@ -227,8 +236,6 @@ def recurrence(
 
     float64 `q`, `k` and `v`, without maps and squares, are computed in float64, row by row, and states are float64.
     """
-    if not tied:
-        present(**{names[1]: k})
     plain = not squares and maps[0] is None and maps[1] is None
     x = checked(
         q,

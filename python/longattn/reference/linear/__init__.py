@@ -6,7 +6,16 @@ from longattn.reference.linear.based import based
 from longattn.reference.linear.bidirectional_gated_ssm import bidirectional_gated_ssm
 from longattn.reference.linear.blended_softmax_linear_attention import blended_softmax_linear_attention
 from longattn.reference.linear.causal_fastmax_attention import causal_fastmax_attention
-from longattn.reference.linear.causal_forms import causal, causal_convolution
+from longattn.reference.linear.causal_forms import (
+    causal,
+    causal_convolution,
+    causal_efficient_attention,
+    causal_focused_linear_attention,
+    causal_inline_attention,
+    causal_l2vit_linear_attention,
+    causal_magnitude_aware_linear_attention,
+    causal_simplified_linear_attention,
+)
 from longattn.reference.linear.causal_performer_attention import causal_performer_attention
 from longattn.reference.linear.convolution import depthwise, diagonal_scan, dynamic_conv, toeplitz, toeplitz2d
 from longattn.reference.linear.delta_rule_attention import delta_rule_attention
@@ -67,8 +76,14 @@ __all__ = [
     "blended_softmax_linear_attention",
     "causal",
     "causal_convolution",
+    "causal_efficient_attention",
     "causal_fastmax_attention",
+    "causal_focused_linear_attention",
+    "causal_inline_attention",
+    "causal_l2vit_linear_attention",
+    "causal_magnitude_aware_linear_attention",
     "causal_performer_attention",
+    "causal_simplified_linear_attention",
     "delta_rule_attention",
     "depthwise",
     "diagonal_scan",
