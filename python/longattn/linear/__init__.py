@@ -24,7 +24,7 @@ from longattn.linear.diagonal_scan_backward import DiagonalScanGradients, diagon
 from longattn.linear.efficient_attention import efficient_attention
 from longattn.linear.fastmax_attention import fastmax_attention
 from longattn.linear.feature_map import FeatureMap
-from longattn.linear.flare_attention import flare_attention
+from longattn.linear.flare_attention import FlareState, flare_attention, flare_gather, flare_read
 from longattn.linear.focused_linear_attention import focused_linear_attention
 from longattn.linear.gated_associative_memory import gated_associative_memory
 from longattn.linear.gated_delta_rule import gated_delta_rule
@@ -51,7 +51,7 @@ from longattn.linear.linear_match_attention import dual_softmax_matches, linear_
 from longattn.linear.local_linear_attention import LocalLinearStats, local_linear_attention
 from longattn.linear.magnitude_aware_linear_attention import magnitude_aware_linear_attention, rope_2d_angles
 from longattn.linear.mamba_mixer import MambaState, MambaWeights, mamba_mixer
-from longattn.linear.mega_gated_attention import MegaWeights, mega_gated_attention
+from longattn.linear.mega_gated_attention import MegaState, MegaWeights, mega_gated_attention
 from longattn.linear.miras_memory import miras_memory
 from longattn.linear.miras_retention import miras_retention, read_lq
 from longattn.linear.multi_dim_damped_ema import multi_dim_damped_ema
@@ -67,7 +67,7 @@ from longattn.linear.selective_scan_backward import SelectiveScanGradients, sele
 from longattn.linear.selective_token_channel_mixer import selective_token_channel_mixer
 from longattn.linear.shared_time_frequency_attention import shared_time_frequency_attention
 from longattn.linear.simplified_linear_attention import fold_rep_batch_norm, rep_batch_norm, simplified_linear_attention
-from longattn.linear.span_dynamic_convolution import span_dynamic_convolution
+from longattn.linear.span_dynamic_convolution import SpanState, span_dynamic_convolution
 from longattn.linear.state_space_duality import state_space_duality
 from longattn.linear.taipan_selective_attention import taipan_selective_attention
 from longattn.linear.titans_memory_as_context import titans_memory_as_context
@@ -82,6 +82,7 @@ __all__ = [
     "DiagonalScanGradients",
     "DiagonalSsm",
     "FeatureMap",
+    "FlareState",
     "GroupState",
     "KeyStatistics",
     "LaspStats",
@@ -89,12 +90,14 @@ __all__ = [
     "LocalState",
     "MambaState",
     "MambaWeights",
+    "MegaState",
     "MegaWeights",
     "MemoryState",
     "RecurrenceGradients",
     "RunningSoftmax",
     "RunningStatistics",
     "SelectiveScanGradients",
+    "SpanState",
     "TitansWeights",
     "TreeVerification",
     "adaptive_frequency_filter",
@@ -124,6 +127,8 @@ __all__ = [
     "exclusive_states",
     "fastmax_attention",
     "flare_attention",
+    "flare_gather",
+    "flare_read",
     "focused_linear_attention",
     "fold_rep_batch_norm",
     "gated_associative_memory",
