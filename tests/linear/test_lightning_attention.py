@@ -11,6 +11,7 @@ from longattn.linear import (
     retention,
 )
 from longattn.reference import linear as reference
+from random_arrays import DTYPES
 from recurrences import Case, Recurrence
 
 
@@ -82,7 +83,14 @@ def test_slopes_of_published_models():
             lightning_slopes(**bad)
 
 
-def test_negative_slopes(rng):
-    arguments = TestLightningAttention.case.arguments(rng)
-    with pytest.raises(ValueError, match="slopes: got a number below 0"):
-        lightning_attention(**{**arguments, "slopes": -arguments["slopes"]})
+@pytest.mark.parametrize("dtype", [*DTYPES, np.float64], ids=str)
+@pytest.mark.parametrize("heads", [2, 70])
+def test_slopes_below_0_or_nan(rng, dtype, heads):
+    arguments = TestLightningAttention.case.arguments(rng, heads=(heads,) * 3, length=2)
+    for head in (0, heads - 1):
+        for slope in (-0.5, -np.inf, np.nan):
+            slopes = np.ones(heads)
+            slopes[head] = slope
+            with pytest.raises(ValueError, match="slopes: got a number below 0 or NaN"):
+                lightning_attention(**{**arguments, "slopes": slopes.astype(dtype)})
+    lightning_attention(**{**arguments, "slopes": np.zeros(heads, dtype)})

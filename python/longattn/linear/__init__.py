@@ -48,6 +48,7 @@ from longattn.linear.lasp2_shards import exclusive_states, shard_state
 from longattn.linear.lightning_attention import lightning_attention, lightning_slopes
 from longattn.linear.linear_attention import linear_attention
 from longattn.linear.linear_match_attention import dual_softmax_matches, linear_match_attention, refine_matches
+from longattn.linear.local_concentration import local_concentration
 from longattn.linear.local_linear_attention import LocalLinearStats, local_linear_attention
 from longattn.linear.magnitude_aware_linear_attention import magnitude_aware_linear_attention, rope_2d_angles
 from longattn.linear.mamba_mixer import MambaState, MambaWeights, mamba_mixer
@@ -153,6 +154,7 @@ __all__ = [
     "lightning_slopes",
     "linear_attention",
     "linear_match_attention",
+    "local_concentration",
     "local_linear_attention",
     "magnitude_aware_linear_attention",
     "mamba_mixer",

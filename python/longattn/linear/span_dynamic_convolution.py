@@ -170,16 +170,19 @@ def _start(
         raise TypeError(f"initial_state: got {type(state).__name__}, expected a SpanState")
     if attends != (state.attention is not None):
         raise ValueError("initial_state: got one of a call with other attention_weights, expected the same")
-    expected = [("inputs", state.inputs, inputs), ("values", state.values, values)]
+    expected: list[tuple[str, Float32, tuple[int, ...]]] = [
+        ("inputs", state.inputs, inputs),
+        ("values", state.values, values),
+    ]
     if state.attention is not None:
         keys, theirs, seen = state.attention
         shape = (*values[:2], keys.shape[2] if keys.ndim == 4 else 0, values[3])
         expected += [("keys of attention", keys, shape), ("values of attention", theirs, shape)]
         if seen.shape != shape[::2] or seen.dtype != np.bool_:
             raise ValueError(f"initial_state: got a mask {seen.dtype} {seen.shape}, expected bool {shape[::2]}")
-    for name, x, shape in expected:
-        if x.shape != shape or x.dtype != np.float32:
-            raise ValueError(f"initial_state: got {name} {x.dtype} {x.shape}, expected float32 {shape}")
+    for name, x, wanted in expected:
+        if x.shape != wanted or x.dtype != np.float32:
+            raise ValueError(f"initial_state: got {name} {x.dtype} {x.shape}, expected float32 {wanted}")
     return state
 
 

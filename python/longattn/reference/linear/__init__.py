@@ -40,6 +40,7 @@ from longattn.reference.linear.lasp2_linear_attention import lasp2_linear_attent
 from longattn.reference.linear.lightning_attention import lightning_attention
 from longattn.reference.linear.linear_attention import linear_attention
 from longattn.reference.linear.linear_match_attention import dual_softmax, linear_match_attention
+from longattn.reference.linear.local_concentration import local_concentration
 from longattn.reference.linear.local_linear_attention import local_linear_attention
 from longattn.reference.linear.magnitude_aware_linear_attention import magnitude_aware_linear_attention
 from longattn.reference.linear.mamba_mixer import bidirectional_mamba, mamba_mixer, selective_token_channel_mixer
@@ -111,6 +112,7 @@ __all__ = [
     "lightning_attention",
     "linear_attention",
     "linear_match_attention",
+    "local_concentration",
     "local_linear_attention",
     "magnitude_aware_linear_attention",
     "mamba_mixer",
