@@ -69,6 +69,7 @@ def test_wrong_arguments(rng):
     q = normal(rng, (2, 30, 8))
     for arguments, options, error, message in (
         ((q[0], q[0], [0]), {}, ValueError, "q, k: got shapes"),
+        ((q, q[:, :0], [0]), {}, ValueError, "k: got shape"),
         ((q, q, []), {}, ValueError, "rows: got"),
         ((q, q, [0.5]), {}, ValueError, "rows: got float64"),
         ((q, q, [30]), {}, ValueError, "rows: got"),

@@ -81,11 +81,13 @@ def attention_distances(
     if qn.ndim not in (3, 4) or kn.ndim != qn.ndim:
         raise ValueError(f"q, k: got shapes {qn.shape} and {kn.shape}, expected rank 3 or 4")
     keys = kn.shape[-2]
-    places = _places(size, keys)
+    if keys == 0:
+        raise ValueError(f"k: got shape {kn.shape}, expected at least one key")
+    down, across = _places(size, keys)
     chosen = np.asarray(list(rows) if isinstance(rows, range) else rows)
     if chosen.ndim != 1 or len(chosen) == 0 or chosen.dtype.kind not in "iu":
         raise ValueError(f"rows: got {chosen.dtype} {chosen.shape}, expected at least one integer, [n]")
-    lengths = np.ceil(np.hypot(*(np.ptp(p) if keys else 0 for p in places))).astype(int) + 1
+    lengths = int(np.ceil(np.hypot(np.ptp(down), np.ptp(across)))) + 1
     causal = bool(options.get("causal", False))
     pairs, sums = np.zeros(lengths, np.int64), np.zeros((*qn.shape[:-2], lengths))
     for first in range(0, len(chosen), ROWS):
@@ -93,7 +95,7 @@ def attention_distances(
         weights = as_numpy(attention_weights(qn, kn, part, **options), "weights")
         for n, row in enumerate(part):
             at = keys - qn.shape[-2] + (int(row) if row >= 0 else qn.shape[-2] + int(row))
-            bins = np.rint(np.hypot(*(p - p[at] for p in places))).astype(np.int64)
+            bins = np.rint(np.hypot(down - down[at], across - across[at])).astype(np.int64)
             last = at + 1 if causal else keys
             pairs += np.bincount(bins[:last], minlength=lengths)
             order = np.argsort(bins, kind="stable")
