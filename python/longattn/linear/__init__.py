@@ -21,6 +21,7 @@ from longattn.linear.convolution import causal_conv1d, depthwise_conv1d, depthwi
 from longattn.linear.delta_rule_attention import delta_rule_attention
 from longattn.linear.diagonal_scan import diagonal_scan
 from longattn.linear.diagonal_scan_backward import DiagonalScanGradients, diagonal_scan_backward
+from longattn.linear.each_sequence import each_sequence
 from longattn.linear.efficient_attention import efficient_attention
 from longattn.linear.fastmax_attention import fastmax_attention
 from longattn.linear.feature_map import FeatureMap
@@ -124,6 +125,7 @@ __all__ = [
     "diagonal_scan_backward",
     "dual_softmax_matches",
     "dynamic_conv",
+    "each_sequence",
     "efficient_attention",
     "exclusive_states",
     "fastmax_attention",
