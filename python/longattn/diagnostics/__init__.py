@@ -7,14 +7,12 @@ from longattn.diagnostics.less_is_more_select import less_is_more_attention, les
 from longattn.diagnostics.out_of_distribution import mahalanobis
 from longattn.diagnostics.qada_head_gate import KeyMoments, QadaStats, key_moments, qada_attention, qada_gate
 from longattn.diagnostics.retrieval_head_score import RetrievalScores, mask_heads, retrieval_head_score, top_keys
-from longattn.diagnostics.score_rank import ScoreRank, score_rank
 
 __all__ = [
     "DistanceProfile",
     "KeyMoments",
     "QadaStats",
     "RetrievalScores",
-    "ScoreRank",
     "alibi_scope",
     "attention_distances",
     "echo_induction_scores",
@@ -29,6 +27,5 @@ __all__ = [
     "razor_heads",
     "retrieval_head_score",
     "routed_attention",
-    "score_rank",
     "top_keys",
 ]

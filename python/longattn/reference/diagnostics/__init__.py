@@ -6,7 +6,6 @@ from longattn.reference.diagnostics.flux_route import flux_route, routed_attenti
 from longattn.reference.diagnostics.less_is_more_select import less_is_more_select
 from longattn.reference.diagnostics.qada_head_gate import qada_attention, qada_share
 from longattn.reference.diagnostics.retrieval_head_score import retrieval_head_score
-from longattn.reference.diagnostics.score_rank import score_rank
 
 __all__ = [
     "attention_distances",
@@ -17,5 +16,4 @@ __all__ = [
     "qada_share",
     "retrieval_head_score",
     "routed_attention",
-    "score_rank",
 ]
