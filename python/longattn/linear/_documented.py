@@ -57,6 +57,8 @@ ENTRIES = {
     "layer_cost": "Projections, `B * L * heads * (P + window) * (D + Dv)` multiply-adds of attention, and the memory.",
     "titans": 'A. Behrouz, P. Zhong and V. Mirrokni, "Titans: Learning to Memorize at Test Time", 2024, '
     "arXiv:2501.00663.",
+    "memory": "a `MemoryState` whose arrays receive the last one. It may be `initial_state`, which is then updated in "
+    "place.",
     "bad_beta": "a beta that is not finite or, with `normalize_qk`, outside 0 to 2.",
 }
 

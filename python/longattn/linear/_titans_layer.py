@@ -120,6 +120,8 @@ def compose(
     **options: Any,
 ) -> tuple[Array, MemoryState]:
     """A memory beside attention: segment by segment `mix` makes outputs of rows, whose part of the memory learns."""
+    if "out_state" in options:
+        raise TypeError("out_state: got one, expected none: a layer asks its memory before that learns")
     layer = Layer(x, weights, heads)
     rows, length = layer.x, layer.x.shape[1]
     size = max(length, 1) if segment is None else integer(segment, "segment", 1)
