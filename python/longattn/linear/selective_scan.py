@@ -85,7 +85,7 @@ def selective_scan(
     dtn = storage_rows(dt, "dt", xn.shape, "[B, L, E]")
     an = parameter(a, "a", (channels, None), "[E, N]")
     states = an.shape[1]
-    if not all_within(an, np.finfo(np.float32).min, 0):
+    if not all_within(an, float(np.finfo(np.float32).min), 0):
         raise ValueError("a: got a rate that is above 0 or not finite, expected finite rates of at most 0")
     bn = storage_rows(b, "b", (batch, length, states), "[B, L, N]")
     cn = storage_rows(c, "c", (batch, length, states), "[B, L, N]")
