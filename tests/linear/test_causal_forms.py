@@ -1,5 +1,7 @@
 """Causal forms of methods over all keys: each row beside the form over all keys of the rows so far."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -155,6 +157,15 @@ def test_a_softmax_over_many_positions_keeps_its_shares(rng):
     np.testing.assert_allclose(state.logs[0, 0], np.log(weights.sum(0)), rtol=1e-6)
 
 
+def test_rows_after_a_million_count(rng):
+    """One by one, each adds less to the logarithm of their sum than the last bit of a float32 holds."""
+    rows = [np.zeros((1, 1, 1_000_000, n), F32) for n in (1, 1, 1)]
+    _, state = linear.causal_efficient_attention(*rows)
+    for _ in range(2000):
+        _, state = linear.causal_efficient_attention(*(x[:, :, :1] for x in rows), initial_state=state)
+    np.testing.assert_allclose(state.logs, np.log(1_002_000), rtol=0, atol=2e-6)
+
+
 def test_no_rows(rng):
     for name in CASES:
         rows, options, _ = arguments(rng, name, length=3)
@@ -178,6 +189,10 @@ def test_wrong_arguments(rng):
     bad("efficient_attention", "initial_state: got tuple", TypeError, initial_state=(1,))
     _, state = linear.causal_inline_attention(q, k, v)
     bad("efficient_attention", "initial_state: got RunningStatistics", TypeError, initial_state=state)
+    _, state = linear.causal_efficient_attention(q, k, v)
+    for name, x in (("logs", state.logs.astype(F32)), ("means", state.means[:, 1:])):
+        bad("efficient_attention", f"initial_state: got {name}", initial_state=replace(state, **{name: x}))
+    _, state = linear.causal_inline_attention(q, k, v)
     bad("inline_attention", "initial_state: got states", initial_state=state, rows=(q, k, v[..., 1:]))
     bad("inline_attention", "phi: got 'no'", phi="no")
     bad("inline_attention", "scale: got", scale=np.inf)

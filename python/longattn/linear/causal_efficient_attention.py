@@ -22,15 +22,15 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RunningSoftmax:
-    """A softmax over the positions so far, for each channel of the keys, float32.
+    """A softmax over the positions so far, for each channel of the keys.
 
     Attributes:
-        means: `[B, H, D, Dv]`: means of the values by these weights.
-        logs: `[B, H, D]`: logarithms of the sums of `e^k`; minus infinity before the first row.
+        means: float32 `[B, H, D, Dv]`: means of the values by these weights.
+        logs: float64 `[B, H, D]`: logarithms of the sums of `e^k`; minus infinity before the first row.
     """
 
     means: Float32
-    logs: Float32
+    logs: NDArray[np.float64]
 
 
 @documented
@@ -78,20 +78,28 @@ def causal_efficient_attention(
         return attend(q, k, v, None, ("plain_means", 1.0, 0.0), initial_state, chunk_size, out)
     rows = rows_of(q, k, v)
     batch, heads, _, dim = rows[1].shape
-    means, logs = None, np.full((batch, heads, dim), -np.inf, np.float32)
+    means, keys, begin = None, rows[1], np.zeros((batch, heads, dim), np.float32)
+    logs = np.full(begin.shape, -np.inf, np.float32)
     if initial_state is not None:
-        check_state(initial_state, RunningSoftmax, logs=logs.shape, means=(batch, heads, dim, rows[2].shape[3]))
+        check_state(initial_state, RunningSoftmax, means=(batch, heads, dim, rows[2].shape[3]))
         assert isinstance(initial_state, RunningSoftmax)
-        means, logs = initial_state.means, initial_state.logs.copy()
-    kept = np.empty(rows[1].shape, np.float32)
-    _core.running_softmax(rows[1], logs, kept)
+        means, so_far = initial_state.means, initial_state.logs
+        if so_far.shape != begin.shape or so_far.dtype != np.float64:
+            raise ValueError(f"initial_state: got logs {so_far.dtype} {so_far.shape}, expected float64 {begin.shape}")
+        # A row of a million adds less to a logarithm than the last bit of a float32: sums count from where they are.
+        begin[...] = np.where(np.isfinite(so_far), so_far, 0)
+        logs[...] = so_far - begin
+        keys = keys.astype(np.float32, copy=False) - begin[:, :, None]
+    kept = np.empty(keys.shape, np.float32)
+    _core.running_softmax(keys, logs, kept)
     result = result_of(q, rows, out)
     maps = (FeatureMap(kind="softmax"), None)
     _, after = recurrence(
         rows[0], TIED, rows[2], Common(1.0, means, None, chunk_size, None, batched(result, 4)), g=kept, channels=True,
         maps=maps,
     )  # fmt: skip
-    return returned(out, q, result, None), RunningSoftmax(means=np.asarray(after, np.float32), logs=logs)
+    last = RunningSoftmax(means=np.asarray(after, np.float32), logs=begin.astype(np.float64) + logs)
+    return returned(out, q, result, None), last
 
 
 METHOD = Method(
