@@ -112,7 +112,8 @@ def check_heads(q_heads: int, k_heads: int, v_heads: int) -> None:
 def all_within(x: NDArray[Any], low: float, high: float) -> bool:
     """Whether no number is below `low`, above `high` or NaN."""
     if x.size > 64:
-        return bool(x.min() >= low and x.max() <= high)  # NaN is neither
+        with np.errstate(invalid="ignore"):
+            return bool(x.min() >= low and x.max() <= high)  # NaN is neither
     few = x.ravel().tolist()  # a decode step's; numpy takes longer to begin than to compare them
     total = sum(few)
     return not few or (not math.isnan(total) and min(few) >= low and max(few) <= high)
