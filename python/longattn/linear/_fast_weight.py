@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import batched, check_float_storage, check_floating, flag, integer, real, result_array
+from longattn._checks import all_within, batched, check_float_storage, check_floating, flag, integer, real, result_array
 from longattn.linear.feature_map import finite
 
 Float32 = NDArray[np.float32]
 
 #: Tokens whose gradients are taken at the same weights, where nothing else is said.
 CHUNK = 16
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -157,8 +158,7 @@ def gate(x: Array, name: str, keys: NDArray[Any], *, high: float | None) -> Floa
     if xn.shape not in ((), keys.shape[:-1]):
         raise ValueError(f"{name}: got shape {xn.shape}, expected {keys.shape[:-1]}, or one number")
     rows = np.ascontiguousarray(np.broadcast_to(xn, keys.shape[:-1]), np.float32)
-    # NaN fails, too.
-    if not ((rows >= 0) & (rows <= (np.finfo(np.float32).max if high is None else high))).all():
+    if not all_within(rows, 0, _LARGEST if high is None else high):
         expected = "finite numbers of at least 0" if high is None else f"numbers from 0 to {high:g}"
         raise ValueError(f"{name}: got a number outside its range, expected {expected}")
     return batched(rows, 3)[..., None]
