@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ KINDS = {
     "taylor": "1, channels, products of two channels",
 }
 NORMS = ("none", "length", "standard")
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -101,7 +103,12 @@ def feature_map(phi: str | FeatureMap, name: str = "phi") -> FeatureMap:
         raise TypeError(f"{name}: got {type(phi).__name__}, expected the name of a map or a FeatureMap")
     if phi not in KINDS:
         raise ValueError(f"{name}: got {phi!r}, expected one of {', '.join(KINDS)}")
-    return FeatureMap(kind=phi)
+    return _named(phi)
+
+
+@cache
+def _named(kind: str) -> FeatureMap:
+    return FeatureMap(kind=kind)
 
 
 def parts(phi: FeatureMap, heads: int, dim: int, *, keys: bool) -> dict[str, Any]:
@@ -138,6 +145,6 @@ def directions(projection: Array, heads: int, dim: int) -> NDArray[np.float32]:
 def finite(value: object, name: str) -> float:
     """A finite number that float32 holds."""
     number = real(value, name)
-    if not abs(number) <= float(np.finfo(np.float32).max):  # NaN fails, too
+    if not abs(number) <= _LARGEST:  # NaN fails, too
         raise ValueError(f"{name}: got {value}, expected a finite float32")
     return number
