@@ -433,8 +433,9 @@ impl WeighTile<'_, '_> {
     ) -> [S::F32; H] {
         let mut weights = [s.zero(); H];
         for h in 0..H {
+            let at = self.scores.as_ptr().wrapping_add((first + h) * TILE + j);
             // SAFETY: the caller's promise.
-            let x = unsafe { s.load(self.scores.as_ptr().add((first + h) * TILE + j)) };
+            let x = unsafe { s.load(at) };
             weights[h] = if SLOPED { s.exp2(s.fma(x, by.slopes[h], by.shifts[h])) } else { s.mul(x, by.slopes[h]) };
         }
         weights
@@ -448,6 +449,10 @@ impl WeighTile<'_, '_> {
         let by_mass = self.weigh.weights.has_mass();
         let mut sums = [s.zero(); H];
         for j in (0..self.len).step_by(S::LANES) {
+            // The next tile's scores are in an outer cache at best, in pages of their own.
+            for h in 0..H {
+                simd::prefetch(self.scores.as_ptr().wrapping_add((self.weigh.heads.len() + first + h) * TILE + j));
+            }
             // SAFETY: j + LANES <= len <= TILE, which the weights have, and the heads are of the group.
             unsafe {
                 let weights = self.of_rows::<S, H, SLOPED>(s, first, j, &by);
