@@ -106,8 +106,8 @@ def strided_fixed_sparse_attention(
         stride: the stride, or the positions of a block; about the root of the length.
         pattern: one of the six, or one for each query head.
         window: keys of "local", the own one included; `None` is `stride`. (The paper's text writes `stride + 1`.)
-        summary: keys of a slot.
-        slots: slots of a block that heads share out.
+        summary: keys of a slot, for "fixed" and "fixed_summary".
+        slots: slots of a block that heads share out; together they have at most `stride` keys.
         scale: factor on the dot products; `None` is `D ** -0.5`.
         return_lse: also return the log-sum-exp of the logits.
 
@@ -139,14 +139,13 @@ def strided_fixed_sparse_attention(
     heads, dim = qn.shape[1], qn.shape[3]
     stride = integer(stride, "stride", 1)
     near = stride if window is None else integer(window, "window", 1)
-    summary = integer(summary, "summary", 1, stride)
-    slots = integer(slots, "slots", 1)
-    if slots * summary > stride:
-        raise ValueError(f"slots: got {slots} of {summary} keys, expected at most {stride} keys together")
+    summary, slots = integer(summary, "summary", 1), integer(slots, "slots", 1)
     of_heads = [pattern] * heads if isinstance(pattern, str) else list(pattern)
     unknown = [x for x in of_heads if x not in PATTERNS]
     if unknown or len(of_heads) != heads:
         raise ValueError(f"pattern: got {pattern!r}, expected one of {PATTERNS}, or {heads} of them")
+    if slots * summary > stride and not {"fixed", "fixed_summary"}.isdisjoint(of_heads):
+        raise ValueError(f"summary: got {slots} slots of {summary} keys, expected at most {stride} keys together")
     factor = scale_factor(scale, dim)
     out = np.zeros((*qn.shape[:3], vn.shape[3]), q3.dtype)
     lse = np.full(qn.shape[:3], -np.inf, np.float32)
