@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from longattn._arrays import BFLOAT16, FLOAT64, FLOATS, Array, CodedRows, as_numpy, as_output, like
+
+_T = TypeVar("_T")
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FLOAT32_TINY = float(np.finfo(np.float32).tiny)
@@ -137,23 +139,50 @@ def any_integer(value: object, name: str) -> int:
 
 
 def real(value: object, name: str) -> float:
-    if type(value) is float:
-        return value
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected a number")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name}: got a number beyond the range of float64, expected one within it") from None
+    """A number; NaN, with which every comparison fails, is none."""
+    if type(value) is not float:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{name}: got {value!r}, expected a number")
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ValueError(f"{name}: got a number beyond the range of float64, expected one within it") from None
+    if math.isnan(value):
+        raise ValueError(f"{name}: got nan, expected a number")
+    return value
+
+
+def finite(value: object, name: str, low: float | None = None) -> float:
+    """A number that float32 holds, where given of at least `low`."""
+    number = real(value, name)
+    if not abs(number) <= _FLOAT32_MAX:
+        raise ValueError(f"{name}: got {value}, expected a finite float32")
+    if low is not None and number < low:
+        raise ValueError(f"{name}: got {value}, expected at least {low:g}")
+    return number
 
 
 def scale_factor(scale: object, dim: int) -> float:
-    if scale is None:
-        return float(dim**-0.5)
-    number = real(scale, "scale")
-    if not abs(number) <= _FLOAT32_MAX:  # NaN fails, too
-        raise ValueError(f"scale: got {scale}, expected a finite float32")
-    return number
+    return float(dim**-0.5) if scale is None else finite(scale, "scale")
+
+
+def listed(value: Iterable[_T], name: str, of: str) -> tuple[_T, ...]:
+    """The items of a sequence; `of` says what of, for the message."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a sequence of {of}")
+    return tuple(value)
+
+
+def integers(value: Iterable[object], name: str, low: int | None = None, high: int | None = None) -> tuple[int, ...]:
+    """Integers, each as of `integer`."""
+    return tuple(integer(n, name, low, high) for n in listed(value, name, "integers"))
+
+
+def one_of(value: _T, name: str, choices: Collection[_T]) -> _T:
+    """One of a few names."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {tuple(choices)}")
+    return value
 
 
 def row_scales(scale: Array, rows: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:

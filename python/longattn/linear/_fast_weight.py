@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn import _core
-from longattn._arrays import Array, as_numpy, like
-from longattn._checks import batched, check_float_storage, check_floating, flag, integer, real, result_array
-from longattn.linear.feature_map import finite
+from longattn._arrays import Array, as_numpy, like, reshaped
+from longattn._checks import batched, check_float_storage, check_floating, finite, flag, integer, real, result_array
 
 Float32 = NDArray[np.float32]
 
@@ -214,7 +213,7 @@ def _start(
             full = np.broadcast_to(w, (*front, *w.shape[-2:]))
         except ValueError:
             raise ValueError(f"weights[{i}]: got shape {w.shape}, expected {front} or fewer in front") from None
-        parts.append(full.astype(np.float32).reshape(*front, -1))
+        parts.append(reshaped(full.astype(np.float32), *front, -1))
         shapes.append((w.shape[-2], w.shape[-1]))
     fits = all(before[1] + one == after[0] for before, after in pairwise(shapes))
     if not fits or shapes[0][0] != dims[0] + one or shapes[-1][1] != dims[1]:

@@ -14,6 +14,7 @@ from longattn._checks import (
     broadcast_scores,
     check_float_storage,
     check_floating,
+    finite,
     integer,
     result_array,
     returned,
@@ -21,7 +22,6 @@ from longattn._checks import (
 )
 from longattn.dense.attention import attention
 from longattn.linear._global import inputs, map_size
-from longattn.linear.feature_map import finite
 from longattn.linear.focused_linear_attention import local_part
 from longattn.methods import Method
 from longattn.reference import linear as reference

@@ -18,6 +18,7 @@ from longattn._checks import (
     batched,
     check_float_storage,
     check_floating,
+    finite,
     per_head,
     result_array,
     returned,
@@ -26,7 +27,7 @@ from longattn._checks import (
 from longattn.linear._documented import documented
 from longattn.linear._local import add_causal_convolution
 from longattn.linear._recurrence import CHUNK, Common, recurrence
-from longattn.linear.feature_map import FeatureMap, feature_map, finite
+from longattn.linear.feature_map import FeatureMap, feature_map
 from longattn.linear.focused_linear_attention import focusing
 
 Float32 = NDArray[np.float32]
@@ -270,7 +271,7 @@ def causal_magnitude_aware_linear_attention(
     References:
         Q. Fan et al., "Rectifying Magnitude Neglect in Linear Attention", 2025, arXiv:2507.00698.
     """
-    read_out = ("magnitude", scale_factor(scale, _dim(q)), finite(eps, "eps"))
+    read_out = ("magnitude", scale_factor(scale, _dim(q)), finite(eps, "eps", 0))
     return _attend(q, k, v, feature_map(phi), read_out, initial_state, chunk_size, out)
 
 
@@ -425,7 +426,7 @@ def _divide(
     to = None if local else batched(result, 4)
     common = Common(1.0, states, None, chunk_size, None, to)
     dtype = np.dtype(np.float32) if local else None
-    made, after = recurrence(qn, kn, vn, common, maps=maps, normaliser=finite(eps, "eps"), dtype=dtype)
+    made, after = recurrence(qn, kn, vn, common, maps=maps, normaliser=finite(eps, "eps", 0), dtype=dtype)
     if local:
         sums = np.asarray(made, np.float32)
         before = add_causal_convolution(sums, vn, np.broadcast_to(taps, (heads, *taps.shape)), before)

@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import attention_inputs, batched, check_float_storage, flag, result_array, returned
+from longattn._checks import attention_inputs, batched, check_float_storage, finite, flag, result_array, returned
 from longattn.dense.attention import attention
-from longattn.linear.feature_map import finite
 from longattn.linear.key_statistics import key_mask
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -63,7 +62,7 @@ def flare_attention(
     heads, dim = kn.shape[-3], kn.shape[-1]
     if rn.ndim != 3 or rn.shape[0] != heads or rn.shape[1] == 0 or rn.shape[2] != dim:
         raise ValueError(f"latents: got shape {rn.shape}, expected [{heads}, M, {dim}], M at least 1")
-    factor, small, normalised = finite(scale, "scale"), finite(eps, "eps"), flag(qk_norm, "qk_norm")
+    factor, small, normalised = finite(scale, "scale"), finite(eps, "eps", 0), flag(qk_norm, "qk_norm")
     result = result_array(out, k, (*kn.shape[:-1], vn.shape[-1]), kn.dtype, {"k": kn, "v": vn, "latents": rn})
     k4, v4, out4 = batched(kn, 4), batched(vn, 4), batched(result, 4)
     keep = key_mask(mask, k4.shape[0], k4.shape[2])

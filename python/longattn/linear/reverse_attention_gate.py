@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy, like
+from longattn._arrays import Array, as_numpy, like, reshaped
 from longattn._checks import check_float_storage, flag
 from longattn.linear._channels import Float32, optional, pointwise
 from longattn.linear.mamba_mixer import MambaWeights, mamba_mixer
@@ -121,7 +121,7 @@ def tri_plane_scan(
     for (plane, back), one in zip(orders, mixers, strict=True):
         axes = (0, *(axis + 1 for axis in plane), 4)
         laid = np.ascontiguousarray(fn.transpose(axes))
-        rows = laid.reshape(batch, -1, channels)
+        rows = reshaped(laid, batch, -1, channels)
         rows = rows[:, ::-1] if back else rows
         y: Any = one(rows) if callable(one) else mamba_mixer(rows, one)[0]
         y = as_numpy(y, "mixer")

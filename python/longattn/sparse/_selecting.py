@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn import _core
-from longattn._arrays import FLOAT64, Array, as_numpy
+from longattn._arrays import FLOAT64, Array, as_numpy, reshaped
 from longattn._checks import batched, check_float_storage, check_floating, check_heads, flag, integer
 from longattn.sparse._lists import from_flat
 
@@ -84,7 +84,7 @@ def block_means(
     """Means `[B, H, blocks, D]` of the blocks of rows between `bounds`, less `centre` `[B, H, D]`."""
     flat = None if centre is None else np.ascontiguousarray(centre).ravel()
     means, _ = _core.block_means(x, bounds, flat, False)
-    return means.reshape(*x.shape[:2], -1, x.shape[3])
+    return reshaped(means, *x.shape[:2], -1, x.shape[3])
 
 
 def block_likeness(
@@ -93,7 +93,7 @@ def block_likeness(
     """`block_means`, and the mean cosine of all pairs of rows of each block, `[B, H, blocks]`."""
     flat = None if centre is None else np.ascontiguousarray(centre).ravel()
     means, likeness = _core.block_means(x, bounds, flat, True)
-    return means.reshape(*x.shape[:2], -1, x.shape[3]), likeness.reshape(*x.shape[:2], -1)
+    return reshaped(means, *x.shape[:2], -1, x.shape[3]), reshaped(likeness, *x.shape[:2], -1)
 
 
 def mean_row(x: NDArray[Any]) -> NDArray[np.float32]:

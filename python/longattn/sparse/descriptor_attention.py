@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy, like
+from longattn._arrays import Array, as_numpy, like, reshaped
 from longattn._checks import check_floating, flag, integer, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
@@ -194,13 +194,13 @@ class DescriptorAttention:
         """Adds the descriptors of each `keep_every`-th frame of `[B, F, P, C]`."""
         kept = x[:, :: integer(keep_every, "keep_every", 1)]
         descriptors, places = self.descriptors(kept)
-        self.add(descriptors.reshape(len(x), -1, x.shape[3]), np.tile(places, (kept.shape[1], 1)))
+        self.add(reshaped(descriptors, len(x), -1, x.shape[3]), np.tile(places, (kept.shape[1], 1)))
 
     def add_patches(self, x: Matrix, frames: Sequence[int] | NDArray[np.int64]) -> None:
         """Adds the patches of these frames of `[B, F, P, C]`."""
         picked = x[:, np.asarray(frames, np.int64), self.special :]
         places = np.tile(self.positions()[self.special :], (picked.shape[1], 1))
-        self.add(picked.reshape(len(x), -1, x.shape[3]), places)
+        self.add(reshaped(picked, len(x), -1, x.shape[3]), places)
 
     def attend(self, x: Matrix) -> Matrix:
         """From all tokens of `[B, F, P, C]` to what was added."""
@@ -210,7 +210,7 @@ class DescriptorAttention:
             q = np.asarray(self.turn(q, np.tile(self.positions(), (frames, 1))), np.float32)
         self._keys, self._values = ([np.concatenate(x, axis=2)] for x in (self._keys, self._values))
         found = attention(q, self._keys[0], self._values[0], scale=self.scale)
-        out = found.swapaxes(1, 2).reshape(batch, frames, tokens, -1) @ self.wo
+        out = reshaped(found.swapaxes(1, 2), batch, frames, tokens, -1) @ self.wo
         bias = self.biases[3]
         result: Matrix = out if bias is None else out + bias
         return result
@@ -252,7 +252,7 @@ class DescriptorAttention:
     def _heads(self, x: Matrix, w: Matrix, number: int) -> Matrix:
         bias = self.biases[number]
         projected = x @ w if bias is None else x @ w + bias
-        return np.ascontiguousarray(projected.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2))
+        return np.ascontiguousarray(reshaped(projected, *x.shape[:2], self.heads, -1).swapaxes(1, 2))
 
 
 def descriptor_attention(

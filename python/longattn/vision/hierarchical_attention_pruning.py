@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array
-from longattn._checks import integer, real
+from longattn._checks import finite, integer
 from longattn.methods import Method
 from longattn.pictures import example, kept_pairs
 from longattn.reference import vision as reference
@@ -103,7 +103,7 @@ def pick_hierarchical(
     middle = scores(object_weights, "object_weights", (None,))
     deep = scores(deep_weights, "deep_weights", middle.shape)
     tokens, count, line = middle.size, integer(budget, "budget", 0, middle.size), integer(width, "width", 1)
-    share = real(alpha, "alpha")
+    share = finite(alpha, "alpha")
     if not 0 <= share <= 5:
         raise ValueError(f"alpha: got {alpha}, expected 0 to 5")
     order = np.argsort(-middle, kind="stable")

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import integer, real
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -92,7 +92,7 @@ def partial_visual_attention(
 def _attended(x: Float32, mode: Mode, weights: Any, heads: int, bias: Array | None) -> Float32:
     """What becomes of the other channels."""
     channels = x.shape[-1]
-    rows = x.reshape(len(x), -1, channels)
+    rows = reshaped(x, len(x), -1, channels)
     if mode == "attention":
         if not isinstance(weights, tuple | list) or len(weights) != 3:
             raise TypeError(f"weights: got {type(weights).__name__}, expected (wq, wk, wv)")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import flag, real
 from longattn._rotary import turned
 from longattn.methods import Method
@@ -78,7 +78,7 @@ def _turned(x: Float32, heads: int, base: float | None) -> Float32:
     """Rows `[B, F, C]` with rotary positions."""
     if base is None:
         return x
-    split = x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+    split = reshaped(x, *x.shape[:2], heads, -1).swapaxes(1, 2)
     return np.ascontiguousarray(turned(split, np.arange(x.shape[1]), base).swapaxes(1, 2)).reshape(x.shape)
 
 

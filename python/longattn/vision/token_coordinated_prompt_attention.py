@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy, like
+from longattn._arrays import Array, as_numpy, like, reshaped
 from longattn._checks import check_floating, dense_inputs, flag, integer, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
@@ -93,7 +93,7 @@ def token_coordinated_prompt_attention(
     of_image = _chosen(image_chosen, "image_chosen", (batch, tokens - 1, None), sizes[1][0])
     own = attention(qn.astype(np.float32), kn, vn, scale=factor, return_lse=True)
     keys, values = (
-        np.repeat(np.concatenate([x.reshape(x.shape[0], -1, x.shape[3]) for x in parts], axis=1)[None], batch, axis=0)
+        np.repeat(np.concatenate([reshaped(x, x.shape[0], -1, x.shape[3]) for x in parts], axis=1)[None], batch, axis=0)
         for parts in zip(*pools, strict=True)
     )
     count = keys.shape[2]
