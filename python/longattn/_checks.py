@@ -140,26 +140,31 @@ def any_integer(value: object, name: str) -> int:
 
 def real(value: object, name: str) -> float:
     """A number; NaN, with which every comparison fails, is none."""
-    if type(value) is not float:
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise TypeError(f"{name}: got {value!r}, expected a number")
-        try:
-            value = float(value)
-        except OverflowError:
-            raise ValueError(f"{name}: got a number beyond the range of float64, expected one within it") from None
-    if math.isnan(value):
+    number = _number(value, name)
+    if math.isnan(number):
         raise ValueError(f"{name}: got nan, expected a number")
-    return value
+    return number
 
 
 def finite(value: object, name: str, low: float | None = None) -> float:
     """A number that float32 holds, where given of at least `low`."""
-    number = real(value, name)
-    if not abs(number) <= _FLOAT32_MAX:
+    number = _number(value, name)
+    if not abs(number) <= _FLOAT32_MAX:  # NaN fails, too
         raise ValueError(f"{name}: got {value}, expected a finite float32")
     if low is not None and number < low:
         raise ValueError(f"{name}: got {value}, expected at least {low:g}")
     return number
+
+
+def _number(value: object, name: str) -> float:
+    if type(value) is float:
+        return value
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: got a number beyond the range of float64, expected one within it") from None
 
 
 def scale_factor(scale: object, dim: int) -> float:
@@ -168,7 +173,8 @@ def scale_factor(scale: object, dim: int) -> float:
 
 def listed(value: Iterable[_T], name: str, of: str) -> tuple[_T, ...]:
     """The items of a sequence; `of` says what of, for the message."""
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+    single = isinstance(value, str | bytes | Mapping) or getattr(value, "shape", None) == ()
+    if single or not isinstance(value, Iterable):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a sequence of {of}")
     return tuple(value)
 
@@ -176,6 +182,12 @@ def listed(value: Iterable[_T], name: str, of: str) -> tuple[_T, ...]:
 def integers(value: Iterable[object], name: str, low: int | None = None, high: int | None = None) -> tuple[int, ...]:
     """Integers, each as of `integer`."""
     return tuple(integer(n, name, low, high) for n in listed(value, name, "integers"))
+
+
+def function(value: object, name: str) -> None:
+    """Whether something that can be called came."""
+    if not callable(value):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a function")
 
 
 def one_of(value: _T, name: str, choices: Collection[_T]) -> _T:

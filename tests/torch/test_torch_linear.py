@@ -5,7 +5,7 @@ import pytest
 
 import longattn as la
 import tolerances
-from random_arrays import DTYPES, F32
+from random_arrays import DTYPES, F32, normal
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -435,6 +435,21 @@ def test_whole_graphs_of_slots_and_of_diagonal_scans(rng, kind):
     torch.testing.assert_close(*results)
     for ours, theirs in zip(*(torch.autograd.grad(r, list(found.values())) for r in results), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_gradients_by_a_transform(rng):
+    """`torch.func.grad` gives what a backward pass gives, the state's part included."""
+    q, k, v = (torch.tensor(normal(rng, (1, 2, 9, 8), F32)) for _ in range(3))
+    g = -torch.rand(1, 2, 9)
+
+    def loss(*x):
+        out, state = longattn.torch.gated_delta_rule(*x, g.exp())
+        return out.square().sum() + state.square().sum()
+
+    wanted = [x.clone().requires_grad_() for x in (q, k, v, g)]
+    loss(*wanted).backward()
+    for found, x in zip(torch.func.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, g), wanted, strict=True):
+        assert torch.equal(found, x.grad)
 
 
 def test_second_derivatives_are_refused(rng):

@@ -16,6 +16,7 @@ from longattn._checks import (
     check_floating,
     finite,
     integer,
+    integers,
     result_array,
     returned,
     scale_factor,
@@ -145,7 +146,7 @@ def agent_biases(
     check_floating(small, "block")
     if small.ndim != 4 or 0 in small.shape:
         raise ValueError(f"block: got shape {small.shape}, expected [H, n, h0, w0]")
-    height, width = map_size(size, int(np.prod(size)) if isinstance(size, tuple | list) else 0)
+    height, width = map_size(size, int(np.prod(integers(size, "size", 1), dtype=np.int64)))
     heads, n = small.shape[:2]
     down, across = _interpolation(small.shape[2], height), _interpolation(small.shape[3], width)
     found = np.einsum("hnij,yi,xj->hnyx", small.astype(np.float64), down, across, optimize=True)

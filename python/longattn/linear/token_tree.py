@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import integer, shape_of
+from longattn._checks import integer, integers, shape_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +104,7 @@ def verify_tree(
         raise TypeError("rows: got none called v or x, expected arguments by name")
     values = "v" if "v" in rows else "x"
     axis = len(shape_of(rows[values], values)) - 2
-    line = tuple(integer(parent, "parents", -1) for parent in parents)
+    line = integers(parents, "parents", -1)
     if not line:
         raise ValueError("parents: got none, expected one for each token")
     for token, parent in enumerate(line):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like, reshaped
-from longattn._checks import check_floating, flag, integer, scale_factor
+from longattn._checks import check_floating, flag, function, integer, integers, listed, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import sparse as reference
@@ -47,6 +47,8 @@ def resize_patches(x: Array, grid: tuple[int, int], *, down: int, mode: str, ker
     if (kernel is not None) != (mode == "dwconv"):
         raise ValueError(f"kernel: got {kernel if kernel is None else 'one'}, expected one with mode 'dwconv' only")
     rows, columns = height // down, width // down
+    if not patches.size:
+        raise ValueError(f"x: got shape {patches.shape}, expected at least one frame and channel")
     cut = patches.reshape(-1, height, width, channels)
     if mode == "bilinear":
         over_rows = np.einsum("ih,nhwc->niwc", _bilinear(height, rows), cut, optimize=True)
@@ -103,7 +105,8 @@ def pick_keyframes(x: Array, *, every: int = 10, seed: int = 0, rounds: int = 20
     count = len(means) // integer(every, "every", 1)
     if count <= 1:
         return np.zeros(min(len(means), 1), np.int64)
-    centres = means[np.sort(np.random.default_rng(seed).choice(len(means), count, replace=False))]
+    rng = np.random.default_rng(integer(seed, "seed", 0))
+    centres = means[np.sort(rng.choice(len(means), count, replace=False))]
     for _ in range(integer(rounds, "rounds", 0)):
         own = ((means[:, None] - centres) ** 2).sum(axis=-1).argmin(axis=1)
         centres = np.stack([means[own == c].mean(axis=0) if (own == c).any() else centres[c] for c in range(count)])
@@ -159,6 +162,9 @@ class DescriptorAttention:
         if mode not in MODES:
             raise ValueError(f"mode: got {mode!r}, expected one of {MODES}")
         self.scale, self.turn = scale_factor(scale, inner // self.heads), turn
+        if turn is not None:
+            function(turn, "turn")
+        biases = listed(biases, "biases", "arrays")
         if len(biases) != 4:
             raise ValueError(f"biases: got {len(biases)}, expected 4")
         self.biases = [None if b is None else np.asarray(as_numpy(b, "biases"), np.float32) for b in biases]
@@ -333,7 +339,7 @@ def descriptor_attention(
     if keyframes is None:
         picked = pick_keyframes(tokens[0], every=every, seed=seed)
     else:
-        picked = np.array([integer(f, "keyframes", 0, tokens.shape[1] - 1) for f in keyframes], np.int64)
+        picked = np.array(integers(keyframes, "keyframes", 0, tokens.shape[1] - 1), np.int64)
     if not keep_duplicates:
         picked = np.unique(picked)
     if len(picked):

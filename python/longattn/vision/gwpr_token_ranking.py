@@ -122,12 +122,13 @@ def gwpr_token_ranking(
             seen = attention(qn.astype(np.float32), kn.astype(np.float32), values, scale=factor)
             after = np.einsum("bhq,h->bq", seen[..., 0].astype(np.float64), shares)
         after = rest * after / after.sum(axis=1, keepdims=True) + (1 - rest) / tokens
-        change = np.abs(after - importance).sum(axis=1).max()
+        change = np.abs(after - importance).sum(axis=1).max(initial=0)
         importance = after
         if change < small:
             break
     kept = np.sort(np.argsort(-importance, axis=1, kind="stable")[:, : tokens - int(share * tokens)], axis=1)
-    source = np.stack([_sources(qn[b], kn[b], kept[b], shares, cross, factor) for b in range(batch)])
+    copied = [_sources(qn[b], kn[b], kept[b], shares, cross, factor) for b in range(batch)]
+    source = np.array(copied, np.int64).reshape(batch, tokens)
     return TokenRanking(like(q, importance.astype(np.float32)), kept, source)
 
 

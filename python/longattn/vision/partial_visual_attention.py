@@ -76,6 +76,8 @@ def partial_visual_attention(
     first = integer(split, "split", 0, channels)
     if mode not in get_args(Mode):
         raise ValueError(f"mode: got {mode!r}, expected one of {get_args(Mode)}")
+    if bias is not None and mode != "attention":
+        raise ValueError(f"bias: got one with mode {mode!r}, expected none")
     taps = None if kernel is None else numbers(kernel, "kernel", (None, None, first, first))
     if taps is not None and any(k % 2 == 0 for k in taps.shape[:2]):
         raise ValueError(f"kernel: got shape {taps.shape}, expected odd sizes")

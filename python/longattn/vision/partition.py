@@ -93,7 +93,7 @@ def unpartition(y: Array, shape: Sequence[int], size: Sizes, *, first: int = 1, 
     a = as_numpy(y, "y", any_strides=True)
     start = integer(first, "first", 0, a.ndim - 2)
     extents = integers(shape, "shape", 0)
-    sizes, steps = sizes_of(size, "size", interval, len(extents))
+    sizes, steps = sizes_of(size, "size", interval, len(extents), exactly=True)
     counts = []
     for extent, s, i in zip(extents, sizes, steps, strict=True):
         if extent % (s * i):

@@ -60,6 +60,8 @@ def stacked_temporal_attention(
     """
     xn = features(x, "x", 4, "[B, F, N, C]")
     batch, frames, places, channels = xn.shape
+    if not frames:
+        raise ValueError(f"x: got no frames in shape {xn.shape}, expected at least 1")
     number = head_count(heads, {"x": channels})
     block = Block.of(weights, "weights", channels, number)
     normed = None if norm is None else norm_weights(norm, "norm", channels)

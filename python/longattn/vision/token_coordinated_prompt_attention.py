@@ -97,7 +97,7 @@ def token_coordinated_prompt_attention(
         for parts in zip(*pools, strict=True)
     )
     count = keys.shape[2]
-    if not count:
+    if not count or not batch:
         return like(q, own[0].astype(qn.dtype))
     first = sizes[0][0] * sizes[0][1]
     listed = np.full((batch, tokens, count), every)

@@ -93,7 +93,10 @@ def sink_window_attention(
         `Hq * Lq * (sinks + window) * (D + Dv)` multiply-adds.
     """
     sinks, window = integer(sinks, "sinks", 0), integer(window, "window", 1)
-    rows, keys = shape_of(q, "q")[-2], shape_of(k, "k")[-2]
+    for x, name in ((q, "q"), (k, "k"), (v, "v")):
+        if len(shape_of(x, name)) not in (3, 4):
+            raise ValueError(f"{name}: got shape {shape_of(x, name)}, expected rank 3 or 4")
+    rows, keys = q.shape[-2], k.shape[-2]
     options: dict[str, Any] = {"scale": scale, "softcap": softcap}
     if sinks == 0 or keys <= sinks:
         sides = (-1, -1) if sinks else (window - 1, -1)
