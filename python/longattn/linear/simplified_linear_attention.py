@@ -157,14 +157,14 @@ def rep_batch_norm(
         raise ValueError(f"blend: got {blend}, expected 0 to 1")
     wide = xn.astype(np.float32, copy=False)
     found = wide * factor + shift
+    own = []
+    for given, name, default in ((layer_gamma, "layer_gamma", 1.0), (layer_beta, "layer_beta", 0.0)):
+        a = np.full(factor.shape, default, np.float32) if given is None else as_numpy(given, name)
+        check_floating(a, name)
+        if a.shape != factor.shape:
+            raise ValueError(f"{name}: got shape {a.shape}, expected {factor.shape}")
+        own.append(a.astype(np.float32))
     if share:
-        own = []
-        for given, name, default in ((layer_gamma, "layer_gamma", 1.0), (layer_beta, "layer_beta", 0.0)):
-            a = np.full(factor.shape, default, np.float32) if given is None else as_numpy(given, name)
-            check_floating(a, name)
-            if a.shape != factor.shape:
-                raise ValueError(f"{name}: got shape {a.shape}, expected {factor.shape}")
-            own.append(a.astype(np.float32))
         centred = wide - wide.mean(axis=-1, keepdims=True)
         deviation = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + np.float32(eps))
         found = share * (centred / deviation * own[0] + own[1]) + (1 - share) * found

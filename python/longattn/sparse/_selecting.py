@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn import _core
-from longattn._arrays import FLOAT64, Array, as_numpy, reshaped
+from longattn._arrays import FLOAT64, Array, as_numpy
 from longattn._checks import batched, check_float_storage, check_floating, check_heads, flag, integer
 from longattn.sparse._lists import from_flat
 
@@ -26,6 +26,8 @@ def selector_inputs(q: Array, k: Array) -> tuple[NDArray[Any], NDArray[Any]]:
         if x.shape[-1] == 0:
             raise ValueError(f"{name}: got head_dim 0 in shape {x.shape}, expected at least 1")
     qn, kn = batched(qn, 4), batched(kn, 4)
+    if not qn.shape[0]:
+        raise ValueError(f"q: got batch 0 in shape {qn.shape}, expected at least 1: lists are of sequences")
     if kn.shape[0] != qn.shape[0]:
         raise ValueError(f"k: got batch {kn.shape[0]}, expected {qn.shape[0]} as in q")
     if kn.shape[3] != qn.shape[3]:
@@ -84,7 +86,7 @@ def block_means(
     """Means `[B, H, blocks, D]` of the blocks of rows between `bounds`, less `centre` `[B, H, D]`."""
     flat = None if centre is None else np.ascontiguousarray(centre).ravel()
     means, _ = _core.block_means(x, bounds, flat, False)
-    return reshaped(means, *x.shape[:2], -1, x.shape[3])
+    return means.reshape(*x.shape[:2], len(bounds) - 1, x.shape[3])
 
 
 def block_likeness(
@@ -93,7 +95,8 @@ def block_likeness(
     """`block_means`, and the mean cosine of all pairs of rows of each block, `[B, H, blocks]`."""
     flat = None if centre is None else np.ascontiguousarray(centre).ravel()
     means, likeness = _core.block_means(x, bounds, flat, True)
-    return reshaped(means, *x.shape[:2], -1, x.shape[3]), reshaped(likeness, *x.shape[:2], -1)
+    shape = (*x.shape[:2], len(bounds) - 1)
+    return means.reshape(*shape, x.shape[3]), likeness.reshape(shape)
 
 
 def mean_row(x: NDArray[Any]) -> NDArray[np.float32]:

@@ -335,6 +335,8 @@ def descriptor_attention(
         turn=turn, scale=scale,
     )  # fmt: skip
     tokens = layer.tokens(x)
+    if not tokens.shape[0]:
+        raise ValueError(f"x: got batch 0 in shape {tokens.shape}, expected at least 1")
     flag(keep_duplicates, "keep_duplicates")
     if keyframes is None:
         picked = pick_keyframes(tokens[0], every=every, seed=seed)
