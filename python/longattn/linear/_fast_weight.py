@@ -146,8 +146,8 @@ def fast_weight(
 
 def gate(x: Array, name: str, keys: NDArray[Any], *, high: float | None) -> Float32:
     """Numbers of at least 0 per row, `[B, H, L]` or `[H, L]` as the keys, or one for all, as float32 `[B, H, L, 1]`."""
-    if isinstance(x, int | float):
-        x = np.asarray(float(x))
+    if isinstance(x, int | float) and not isinstance(x, bool):
+        x = np.asarray(real(x, name))
     xn = as_numpy(x, name, any_strides=True)
     check_floating(xn, name)
     if xn.shape not in ((), keys.shape[:-1]):

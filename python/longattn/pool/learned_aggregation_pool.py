@@ -87,7 +87,7 @@ def learned_aggregation_pool(
     wq, wk, wv, wo = (
         _numbers(w, name, (channels, channels)) for w, name in ((w_q, "w_q"), (w_k, "w_k"), (w_v, "w_v"), (w_o, "w_o"))
     )
-    step = np.float32(layer_scale) if isinstance(layer_scale, int | float) else None
+    step = np.float32(finite(layer_scale, "layer_scale")) if isinstance(layer_scale, int | float) else None
     gamma = _numbers(layer_scale, "layer_scale", (channels,)) if step is None else step
     only, weights = flag(patches_only, "patches_only"), flag(return_weights, "return_weights")
     small = finite(eps, "eps", 0)

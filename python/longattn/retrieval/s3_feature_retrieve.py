@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -131,7 +132,8 @@ def s3_feature_retrieve(
     _fusion_arguments(fusion, weight)
 
     scores, scored, nbytes = np.zeros(count, np.float32), 0, 0
-    layers = zip(queries.reshape(-1, *queries.shape[-2:]), keys.reshape(-1, *keys.shape[-2:]), *encoder, strict=True)
+    of_layers = (x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in (queries, keys))
+    layers = zip(*of_layers, *encoder, strict=True)
     for own_q, own_k, *weights in layers:
         index = FeatureIndex(weights[0].shape[1], idf=idf, stop_share=stop_share)
         options = {"b_enc": weights[1], "b_dec": weights[2], "relu": relu}

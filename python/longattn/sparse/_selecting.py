@@ -69,7 +69,8 @@ def key_limits(query_bounds: NDArray[np.int64], lengths: tuple[int, int], causal
 
 def per_query_head(values: object, name: str, heads: int) -> NDArray[np.float32]:
     """A number for each query head, from one for all or `[Hq]`; infinities are numbers."""
-    x = np.asarray(values) if isinstance(values, int | float) else as_numpy(values, name)
+    number = isinstance(values, int | float) and not isinstance(values, bool)
+    x = np.asarray(values) if number else as_numpy(values, name)
     if x.dtype.kind not in "iu":
         check_floating(x, name)
     if x.shape not in ((), (heads,)):
