@@ -92,7 +92,9 @@ def regional_cross_attention(
     if order.size:
         held = np.arange(tokens) < each.reshape(-1, 1)
         rows = qn.transpose(0, 2, 3, 1, 4).reshape(-1, heads, dim)[order]
-        keys, values = (x.transpose(0, 2, 3, 1, 4).reshape(-1, tokens, kv_heads, x.shape[4])[held] for x in (kn, vn))
+        keys, values = (
+            x.transpose(0, 2, 3, 1, 4).reshape(batch * count, tokens, kv_heads, x.shape[4])[held] for x in (kn, vn)
+        )
         ends_q = np.concatenate([[0], np.cumsum(np.bincount(numbers[order], minlength=batch * count))])
         ends_k = np.concatenate([[0], np.cumsum(each.ravel())])
         flat = out.reshape(-1, heads, vn.shape[4])

@@ -1,4 +1,4 @@
-"""What methods do with arguments that are no good, from the calls that their docstrings show."""
+"""The calls that docstrings show, with arrays laid out otherwise and with arguments that are no good."""
 
 import doctest
 import importlib
@@ -106,6 +106,47 @@ def test_what_is_no_number_is_refused(method):
             if words is None or not WORDS.match(words):
                 bad.append((name, other, words))
     assert bad == []
+
+
+def numbers(result):
+    """Every array of a result."""
+    if isinstance(result, tuple | list):
+        return [x for part in result for x in numbers(part)]
+    return [result] if isinstance(result, np.ndarray) else []
+
+
+def backwards(x):
+    every = (slice(None, None, -1),) * x.ndim
+    return x[every].copy()[every]
+
+
+def spread(x):
+    wide = np.full((*(2 * n for n in x.shape[:-1]), x.shape[-1] + 3), 7, x.dtype)
+    rows = (*(slice(None, None, 2),) * (x.ndim - 1), slice(x.shape[-1]))
+    wide[rows] = x
+    return wide[rows]
+
+
+def locked(x):
+    y = x.copy()
+    y.flags.writeable = False
+    return y
+
+
+LAYOUTS = {"column by column": np.asfortranarray, "backwards": backwards, "spread": spread, "read-only": locked}
+
+
+@of_methods
+def test_layouts_do_not_matter(method):
+    """A product of matrices in numpy may round in another order, hence not the same bits."""
+    call = CALLS[method.name]
+    plain = numbers(outcome(method, call)[0])
+    for layout, laid in LAYOUTS.items():
+        others = {name: laid(x) for name, x in call.arguments.items() if isinstance(x, np.ndarray) and x.ndim}
+        result, words = outcome(method, with_changed(call, others))
+        assert words is None, layout
+        for found, wanted in zip(numbers(result), plain, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5, err_msg=layout)
 
 
 @of_methods
