@@ -167,8 +167,8 @@ def _number(value: object, name: str) -> float:
         raise ValueError(f"{name}: got a number beyond the range of float64, expected one within it") from None
 
 
-def scale_factor(scale: object, dim: int) -> float:
-    return float(dim**-0.5) if scale is None else finite(scale, "scale")
+def scale_factor(scale: object, dim: int, name: str = "scale") -> float:
+    return float(dim**-0.5) if scale is None else finite(scale, name)
 
 
 def listed(value: Iterable[_T], name: str, of: str) -> tuple[_T, ...]:
@@ -253,11 +253,11 @@ def bias_scores(bias: Array, scores: tuple[int, ...], dtype: DTypeLike) -> NDArr
         return broadcast_scores(x.astype(dtype, copy=False), "bias", scores)
 
 
-def mask_scores(mask: Array, scores: tuple[int, ...]) -> NDArray[np.bool_]:
-    x = as_numpy(mask, "mask", any_strides=True)
+def mask_scores(mask: Array, scores: tuple[int, ...], name: str = "mask") -> NDArray[np.bool_]:
+    x = as_numpy(mask, name, any_strides=True)
     if x.dtype != np.bool_:
-        raise TypeError(f"mask: got dtype {x.dtype}, expected bool (a mask to add goes to bias)")
-    return broadcast_scores(x, "mask", scores)
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected bool (a mask to add goes to bias)")
+    return broadcast_scores(x, name, scores)
 
 
 def relative_table(table: Array, zero: object, heads: int, dtype: DTypeLike) -> tuple[NDArray[Any], int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import longattn
 from longattn import _core, catalogue
 from longattn.methods import methods
 
@@ -66,6 +67,11 @@ def test_a_copy_that_nothing_installed_can_be_imported():
         "print(longattn.__version__, longattn.doctor.machine()['versions']['longattn'])"
     )
     assert run(code) == "0+unknown 0+unknown"
+
+
+def test_the_command_without_its_script():
+    done = subprocess.run([sys.executable, "-m", "longattn", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"longattn {longattn.__version__}\n"
 
 
 def signature_of(node):

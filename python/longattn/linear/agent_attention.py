@@ -86,7 +86,7 @@ def agent_attention(
     """
     qn, kn, vn = arrays = inputs(q, k, v)
     factor = scale_factor(scale, qn.shape[3])
-    second = factor if query_scale is None else scale_factor(query_scale, qn.shape[3])
+    second = factor if query_scale is None else scale_factor(query_scale, qn.shape[3], "query_scale")
     direct = finite(shortcut, "shortcut")
     first = integer(prefix_tokens, "prefix_tokens", 0, min(qn.shape[2], kn.shape[2]))
     a4 = _agents(agents, qn, size, first)
