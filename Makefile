@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that run the Python tests: each holds the frameworks and a model or two, so not one for every core.
+WORKERS ?= 2
 BIN = $(VENV)/bin
 RUST_SOURCES = $(shell find rust -name '*.rs') Cargo.toml Cargo.lock rust/longattn/Cargo.toml rust/longattn-python/Cargo.toml
 # Wheels of packages that should not come from the index, such as a CPU build of torch.
@@ -36,16 +38,16 @@ demo: $(VENV)/installed  ## Ask a small model for needles hidden in a long text,
 	$(BIN)/longattn demo --context 32768
 
 test: $(VENV)/installed-frameworks lint test-rust  ## Run every check and test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test-core: $(VENV)/installed-test lint test-rust  ## Run the checks and tests that need neither torch nor transformers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test-rust:  ## Run the tests of the Rust crate
 	cargo test --locked --package longattn
 
 test-python: $(VENV)/installed-frameworks  ## Run the Python tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 lint: $(VENV)/installed-test  ## Check format, lints and types
 	cargo fmt --all --check

@@ -432,6 +432,23 @@ def test_a_peer_has_as_many_turns_as_its_budget_pays(bench):
     assert 1 <= timed <= 2 and timed <= len(calls) <= 1 + timed
 
 
+def test_a_burst_counts_with_the_mean_of_its_calls(bench):
+    calls = []
+
+    def slow_at_first():
+        calls.append(time.perf_counter())
+        time.sleep(0.03 if len(calls) % 4 == 1 else 0.01)
+
+    slow_at_first()
+    calls.clear()
+    first, mean = harness.burst(slow_at_first, 0.055)
+    assert len(calls) == 4 and first >= 0.03 and first > 1.5 * mean >= 0.015
+    calls.clear()
+    outcome = bench.interleave([Candidate("us", lambda: calls.append(time.sleep(0.01)), peer=False)], burst_s=0.025)
+    assert len(outcome["us"].seconds) == len(outcome["us"].leading) == 3 and len(calls) == 1 + 3 * 3
+    assert outcome["us"].columns()["ms_first"] >= 10
+
+
 def test_a_failing_peer_is_reported_and_our_failure_raised(bench):
     def fail():
         raise RuntimeError("no kernel\nmore")

@@ -122,6 +122,7 @@ class EmulatorDevice:
         def launch(
             grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], shared_bytes: int
         ) -> None:
+            assert shared_bytes <= self.shared_limit, f"{name}: {shared_bytes} bytes of shared memory"
             self.started.append(name)
             kernel(grid, block, arguments, shared_mem=shared_bytes, order=self.order)
             self.matrix_loads = tuple(map(sum, zip(self.matrix_loads, kernel.matrix_loads, strict=True)))

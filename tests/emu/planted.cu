@@ -81,6 +81,22 @@ PLANTED(misaligned_copy, const float* in, float* out) {
 }
 KERNEL(misaligned_copy)
 
+PLANTED(misaligned_small_copy, const float* in, float* out) {
+  DYNAMIC_SHARED(shared);
+  float* s = reinterpret_cast<float*>(shared);
+  copy8_async(s + threadIdx.x * 2, in + WRONG(1, 2) + threadIdx.x % 8 * 2, true);
+  commit_async();
+  wait_async<0>();
+  out[threadIdx.x] = s[threadIdx.x * 2];
+}
+KERNEL(misaligned_small_copy)
+
+PLANTED(misaligned_word, const float* in, float* out) {
+  const u16* halves = reinterpret_cast<const u16*>(in) + WRONG(1, 2);
+  out[threadIdx.x] = __int_as_float(*reinterpret_cast<const int*>(halves + threadIdx.x % 8 * 2));
+}
+KERNEL(misaligned_word)
+
 PLANTED(nothing_written, float* out) {
   DYNAMIC_SHARED(shared);
   float* s = reinterpret_cast<float*>(shared);

@@ -25,6 +25,8 @@ MISTAKES = {
     "lane_outside_its_mask": "lane 16 is not in its own mask 0000ffff",
     "misaligned_load": "load of 16 bytes is not aligned",
     "misaligned_copy": "asynchronous copy of 16 bytes is not aligned",
+    "misaligned_small_copy": "asynchronous copy of 8 bytes is not aligned",
+    "misaligned_word": "access that is not aligned, byte 2 of argument 0",
     "nothing_written": "read of shared memory that nothing has written, byte 252 of shared memory",
     "input_written": "write to a read-only array, byte 0 of argument 0",
     "blocks_add_to_one_place": "race: (read|two writes) without a barrier.*block 1, thread 0 after block 0, thread 0",

@@ -99,6 +99,8 @@ def function_of(device, on_cpu, on_device):
     return on_cpu if device is CPU else functools.partial(on_device, device=device)
 
 
-def tolerance_of(device, q, k, v, **how):
-    """Tolerance of attention there."""
-    return (tolerances.attention if device is CPU else tolerances.device_attention)(q, k, v, **how)
+def tolerance_of(device, q, k, v, *, together=None, **how):
+    """Tolerance of attention there; `together` counts on the CPU."""
+    if device is CPU:
+        return tolerances.attention(q, k, v, together=together, **how)
+    return tolerances.device_attention(q, k, v, **how)

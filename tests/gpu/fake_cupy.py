@@ -1,14 +1,17 @@
 """As much of CuPy as `longattn.gpu` and its benchmark call, over numpy arrays and the emulator.
 
 It holds the callers to what CuPy asks: pointers and scalars of the right types, shared memory announced beyond 48 KB,
-arrays of a device apart from those of the host.
+arrays of a device apart from those of the host. Kernels run at once. Copies run as late as they may: those to
+page-locked memory when the host waits for an event after them, those of a stream of their own when another stream waits
+for one. Until then what they write to holds NaN.
 """
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import time
 import weakref
+from collections import defaultdict, deque
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -40,7 +43,7 @@ class ndarray(np.ndarray):
         if out is None:
             return np.array(self)
         assert type(out) is np.ndarray and out.dtype == self.dtype and out.shape == self.shape
-        np.copyto(out, self)
+        later(out, self)
         return out
 
     def set(self, arr, stream=None):
@@ -72,6 +75,7 @@ class _Memory:
 
     def __init__(self):
         self._made = {}
+        self.allocators = []  # that were asked for
 
     def array(self, shape, dtype):
         dtype = np.dtype(dtype)
@@ -87,7 +91,8 @@ class _Memory:
 
     def holds(self, address):
         """Whether an address is one of the device's."""
-        return any(start <= address < start + size for start, (_, size, _) in self._made.items())
+        made = self._made.items()
+        return any(start <= address < start + size for start, (raw, size, _) in made if raw() is not None)
 
     def at(self, address):
         """The bytes from an address of the current device to the end of its allocation."""
@@ -124,12 +129,20 @@ class _Function:
 class _Event:
     def __init__(self, *, disable_timing=False):
         self.at = None
+        self._queue = None
 
     def record(self, stream=None):
         self.at = time.perf_counter()
+        self._queue = _Stream.queues[_Stream.current[-1]]
+        self._queue.append(self)
+        _Stream.calls.append(("record", _Stream.current[-1]))
 
     def synchronize(self):
         assert self.at is not None, "an event that was not recorded"
+        while self in self._queue:
+            first = self._queue.popleft()
+            if not isinstance(first, _Event):
+                first()
 
 
 class _Stream:
@@ -138,6 +151,10 @@ class _Stream:
     #: Device and stream of each kernel.
     launched: ClassVar[list[tuple[int, int]]] = []
 
+    #: Events that were recorded or waited for, and on which stream.
+    calls: ClassVar[list[tuple[str, int]]] = []
+    #: Copies and events of each that are still to come.
+    queues: ClassVar[dict[int, deque]] = defaultdict(deque)
     #: Of streams that were made here.
     made: ClassVar[list[int]] = []
     ptr = 0
@@ -177,7 +194,14 @@ class _CurrentStream:
         return _Stream.current[-1]
 
     def wait_event(self, event):
+        _Stream.calls.append(("wait", self.ptr))
         event.synchronize()
+
+
+def later(to, source, stream=None):
+    """A copy of what stands in `source` now, when somebody waits for the stream, by default the current one."""
+    stood = np.array(source)
+    _Stream.queues[_Stream.current[-1] if stream is None else stream].append(lambda: np.copyto(to, stood))
 
 
 def launches(call):
@@ -187,9 +211,20 @@ def launches(call):
     return _Stream.launched[first:]
 
 
+def recorded(call):
+    """What a call records on streams and makes them wait for."""
+    first = len(_Stream.calls)
+    call()
+    return _Stream.calls[first:]
+
+
 def modules() -> dict[str, Any]:
     """`cupy` and `cupyx` for `sys.modules`."""
-    memory = _Memory()
+    memory, host = _Memory(), _Memory()
+    _Stream.queues.clear()
+
+    def pinned(shape, dtype):
+        return host.array(shape, dtype).view(np.ndarray)
 
     def asarray(x, dtype=None):
         if isinstance(x, ndarray) and (dtype is None or x.dtype == dtype):
@@ -223,7 +258,8 @@ def modules() -> dict[str, Any]:
     def memcpy(to, source, size, kind, stream):
         assert kind == 4 and stream in _Stream.made, "a copy on no stream of its own"
         assert memory.holds(to) != memory.holds(source), "a copy between the device and the host"
-        ctypes.memmove(to, source, size)
+        ends = (memory.at(x)[:size] if memory.holds(x) else host.at(x)[:size] for x in (to, source))
+        _Stream.queues[stream].append(functools.partial(np.copyto, *ends))
 
     cupy, cupyx = ModuleType("cupy"), ModuleType("cupyx")
     cupy.ndarray, cupy.RawModule = ndarray, RawModule
@@ -236,9 +272,10 @@ def modules() -> dict[str, Any]:
         Stream=_Stream,
         get_elapsed_time=lambda start, end: 1e3 * (end.at - start.at),
         get_current_stream=_CurrentStream,
+        set_allocator=memory.allocators.append,
         runtime=SimpleNamespace(
             getDeviceProperties=lambda number: {"name": b"no GPU, an emulator"}, memcpyAsync=memcpy
         ),
     )
-    cupyx.empty_pinned = np.empty
+    cupyx.empty_pinned = pinned
     return {"cupy": cupy, "cupyx": cupyx}

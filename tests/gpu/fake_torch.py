@@ -86,7 +86,10 @@ class Tensor:
         return _made(self.held, device)
 
     def copy_(self, other, non_blocking=False):
-        self.held[...] = other.held
+        if non_blocking and self.device is _HOST:
+            fake_cupy.later(self.held, other.held, STREAMS[other.device.index])
+        else:
+            self.held[...] = other.held
 
     def __getitem__(self, at):
         return Tensor(self.held[at])
@@ -106,7 +109,9 @@ def _made(array, device):
 
 def empty(shape, *, dtype, device=_HOST, pin_memory=False):
     if device is _HOST:
-        return Tensor(np.empty(shape, dtype.kind))
+        made = Tensor(np.empty(shape, dtype.kind))
+        made.held.view(np.uint8)[...] = 0xFF
+        return made
     cupy = __import__("cupy")
     with fake_cupy.Device(device.index):  # torch goes to the device that it is told
         return Tensor(cupy.empty(shape, dtype.kind))

@@ -42,6 +42,7 @@ def test_every_case_runs_and_counts():
         "KDA forward",
         "KDA step of 2 sequences",
         "hybrid step",
+        "hybrid step of 4 at once",
         "neighbourhood",
     ]
     decode = found["decode"]

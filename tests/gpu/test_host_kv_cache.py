@@ -69,6 +69,36 @@ def test_pieces_do_not_matter(rng, pieces):
     check(device, cache, q, k, v, top_k=60)
 
 
+def test_the_host_waits_for_rows_that_enter_the_store(rng):
+    """For no others: a token's copy has a whole window of steps to arrive."""
+
+    class Counting(EmulatorDevice):
+        waited = 0
+
+        def download(self, x):
+            arrived = super().download(x)
+
+            def wait():
+                self.waited += 1
+                return arrived()
+
+            return wait
+
+    device = Counting()
+    _, k, v = arrays(rng, F32, 40)
+    cache = cache_of(device, F32, window=16)
+    for n in range(16):
+        cache.append(k[:, :, n : n + 1], v[:, :, n : n + 1])
+    assert device.waited == 0
+    for n in range(16, 40):
+        cache.append(k[:, :, n : n + 1], v[:, :, n : n + 1])
+        assert len(cache.store) == max(n + 1 - 20, 0)
+        assert device.waited <= 4 * (
+            n + 1 - 16
+        )  # keys and values of the token that leaves, to be read and to be let go
+    np.testing.assert_array_equal(cache.store.keys, k[0, :, 4:24])
+
+
 def test_retrieval_is_that_of_the_host(rng):
     """With a budget, the result is the merge of exact attention here and retrieval there."""
     device = EmulatorDevice()
@@ -267,7 +297,12 @@ def test_bad_input(rng):
     cache.append(k[:, :, :28], v[:, :, :28])
     with pytest.raises(ValueError, match="q: got shape"):
         cache.attend(np.concatenate([q, q], axis=2))
+    for options in ({"sinks": 3}, {"topk": 5}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))}: got an option that does not exist here"):
+            cache.attend(q, **options)
     other = la.KVStore(kv_heads=2, head_dim=64, capacity=8)
+    with pytest.raises(TypeError, match="costs: got float, expected Costs or None"):
+        HostKVCache(other, None, costs=1.0, device=device)
     with pytest.raises(ValueError, match="another store"):
         HostKVCache(other, la.index.Flat(cache.store), device=device)
     with pytest.raises(ValueError, match="expected an empty store"):

@@ -24,7 +24,7 @@ def check(device, q, k, v, out, lse, *, seen=None, values=None, **options):
         held = np.append(v.astype(np.float64).ravel(), np.nan_to_num(options["state"][0])).astype(v.dtype)[:, None]
         offset += largest(options["state"][1])
     scale = None if options.get("scale") is None else float(np.max(options["scale"]))
-    tolerance = tolerance_of(device, q, k, held, scale=scale, offset=offset)
+    tolerance = tolerance_of(device, q, k, held, scale=scale, offset=offset, together=8)
     tolerance.check(get(out), expected, get(lse), expected_lse)
 
 
@@ -225,7 +225,7 @@ def test_merge_of_disjoint_sets_is_attention_over_all(rng, anywhere, dtype):
         assert get(merged).dtype == kind
         # A part of the storage dtype has been rounded: the merge is that of the rounded ones.
         of_parts, of_parts_lse = reference.merge([tuple(map(get, part)) for part in parts])
-        tolerance = tolerance_of(anywhere, *(x.astype(kind) for x in (q, k, v)))
+        tolerance = tolerance_of(anywhere, *(x.astype(kind) for x in (q, k, v)), together=8)
         tolerance.check(get(merged), of_parts, get(lse), of_parts_lse)
         if kind == F32:
             tolerance.check(get(merged), expected, get(lse), expected_lse)

@@ -1,140 +1,23 @@
-"""Steps over two memories share places of page-locked memory: what is written there nobody reads at that time.
+"""Steps over two memories share places of page-locked memory: what is written there nobody reads at that time."""
 
-A back end that knows what happened after what (a clock per stream and for the host, as race detectors have them) looks
-at each access to the places.
-"""
-
-import numpy as np
 import pytest
-from numpy.lib.array_utils import byte_bounds
 
 import longattn as la
 import tolerances
 from emu import emulator
 from emu.device import EmulatorDevice
+from emu.traced import SIDE, STREAM, WAITS, Traced, watch_merges
 from gpu.test_host_kv_cache import arrays, cache_of
-from longattn.gpu import host_kv_cache
-from longattn.gpu._device import View
 from longattn.gpu._staging import staging_of
 from longattn.reference import dense as reference
 from random_arrays import BF16, F32
 
 pytestmark = pytest.mark.skipif(not emulator.available(), reason="the emulator needs g++ on x86-64")
-HOST, STREAM, SIDE = range(3)
-
-
-class Watched(np.ndarray):
-    """Page-locked memory that tells its device when the host reads or writes it."""
-
-    device = None
-
-    def __setitem__(self, at, value):
-        if self.device is not None:
-            self.device.touch(HOST, self, writes=True)
-        super().__setitem__(at, value)
-
-    def astype(self, dtype):
-        self.device.touch(HOST, self, writes=False)
-        return np.asarray(self).astype(dtype)
-
-
-class Traced(EmulatorDevice):
-    """Runs everything at once, and knows what a device might have run at another time.
-
-    `without`: what it forgets to do, "follow", "follow on the side" or "wait".
-    """
-
-    def __init__(self, without=""):
-        super().__init__()
-        self.without = without
-        self.clocks = [[0, 0, 0] for _ in range(3)]
-        self.accesses = []  # who, when, what was before, from, to, whether it writes
-        self.places = []
-        self.waits = []
-
-    def step(self, who):
-        """Something that `who` does after all that it did, and after what the host did before it was started."""
-        if who != HOST:
-            self.join(who, self.clocks[HOST])
-        self.clocks[who][who] += 1
-
-    def join(self, who, clock):
-        self.clocks[who] = [max(a, b) for a, b in zip(self.clocks[who], clock, strict=True)]
-
-    def touch(self, who, x, *, writes):
-        self.step(who)
-        low, high = byte_bounds(x)
-        self.accesses.append((who, self.clocks[who][who], tuple(self.clocks[who]), low, high, writes))
-
-    def pinned(self, shape, dtype):
-        made = super().pinned(shape, dtype).view(Watched)
-        made.device = self
-        self.places.append((made, len(self.accesses)))
-        return made
-
-    def view(self, x, name):
-        if name == "there" and not any(x is place for place, _ in self.places):
-            self.places.append((x, 0))  # what the device did there before counts, in memory of its pool
-        return super().view(x, name)
-
-    def copy(self, to, source):
-        for x, writes in ((to, True), (source, False)):
-            self.touch(SIDE, np.asarray(x.pointer if isinstance(x, View) else x), writes=writes)
-        to, source = (x.pointer if isinstance(x, View) else np.asarray(x) for x in (to, source))
-        np.copyto(to, source)
-
-    def mark(self, *, side=False):
-        who = SIDE if side else STREAM
-        self.step(who)
-        return tuple(self.clocks[who])
-
-    def follow(self, event, *, side=False):
-        who = SIDE if side else STREAM
-        self.step(who)
-        if self.without != ("follow on the side" if side else "follow"):
-            self.join(who, event)
-
-    def wait(self, event):
-        self.step(HOST)
-        self.waits.append(event)
-        if self.without != "wait":
-            self.join(HOST, event)
-
-    def kernel(self, source_name, name):
-        launch = super().kernel(source_name, name)
-
-        def traced(grid, block, arguments, shared_bytes):
-            for x in arguments:
-                if isinstance(x, np.ndarray) and x.size:
-                    self.touch(STREAM, x, writes=x.flags.writeable)
-            launch(grid, block, arguments, shared_bytes)
-
-        return traced
-
-    def races(self):
-        """Pairs of accesses to one place, a write among them, of which neither is after the other."""
-        found = 0
-        for place, since in self.places:
-            low, high = byte_bounds(np.asarray(place))
-            here = [a for a in self.accesses[since:] if a[3] < high and a[4] > low]
-            for n, (who, at, _, first, end, writes) in enumerate(here):
-                for other, _, known, start, until, writes_too in here[n + 1 :]:
-                    overlap = first < until and start < end
-                    found += other != who and overlap and (writes or writes_too) and known[who] < at
-        return found
 
 
 @pytest.fixture
 def merged(monkeypatch):
-    """Merges tell a traced device what they read: they copy parts side by side without its help."""
-    real = host_kv_cache.merge
-
-    def traced(parts, *, dtype, device):
-        for x in (x for part in parts for x in part):
-            device.touch(STREAM, np.asarray(x), writes=False)
-        return real(parts, dtype=dtype, device=device)
-
-    monkeypatch.setattr(host_kv_cache, "merge", traced)
+    watch_merges(monkeypatch)
 
 
 def layers(rng, device, count, keys=120, dtype=F32):
@@ -213,13 +96,14 @@ def test_the_host_waits_for_the_step_before_the_last_at_most(rng, merged):
         sent.append(place[1][-1].copied)
 
 
-@pytest.mark.parametrize("without", ["follow", "follow on the side", "wait"])
+@pytest.mark.parametrize("without", WAITS)
 def test_a_missing_wait_is_a_race(rng, merged, without):
     """Each of them is needed: the check finds what happens without it."""
     device = Traced(without)
-    ((cache, q, *_),) = layers(rng, device, 1)
-    for _ in range(4):
-        cache.attend(q, top_k=120)
+    given = layers(rng, device, 4)
+    for _ in range(2):
+        for finish in [cache.start(q, top_k=120) for cache, q, _, _ in given]:
+            finish()
     assert device.races()
 
 

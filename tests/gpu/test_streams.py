@@ -11,10 +11,10 @@ import pytest
 import longattn as la
 import tolerances
 from emu import emulator
-from gpu import fake_torch
+from gpu import fake_cupy, fake_torch
 from gpu.fake_cupy import Device, launches
 from longattn import gpu
-from longattn.gpu import _costs
+from longattn.gpu import _costs, _cupy
 from longattn.reference import dense as reference
 from random_arrays import BF16, F16, F32, qkv
 
@@ -117,3 +117,38 @@ def test_host_cache(rng, torch, monkeypatch, reads):
     made = []
     assert set(launches(lambda: made.append(cache.attend(asked, top_k=600)))) == {(1, fake_torch.STREAMS[1])}
     tolerances.device_attention(q, k, v).check(made[0].held, reference.attention(q, k, v))
+
+
+@pytest.mark.parametrize("without", ["wait", "follow", "arrival"])
+@pytest.mark.parametrize("kind", ["cupy", "torch"])
+def test_a_missing_wait_shows(rng, cupy, torch, monkeypatch, kind, without):
+    """Copies run as late as they may: without one of the waits a result is not there yet."""
+    q, k, v = qkv(rng, heads=4, kv_heads=2, rows=1, keys=90, dim=64, q_dtype=F32, kv_dtype=F32)
+    asked, keys, values = (cupy.asarray(x) if kind == "cupy" else fake_torch.on_device(x) for x in (q, k, v))
+
+    def attended():
+        store = la.KVStore(kv_heads=2, head_dim=64, dtype="float32", capacity=1024)
+        cache = gpu.HostKVCache(store, la.index.Flat(store), window=32)
+        cache.append(keys, values)
+        found = cache.attend(asked, top_k=90)
+        return found.get() if kind == "cupy" else found.held
+
+    tolerances.device_attention(q, k, v).check(attended(), reference.attention(q, k, v))
+    if without == "arrival":  # of rows, on the caller's stream
+        monkeypatch.setattr(fake_cupy._Event, "synchronize", lambda self: None)
+    else:
+        monkeypatch.setattr(_cupy.CupyDevice, without, lambda self, *_, **__: None)
+    with np.errstate(invalid="ignore"), pytest.raises((AssertionError, ValueError)):
+        tolerances.device_attention(q, k, v).check(attended(), reference.attention(q, k, v))
+
+
+def test_marks_and_waits_are_of_their_streams(torch, cupy):
+    """What follows an event is the stream that is said, and the event is of the other."""
+    device = _cupy.holding(fake_torch.on_device(np.zeros((1, 1, 1, 64), F32), 1))
+    calls = fake_cupy.recorded(lambda: device.follow(device.mark(), side=True))
+    side = calls[-1][1]
+    assert calls == [("record", fake_torch.STREAMS[1]), ("wait", side)] and side in fake_cupy._Stream.made
+    assert fake_cupy.recorded(lambda: device.follow(device.mark(side=True))) == [
+        ("record", side),
+        ("wait", fake_torch.STREAMS[1]),
+    ]

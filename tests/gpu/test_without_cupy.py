@@ -37,7 +37,8 @@ for call in {calls}:
         print(f"{{call}} returned")
 """
 
-ON_GPU = ("la.attention(x, x, x)", "gpu.attention(x, x, x)", "gpu.merge([(x, x)])")
+TWO_MEMORIES = "gpu.HostKVCache(la.KVStore(kv_heads=1, head_dim=64, capacity=8), None).append(x, x)"
+ON_GPU = ("la.attention(x, x, x)", "gpu.attention(x, x, x)", "gpu.merge([(x, x)])", TWO_MEMORIES)
 ON_HOST = (
     "gpu.attention(x, x, x)",
     "gpu.attention_varlen(x[0], x[0], x[0], [0, 1], [0, 1])",
@@ -48,7 +49,10 @@ ON_HOST = (
     "gpu.encode_rows(x)",
     "gpu.hash_encode(x, x)",
     "gpu.signatures_encode(x)",
+    "gpu.signatures_topk(x, gpu.SignatureCodes(x, x, x), 1)",
+    "gpu.hash_topk(x, x, 1)",
     "gpu.merge([(x, x)])",
+    TWO_MEMORIES,
 )
 HINT = "GPU functions need CuPy: pip install 'longattn[gpu]'"
 

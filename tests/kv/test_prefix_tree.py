@@ -255,4 +255,4 @@ def test_a_model_decodes_with_it(rng):
         for n, row in enumerate(out):
             k, v = batch.tree.rows(n)
             expected = la.attention(q[n][:, None], k, v, causal=True)
-            tolerances.same_storage(q, k, v).check(row, expected[:, 0])
+            tolerances.same_storage(q, k, v, together=8).check(row, expected[:, 0])

@@ -36,7 +36,7 @@ def check(q, k, v, offset=0.0, extra=0, **rule):
     keys = tokens(k)
     if extra:
         keys = np.concatenate([keys, rule["extra_k"]], axis=2)
-    tolerances.attention(tokens(q), keys, tokens(v), scale=rule.get("scale"), offset=offset).check(
+    tolerances.attention(tokens(q), keys, tokens(v), scale=rule.get("scale"), offset=offset, together=8).check(
         out, expected, lse, expected_lse
     )
     return out, lse

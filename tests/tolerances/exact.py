@@ -5,11 +5,15 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from longattn import _core
 from tolerances.arithmetic import ROUNDOFF, SAFETY, Tolerance, U, _largest, _row_norm, unit
 
+#: Rows of a KV head that go through its keys together: few, whose weights pairs round, and many.
+_FEW_TOGETHER, _MANY_TOGETHER = 8, 192
 
-def attention(q, k, v, *, scale=None, offset=0.0):
-    """Tolerance of attention over these numpy arrays.
+
+def attention(q, k, v, *, scale=None, offset=0.0, together=None):
+    """Tolerance of attention over these numpy arrays, computed by the instruction set of the moment.
 
     Args:
         q: queries `[..., D]`.
@@ -17,25 +21,29 @@ def attention(q, k, v, *, scale=None, offset=0.0):
         v: values.
         scale: as in the call.
         offset: the largest magnitude of what is added to the logits (bias, ALiBi).
+        together: query rows that share keys; `None`: those of a KV head's group, as in `longattn.attention`. Packed and
+            branching sequences, lists, grids and retrieval put others together, eight at times.
     """
     u = unit(q.dtype)
     logit, summed = _logit(q, k, scale, offset), SAFETY * u * np.sqrt(k.shape[-2])
     roundoff, smallest = ROUNDOFF[q.dtype]
     atol, rtol = 2 * logit * _largest(v) + smallest, roundoff + summed + 2 * u
-    if _in_pairs(q, k, v):
+    if _in_pairs(q, k, v, together):
         atol += roundoff * _largest(v)
     return Tolerance(atol=atol, rtol=rtol, lse_atol=logit + summed, lse_rtol=2 * u)
 
 
-def _in_pairs(q, k, v):
-    """Whether some rows, all bf16, may be computed eight together: CPUs that multiply pairs then round their weights.
+def _in_pairs(q, k, v, together):
+    """Whether weights are rounded to bf16: those of just eight rows, where the CPU multiplies pairs of bf16.
 
-    Eight rows of a KV head are, and eight that are left of many; of packed and of branching sequences, eight of any.
+    Rows that share keys are cut into blocks of 192, of which the last may have eight.
     """
-    if not all(x.dtype == ml_dtypes.bfloat16 for x in (q, k, v)):
+    if not all(x.dtype == ml_dtypes.bfloat16 for x in (q, k, v)) or _core.isa() != "avx512bf16":
         return False
-    heads, kv_heads = (x.shape[-3] if x.ndim > 2 else 1 for x in (q, k))
-    return heads * q.shape[-2] >= 8 * kv_heads
+    if together is None:
+        heads, kv_heads = (x.shape[-3] if x.ndim > 2 else 1 for x in (q, k))
+        together = heads // kv_heads * q.shape[-2]
+    return together % _MANY_TOGETHER == _FEW_TOGETHER
 
 
 def device_attention(q, k, v, *, scale=None, offset=0.0):
@@ -44,7 +52,7 @@ def device_attention(q, k, v, *, scale=None, offset=0.0):
     Beside what holds on a CPU: softmax weights of 16-bit inputs are rounded to that dtype for the matrix product, and
     the device's `exp2` and `log2` err by two units in the last place.
     """
-    on_cpu = attention(q, k, v, scale=scale, offset=offset)
+    on_cpu = attention(q, k, v, scale=scale, offset=offset, together=1)
     weights = ROUNDOFF[q.dtype][0] * _largest(v) if q.dtype.itemsize == 2 else 0.0
     return Tolerance(
         atol=on_cpu.atol + weights + 4 * U * _largest(v),

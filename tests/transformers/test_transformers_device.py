@@ -153,6 +153,8 @@ def test_bad_input(build_model: Any) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             DeviceConfig(**change)
+    with pytest.raises(TypeError, match=r"costs: got float, expected gpu\.Costs or None"):
+        DeviceConfig(costs=1.0)  # type: ignore[arg-type]
     config = build_model("llama").config
     with pytest.raises(TypeError, match="device: got str"):
         LongAttnCache(config, device="cuda")  # type: ignore[arg-type]

@@ -60,6 +60,7 @@ _BITS = 128
 _CHOSEN = 1024
 _DENSITY = 0.1
 _PIECE = 8192  # rows that enter a cache together
+_AT_ONCE = 4  # steps over two memories
 _SPIN_CYCLES = 5_000_000  # some 3 ms: longer than it takes to start a call's kernels
 _SPIN = """extern "C" __global__ void spin(long long cycles) {
   long long start = clock64();
@@ -135,6 +136,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=",".join(_PARTS),
         help="what to run, in order: times, tests (of the repository, on the device), sanitizer (compute-sanitizer)",
     )
+    parser.add_argument(
+        "--own-allocations",
+        action="store_true",
+        help="memory for each array instead of a pool's: compute-sanitizer then sees where an array ends",
+    )
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="of all parts together (default: %(default)s)")
 
 
@@ -152,6 +158,8 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     budget = Budget(args.seconds)
     rows: list[Row] = []
     runner = _on_gpu(bench)
+    if args.own_allocations:
+        _without_pool()
     for part in parts:
         if part == "times":
             rows += cases(bench, runner, QUICK if bench.quick else Shapes(), budget)
@@ -160,8 +168,8 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
             rows.append(run_tests(budget))
         else:
             bench.say("compute-sanitizer")
-            again = [sys.executable, "-m", "longattn.cli", "bench", "gpu", "--quick", "--no-peers", "--parts", "times"]
-            rows += run_sanitizers(budget, again)
+            again = [sys.executable, "-m", "longattn.cli", "bench", "gpu", "--quick", "--no-peers", "--own-allocations"]
+            rows += run_sanitizers(budget, [*again, "--parts", "times"])
     return {"rows": rows, "slopes": [], "device": _name()}
 
 
@@ -169,6 +177,12 @@ def _name() -> str:
     import cupy
 
     return str(cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode())
+
+
+def _without_pool() -> None:
+    import cupy
+
+    cupy.cuda.set_allocator(None)
 
 
 def _on_gpu(bench: Bench) -> Runner:
@@ -380,7 +394,7 @@ def _hybrid(bench: Bench, runner: Runner, rng: np.random.Generator, shapes: Shap
     """A step over a cache whose rows lie in host memory, beside the copy of the rows that it selects.
 
     That is once the way of the rows to the device as they lie, collected first, and once the bus alone: as many bytes
-    that lie together in page-locked memory.
+    that lie together in page-locked memory. Of steps at once, as a batch takes them, the time of each.
     """
     (heads, kv_heads), keys, dim = shapes.heads[0], max(shapes.decode_keys), shapes.head_dim
     device, chosen = runner.device, shapes.chosen
@@ -400,6 +414,7 @@ def _hybrid(bench: Bench, runner: Runner, rng: np.random.Generator, shapes: Shap
     there = device.empty(locked.shape, "bfloat16", q)
     calls: dict[str, Call] = {
         "step": lambda: cache.attend(q, top_k=chosen),
+        "at once": lambda: [finish() for finish in [cache.start(q, top_k=chosen) for _ in range(_AT_ONCE)]],
         "rows": copy_rows,
         "bus": lambda: [runner.fill(there, locked) for _ in "kv"],
     }
@@ -407,7 +422,11 @@ def _hybrid(bench: Bench, runner: Runner, rng: np.random.Generator, shapes: Shap
     row = {"heads": f"{heads}/{kv_heads}", "head_dim": dim, "keys": keys, "dtype": "bfloat16"}
     copied = {"rows_copy_ms": 1e3 * found["rows"][0], "bus_ms": 1e3 * found["bus"][0]}
     ratio = found["step"][0] / found["rows"][0]
-    return [{"case": f"hybrid step, top {chosen}", **row, **_columns(found["step"]), **copied, "of_rows_copy": ratio}]
+    each = found["at once"][0] / _AT_ONCE, found["at once"][1] / _AT_ONCE
+    return [
+        {"case": f"hybrid step, top {chosen}", **row, **_columns(found["step"]), **copied, "of_rows_copy": ratio},
+        {"case": f"hybrid step of {_AT_ONCE} at once, top {chosen}", **row, **_columns(each)},
+    ]
 
 
 def _neighbourhood(bench: Bench, runner: Runner, rng: np.random.Generator, shapes: Shapes) -> list[Row]:

@@ -32,11 +32,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Seconds of the timed calls, what the first call returned, and why there are no times, if so."""
+    """Seconds of the timed calls, what the first call returned, and why there are no times, if so.
+
+    Where calls come in bursts, `seconds` are means of a burst and `leading` are its first calls.
+    """
 
     seconds: tuple[float, ...]
     result: Any = None
     failure: str | None = None
+    leading: tuple[float, ...] = ()
 
     @property
     def median_ms(self) -> float:
@@ -47,7 +51,8 @@ class Outcome:
         if self.failure:
             return {"ms": None, "ms_min": None, "ms_max": None, "calls": 0, "failure": self.failure}
         ms = [1e3 * s for s in self.seconds]
-        return {"ms": statistics.median(ms), "ms_min": min(ms), "ms_max": max(ms), "calls": len(ms)}
+        first = {"ms_first": 1e3 * statistics.median(self.leading)} if self.leading else {}
+        return {"ms": statistics.median(ms), "ms_min": min(ms), "ms_max": max(ms), "calls": len(ms), **first}
 
 
 class Bench:
@@ -104,9 +109,15 @@ class Bench:
             "machine": doctor.machine(),
         }
 
-    def interleave(self, candidates: Sequence[Candidate]) -> dict[str, Outcome]:
-        """Calls every candidate once to warm up, then all in turns; reads memory once a round."""
+    def interleave(self, candidates: Sequence[Candidate], *, burst_s: float = 0.0) -> dict[str, Outcome]:
+        """Calls every candidate once to warm up, then all in turns; reads memory once a round.
+
+        With `burst_s` a turn is as many calls as take that long, whoever's they are, and counts with their mean: what
+        steps cost that follow each other. A single call of a millisecond that comes after something else finds its
+        threads asleep, its code and tables out of the caches and the clock low; the first call of each burst says so.
+        """
         times: dict[str, list[float]] = {}
+        leading: dict[str, list[float]] = {}
         calls: dict[str, int] = {}
         firsts: dict[str, Any] = {}
         failures: dict[str, str] = {}
@@ -125,8 +136,14 @@ class Bench:
             self._keep("read_gb_s", self.read_gb_s())
             for candidate in candidates:
                 if turn < calls.get(candidate.name, 0):
-                    times[candidate.name].append(timed(candidate.call)[0])
-        done = {name: Outcome(tuple(seconds), firsts[name]) for name, seconds in times.items()}
+                    first, mean = burst(candidate.call, burst_s)
+                    times[candidate.name].append(mean)
+                    if burst_s:
+                        leading.setdefault(candidate.name, []).append(first)
+        done = {
+            name: Outcome(tuple(seconds), firsts[name], leading=tuple(leading.get(name, ())))
+            for name, seconds in times.items()
+        }
         return done | {name: Outcome((), failure=failure) for name, failure in failures.items()}
 
     def read_gb_s(self) -> float:
@@ -163,6 +180,19 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
+
+
+def burst(call: Callable[[], Any], seconds: float) -> tuple[float, float]:
+    """Seconds of the first of calls that follow each other for so long, at least one, and their mean."""
+    start = time.perf_counter()
+    call()
+    first = taken = time.perf_counter() - start
+    n = 1
+    while taken < seconds:
+        call()
+        n += 1
+        taken = time.perf_counter() - start
+    return first, taken / n
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ torch's autograd.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from longattn import _core
 from longattn._arrays import FLOAT64, Array, as_numpy, like
 from longattn._checks import arithmetic, batched, check_floating, dense_inputs, flag, packed_inputs
+from longattn._score_options import PackedScoreOptions, ScoreOptions
 from longattn.dense._options import packed_options, score_options
 from longattn.methods import Method
 from longattn.reference import dense as reference
@@ -29,19 +30,8 @@ def attention_backward(
     lse: Array,
     *,
     d_lse: Array | None = None,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    scale: float | Array | None = None,
-    softcap: float = 0.0,
-    bias: Array | None = None,
-    mask: Array | None = None,
-    alibi_slopes: Array | None = None,
-    sinks: Array | None = None,
-    relative_bias: Array | None = None,
-    relative_zero: int | None = None,
-    segments: tuple[Array, Array] | None = None,
-    visible_until: Array | None = None,
     return_d_sinks: bool = False,
+    **options: Unpack[ScoreOptions],
 ) -> Any:
     """Gradients of `longattn.attention` by its queries, keys, values and sink logits.
 
@@ -60,19 +50,9 @@ def attention_backward(
         out: the forward call's output.
         lse: the forward call's log-sum-exp, floating `[B, Hq, Lq]` (or `[Hq, Lq]`).
         d_lse: gradient of the log-sum-exp, floating, shape of `lse`; `None` is zero.
-        causal: as in the forward call; so are the other options.
-        window: as in the forward call.
-        scale: as in the forward call.
-        softcap: as in the forward call.
-        bias: as in the forward call.
-        mask: as in the forward call.
-        alibi_slopes: as in the forward call.
-        sinks: as in the forward call.
-        relative_bias: as in the forward call.
-        relative_zero: as in the forward call.
-        segments: as in the forward call.
-        visible_until: as in the forward call.
         return_d_sinks: also return the gradient of `sinks`.
+        options: `causal`, `window`, `scale`, `softcap`, `bias`, `mask`, `alibi_slopes`, `sinks`, `relative_bias`,
+            `relative_zero`, `segments` and `visible_until` as in the forward call.
 
     Returns:
         `(dq, dk, dv)` in the shapes and dtypes of `q`, `k` and `v` and the kind of `q`; with `return_d_sinks`
@@ -80,7 +60,7 @@ def attention_backward(
         number of threads.
 
     Raises:
-        TypeError: an argument of another kind or dtype.
+        TypeError: an argument of another kind or dtype, or an option that does not exist.
         ValueError: shapes, lengths or values that do not fit, an array outside CPU memory, a tensor that
             requires grad, or `return_d_sinks` without `sinks`.
 
@@ -99,43 +79,26 @@ def attention_backward(
     """
     qn, kn, vn = dense_inputs(q, k, v)
     dtype, keys = arithmetic(qn), kn.shape[-2]
-    options = score_options(
-        qn.shape,
-        keys,
-        span=qn.shape[-2] + keys,
-        dtype=dtype,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        bias=bias,
-        mask=mask,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        relative_bias=relative_bias,
-        relative_zero=relative_zero,
-        segments=segments,
-        visible_until=visible_until,
-    )
+    checked = score_options(qn.shape, keys, span=qn.shape[-2] + keys, dtype=dtype, **options)
     output = (*qn.shape[:-1], vn.shape[-1])
     out_n, d_out_n = saved_output(out, "out", output, qn.dtype), saved_output(d_out, "d_out", output, qn.dtype)
     lse_n, d_lse_n = saved_sums(lse, "lse", qn.shape[:-1], dtype), None
     if d_lse is not None:
         d_lse_n = saved_sums(d_lse, "d_lse", qn.shape[:-1], dtype)
-    wants_sinks = wants_d_sinks(return_d_sinks, sinks)
+    wants_sinks = wants_d_sinks(return_d_sinks, options.get("sinks"))
 
     d4, q4, k4, v4, o4 = (batched(x, 4) for x in (d_out_n, qn, kn, vn, out_n))
     gradients: tuple[NDArray[Any], ...]
     if qn.dtype == FLOAT64:
         flat = None if d_lse_n is None else d_lse_n.ravel()
-        *found, d_sinks = _core.attention_backward_double(d4, q4, k4, v4, o4, lse_n.ravel(), flat, options)
-        gradients = tuple(x.reshape(given.shape) for x, given in zip(found, (qn, kn, vn), strict=True))
+        *found, d_sinks = _core.attention_backward_double(d4, q4, k4, v4, o4, lse_n.ravel(), flat, checked)
+        gradients = tuple(x.reshape(whose.shape) for x, whose in zip(found, (qn, kn, vn), strict=True))
         return _returned(q, gradients, d_sinks if wants_sinks else None)
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (qn, kn, vn))
     target = np.empty(qn.shape[-3], np.float32) if wants_sinks else None
     lse3, d_lse3 = batched(lse_n, 3), None if d_lse_n is None else batched(d_lse_n, 3)
-    given = (d4, q4, k4, v4, o4, lse3, d_lse3)
-    _core.attention_backward(given, (batched(dq, 4), batched(dk, 4), batched(dv, 4)), target, options)
+    arrays = (d4, q4, k4, v4, o4, lse3, d_lse3)
+    _core.attention_backward(arrays, (batched(dq, 4), batched(dk, 4), batched(dv, 4)), target, checked)
     return _returned(q, (dq, dk, dv), target)
 
 
@@ -150,15 +113,8 @@ def attention_varlen_backward(
     cu_seqlens_k: Array,
     *,
     d_lse: Array | None = None,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    scale: float | Array | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Array | None = None,
-    sinks: Array | None = None,
-    relative_bias: Array | None = None,
-    relative_zero: int | None = None,
     return_d_sinks: bool = False,
+    **options: Unpack[PackedScoreOptions],
 ) -> Any:
     """Gradients of `longattn.attention_varlen`: `attention_backward` of each packed sequence.
 
@@ -172,50 +128,33 @@ def attention_varlen_backward(
         cu_seqlens_q: as in the forward call.
         cu_seqlens_k: as in the forward call.
         d_lse: gradient of the log-sum-exp, floating `[Hq, Tq]`; `None` is zero.
-        causal: as in the forward call; so are the other options.
-        window: as in the forward call.
-        scale: as in the forward call.
-        softcap: as in the forward call.
-        alibi_slopes: as in the forward call.
-        sinks: as in the forward call.
-        relative_bias: as in the forward call.
-        relative_zero: as in the forward call.
         return_d_sinks: also return the gradient of `sinks`, summed over the sequences.
+        options: `causal`, `window`, `scale`, `softcap`, `alibi_slopes`, `sinks`, `relative_bias` and `relative_zero` as
+            in the forward call.
 
     Returns:
         `(dq, dk, dv)` or `(dq, dk, dv, d_sinks)`, as `attention_backward`.
 
     Raises:
-        TypeError: an argument of another kind or dtype.
+        TypeError: as in `attention_backward`.
         ValueError: as in `attention_backward`, or sequence bounds that do not fit the arrays.
 
     Cost:
         That of `attention_backward` summed over the sequences.
     """
     qn, kn, vn, bounds_q, bounds_k = packed_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    options = packed_options(
-        qn.shape,
-        kn.shape[0],
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        relative_bias=relative_bias,
-        relative_zero=relative_zero,
-    )
+    checked = packed_options(qn.shape, kn.shape[0], **options)
     total_q, heads, _ = qn.shape
     output, sums = (total_q, heads, vn.shape[-1]), (heads, total_q)
     out_n, d_out_n = saved_output(out, "out", output, qn.dtype), saved_output(d_out, "d_out", output, qn.dtype)
     lse_n = saved_sums(lse, "lse", sums, np.dtype(np.float32))
     d_lse_n = None if d_lse is None else batched(saved_sums(d_lse, "d_lse", sums, np.dtype(np.float32)), 3)
-    wants_sinks = wants_d_sinks(return_d_sinks, sinks)
+    wants_sinks = wants_d_sinks(return_d_sinks, options.get("sinks"))
 
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (qn, kn, vn))
     d_sinks = np.empty(heads, np.float32) if wants_sinks else None
-    given = (d_out_n, qn, kn, vn, out_n, batched(lse_n, 3), d_lse_n)
-    _core.attention_varlen_backward(given, (dq, dk, dv), d_sinks, bounds_q, bounds_k, options)
+    arrays = (d_out_n, qn, kn, vn, out_n, batched(lse_n, 3), d_lse_n)
+    _core.attention_varlen_backward(arrays, (dq, dk, dv), d_sinks, bounds_q, bounds_k, checked)
     return _returned(q, (dq, dk, dv), d_sinks)
 
 

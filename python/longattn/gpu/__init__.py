@@ -14,7 +14,7 @@ from longattn.gpu.attention import attention, attention_varlen, block_sparse_att
 from longattn.gpu.chunked_recurrence import chunked_recurrence
 from longattn.gpu.coded_rows import CodedRows, encode_rows
 from longattn.gpu.hash_topk import hash_encode, hash_topk
-from longattn.gpu.host_kv_cache import HostKVCache, StepStats
+from longattn.gpu.host_kv_cache import HostKVCache, StepOptions, StepStats
 from longattn.gpu.merge import merge
 from longattn.gpu.neighborhood_attention import generalized_neighborhood_attention
 from longattn.gpu.signatures import SignatureCodes, signatures_encode, signatures_topk
@@ -25,6 +25,7 @@ __all__ = [
     "Device",
     "HostKVCache",
     "SignatureCodes",
+    "StepOptions",
     "StepStats",
     "View",
     "attention",

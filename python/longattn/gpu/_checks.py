@@ -13,6 +13,9 @@ from longattn._checks import sequence_bounds, window_sides
 from longattn.gpu._device import KERNEL_DTYPES, Device, View
 
 HEAD_DIMS = (64, 128, 256)
+#: Heads, and sequences of a batch, that a launch may have: of the second and third axis of a grid.
+MOST_ACROSS = 65535
+
 _ALIGNMENT = 16
 
 
@@ -41,11 +44,27 @@ def _rows(device: Device, x: Any, name: str, dtype: str | None, axes: tuple[str,
         raise ValueError(f"{name}: got shape {view.shape}, expected [{', '.join(axes)}]")
     if view.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"{name}: got head_dim {view.shape[-1]}, expected one of {HEAD_DIMS} on a GPU")
-    outer = zip(view.strides[:-1], view.shape[:-1], strict=True)
-    rows = [stride * view.itemsize % _ALIGNMENT for stride, n in outer if n > 1]
-    if view.strides[-1] == 1 and not any(rows) and view.address % _ALIGNMENT == 0:
+    for axis, n in zip(axes[:-2], view.shape[:-2], strict=True):
+        if n > MOST_ACROSS and axis != "tokens":
+            raise ValueError(f"{name}: got {n} along {axis}, expected at most {MOST_ACROSS} on a GPU")
+    if view.strides[-1] == 1 and is_aligned(view, _ALIGNMENT):
         return view
     return device.view(device.contiguous(x), name)
+
+
+def check_shared(device: Device, x: View, name: str, shared: int) -> None:
+    """Raises ValueError where a kernel for `x` needs more shared memory than a block of the device may have."""
+    if shared > device.shared_limit:
+        raise ValueError(
+            f"{name}: got shape {x.shape} of {x.dtype}, which needs {shared} bytes of shared memory a block; this "
+            f"device has {device.shared_limit}"
+        )
+
+
+def is_aligned(x: View, size: int) -> bool:
+    """Whether an array begins at a multiple of `size` bytes, and so does every step along an axis but the last."""
+    outer = zip(x.strides[:-1], x.shape[:-1], strict=True)
+    return x.address % size == 0 and not any(step * x.itemsize % size for step, n in outer if n > 1)
 
 
 def attention_views(

@@ -27,7 +27,7 @@ def rows_above(device: Device, source: str, score: str, scores: View, threshold:
     blocks = -(-rows // ROWS)
     found = device.view(device.empty((batch, heads, blocks, 2), "int32", scores.owner), "found")
     chosen = device.empty((batch, heads, k), "int32", scores.owner)
-    across = (blocks, batch * heads)
+    across = (blocks, heads, batch)
     device.kernel(source, f"choice_count_{score}")(
         across, (THREADS,), (scores.pointer, threshold.pointer, found.pointer, np.int32(rows)), 8
     )

@@ -69,6 +69,7 @@ class CupyDevice:
         self._number = number
         self._of_torch = of_torch
         self._modules: dict[str, Any] = {}
+        self._kernels: dict[tuple[str, str], Launch] = {}
         self._side: Any = None
         attributes = cupy.cuda.Device(number).attributes
         self.processors: int = attributes["MultiProcessorCount"]
@@ -155,10 +156,9 @@ class CupyDevice:
             if isinstance(like, self._cupy.ndarray):
                 return self._cupy.asarray(x)  # by page-locked memory that CuPy keeps until the copy is done
             torch = sys.modules["torch"]
-            rows, brain = np.ascontiguousarray(x), x.dtype == BFLOAT16  # which torch takes from no numpy array
-            pinned = torch.from_numpy(rows.view(np.int16) if brain else rows).pin_memory()
-            made = pinned.to(like.device, non_blocking=True)
-            return made.view(torch.bfloat16) if brain else made
+            held = torch.empty(x.shape, dtype=getattr(torch, str(x.dtype)), pin_memory=True)
+            np.copyto(as_numpy(held, "x"), x)
+            return held.to(like.device, non_blocking=True)  # torch keeps what it copies from until the copy is done
 
     def pinned(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
         """Memory of CuPy's pool of page-locked memory."""
@@ -204,19 +204,27 @@ class CupyDevice:
 
     def kernel(self, source_name: str, name: str) -> Launch:
         """A kernel, compiled at first use and kept by CuPy's own cache."""
+        known = self._kernels.get((source_name, name))
+        if known is None:
+            known = self._kernels[source_name, name] = self._made(source_name, name)
+        return known
+
+    def _made(self, source_name: str, name: str) -> Launch:
         with self.used():
             if source_name not in self._modules:
                 # Without a header of its own in the key of CuPy's cache, the text must be whole: `source` puts it so.
                 self._modules[source_name] = self._cupy.RawModule(code=source(source_name), options=("-std=c++17",))
             kernel = self._modules[source_name].get_function(name)
+        announced = _DEFAULT_SHARED
 
         def launch(
             grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], shared_bytes: int
         ) -> None:
+            nonlocal announced
             passed = tuple(np.uint64(0) if a is None else a for a in arguments)
             with self.used():
-                if shared_bytes > _DEFAULT_SHARED:
-                    kernel.max_dynamic_shared_size_bytes = shared_bytes
+                if shared_bytes > announced:
+                    kernel.max_dynamic_shared_size_bytes = announced = shared_bytes
                 kernel(grid, block, passed, shared_mem=shared_bytes)
 
         return launch

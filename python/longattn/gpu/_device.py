@@ -17,7 +17,10 @@ from longattn._arrays import is_torch
 Launch = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...], int], None]
 
 #: What is missing where CuPy is, and what to do.
-INSTALL = "GPU functions need CuPy: pip install 'longattn[gpu]' (cupy-cuda13x; for CUDA 12 install cupy-cuda12x)"
+INSTALL = (
+    "GPU functions need CuPy: pip install 'longattn[gpu]' (cupy-cuda13x; for CUDA 12 install cupy-cuda12x), and a CUDA "
+    "toolkit, which CuPy's extra brings where there is none (cupy-cuda13x[ctk])"
+)
 
 #: Names that kernels give storage dtypes.
 KERNEL_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}

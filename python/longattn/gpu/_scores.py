@@ -14,6 +14,8 @@ from longattn.gpu._checks import window_ends
 from longattn.gpu._device import Device, View
 
 LOG2_E = math.log2(math.e)
+#: Kernels without options multiply minus infinity by the factor; devices take numbers below this one for 0.
+_LEAST_FACTOR = 2.0**-126
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,10 @@ class Scores:
 
     @property
     def plain(self) -> bool:
-        """Whether there is nothing but the factor, and that is above 0."""
+        """Whether there is nothing but the factor, and that is above 0 for the device, too."""
         arrays = self.scales, self.slopes, self.bias, self.sinks, self.mask, self.relative, self.until
         pairs = self.segments, self.state
-        return self.factor > 0 and not self.softcap and all(x is None for x in (*arrays, *pairs))
+        return self.factor >= _LEAST_FACTOR and not self.softcap and all(x is None for x in (*arrays, *pairs))
 
     def from_key(self, device: Device, first: int) -> Scores:
         """The same for keys from `first` on."""

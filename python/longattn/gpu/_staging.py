@@ -63,7 +63,7 @@ class Staging:
 
     def fetch(self, device: Device, x: Any) -> Callable[[], NDArray[np.float32]]:
         """Starts a copy of an array of the device; the result waits for it and gives the numbers."""
-        view = device.view(device.contiguous(x), "x")
+        view = device.view(device.contiguous(x), "fetched")
         kind = "fetched", view.shape, view.dtype
         place = self._take(kind, lambda: _Place(device.pinned(view.shape, view.dtype), None))
         device.follow(device.mark(), side=True)

@@ -10,10 +10,12 @@ import numpy as np
 
 from longattn._score_options import PackedScoreOptions, ScoreOptions, check_names
 from longattn.gpu._checks import (
+    MOST_ACROSS,
     attention_views,
     check_blocks,
     check_fit,
     check_listed,
+    check_shared,
     heads_view,
     packed_view,
     sequence_ends,
@@ -153,6 +155,8 @@ def attention_varlen(
     k_ends = sequence_ends(device, cu_seqlens_k, "cu_seqlens_k", keys.shape[2])
     if len(q_ends) != len(k_ends):
         raise ValueError(f"cu_seqlens_k: got {len(k_ends) - 1} sequences, expected {len(q_ends) - 1}")
+    if len(q_ends) - 1 > MOST_ACROSS:
+        raise ValueError(f"cu_seqlens_q: got {len(q_ends) - 1} sequences, expected at most {MOST_ACROSS} on a GPU")
     check_names(options, PackedScoreOptions)
     scale: Any = options.get("scale")
     slopes = options.get("alibi_slopes")
@@ -383,7 +387,7 @@ def _decode(
             name, stages, row_bytes = f"decode_int8_{KERNEL_DTYPES[q.dtype]}_{dim}", _CODED_STAGES, dim + 8
         tiles = 4 * (2 if dim > _WIDE else stages) * 2 * 16 * row_bytes  # keys and values of four warps
         shared = max(tiles, 4 * 16 * 4 * (2 + dim))
-    _check_shared(device, q, shared)
+    check_shared(device, q, "q", shared)
     across = batch * kv_heads * -(-rows // block_rows)
     split = _split_keys(most, across, device.processors)
     splits = max(1, -(-most // split))
@@ -495,13 +499,5 @@ def prefill_launch(
         name = f"{source}_{KERNEL_DTYPES[q.dtype]}_{dim}_{rows}"
         # A tile for keys and one for values; or one for both, and one of codes with their scales and offsets.
         shared = 2 * dim * rows + BLOCK_KEYS * (dim * 2 + dim + 8 if coded else 4 * dim)
-    _check_shared(device, q, shared)
+    check_shared(device, q, "q", shared)
     return device.kernel(with_options(source) if options else source, name), _PREFILL_THREADS, shared
-
-
-def _check_shared(device: Device, q: View, shared: int) -> None:
-    if shared > device.shared_limit:
-        raise ValueError(
-            f"q: got head_dim {q.shape[-1]} of {q.dtype}, which needs {shared} bytes of shared memory a block; this "
-            f"device has {device.shared_limit}"
-        )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from longattn.gpu._checks import heads_view
+from longattn.gpu._checks import check_shared, heads_view, is_aligned
 from longattn.gpu._device import KERNEL_DTYPES, Device, View, device_of
 
 #: Tokens up to which they are taken one by one, which needs one launch and one pass over the state.
@@ -105,6 +105,7 @@ def chunked_recurrence(
         size = 2 * (2 * _CHUNK * _CHUNK + 3 * _CHUNK * dim) + 4 * dim
         columns, to_prepare = _COLUMNS, 8 * _CHUNK * (dim + 8) + 8 * _CHUNK * _CHUNK
         to_carry = 2 * (size + 2 * _CHUNK * columns)
+    check_shared(device, queries, "q", max(to_prepare, to_carry))
     parts = device.view(device.empty((batch, value_heads, max(chunks, 1), size // 4), "float32", q), "parts")
     if chunks:
         device.kernel(source, f"recurrence_prepare_{name}")(
@@ -197,8 +198,7 @@ def _strides(*views: View) -> tuple[np.int64, ...]:
 
 def _by_pieces(v: View) -> bool:
     """Whether rows can be copied in pieces of 16 bytes."""
-    starts = [stride for stride, n in zip(v.strides[:3], v.shape[:3], strict=True) if n > 1]
-    return not any(n * v.itemsize % _ALIGNMENT for n in (*starts, v.shape[3])) and v.address % _ALIGNMENT == 0
+    return v.shape[3] * v.itemsize % _ALIGNMENT == 0 and is_aligned(v, _ALIGNMENT)
 
 
 def _rows_view(device: Device, x: Any, name: str, dtype: str) -> View:

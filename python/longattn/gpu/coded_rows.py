@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from longattn.gpu._checks import heads_view
+from longattn.gpu._checks import heads_view, is_aligned
 from longattn.gpu._device import KERNEL_DTYPES, Device, View, device_of
 
 _THREADS = 256
 _ALIGNMENT = 16
+_PARAMETERS_ALIGNMENT = 8  # scale and offset are read together
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,10 @@ def coded_views(device: Device, rows: CodedRows, name: str) -> tuple[View, View]
         raise ValueError(
             f"{name}: got codes {codes.shape} and parameters {parameters.shape}, expected [.., D] and [.., 2]"
         )
-    outer = zip(codes.strides[:3], codes.shape[:3], strict=True)
-    aligned = codes.address % _ALIGNMENT == 0 and not any(s % _ALIGNMENT for s, n in outer if n > 1)
+    aligned = is_aligned(codes, _ALIGNMENT) and is_aligned(parameters, _PARAMETERS_ALIGNMENT)
     if codes.strides[3] != 1 or not aligned or parameters.strides[2:] != (2, 1):
-        raise ValueError(f"{name}: got codes or parameters that do not lie row by row, aligned to {_ALIGNMENT} bytes")
+        raise ValueError(
+            f"{name}: got codes or parameters that do not lie row by row, aligned to {_ALIGNMENT} bytes "
+            f"and to {_PARAMETERS_ALIGNMENT}"
+        )
     return codes, parameters

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from longattn.gpu._checks import heads_view
+from longattn.gpu._checks import heads_view, is_aligned
 from longattn.gpu._choice import ROWS, rows_above, threshold_step
 from longattn.gpu._device import KERNEL_DTYPES, Device, device_of
 
@@ -14,6 +14,7 @@ from longattn.gpu._device import KERNEL_DTYPES, Device, device_of
 WORDS = (1, 2, 4, 8)
 
 _THREADS = 256
+_ALIGNMENT = 16  # of codes of 4 words and more, which are read in pieces
 _MOST_BINS = 8192  # counts of a block, in shared memory
 
 
@@ -90,9 +91,11 @@ def hash_topk(queries: Any, codes: Any, k: int, *, device: Device | None = None)
     bins = group * words * 32 + 1
     if bins > _MOST_BINS:
         raise ValueError(f"queries: got {bins - 1} bits in a group, expected at most {_MOST_BINS - 1}")
-    if kept.strides[2:] != (words, 1):
+    if kept.strides[2:] != (words, 1) or (words % 4 == 0 and not is_aligned(kept, _ALIGNMENT)):
         kept = device.view(device.contiguous(codes), "codes")
     asked = device.view(device.contiguous(queries), "queries")
+    if batch * heads == 0:
+        return device.empty((batch, heads, k), "int32", codes)
     scores = device.view(device.empty((batch, heads, rows), "uint16", codes), "scores")
     counts = device.view(device.zeros((batch, heads, bins), "int32", codes), "counts")
     threshold = device.view(device.empty((batch, heads, 2), "int32", codes), "threshold")

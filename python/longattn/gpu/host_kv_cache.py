@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import CodedRows
+from longattn._score_options import check_names
 from longattn.gpu._checks import heads_view
-from longattn.gpu._costs import Costs, measure
+from longattn.gpu._costs import Costs, costs_of
 from longattn.gpu._device import Device, device_of
 from longattn.gpu._staging import staging_of
 from longattn.gpu.attention import attention
@@ -48,6 +49,34 @@ class StepStats:
     listed: int = 0
 
 
+class RetrievalBudget(TypedDict, total=False):
+    """What beside a number of rows says how much the host reads, as of `longattn.retrieval_attention`."""
+
+    top_p: float | None
+    rest: Literal["values", "none", "sampled"] | None
+    epsilon: float | None
+    delta: float | None
+    relative_to: Literal["output", "values"] | None
+    seed: int
+
+
+class StepOptions(RetrievalBudget, total=False):
+    """Options of a decode step.
+
+    Attributes:
+        top_k: rows that are selected on the host, as of `longattn.retrieval_attention`; without an index, on the
+            device, or all of them for `None`, which it is by default.
+        scale: factor on the dot products; `None`, the default, is `D ** -0.5`.
+        sink_logits: float32 `[Hq]` on the device: an extra logit per head, which takes its share of the softmax.
+        return_stats: also return what was read; not by default.
+    """
+
+    top_k: int | None
+    scale: float | None
+    sink_logits: Any
+    return_stats: bool
+
+
 @dataclass(slots=True)
 class _Arriving:
     """Rows on their way to the host."""
@@ -55,7 +84,8 @@ class _Arriving:
     keys: Callable[[], NDArray[Any]]
     values: Callable[[], NDArray[Any]]
     first: int  # position of the first row
-    taken: int  # rows that the store has got
+    count: int
+    taken: int = 0  # rows that the store has got
 
 
 class HostKVCache:
@@ -89,6 +119,7 @@ class HostKVCache:
         device: the back end; `None` is that of the first arrays.
 
     Raises:
+        TypeError: `costs` of another kind.
         ValueError: a store that is not empty, an index of another store, counts out of range, an unknown way, or one
             that a store of codes does not have.
     """
@@ -114,6 +145,8 @@ class HostKVCache:
             raise ValueError(f"reads: got {reads!r}, expected 'host', 'gather' or 'auto'")
         if reads != "host" and isinstance(store.dtype, str):
             raise ValueError(f"reads: got {reads!r} with a store of {store.dtype}, expected 'host'")
+        if costs is not None and not isinstance(costs, Costs):
+            raise TypeError(f"costs: got {type(costs).__name__}, expected Costs or None")
         self.store, self.index, self.sinks, self.window = store, index, sinks, window
         self.reads, self.costs = reads, costs
         self._codes: SignatureCodes | None = None
@@ -185,7 +218,7 @@ class HostKVCache:
         if self._keys is None:
             shape = (1, heads, self.sinks + self.window, dim)
             self._keys, self._values = (device.empty(shape, keys.dtype, k) for _ in range(2))
-        self._arriving.append(_Arriving(device.download(k), device.download(v), self._length, 0))
+        self._arriving.append(_Arriving(device.download(k), device.download(v), self._length, count))
         self._write(k, v, count)
         self._length += count
         self._hand_over()
@@ -210,67 +243,43 @@ class HostKVCache:
                 self._values[:, :, places] = v[:, :, rows]
 
     def _hand_over(self) -> None:
-        """Rows that have left the window enter the store."""
+        """Rows that have left the window enter the store; only for those does the host wait."""
         until = self._length - self.window
         while self._arriving:
             part = self._arriving[0]
-            keys = part.keys()
-            count = keys.shape[2]
             first = max(part.taken, self.sinks - part.first)
-            end = min(count, until - part.first)
+            end = min(part.count, until - part.first)
             if end > first:
-                self.store.append(keys[0, :, first:end], part.values()[0, :, first:end])
+                self.store.append(part.keys()[0, :, first:end], part.values()[0, :, first:end])
                 part.taken = end
-            if end < count:
+            if end < part.count:
                 return
+            part.keys(), part.values()  # sinks alone were not waited for, and their copies' memory is free after this
             self._arriving.popleft()
 
-    def attend(
-        self,
-        q: Any,
-        *,
-        top_k: int | None = None,
-        scale: float | None = None,
-        sink_logits: Any = None,
-        return_stats: bool = False,
-        **budget: Any,
-    ) -> Any:
+    def attend(self, q: Any, **options: Unpack[StepOptions]) -> Any:
         """Attention of the newest token.
 
         Args:
             q: queries `[1, Hq, 1, D]` on the device.
-            top_k: rows that are selected on the host, as of `longattn.retrieval_attention`; without an index, on the
-                device, or all of them for `None`.
-            scale: factor on the dot products; `None` is `D ** -0.5`.
-            sink_logits: float32 `[Hq]` on the device: an extra logit per head, which takes its share of the softmax.
-            return_stats: also return what was read.
-            **budget: further arguments of `longattn.retrieval_attention`, such as `top_p` or `epsilon`; the host reads
-                then, whatever `reads` says. They need an index.
+            options: `top_k`, `scale`, `sink_logits`, `return_stats` (`StepOptions` says more), and further arguments of
+                `longattn.retrieval_attention`: `top_p`, `rest`, `epsilon`, `delta`, `relative_to`, `seed`. With these
+                the host reads, whatever `reads` says; they need an index.
 
         Returns:
             The output `[1, Hq, 1, D]` in the kind and dtype of `q`, or the pair with `StepStats`.
 
         Raises:
-            TypeError: as of `append`.
+            TypeError: as of `append`; an option that does not exist.
             ValueError: no token yet; shapes that do not fit; what `retrieval_attention` refuses; `reads="gather"`
                 without `top_k`; further arguments without an index.
 
         Cost: the longer of the device's pass over `sinks + window` rows and the host's retrieval, and a merge.
             Gathered: a scan of the codes on the device, the chosen rows' way over the bus, and attention to them.
         """
-        pending = self.start(q, top_k=top_k, scale=scale, sink_logits=sink_logits, return_stats=return_stats, **budget)
-        return pending()
+        return self.start(q, **options)()
 
-    def start(
-        self,
-        q: Any,
-        *,
-        top_k: int | None = None,
-        scale: float | None = None,
-        sink_logits: Any = None,
-        return_stats: bool = False,
-        **budget: Any,
-    ) -> Callable[[], Any]:
+    def start(self, q: Any, **options: Unpack[StepOptions]) -> Callable[[], Any]:
         """Starts `attend`, whose arguments these are: the query's way to the host, and the device's part.
 
         What it returns does the host's part and the merge, once, and gives the result of `attend`. Until then other
@@ -281,6 +290,7 @@ class HostKVCache:
             TypeError: as of `attend`.
             ValueError: as of `attend`, at once or when the result is asked for.
         """
+        check_names(options, StepOptions)
         if self._length == 0:
             raise ValueError("attend: got a cache without tokens")
         device = self._device
@@ -288,6 +298,8 @@ class HostKVCache:
         queries = heads_view(device, q, "q", self._dtype)
         if queries.shape[0] != 1 or queries.shape[2] != 1:
             raise ValueError(f"q: got shape {queries.shape}, expected [1, heads, 1, {self.store.head_dim}]")
+        top_k, scale, return_stats = options.get("top_k"), options.get("scale"), options.get("return_stats", False)
+        budget = {name: value for name, value in options.items() if name in RetrievalBudget.__annotations__}
         if self.reads == "gather" and (top_k is None or budget):
             raise ValueError(f"top_k: got {top_k} with {sorted(budget)}, expected top_k alone where rows are gathered")
         if self.index is None and (budget or (top_k is not None and top_k < 1)):
@@ -302,7 +314,7 @@ class HostKVCache:
             self._keys[:, :, : self.resident],
             self._values[:, :, : self.resident],
             scale=scale,
-            sinks=sink_logits,
+            sinks=options.get("sink_logits"),
             return_lse=True,
             out_dtype="float32",
             device=device,
@@ -392,7 +404,7 @@ class HostKVCache:
             return True
         assert self._device is not None
         if self.costs is None:
-            self.costs = measure(self._device, q, self._keys)
+            self.costs = costs_of(self._device, q, self._keys)
         heads, dim = self.store.kv_heads, self.store.head_dim
         row_bytes = 2 * heads * dim * np.dtype(self.store.dtype).itemsize
         return self.costs.prefers_gather(rows, min(top_k, rows), row_bytes, heads * (dim / 2 + 2))

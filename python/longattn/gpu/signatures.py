@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from longattn._checks import integer, scale_factor
-from longattn.gpu._checks import heads_view
+from longattn.gpu._checks import check_shared, heads_view, is_aligned
 from longattn.gpu._choice import ROWS, rows_above, threshold_step
 from longattn.gpu._device import KERNEL_DTYPES, Device, View, device_of
 from longattn.reference.retrieval.signatures import rotation
@@ -19,6 +19,7 @@ BLOCK = 16
 
 _ENCODE_THREADS = 128
 _THREADS = 256
+_WORD = 4  # bytes of codes that are read at a time
 _BINS = 2048
 #: Bits of a score below those of the scan's histogram, and bins of each later one.
 _LATER = ((10, 2048), (0, 1024))
@@ -133,11 +134,15 @@ def signatures_topk(
         raise ValueError(f"queries: got shape {asked.shape}, which codes {codes.shape} do not fit")
     if group == 0:
         raise ValueError(f"queries: got shape {asked.shape}, expected at least one query per KV head")
+    if codes.strides[2:] != (codes.shape[3], 1) or not is_aligned(codes, _WORD):
+        raise ValueError(f"signatures: got codes by strides {codes.strides}, expected blocks that follow one another")
     rows = codes.shape[2] * BLOCK
     if not 1 <= k <= rows:
         raise ValueError(f"k: got {k}, expected 1 to the {rows} coded rows")
     if math.prod(asked.shape) == 0:
         return device.empty((batch, heads, k), "int32", queries)
+    to_scan = 4 * (group * (dim // 4 + 3) + _BINS)
+    check_shared(device, asked, "queries", to_scan)
     quads = device.view(device.empty((batch, heads, group, dim // 4), "int32", queries), "quads")
     numbers = device.view(device.empty((batch, heads, group, 3), "float32", queries), "numbers")
     device.kernel("signatures", f"signatures_prepare_{KERNEL_DTYPES[asked.dtype]}_{dim}")(
@@ -171,13 +176,13 @@ def signatures_topk(
             np.int64(codes.strides[1]),
             *(np.int32(n) for n in (group, rows, dim)),
         ),
-        4 * (group * (dim // 4 + 3) + _BINS),
+        to_scan,
     )
     threshold_step(device, "signatures", "u32", counts, threshold, k)
     for shift, bins in _LATER:
         counts = _zeros(device, (batch, heads, bins), queries)
         arguments = (scores.pointer, threshold.pointer, counts.pointer, *(np.int32(n) for n in (rows, shift, bins)))
-        device.kernel("signatures", "signatures_histogram")((blocks, batch * heads), (_THREADS,), arguments, 4 * bins)
+        device.kernel("signatures", "signatures_histogram")((blocks, heads, batch), (_THREADS,), arguments, 4 * bins)
         threshold_step(device, "signatures", "u32", counts, threshold, -1)
     return rows_above(device, "signatures", "u32", scores, threshold, k)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,10 +32,12 @@ class DeviceConfig:
         reads: how selected rows are read: `"host"`, `"gather"` or `"auto"`; the last two need `top_k`.
         codes: "int8" or "int4": rows in host memory are kept as codes, without an index; the device chooses `top_k` of
             them, `None` reads all. `None` keeps the numbers.
+        costs: of both ways, for `reads="auto"`; `None` measures them in the first step that has a choice, once for all
+            layers and sequences.
         device: back end of `longattn.gpu`; `None` is that of the keys.
 
     Raises:
-        TypeError: a parameter that the index does not have.
+        TypeError: a parameter that the index does not have; `costs` of another kind.
         ValueError: a value outside the range stated above.
     """
 
@@ -45,6 +48,7 @@ class DeviceConfig:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     reads: Literal["host", "gather", "auto"] = "host"
     codes: Literal["int8", "int4"] | None = None
+    costs: gpu.Costs | None = None
     device: gpu.Device | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +65,8 @@ class DeviceConfig:
             raise ValueError(f"codes: got {self.codes!r}, expected 'int8', 'int4' or None")
         if self.codes and self.reads != "host":
             raise ValueError(f"reads: got {self.reads!r} with codes={self.codes!r}, expected 'host'")
+        if self.costs is not None and not isinstance(self.costs, gpu.Costs):
+            raise TypeError(f"costs: got {type(self.costs).__name__}, expected gpu.Costs or None")
         if self.index not in by_name.KINDS or by_name.learns_from_queries(self.index):
             fitting = (kind for kind in by_name.KINDS if not by_name.learns_from_queries(kind))
             raise ValueError(f"index: got {self.index!r}, expected one of {', '.join(fitting)}")
@@ -95,7 +101,13 @@ class DeviceSequence(OnwardSequence):
             store = la.KVStore(kv_heads=kv_heads, head_dim=head_dim, dtype=how.codes or dtype, capacity=capacity)
             index = None if how.codes else la.index.make(how.index, store, queries=None, **how.parameters)
             self._cache = gpu.HostKVCache(
-                store, index, sinks=how.sinks, window=how.window, reads=how.reads, device=how.device
+                store,
+                index,
+                sinks=how.sinks,
+                window=how.window,
+                reads=how.reads,
+                costs=how.costs,
+                device=how.device,
             )
 
     @property
@@ -117,8 +129,11 @@ class DeviceSequence(OnwardSequence):
         dense: torch.Tensor | None,
         counts: ReadCounts,
         out: torch.Tensor,
-    ) -> None:
+    ) -> Iterator[None]:
         """Attention of the rows that came last; `Sequence.attend` says more.
+
+        Gives way where a step is under way, so that others may start theirs: the device attends to its rows, and the
+        query is on its way to the host. `in_turns` goes on with it.
 
         Raises:
             ValueError: a softcap over rows in host memory, whose logits retrieval does not cap.
@@ -140,7 +155,7 @@ class DeviceSequence(OnwardSequence):
                 f"device: got softcap {options['softcap']} from the model, expected none: retrieval does not cap logits"
             )
         if decode:
-            self._step(self._cache, q, k, v, given, counts, out)
+            yield from self._steps(self._cache, q, k, v, given, counts, out)
             return
         out.copy_(self._prompt(self._cache, q, k, v, given)[0])
         self._cache.append(k, v)
@@ -156,7 +171,7 @@ class DeviceSequence(OnwardSequence):
         first = max(k.shape[2] - self._window + 1, 0)  # what the next query sees
         self._kept = k[:, :, first:].clone(), v[:, :, first:].clone()
 
-    def _step(
+    def _steps(
         self,
         cache: gpu.HostKVCache,
         q: torch.Tensor,
@@ -165,18 +180,20 @@ class DeviceSequence(OnwardSequence):
         options: dict[str, Any],
         counts: ReadCounts,
         out: torch.Tensor,
-    ) -> None:
-        """Decoding, one row after another."""
+    ) -> Iterator[None]:
+        """Decoding, one row after another, each first as far as the device's part."""
         for row in range(k.shape[2]):
             one = slice(row, row + 1)
             cache.append(k[:, :, one], v[:, :, one])
-            attended, stats = cache.attend(
+            finish = cache.start(
                 q[:, :, one].contiguous(),
                 top_k=self._how.top_k,
                 scale=options["scale"],
                 sink_logits=options["sinks"],
                 return_stats=True,
             )
+            yield
+            attended, stats = finish()
             out[:, one] = attended[0]
             read, missed = (cache.resident + stats.gathered + stats.listed) * self._kv_heads, 0.0
             if stats.retrieval is not None:
@@ -199,3 +216,16 @@ class DeviceSequence(OnwardSequence):
         parts = [(o.float(), lse) for o, lse in parts]
         attended, _ = gpu.merge(parts, dtype=str(q.dtype).removeprefix("torch."), device=device)
         return attended
+
+
+def in_turns(steps: Iterable[Iterator[None]]) -> None:
+    """Runs sequences side by side: all start their steps before the host does its part of the first.
+
+    So the device always has work, and the host finds each query there when its turn comes.
+    """
+    under_way = deque(steps)
+    while under_way:
+        one = under_way.popleft()
+        for _ in one:
+            under_way.append(one)
+            break

@@ -26,7 +26,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 import longattn as la
-from longattn.transformers.device import DeviceConfig, DeviceSequence
+from longattn.transformers.device import DeviceConfig, DeviceSequence, in_turns
 from longattn.transformers.eviction import EvictedSequence, EvictionConfig
 from longattn.transformers.masks import MaskSpec
 from longattn.transformers.retrieval import RetrievalConfig
@@ -315,16 +315,28 @@ class HostLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no t
 
         dense = None if mask is None or isinstance(mask, MaskSpec) else mask.expand(len(query), -1, -1, -1)
         out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+        parts, steps = [], []
         for b, sequence in enumerate(self.sequences):
             rows = tokens[b]
             q = query[b] if rows is None else query[b][:, rows]
             # Written in place, except around padding, where the rows are gathered and scattered.
             o = out[b] if rows is None else out.new_empty(len(rows), *out.shape[2:])
             row_mask = None if dense is None else dense[b]
-            beside = {} if self.routing is None else {"lists": self._lists[b]}
-            sequence.attend(
-                q, options, decode=decode, dense=row_mask, counts=self.counts, out=o.transpose(0, 1), **beside
-            )
+            given: dict[str, Any] = {
+                "decode": decode,
+                "dense": row_mask,
+                "counts": self.counts,
+                "out": o.transpose(0, 1),
+            }
+            if self.routing is not None:
+                given["lists"] = self._lists[b]
+            parts.append(o)
+            if isinstance(sequence, DeviceSequence):
+                steps.append(sequence.attend(q, options, **given))
+            else:
+                sequence.attend(q, options, **given)
+        in_turns(steps)
+        for b, (rows, o) in enumerate(zip(tokens, parts, strict=True)):
             if rows is not None:
                 out[b, rows] = o
         return out

@@ -32,11 +32,11 @@ DEVICE void choice_threshold(const int* counts, u32* threshold, int bins, int k)
 }
 
 // How many rows have each value of the bits from `shift` on, of those whose bits above are the threshold's. counts [heads, bins], zeroed.
-// Grid: rows / CHOICE_ROWS, heads of all batches.
+// Grid: rows / CHOICE_ROWS, heads, batch.
 DEVICE void choice_histogram(const u32* scores, const u32* threshold, int* counts, int rows, int shift, int bins) {
   DYNAMIC_SHARED(shared);
   int* histogram = reinterpret_cast<int*>(shared);
-  i64 head = blockIdx.y;
+  i64 head = static_cast<i64>(blockIdx.z) * gridDim.y + blockIdx.y;
   for (int i = threadIdx.x; i < bins; i += CHOICE_THREADS) histogram[i] = 0;
   __syncthreads();
   u32 above = threshold[2 * head];
@@ -51,12 +51,12 @@ DEVICE void choice_histogram(const u32* scores, const u32* threshold, int* count
 }
 
 // How many rows of each block of rows are above the threshold, and how many at it: found [heads, blocks, 2].
-// Grid: rows / CHOICE_ROWS, heads of all batches.
+// Grid: rows / CHOICE_ROWS, heads, batch.
 template <class Score>
 DEVICE void choice_count(const Score* scores, const u32* threshold, int* found, int rows) {
   DYNAMIC_SHARED(shared);
   int* sums = reinterpret_cast<int*>(shared);
-  i64 head = blockIdx.y;
+  i64 head = static_cast<i64>(blockIdx.z) * gridDim.y + blockIdx.y;
   if (threadIdx.x < 2) sums[threadIdx.x] = 0;
   __syncthreads();
   u32 at = threshold[2 * head];
@@ -78,7 +78,7 @@ DEVICE void choice_collect(const Score* scores, const u32* threshold, const int*
   DYNAMIC_SHARED(shared);
   int* per_warp = reinterpret_cast<int*>(shared);  // [warps, 2]
   constexpr int WARPS = CHOICE_THREADS / WARP;
-  i64 head = blockIdx.y;
+  i64 head = static_cast<i64>(blockIdx.z) * gridDim.y + blockIdx.y;
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   u32 at = threshold[2 * head];
   int wanted = static_cast<int>(threshold[2 * head + 1]), above = 0, equal = 0;

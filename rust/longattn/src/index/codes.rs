@@ -17,8 +17,8 @@ use half::f16;
 /// Keys per block, whatever the instruction set.
 pub(crate) const BLOCK: usize = 16;
 
-/// Bytes ahead that a scan asks for.
-const AHEAD: usize = 4096;
+/// Bytes ahead that a scan asks for: what memory brings while the scores of a tile are summed.
+const AHEAD: usize = 16 * 1024;
 
 /// Layout of the codes of one head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

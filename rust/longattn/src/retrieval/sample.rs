@@ -108,7 +108,7 @@ impl Key {
 }
 
 #[inline(always)]
-fn mix32(x: u32) -> u32 {
+pub(super) fn mix32(x: u32) -> u32 {
     let x = (x ^ (x >> 16)).wrapping_mul(0x85EB_CA6B);
     let x = (x ^ (x >> 13)).wrapping_mul(0xC2B2_AE35);
     x ^ (x >> 16)

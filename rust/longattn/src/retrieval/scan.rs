@@ -3,7 +3,7 @@
 use super::chunks::{Shared, Slots};
 use super::select::{self, Budget, Weights};
 pub(crate) use super::weigh::CodeError;
-use super::weigh::{Bulk, HeadWeight, NEGLIGIBLE, Summarise, Weigh, WeighTile};
+use super::weigh::{Bulk, HeadWeight, Left, Summarise, Weigh, WeighTile};
 use crate::dense::scores::Running;
 use crate::dense::scratch::{Buffer, with_scratch};
 use crate::index::clusters::Clusters;
@@ -17,7 +17,7 @@ use std::time::Instant;
 const BOUND_SIGMAS: f32 = 5.5;
 
 /// Relative error of a sum of weights.
-const SUM_ROUNDING: f64 = 1e-6;
+const SUM_ROUNDING: f64 = 4e-6;
 
 /// Candidates that one item scans, a multiple of [`TILE`].
 pub(super) const CHUNK: usize = 16 * 1024;
@@ -145,6 +145,7 @@ fn scan<'a, C: RowCodes>(
 
     // Scan: the scores of each tile, `[group, TILE]` one tile after another, which become weights relative to the tile's largest.
     let errors: Vec<CodeError> = (0..group).map(|g| codes.error(head, &queries, g)).collect();
+    let scaled = errors.iter().all(|error| error.is_one_factor());
     let bulks = Slots::new(chunks);
     let start = Instant::now();
     run(&|c| {
@@ -156,7 +157,7 @@ fn scan<'a, C: RowCodes>(
                 unsafe { (scores.part(t * group * TILE, group * TILE), shared_scales.part(t * group, group)) };
             codes.scan(isa, head, range.start / block..range.end / block, &queries, scores, TILE);
             let inside = candidates.start.max(range.start) - range.start..candidates.end.min(range.end) - range.start;
-            dispatch(isa, Summarise { scores, origins, len: range.len(), inside, errors: &errors, bulk: &mut bulk });
+            dispatch(isa, Summarise { scores, origins, len: range.len(), inside, scaled, bulk: &mut bulk });
         }
         bulks.set(c, bulk);
     });
@@ -170,14 +171,12 @@ fn scan<'a, C: RowCodes>(
 
     // Weights of the group: the mean over its heads of each place's estimated share of all mass.
     let heads: Vec<HeadWeight> =
-        (0..group).map(|g| HeadWeight::new(&bulk[g], ask.steady[g], errors[g], candidates.len())).collect();
+        (0..group).map(|g| HeadWeight::new(&bulk[g], ask.steady[g], errors[g], candidates.len(), scaled)).collect();
     let by_mass = purpose == Purpose::Mass;
     let values = codes.values(head).filter(|_| with_values);
     let (value_ids, clusters) = values.map_or((&[][..], 0), |(values, ids)| (ids, values.len()));
     let parts = Slots::new(chunks);
-    // Sloped weights of rows with a small share need not be small.
-    let scaled = purpose != Purpose::Sample && heads.iter().all(HeadWeight::is_scaled);
-    let negligible = if scaled { NEGLIGIBLE / candidates.len() as f32 } else { 0.0 };
+    let left = if purpose == Purpose::Sample { Left::NOTHING } else { Left::of(candidates.len()) };
     run(&|c| {
         let mut weigh = Weigh::new(&heads, clusters, by_mass);
         for t in tiles_of(c) {
@@ -188,7 +187,7 @@ fn scan<'a, C: RowCodes>(
                 (scores, weights.part(t * TILE, TILE), shared_scales.part(t * group, group))
             };
             let ids: &[u8] = if clusters > 0 { &value_ids[range.clone()] } else { &[] };
-            dispatch(isa, WeighTile { scores, scales, weights, ids, len: range.len(), negligible, weigh: &mut weigh });
+            dispatch(isa, WeighTile { scores, scales, weights, ids, tile: t, len: range.len(), left, weigh: &mut weigh });
         }
         parts.set(c, weigh.finish());
     });
@@ -198,6 +197,7 @@ fn scan<'a, C: RowCodes>(
         sums.iter_mut().zip(&part.sums).for_each(|(a, b)| *a += b);
         totals.join(&part.weights);
     }
+    totals.mass.iter_mut().zip(&heads).for_each(|(mass, head)| *mass = head.mass);
     Scanned {
         codes,
         queries,

@@ -1,8 +1,9 @@
 //! What the scan's estimated logits weigh: sums over chunks of candidates, shares of rows, sums by value cluster.
 
 use super::scan::TILE;
+use super::sample::mix32;
 use super::select::Weights;
-use crate::dense::scores::{Running, exp_difference};
+use crate::dense::scores::exp_difference;
 use crate::index::clusters::MAX_CLUSTERS;
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
 use std::f32::consts::LOG2_E;
@@ -11,22 +12,27 @@ use std::ops::Range;
 /// Sums over candidates of one query head: what turns estimated logits into weights.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bulk {
-    /// Running softmax of the estimated logits.
-    pub(super) softmax: Running,
-    pub(super) sum: f64,
-    pub(super) squares: f64,
+    /// The largest estimated logit, and the sum of all `e^(logit - max)`.
+    max: f32,
+    mass: f64,
+    sum: f64,
+    squares: f64,
 }
 
 impl Bulk {
-    pub(super) const EMPTY: Self = Self { softmax: Running::EMPTY, sum: 0.0, squares: 0.0 };
+    pub(super) const EMPTY: Self = Self { max: f32::NEG_INFINITY, mass: 0.0, sum: 0.0, squares: 0.0 };
 
     pub(super) fn join(&mut self, other: Self) {
-        let max = self.softmax.max.max(other.softmax.max);
-        let sum = self.softmax.sum * exp_difference(self.softmax.max, max)
-            + other.softmax.sum * exp_difference(other.softmax.max, max);
-        self.softmax = Running { max, sum };
+        let max = self.max.max(other.max);
+        self.mass = self.mass * f64::from(exp_difference(self.max, max))
+            + other.mass * f64::from(exp_difference(other.max, max));
+        self.max = max;
         self.sum += other.sum;
         self.squares += other.squares;
+    }
+
+    fn lse(&self) -> f32 {
+        if self.mass == 0.0 { f32::NEG_INFINITY } else { self.max + self.mass.ln() as f32 }
     }
 }
 
@@ -55,7 +61,7 @@ impl CodeError {
     }
 
     /// Whether one factor corrects all weights: those of means, and where noise below half a nat hardly moves them.
-    fn is_one_factor(self) -> bool {
+    pub(super) fn is_one_factor(self) -> bool {
         self.mean || self.variance < 0.25
     }
 }
@@ -67,6 +73,8 @@ pub(super) struct HeadWeight {
     pub(super) log_total: f32,
     /// Share of the steady rows.
     pub(super) steady_share: f32,
+    /// Share of the candidates.
+    pub(super) mass: f64,
     /// An unread row's share.
     unread: Unread,
 }
@@ -81,8 +89,9 @@ enum Unread {
 }
 
 impl HeadWeight {
-    pub(super) fn new(bulk: &Bulk, steady: f32, error: CodeError, n: usize) -> Self {
-        let candidates = bulk.softmax.lse();
+    /// `scaled`: the scan left weights of the whole group, of which each head's error is one factor.
+    pub(super) fn new(bulk: &Bulk, steady: f32, error: CodeError, n: usize, scaled: bool) -> Self {
+        let candidates = bulk.lse();
         let max = steady.max(candidates);
         let log_total = max + (exp_difference(steady, max) + exp_difference(candidates, max)).ln();
         let noise = error.variance;
@@ -90,24 +99,21 @@ impl HeadWeight {
             // The mean of Gaussian logits' weights lies above the weight of their mean; above ln n it would stand for logits rarer
             // than one row in n.
             Unread::Scaled { factor: (noise / 2.0).min((n as f64).ln()).exp() as f32 }
-        } else if error.is_one_factor() {
+        } else if scaled {
             Unread::Scaled { factor: (-noise / 2.0).exp() as f32 }
         } else {
             // The mean given a Gaussian prior, which rows left unread because of their low estimate do not bias.
             let mean = bulk.sum / n as f64;
             let variance = (bulk.squares / n as f64 - mean * mean).max(0.0);
             let signal = (variance - noise).max(0.05 * variance);
-            let slope = signal / (signal + noise);
+            // Above 0: the estimate of a hidden row is minus infinity.
+            let slope = (signal / (signal + noise)).max(1e-6);
             // Above ln n the correction would stand for errors rarer than one row in n.
             let shift = mean * (1.0 - slope) + (slope * noise / 2.0).min((n as f64).ln());
             Unread::Sloped { slope: slope as f32, shift: shift as f32 - log_total }
         };
-        Self { log_total, steady_share: exp_difference(steady, log_total), unread }
-    }
-
-    /// Whether the shares of unread rows are their plain shares times one factor.
-    pub(super) fn is_scaled(&self) -> bool {
-        matches!(self.unread, Unread::Scaled { .. })
+        let mass = f64::from(exp_difference(bulk.max, log_total)) * bulk.mass;
+        Self { log_total, steady_share: exp_difference(steady, log_total), mass, unread }
     }
 
     /// Shares of rows by what the scan left of them and their tile's scale: plain, and corrected for the codes' error.
@@ -147,8 +153,8 @@ fn exponentials(isa: Isa, numbers: impl Iterator<Item = f32>) -> Vec<f32> {
     numbers
 }
 
-/// Hides the scores of a tile that are outside the candidates and sums what is inside. Where a head's error is small, the logits become
-/// weights relative to the largest of the tile, its origin.
+/// Hides the scores of a tile that are outside the candidates and sums what is inside. Where the errors are small, the logits become
+/// weights relative to the largest of the tile, their origin.
 pub(super) struct Summarise<'a> {
     /// `[group, TILE]`.
     pub(super) scores: &'a mut [f32],
@@ -156,8 +162,8 @@ pub(super) struct Summarise<'a> {
     pub(super) origins: &'a mut [f32],
     pub(super) len: usize,
     pub(super) inside: Range<usize>,
-    /// Of each head.
-    pub(super) errors: &'a [CodeError],
+    /// Whether logits become weights, see [`CodeError::is_one_factor`].
+    pub(super) scaled: bool,
     /// Sums of each head, added to.
     pub(super) bulk: &'a mut [Bulk],
 }
@@ -167,26 +173,29 @@ impl Kernel for Summarise<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { scores, origins, len, inside, errors, bulk } = self;
+        let Self { scores, origins, len, inside, scaled, bulk } = self;
         let hidden = f32::NEG_INFINITY;
         assert!(len.is_multiple_of(simd::MAX_LANES) && len <= TILE && inside.end <= len);
-        for (g, (bulk, error)) in bulk.iter_mut().zip(errors).enumerate() {
+        for (g, bulk) in bulk.iter_mut().enumerate() {
             let row = &mut scores[g * TILE..g * TILE + len];
             let mut sums = Bulk::EMPTY;
-            if !error.is_one_factor() {
+            if !scaled {
                 // Moments of the differences from one score, so that nothing cancels.
                 let origin = row[inside.start];
                 row[..inside.start].fill(origin);
                 row[inside.end..].fill(origin);
-                let (mut sum, mut squares) = (s.zero(), s.zero());
-                for chunk in row.chunks_exact(S::LANES) {
-                    // SAFETY: the chunk has LANES floats.
-                    let d = s.sub(unsafe { s.load(chunk.as_ptr()) }, s.splat(origin));
-                    sum = s.add(sum, d);
-                    squares = s.fma(d, d, squares);
+                let (mut sum, mut squares) = ([s.zero(); 2], [s.zero(); 2]);
+                for chunk in row.chunks(2 * S::LANES) {
+                    for ((sum, squares), chunk) in sum.iter_mut().zip(&mut squares).zip(chunk.chunks_exact(S::LANES)) {
+                        // SAFETY: the chunk has LANES floats.
+                        let d = s.sub(unsafe { s.load(chunk.as_ptr()) }, s.splat(origin));
+                        *sum = s.add(*sum, d);
+                        *squares = s.fma(d, d, *squares);
+                    }
                 }
                 let (n, o) = (inside.len() as f64, f64::from(origin));
-                let (sum, squares) = (f64::from(s.sum(sum)), f64::from(s.sum(squares)));
+                let (sum, squares) = (s.sum(s.add(sum[0], sum[1])), s.sum(s.add(squares[0], squares[1])));
+                let (sum, squares) = (f64::from(sum), f64::from(squares));
                 sums.sum = sum + n * o;
                 sums.squares = squares + 2.0 * o * sum + n * o * o;
             }
@@ -204,7 +213,6 @@ impl Kernel for Summarise<'_> {
             let max = s.max_lane(s.max(s.max(a, b), s.max(c, d)));
             origins[g] = max;
             let mut total = s.zero();
-            let keep = error.is_one_factor();
             // e^(x - max) as a power of 2.
             let (log2_e, origin) = (s.splat(LOG2_E), s.splat(-max * LOG2_E));
             for chunk in row.chunks_exact_mut(S::LANES) {
@@ -212,12 +220,12 @@ impl Kernel for Summarise<'_> {
                 unsafe {
                     let weight = s.exp2(s.fma(s.load(chunk.as_ptr()), log2_e, origin));
                     total = s.add(total, weight);
-                    if keep {
+                    if scaled {
                         s.store(chunk.as_mut_ptr(), weight);
                     }
                 }
             }
-            sums.softmax = Running { max, sum: s.sum(total) };
+            (sums.max, sums.mass) = (max, f64::from(s.sum(total)));
             bulk.join(sums);
         }
     }
@@ -229,7 +237,7 @@ pub(super) struct Weigh<'a> {
     /// Value clusters, 0 if the sums are not asked for.
     clusters: usize,
     weights: Weights,
-    /// Sums of each [`QUAD`] of heads, of plain shares where the heads of the quad are all scaled.
+    /// Sums of each [`QUAD`] of heads.
     sums: Vec<Tables>,
     /// Weights of unread rows, `[group, TILE]`, where a mass budget needs them.
     rest: Vec<f32>,
@@ -251,9 +259,31 @@ type Tables = [[[f32; QUAD]; MAX_CLUSTERS]; 4];
 /// Vectors of rows whose largest weights are counted, lane by lane.
 const VECTORS: usize = 16;
 
-/// Rows whose share is below this, over the number of candidates, may be left out of the clusters' sums: a thousandth of the mass at
-/// most, which counts in full and is then spread as the others.
-pub(super) const NEGLIGIBLE: f32 = 1e-3;
+/// Neighbouring rows that are left out of the clusters' sums together, or drawn together, whatever the instruction set.
+const BLOCK: usize = 16;
+
+/// Blocks of light rows of which one, drawn at random, stands for all in the clusters' sums.
+const DRAWN: usize = 4;
+
+/// Rows that may be left out of the clusters' sums: the rows of a block count by the largest of their weights. The mass counts in full
+/// whatever is left out; the sums say how it is spread over the clusters.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Left {
+    /// Below this a block is left out.
+    negligible: f32,
+    /// Below this one block of [`DRAWN`] is drawn.
+    light: f32,
+}
+
+impl Left {
+    pub(super) const NOTHING: Self = Self { negligible: 0.0, light: 0.0 };
+
+    /// Of so many candidates: a thousandth of the mass is left out at most, and what is drawn puts the mean value of the rest off by
+    /// less than `sqrt((DRAWN - 1) * light)` = 0.95 % of the spread of the values; half of that where it was measured.
+    pub(super) fn of(candidates: usize) -> Self {
+        Self { negligible: 1e-3 / candidates as f32, light: 3e-5 }
+    }
+}
 
 impl<'a> Weigh<'a> {
     pub(super) fn new(heads: &'a [HeadWeight], clusters: usize, by_mass: bool) -> Self {
@@ -268,29 +298,38 @@ impl<'a> Weigh<'a> {
         }
     }
 
-    pub(super) fn finish(self) -> Weighed {
+    pub(super) fn finish(mut self) -> Weighed {
         let group = self.heads.len();
         let mut sums = vec![0.0; self.clusters * group];
         for ((q, heads), tables) in self.heads.chunks(QUAD).enumerate().zip(&self.sums) {
-            let factors = factors(heads).unwrap_or([1.0; QUAD]);
+            let factors: Vec<f32> = heads.iter().map(|head| head.turn().factor).collect();
             for (c, sums) in sums.chunks_exact_mut(group).enumerate() {
-                for (h, sum) in sums[q * QUAD..].iter_mut().take(QUAD).enumerate() {
-                    *sum = tables.iter().map(|table| table[c][h]).sum::<f32>() * factors[h];
+                for (h, (sum, factor)) in sums[q * QUAD..].iter_mut().zip(&factors).enumerate() {
+                    *sum = tables.iter().map(|table| table[c][h]).sum::<f32>() * factor;
                 }
             }
         }
+        self.weights.rest.iter_mut().zip(self.heads).for_each(|(rest, head)| *rest *= f64::from(head.turn().factor));
         Weighed { weights: self.weights, sums }
     }
 }
 
-/// What the shares of a quad's heads are multiplied by for unread rows, if that is all.
-fn factors(heads: &[HeadWeight]) -> Option<[f32; QUAD]> {
-    let mut factors = [1.0; QUAD];
-    for (to, head) in factors.iter_mut().zip(heads) {
-        let Unread::Scaled { factor } = head.unread else { return None };
-        *to = factor;
+/// What a head's scores become weights by: `factor * scale * score` where the scan left weights, else `e^(slope * score + shift)`.
+#[derive(Clone, Copy)]
+struct Turn {
+    factor: f32,
+    slope: f32,
+    shift: f32,
+}
+
+impl HeadWeight {
+    #[inline(always)]
+    fn turn(&self) -> Turn {
+        match self.unread {
+            Unread::Scaled { factor } => Turn { factor, slope: 0.0, shift: 0.0 },
+            Unread::Sloped { slope, shift } => Turn { factor: 1.0, slope, shift },
+        }
     }
-    Some(factors)
 }
 
 /// One tile's part of [`Weigh`].
@@ -303,9 +342,10 @@ pub(super) struct WeighTile<'a, 'b> {
     pub(super) weights: &'a mut [f32],
     /// Value cluster of each row, empty if not asked for.
     pub(super) ids: &'a [u8],
+    /// Number of the tile, and its rows.
+    pub(super) tile: usize,
     pub(super) len: usize,
-    /// Rows whose share is below this may be left out of the clusters' sums.
-    pub(super) negligible: f32,
+    pub(super) left: Left,
     pub(super) weigh: &'a mut Weigh<'b>,
 }
 
@@ -322,15 +362,26 @@ impl Kernel for WeighTile<'_, '_> {
         for (scale, head) in self.scales.iter_mut().zip(heads) {
             *scale = exp_difference(*scale, head.log_total);
         }
-        for first in (0..group).step_by(QUAD) {
-            let quad = &heads[first..(first + QUAD).min(group)];
-            match (quad.len(), factors(quad)) {
-                (1, Some(factors)) => self.scaled::<S, 1>(s, first, factors),
-                (2, Some(factors)) => self.scaled::<S, 2>(s, first, factors),
-                (3, Some(factors)) => self.scaled::<S, 3>(s, first, factors),
-                (_, Some(factors)) => self.scaled::<S, 4>(s, first, factors),
-                (_, None) => self.mixed(s, first, quad),
-            }
+        let sloped = heads.iter().any(|head| matches!(head.unread, Unread::Sloped { .. }));
+        macro_rules! quads {
+            ($work:ident) => {
+                for first in (0..group).step_by(QUAD) {
+                    match (sloped, group - first) {
+                        (false, 1) => self.$work::<S, 1, false>(s, first),
+                        (false, 2) => self.$work::<S, 2, false>(s, first),
+                        (false, 3) => self.$work::<S, 3, false>(s, first),
+                        (false, _) => self.$work::<S, 4, false>(s, first),
+                        (true, 1) => self.$work::<S, 1, true>(s, first),
+                        (true, 2) => self.$work::<S, 2, true>(s, first),
+                        (true, 3) => self.$work::<S, 3, true>(s, first),
+                        (true, _) => self.$work::<S, 4, true>(s, first),
+                    }
+                }
+            };
+        }
+        quads!(weights);
+        if self.weigh.clusters > 0 {
+            quads!(clusters);
         }
         let Weigh { weights: totals, rest, .. } = self.weigh;
         let mut largest = [0f32; simd::MAX_LANES];
@@ -350,99 +401,121 @@ impl Kernel for WeighTile<'_, '_> {
     }
 }
 
+/// What the scores of `H` heads are multiplied by, or become logits of weights in base 2 by.
+struct Vectors<S: Simd, const H: usize> {
+    slopes: [S::F32; H],
+    shifts: [S::F32; H],
+}
+
 impl WeighTile<'_, '_> {
-    /// A quad, `H` heads from `first` on, whose weights are shares times a factor.
     #[inline(always)]
-    fn scaled<S: Simd, const H: usize>(&mut self, s: S, first: usize, factors: [f32; QUAD]) {
+    fn vectors<S: Simd, const H: usize, const SLOPED: bool>(&self, s: S, first: usize) -> Vectors<S, H> {
+        let (mut slopes, mut shifts) = ([s.zero(); H], [s.zero(); H]);
+        for h in 0..H {
+            let turn = self.weigh.heads[first + h].turn();
+            slopes[h] = s.splat(if SLOPED { turn.slope * LOG2_E } else { self.scales[first + h] });
+            shifts[h] = s.splat(turn.shift * LOG2_E);
+        }
+        Vectors { slopes, shifts }
+    }
+
+    /// Weights of `H` heads from `first` on, but for their factors, of the rows from `j` on.
+    ///
+    /// # Safety
+    /// j + LANES <= TILE, and the heads are of the group.
+    #[inline(always)]
+    unsafe fn of_rows<S: Simd, const H: usize, const SLOPED: bool>(
+        &self,
+        s: S,
+        first: usize,
+        j: usize,
+        by: &Vectors<S, H>,
+    ) -> [S::F32; H] {
+        let mut weights = [s.zero(); H];
+        for h in 0..H {
+            // SAFETY: the caller's promise.
+            let x = unsafe { s.load(self.scores.as_ptr().add((first + h) * TILE + j)) };
+            weights[h] = if SLOPED { s.exp2(s.fma(x, by.slopes[h], by.shifts[h])) } else { s.mul(x, by.slopes[h]) };
+        }
+        weights
+    }
+
+    /// Adds the mean over the group of the weights of `H` heads to the rows' weights.
+    #[inline(always)]
+    fn weights<S: Simd, const H: usize, const SLOPED: bool>(&mut self, s: S, first: usize) {
+        let by = self.vectors::<S, H, SLOPED>(s, first);
         let part = s.splat(1.0 / self.weigh.heads.len() as f32);
         let by_mass = self.weigh.weights.has_mass();
-        let mut mass = [s.zero(); H];
-        let mut scales = [s.zero(); H];
-        for (h, scale) in scales.iter_mut().enumerate() {
-            *scale = s.splat(self.scales[first + h]);
-        }
+        let mut sums = [s.zero(); H];
         for j in (0..self.len).step_by(S::LANES) {
-            let mut shares = [s.zero(); QUAD];
-            let mut mean = s.zero();
-            for h in 0..H {
-                // SAFETY: j + LANES <= len <= TILE, the heads are of the group.
-                let x = unsafe { s.load(self.scores.as_ptr().add((first + h) * TILE + j)) };
-                shares[h] = s.mul(x, scales[h]);
-                mass[h] = s.add(mass[h], shares[h]);
-                mean = s.fma(shares[h], part, mean);
-            }
-            if by_mass {
+            // SAFETY: j + LANES <= len <= TILE, which the weights have, and the heads are of the group.
+            unsafe {
+                let weights = self.of_rows::<S, H, SLOPED>(s, first, j, &by);
+                let to = self.weights.as_mut_ptr().add(j);
+                let mut mean = if first == 0 { s.zero() } else { s.load(to) };
                 for h in 0..H {
-                    let rest = &mut self.weigh.rest[(first + h) * TILE + j..][..S::LANES];
-                    // SAFETY: the slice has LANES floats.
-                    unsafe { s.store(rest.as_mut_ptr(), s.mul(shares[h], s.splat(factors[h]))) };
+                    sums[h] = s.add(sums[h], weights[h]);
+                    mean = s.fma(weights[h], part, mean);
+                }
+                s.store(to, mean);
+                if by_mass {
+                    for h in 0..H {
+                        let factor = s.splat(self.weigh.heads[first + h].turn().factor);
+                        let rest = &mut self.weigh.rest[(first + h) * TILE + j..][..S::LANES];
+                        s.store(rest.as_mut_ptr(), s.mul(weights[h], factor));
+                    }
                 }
             }
-            self.add(s, first, j, mean, shares);
         }
         for h in 0..H {
-            let mass = f64::from(s.sum(mass[h]));
-            self.weigh.weights.mass[first + h] += mass;
-            self.weigh.weights.rest[first + h] += mass * f64::from(factors[h]);
+            self.weigh.weights.rest[first + h] += f64::from(s.sum(sums[h]));
         }
     }
 
-    /// A quad with heads whose weights are no multiples of their shares.
+    /// Adds the weights of `H` heads to the sums of the rows' clusters.
     #[inline(always)]
-    fn mixed<S: Simd>(&mut self, s: S, first: usize, heads: &[HeadWeight]) {
-        let part = s.splat(1.0 / self.weigh.heads.len() as f32);
-        let by_mass = self.weigh.weights.has_mass();
-        let (mut mass, mut left) = ([s.zero(); QUAD], [s.zero(); QUAD]);
-        for j in (0..self.len).step_by(S::LANES) {
-            let mut weights = [s.zero(); QUAD];
-            let mut mean = s.zero();
-            for (h, head) in heads.iter().enumerate() {
-                // SAFETY: j + LANES <= len <= TILE, the heads are of the group.
-                let x = unsafe { s.load(self.scores.as_ptr().add((first + h) * TILE + j)) };
-                let share;
-                match head.unread {
-                    Unread::Scaled { factor } => {
-                        share = s.mul(x, s.splat(self.scales[first + h]));
-                        weights[h] = s.mul(share, s.splat(factor));
-                    }
-                    Unread::Sloped { slope, shift } => {
-                        share = s.exp2(s.fma(x, s.splat(LOG2_E), s.splat(-head.log_total * LOG2_E)));
-                        weights[h] = s.exp2(s.fma(x, s.splat(slope * LOG2_E), s.splat(shift * LOG2_E)));
-                    }
+    fn clusters<S: Simd, const H: usize, const SLOPED: bool>(&mut self, s: S, first: usize) {
+        let by = self.vectors::<S, H, SLOPED>(s, first);
+        let (negligible, light) = (s.splat(self.left.negligible), s.splat(self.left.light));
+        // Two random bits for each set of four blocks.
+        let mut drawn = mix32(self.tile as u32);
+        for set in (0..self.len).step_by(DRAWN * BLOCK) {
+            let place = drawn as usize % DRAWN;
+            drawn >>= 2;
+            for (block, start) in (set..self.len.min(set + DRAWN * BLOCK)).step_by(BLOCK).enumerate() {
+                let mut largest = s.zero();
+                for j in (start..start + BLOCK).step_by(S::LANES) {
+                    // SAFETY: whole blocks lie inside the tile, and LANES divides BLOCK.
+                    largest = s.max(unsafe { s.load(self.weights.as_ptr().add(j)) }, largest);
                 }
-                mass[h] = s.add(mass[h], share);
-                left[h] = s.add(left[h], weights[h]);
-                mean = s.fma(share, part, mean);
-                if by_mass {
-                    let rest = &mut self.weigh.rest[(first + h) * TILE + j..][..S::LANES];
-                    // SAFETY: the slice has LANES floats.
-                    unsafe { s.store(rest.as_mut_ptr(), weights[h]) };
+                let heavy = s.at_least(largest, light) != 0;
+                if s.at_least(largest, negligible) == 0 || !(heavy || block == place) {
+                    continue;
+                }
+                let times = s.splat(if heavy { 1.0 } else { DRAWN as f32 });
+                for j in (start..start + BLOCK).step_by(S::LANES) {
+                    // SAFETY: as above, and the heads are of the group.
+                    let weights = unsafe { self.of_rows::<S, H, SLOPED>(s, first, j, &by) };
+                    let mut quad = [s.zero(); QUAD];
+                    for h in 0..H {
+                        quad[h] = s.mul(weights[h], times);
+                    }
+                    self.add(s, first, j, quad);
                 }
             }
-            self.add(s, first, j, mean, weights);
-        }
-        for h in 0..heads.len() {
-            self.weigh.weights.mass[first + h] += f64::from(s.sum(mass[h]));
-            self.weigh.weights.rest[first + h] += f64::from(s.sum(left[h]));
         }
     }
 
-    /// Adds to the rows from `j` on what the quad from `first` on has of them: part of their weight, and to the sums of their clusters.
+    /// Adds a quad's weights of the rows from `j` on to the sums of their clusters.
     #[inline(always)]
-    fn add<S: Simd>(&mut self, s: S, first: usize, j: usize, part: S::F32, weights: [S::F32; QUAD]) {
-        // SAFETY: j + LANES <= len, and there are as many weights.
-        unsafe {
-            let to = self.weights.as_mut_ptr().add(j);
-            s.store(to, if first == 0 { part } else { s.add(s.load(to), part) });
-        }
-        if self.weigh.clusters == 0 || s.at_least(part, s.splat(self.negligible)) == 0 {
-            return;
-        }
+    fn add<S: Simd>(&mut self, s: S, first: usize, j: usize, weights: [S::F32; QUAD]) {
         let mut rows = [[0f32; QUAD]; simd::MAX_LANES];
         for (t, turned) in s.turn4(weights).into_iter().enumerate() {
             // SAFETY: four vectors of LANES floats are LANES rows of a quad.
             unsafe { s.store(rows.as_mut_ptr().cast::<f32>().add(t * S::LANES), turned) };
         }
+        // Kept in memory, where a row is one load: the compiler would take the turned vectors apart again.
+        let rows = std::hint::black_box(&rows);
         let tables = &mut self.weigh.sums[first / QUAD];
         for (q, ids) in self.ids[j..j + S::LANES].as_chunks::<4>().0.iter().enumerate() {
             for t in 0..4 {
