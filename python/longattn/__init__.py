@@ -17,7 +17,7 @@ from longattn.retrieval import RetrievalResult, RetrievalStats, retrieval_attent
 from longattn.sparse import BlockMask, RowLists, block_sparse_attention, index_sparse_attention, sparse_attention
 
 if TYPE_CHECKING:
-    from longattn import distributed, linear, pool, recurrent, vision
+    from longattn import distributed, linear, pool, recurrent, vectors, vision
 
 try:
     __version__ = _version("longattn")
@@ -25,7 +25,7 @@ except _PackageNotFoundError:  # a copy of the sources that nothing installed
     __version__ = "0+unknown"
 
 #: Packages that are imported when they are first asked for: together they take as long as all the rest.
-_ON_DEMAND = ("distributed", "linear", "pool", "recurrent", "vision")
+_ON_DEMAND = ("distributed", "linear", "pool", "recurrent", "vectors", "vision")
 
 __all__ = [
     "BlockMask",
@@ -58,6 +58,7 @@ __all__ = [
     "show_config",
     "sparse",
     "sparse_attention",
+    "vectors",
     "vision",
 ]
 

@@ -36,6 +36,7 @@ PACKAGES = (
     "longattn.diagnostics",
     "longattn.distributed",
     "longattn.gpu",
+    "longattn.vectors",
 )
 
 #: Sections of a docstring whose lines are `name: text`.
