@@ -171,7 +171,7 @@ def scale_factor(scale: object, dim: int, name: str = "scale") -> float:
     return float(dim**-0.5) if scale is None else finite(scale, name)
 
 
-def listed(value: Iterable[_T], name: str, of: str) -> tuple[_T, ...]:
+def items_of(value: Iterable[_T], name: str, of: str) -> tuple[_T, ...]:
     """The items of a sequence; `of` says what of, for the message."""
     single = isinstance(value, str | bytes | Mapping) or getattr(value, "shape", None) == ()
     if single or not isinstance(value, Iterable):
@@ -181,7 +181,7 @@ def listed(value: Iterable[_T], name: str, of: str) -> tuple[_T, ...]:
 
 def integers(value: Iterable[object], name: str, low: int | None = None, high: int | None = None) -> tuple[int, ...]:
     """Integers, each as of `integer`."""
-    return tuple(integer(n, name, low, high) for n in listed(value, name, "integers"))
+    return tuple(integer(n, name, low, high) for n in items_of(value, name, "integers"))
 
 
 def function(value: object, name: str) -> None:

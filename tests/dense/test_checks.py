@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from longattn._arrays import reshaped
-from longattn._checks import finite, function, integers, listed, one_of, real
+from longattn._checks import finite, function, integers, items_of, one_of, real
 
 NAN, INF = float("nan"), float("inf")
 
@@ -15,8 +15,8 @@ NAN, INF = float("nan"), float("inf")
 def test_what_passes():
     assert [real(x, "x") for x in (1, 0.5, np.float32(2), Fraction(1, 2), INF)] == [1.0, 0.5, 2.0, 0.5, INF]
     assert finite(-3, "x") == -3.0 and finite(0, "x", 0) == 0.0
-    assert listed((n for n in (1, 2)), "x", "numbers") == (1, 2)
-    assert [a.tolist() for a in listed(np.eye(2), "x", "rows")] == [[1, 0], [0, 1]]
+    assert items_of((n for n in (1, 2)), "x", "numbers") == (1, 2)
+    assert [a.tolist() for a in items_of(np.eye(2), "x", "rows")] == [[1, 0], [0, 1]]
     assert integers([np.int64(3), 4], "x", 3, 4) == (3, 4)
     assert one_of("b", "x", {"a": 1, "b": 2}) == "b"
     function(len, "x")
@@ -35,11 +35,11 @@ def test_what_passes():
         (lambda: finite(-INF, "eps"), ValueError, "eps: got -inf, expected a finite float32"),
         (lambda: finite(1e39, "eps"), ValueError, "eps: got 1e+39, expected a finite float32"),
         (lambda: finite(-1, "eps", 0), ValueError, "eps: got -1, expected at least 0"),
-        (lambda: listed(3, "layers", "pairs"), TypeError, "layers: got int, expected a sequence of pairs"),
-        (lambda: listed("ab", "layers", "pairs"), TypeError, "layers: got str, expected a sequence of pairs"),
-        (lambda: listed({}, "layers", "pairs"), TypeError, "layers: got dict, expected a sequence of pairs"),
+        (lambda: items_of(3, "layers", "pairs"), TypeError, "layers: got int, expected a sequence of pairs"),
+        (lambda: items_of("ab", "layers", "pairs"), TypeError, "layers: got str, expected a sequence of pairs"),
+        (lambda: items_of({}, "layers", "pairs"), TypeError, "layers: got dict, expected a sequence of pairs"),
         (
-            lambda: listed(np.zeros(()), "layers", "pairs"),
+            lambda: items_of(np.zeros(()), "layers", "pairs"),
             TypeError,
             "layers: got ndarray, expected a sequence of pairs",
         ),

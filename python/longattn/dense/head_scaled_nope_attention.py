@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array
-from longattn._checks import attention_inputs, check_heads, finite, listed, per_head, real, scale_factor, shape_of
+from longattn._checks import attention_inputs, check_heads, finite, items_of, per_head, real, scale_factor, shape_of
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import dense as reference
@@ -112,7 +112,7 @@ def matching_lam(
     wanted = _factors(target, "target", heads)
     if not (wanted >= 0).all():
         raise ValueError(f"target: got {wanted.min()}, expected at least 0")
-    ends = [real(bound, "bounds") for bound in listed(bounds, "bounds", "two numbers")]
+    ends = [real(bound, "bounds") for bound in items_of(bounds, "bounds", "two numbers")]
     if len(ends) != 2:
         raise ValueError(f"bounds: got {len(ends)} numbers, expected two")
     least, greatest = ends

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_float_storage, finite, flag, listed
+from longattn._checks import check_float_storage, finite, flag, items_of
 from longattn.linear._channels import Float32, optional, parameter, product
 from longattn.linear.convolution import causal_conv1d, depthwise_conv1d, depthwise_conv2d
 from longattn.linear.toeplitz import Precision, toeplitz, toeplitz2d
@@ -120,7 +120,7 @@ def hyena_pixel_kernel(
     z = as_numpy(encoding, "encoding", any_strides=True).astype(np.float64)
     if z.ndim not in {2, 3} or not z.size:
         raise ValueError(f"encoding: got shape {z.shape}, expected [E, kh, kw] or [E, K]")
-    layers, times = listed(layers, "layers", "pairs (weight, bias)"), finite(frequency, "frequency")
+    layers, times = items_of(layers, "layers", "pairs (weight, bias)"), finite(frequency, "frequency")
     if not layers or any(not isinstance(layer, tuple | list) or len(layer) != 2 for layer in layers):
         raise TypeError(f"layers: got {[type(x).__name__ for x in layers]}, expected at least one pair (weight, bias)")
     h = np.moveaxis(z, 0, -1)

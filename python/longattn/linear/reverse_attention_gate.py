@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like, reshaped
-from longattn._checks import check_float_storage, flag, integers, listed
+from longattn._checks import check_float_storage, flag, integers, items_of
 from longattn.linear._channels import Float32, optional, pointwise
 from longattn.linear.mamba_mixer import MambaWeights, mamba_mixer
 from longattn.methods import Method
@@ -108,7 +108,7 @@ def tri_plane_scan(
         raise ValueError(f"f: got shape {fn.shape}, expected [B, Z, Y, X, C]")
     if not fn.shape[4]:
         raise ValueError(f"f: got no channels in shape {fn.shape}, expected at least 1")
-    every = [integers(plane, "planes") for plane in listed(planes, "planes", "permutations of (0, 1, 2)")]
+    every = [integers(plane, "planes") for plane in items_of(planes, "planes", "permutations of (0, 1, 2)")]
     if not every or any(sorted(plane) != [0, 1, 2] for plane in every):
         raise ValueError(f"planes: got {planes!r}, expected permutations of (0, 1, 2)")
     both = flag(reverse, "reverse")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, like
-from longattn._checks import listed, one_of
+from longattn._checks import items_of, one_of
 from longattn.linear._channels import Float32, map_size, parameter, product, storage_rows
 from longattn.linear.mamba_mixer import MambaWeights, activated, checked, scanned
 from longattn.methods import Method
@@ -65,7 +65,7 @@ def selective_token_channel_mixer(
     """
     xn = storage_rows(x, "x", (None, None, None), "[B, L, C]")
     _, length, channels = xn.shape
-    layers = listed(layers, "layers", "pairs (token, channel) of MambaWeights")
+    layers = items_of(layers, "layers", "pairs (token, channel) of MambaWeights")
     if not layers or any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in layers):
         came = [type(pair).__name__ for pair in layers]
         raise TypeError(f"layers: got {came}, expected at least one pair (token, channel) of MambaWeights")

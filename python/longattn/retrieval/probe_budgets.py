@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, CodedRows, as_numpy
-from longattn._checks import finite, listed
+from longattn._checks import finite, items_of
 from longattn.dense import attention
 from longattn.index import Index
 from longattn.kv import KVStore
@@ -97,7 +97,7 @@ def probe_budgets(
         >>> len(found.top_k), bool(found.met.all())
         (2, True)
     """
-    tried = [_budgets.count(rows, "budgets") for rows in listed(budgets, "budgets", "numbers")]
+    tried = [_budgets.count(rows, "budgets") for rows in items_of(budgets, "budgets", "numbers")]
     if not tried or tried[0] == 0 or sorted(set(tried)) != tried:
         raise ValueError(f"budgets: got {list(budgets)}, expected numbers above 0 that ascend")
     allowed = finite(error, "error")

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import listed
+from longattn._checks import items_of
 
 Lists = Sequence[Sequence[NDArray[np.uint32]]]
 
@@ -30,8 +30,8 @@ def recall(selected: Lists, exact: Lists) -> NDArray[np.float64]:
         A sort of each list.
     """
     for lists, name in ((selected, "selected"), (exact, "exact")):
-        for of_head in listed(lists, name, "lists per head"):
-            listed(of_head, name, "lists per query")
+        for of_head in items_of(lists, name, "lists per head"):
+            items_of(of_head, name, "lists per query")
     if len(selected) != len(exact) or any(len(a) != len(b) for a, b in zip(selected, exact, strict=False)):
         raise ValueError(
             f"selected: got {[len(a) for a in selected]} lists per head, expected {[len(b) for b in exact]} as in exact"

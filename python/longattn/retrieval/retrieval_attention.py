@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy, like
-from longattn._checks import finite, flag, listed
+from longattn._checks import finite, flag, items_of
 from longattn.index import Index
 from longattn.kv import KVStore
 from longattn.methods import Method
@@ -224,8 +224,8 @@ def retrieval_attention_batch(
     Cost:
         That of a call for each sequence.
     """
-    qs, stores = listed(qs, "qs", "arrays"), listed(stores, "stores", "stores")
-    indexes = listed(indexes, "indexes", "indexes")
+    qs, stores = items_of(qs, "qs", "arrays"), items_of(stores, "stores", "stores")
+    indexes = items_of(indexes, "indexes", "indexes")
     if not len(qs) == len(stores) == len(indexes):
         raise ValueError(
             f"stores, indexes: got {len(stores)} and {len(indexes)} for {len(qs)} queries, expected one for each"

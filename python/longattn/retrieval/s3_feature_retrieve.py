@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy
-from longattn._checks import check_float_storage, check_floating, flag, integer, integers, listed, real
+from longattn._checks import check_float_storage, check_floating, flag, integer, integers, items_of, real
 from longattn.index.features import encoder_arrays
 from longattn.methods import Method
 from longattn.reference import retrieval as reference
@@ -314,7 +314,9 @@ def bm25(
         raise ValueError(f"k1: got {k1}, expected a finite number of at least 0")
     if not 0 <= length <= 1:
         raise ValueError(f"b: got {b}, expected 0 to 1")
-    texts = [_tokens(document, f"documents[{n}]") for n, document in enumerate(listed(documents, "documents", "texts"))]
+    texts = [
+        _tokens(document, f"documents[{n}]") for n, document in enumerate(items_of(documents, "documents", "texts"))
+    ]
     asked, times = np.unique(_tokens(query, "query"), return_counts=True)
     if not texts:
         return np.zeros(0)

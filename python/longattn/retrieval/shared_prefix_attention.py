@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import FLOATS, Array, as_numpy, like
-from longattn._checks import listed, per_head, scale_factor
+from longattn._checks import items_of, per_head, scale_factor
 from longattn.dense import attention, merge
 from longattn.index import Index
 from longattn.kv import KVStore, PrefixTree, chunk_attention
@@ -170,9 +170,9 @@ def _queries(q: Array, prefix: KVStore) -> NDArray[Any]:
 def _check_tails(
     tails: Sequence[KVStore], indexes: Sequence[Index] | None, prefix: KVStore, batch: int, rows: int
 ) -> None:
-    listed(tails, "tails", "stores")
+    items_of(tails, "tails", "stores")
     if indexes is not None:
-        listed(indexes, "tail_indexes", "indexes")
+        items_of(indexes, "tail_indexes", "indexes")
     if len(tails) != batch or (indexes is not None and len(indexes) != batch):
         counts = f"{len(tails)} tails" + ("" if indexes is None else f" and {len(indexes)} indexes")
         raise ValueError(f"tails: got {counts} for {batch} sequences, expected one for each")

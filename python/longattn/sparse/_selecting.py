@@ -67,16 +67,24 @@ def key_limits(query_bounds: NDArray[np.int64], lengths: tuple[int, int], causal
     return np.clip(query_bounds[1:] + (keys - rows), 0, keys)
 
 
-def per_query_head(values: object, name: str, heads: int) -> NDArray[np.float32]:
-    """A number for each query head, from one for all or `[Hq]`; infinities are numbers."""
+def head_numbers(values: object, name: str) -> NDArray[Any]:
+    """A number, or some `[Hq]` for heads that are not known yet; infinities are numbers."""
     number = isinstance(values, int | float) and not isinstance(values, bool)
     x = np.asarray(values) if number else as_numpy(values, name)
     if x.dtype.kind not in "iu":
         check_floating(x, name)
-    if x.shape not in ((), (heads,)):
-        raise ValueError(f"{name}: got shape {x.shape}, expected a number or {(heads,)}, one per query head")
+    if x.ndim > 1:
+        raise ValueError(f"{name}: got shape {x.shape}, expected a number or [Hq], one per query head")
     if np.isnan(x.astype(FLOAT64)).any():
         raise ValueError(f"{name}: got NaN, expected numbers")
+    return x
+
+
+def per_query_head(values: object, name: str, heads: int) -> NDArray[np.float32]:
+    """A number for each query head, from one for all or `[Hq]`."""
+    x = head_numbers(values, name)
+    if x.shape not in ((), (heads,)):
+        raise ValueError(f"{name}: got shape {x.shape}, expected a number or {(heads,)}, one per query head")
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(np.broadcast_to(x.astype(np.float32), (heads,)))
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like, reshaped
-from longattn._checks import check_floating, flag, function, integer, integers, listed, scale_factor
+from longattn._checks import check_floating, flag, function, integer, integers, items_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import sparse as reference
@@ -164,7 +164,7 @@ class DescriptorAttention:
         self.scale, self.turn = scale_factor(scale, inner // self.heads), turn
         if turn is not None:
             function(turn, "turn")
-        biases = listed(biases, "biases", "arrays")
+        biases = items_of(biases, "biases", "arrays")
         if len(biases) != 4:
             raise ValueError(f"biases: got {len(biases)}, expected 4")
         self.biases = [None if b is None else np.asarray(as_numpy(b, "biases"), np.float32) for b in biases]

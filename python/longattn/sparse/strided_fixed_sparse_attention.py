@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, like
-from longattn._checks import batched, dense_inputs, flag, integer, integers, listed, one_of, scale_factor
+from longattn._checks import batched, dense_inputs, flag, integer, integers, items_of, one_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.dense.attention_varlen import attention_varlen
 from longattn.methods import Method
@@ -145,7 +145,7 @@ def strided_fixed_sparse_attention(
     stride = integer(stride, "stride", 1)
     near = stride if window is None else integer(window, "window", 1)
     summary, slots = integer(summary, "summary", 1), integer(slots, "slots", 1)
-    of_heads = [pattern] * heads if isinstance(pattern, str) else list(listed(pattern, "pattern", "names"))
+    of_heads = [pattern] * heads if isinstance(pattern, str) else list(items_of(pattern, "pattern", "names"))
     unknown = [x for x in of_heads if x not in PATTERNS]
     if unknown or len(of_heads) != heads:
         raise ValueError(f"pattern: got {pattern!r}, expected one of {PATTERNS}, or {heads} of them")

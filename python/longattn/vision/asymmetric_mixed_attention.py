@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from longattn._arrays import Array, reshaped
-from longattn._checks import flag, listed, scale_factor
+from longattn._checks import flag, items_of, scale_factor
 from longattn.methods import Method
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Float32, Linear, Weights, grid, head_count, numbers, optional_linear, returned
@@ -77,7 +77,7 @@ def asymmetric_mixed_attention(
         >>> bool((again[1] == out).all())
         True
     """
-    templates = listed(templates, "templates", "arrays")
+    templates = items_of(templates, "templates", "arrays")
     every = [*templates, *([] if search is None else [search])]
     if not every:
         raise ValueError("templates: got none and no search region, expected at least one")

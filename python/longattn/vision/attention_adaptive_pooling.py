@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array
-from longattn._checks import integer, listed, real
+from longattn._checks import integer, items_of, real
 from longattn.dense._query_key import query_key_inputs
 from longattn.methods import Method
 from longattn.pictures import example, kept_pairs
@@ -74,7 +74,7 @@ def attention_adaptive_pooling(
             (self_layers, "self_layers", points[image]),
             (cross_layers, "cross_layers", points[1 - image]),
         ):
-            pairs = [listed(pair, name, "pairs (q, k)") for pair in listed(layers, name, "two pairs (q, k)")]
+            pairs = [items_of(pair, name, "pairs (q, k)") for pair in items_of(layers, name, "two pairs (q, k)")]
             if [len(pair) for pair in pairs] != [2, 2]:
                 raise TypeError(f"{name}: got {len(pairs)} of {[*map(len, pairs)]} arrays, expected two pairs (q, k)")
             qn, kn = query_key_inputs(*pairs[image])

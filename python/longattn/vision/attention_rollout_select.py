@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_floating, dense_inputs, integer, listed, real
+from longattn._checks import check_floating, dense_inputs, integer, items_of, real
 from longattn.dense._query_key import query_key_inputs
 from longattn.dense.attention import attention
 from longattn.dense.prob_reduce import prob_reduce
@@ -94,7 +94,7 @@ def attention_rollout(layers: Sequence[tuple[Array, Array]], *, scale: float | N
     Cost:
         `2 * layers * h * N ** 2 * D` multiply-adds; no matrix is stored.
     """
-    pairs = listed(layers, "layers", "pairs (q, k)")
+    pairs = items_of(layers, "layers", "pairs (q, k)")
     if not pairs:
         raise ValueError("layers: got none, expected at least one pair (q, k)")
     checked: list[tuple[NDArray[Any], NDArray[Any]]] = []

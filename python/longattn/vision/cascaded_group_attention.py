@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from longattn._arrays import Array, reshaped
-from longattn._checks import flag, integer, listed
+from longattn._checks import flag, integer, items_of
 from longattn.methods import Method
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Float32, Linear, Weights, grid, head_count, numbers, returned
@@ -75,7 +75,7 @@ def cascaded_group_attention(
     xn = grid(x, "x")
     batch, height, width, channels = xn.shape
     dim, adds = integer(key_dim, "key_dim", 1), flag(cascade, "cascade")
-    wqkv, kernels = listed(wqkv, "wqkv", "weights"), listed(kernels, "kernels", "arrays")
+    wqkv, kernels = items_of(wqkv, "wqkv", "weights"), items_of(kernels, "kernels", "arrays")
     number = head_count(len(wqkv), {"x": channels}, "heads of wqkv")
     if len(kernels) != number:
         raise ValueError(f"kernels: got {len(kernels)}, expected {number} as in wqkv")

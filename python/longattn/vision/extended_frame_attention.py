@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from longattn._arrays import Array, as_numpy, reshaped
-from longattn._checks import integer, integers, listed
+from longattn._checks import integer, integers, items_of
 from longattn.methods import Method
 from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
@@ -69,7 +69,7 @@ def extended_frame_attention(
         raise ValueError(f"q: got shape {qn.shape}, expected at least one frame and token")
     sets: list[Sequence[int]] = [range(count)] * count
     if frames is not None:
-        sets = [_set(one, n, count) for n, one in enumerate(listed(frames, "frames", "sets"))]
+        sets = [_set(one, n, count) for n, one in enumerate(items_of(frames, "frames", "sets"))]
     if len(sets) != count:
         raise ValueError(f"frames: got {len(sets)} sets, expected {count}, one for each frame")
     mask = BlockMask(

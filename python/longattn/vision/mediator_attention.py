@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from longattn._arrays import Array, as_numpy, reshaped
-from longattn._checks import check_float_storage, dense_inputs, integer, listed, real, scale_factor
+from longattn._checks import check_float_storage, dense_inputs, integer, items_of, real, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -116,7 +116,7 @@ def mediator_schedule(step: float, segments: Sequence[tuple[float, int]]) -> int
     Cost:
         A pass over the segments.
     """
-    pairs = [listed(pair, "segments", "pairs (until, mediators)") for pair in listed(segments, "segments", "pairs")]
+    pairs = [items_of(pair, "segments", "pairs (until, mediators)") for pair in items_of(segments, "segments", "pairs")]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"segments: got {segments!r}, expected pairs (until, mediators)")
     at, ends = real(step, "step"), [real(until, "segments") for until, _ in pairs]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from longattn._arrays import Array, as_numpy, reshaped
-from longattn._checks import check_floating, flag, integers, listed
+from longattn._checks import check_floating, flag, integers, items_of
 from longattn.vision._inputs import Float32, Linear, Weights, layer_norm, norm_weights, numbers
 
 
@@ -103,7 +103,7 @@ def dynamic_position_bias(
     sizes = integers(size, "size", 1)
     if not sizes:
         raise ValueError("size: got none, expected the places along at least one axis")
-    layers, adds = listed(layers, "layers", "pairs (norm, weights)"), flag(residual, "residual")
+    layers, adds = items_of(layers, "layers", "pairs (norm, weights)"), flag(residual, "residual")
     lines = [np.arange(1 - n, n, dtype=np.float32) for n in sizes]
     offsets = np.stack(np.meshgrid(*lines, indexing="ij"), axis=-1).reshape(-1, len(sizes))
     p = Linear.of(first, "first", len(sizes))(offsets)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like, reshaped
-from longattn._checks import check_floating, dense_inputs, flag, integer, listed, scale_factor
+from longattn._checks import check_floating, dense_inputs, flag, integer, items_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.pictures import example
@@ -154,7 +154,7 @@ def match_prompts(x: Array, keys: Array, count: int) -> tuple[NDArray[np.int64],
 
 
 def _pool(pair: Any, name: str, k: NDArray[Any], v: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    if len(listed(pair, name, "keys and values")) != 2:
+    if len(items_of(pair, name, "keys and values")) != 2:
         raise TypeError(f"{name}: got {type(pair).__name__}, expected a pair of keys and values")
     keys, values = (as_numpy(x, f"{name}[{n}]") for n, x in enumerate(pair))
     for n, (x, own) in enumerate(((keys, k), (values, v))):
