@@ -187,7 +187,10 @@ fn scan<'a, C: RowCodes>(
                 (scores, weights.part(t * TILE, TILE), shared_scales.part(t * group, group))
             };
             let ids: &[u8] = if clusters > 0 { &value_ids[range.clone()] } else { &[] };
-            dispatch(isa, WeighTile { scores, scales, weights, ids, tile: t, len: range.len(), left, weigh: &mut weigh });
+            dispatch(
+                isa,
+                WeighTile { scores, scales, weights, ids, tile: t, len: range.len(), left, weigh: &mut weigh },
+            );
         }
         parts.set(c, weigh.finish());
     });

@@ -1,7 +1,7 @@
 //! What the scan's estimated logits weigh: sums over chunks of candidates, shares of rows, sums by value cluster.
 
-use super::scan::TILE;
 use super::sample::mix32;
+use super::scan::TILE;
 use super::select::Weights;
 use crate::dense::scores::exp_difference;
 use crate::index::clusters::MAX_CLUSTERS;
