@@ -111,7 +111,7 @@ def operator(
 
     def by_name(**x: Any) -> Pair:
         for n, kind in plain.items():
-            _check_plain(x[n], n, kind)
+            check_plain(x[n], n, kind)
         values = [x[name] for name in names]
         return cast(Pair, Forward.apply(*values) if _in_transform() else call(*values))
 
@@ -145,7 +145,7 @@ _PLAIN: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _check_plain(value: object, name: str, kind: str) -> None:
+def check_plain(value: object, name: str, kind: str) -> None:
     """What an operator would refuse in its own words, or take for something else."""
     if value is None and kind.endswith("?"):
         return
