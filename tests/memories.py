@@ -1,7 +1,7 @@
 """What every memory that learns while it reads is tested for."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,49 @@ class Memory:
             rows.append(row)
         np.testing.assert_allclose(np.concatenate(rows, axis=2), out, rtol=1e-4, atol=2e-5)
         np.testing.assert_allclose(state.live, last.live, rtol=1e-4, atol=2e-5)
+
+    def test_states_in_place(self, rng):
+        """A state's own arrays or another's receive the next one, and all is as without."""
+        arguments = self.case.arguments(rng, length=40)
+        cut = [self.case.rows(arguments, slice(*part)) for part in ((0, 20), (20, 21), (21, 32), (32, 40))]
+        _, state = self.case.call(**cut[0])
+        _, other = self.case.call(**cut[0])
+        own = other
+        for rows in cut[1:]:
+            rows.pop("weights", None)
+            expected, state = self.case.call(**rows, initial_state=state)
+            out, last = self.case.call(**rows, initial_state=own, out_state=own)
+            assert last.live is own.live and last.step is own.step and last.frozen is own.frozen
+            np.testing.assert_array_equal(out, expected)
+            for name in ("live", "step", "frozen"):
+                np.testing.assert_array_equal(getattr(last, name), getattr(state, name))
+            assert last.position == state.position
+            own = last
+        _, first = self.case.call(**cut[0])
+        before = first.live.copy()
+        _, last = self.case.call(**cut[1], initial_state=first, out_state=own)
+        assert last.live is own.live
+        np.testing.assert_array_equal(first.live, before)
+        np.testing.assert_array_equal(self.case.call(**cut[1], initial_state=first)[1].live, last.live)
+
+    def test_states_that_cannot_receive(self, rng):
+        arguments = self.case.arguments(rng, length=20)
+        _, state = self.case.call(**arguments)
+        before = [x.copy() for x in (state.live, state.frozen)]
+        fixed = state.live.copy()
+        fixed.flags.writeable = False
+        for change, match in (
+            ({"live": state.live[..., 1:]}, "out_state: got live"),
+            ({"frozen": state.frozen.astype(np.float64)}, "out_state: got frozen float64"),
+            ({"live": fixed}, "out_state: got live float32 .*, expected a contiguous, writable"),
+            ({"frozen": state.live}, "out_state: got (live|frozen) that shares memory"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                self.case.call(**arguments, out_state=replace(state, **change))
+        with pytest.raises(TypeError, match="out_state: got ndarray"):
+            self.case.call(**arguments, out_state=state.live)
+        for x, y in zip(before, (state.live, state.frozen), strict=True):
+            np.testing.assert_array_equal(x, y)
 
     def test_without_a_batch_and_out(self, rng):
         arguments = self.case.arguments(rng, length=20)

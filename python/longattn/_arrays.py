@@ -169,7 +169,7 @@ def as_output(
         raise ValueError(f"{name}: got shape {a.shape}, expected {shape}")
     if not a.flags.writeable:
         raise ValueError(f"{name}: got a read-only array, expected a writable one")
-    if not _readable_in_place(a) or _overlaps_itself(a):
+    if not a.flags.carray and (not _readable_in_place(a) or _overlaps_itself(a)):
         raise ValueError(
             f"{name}: got strides {a.strides} bytes, expected a contiguous last axis and no repeated memory"
         )

@@ -111,6 +111,16 @@ def check_heads(q_heads: int, k_heads: int, v_heads: int) -> None:
         raise ValueError(f"v: got {v_heads} heads, expected {k_heads} as in k")
 
 
+def all_within(x: NDArray[Any], low: float, high: float) -> bool:
+    """Whether no number is below `low`, above `high` or NaN."""
+    if x.size > 64:
+        with np.errstate(invalid="ignore"):
+            return bool(x.min() >= low and x.max() <= high)  # NaN is neither
+    few = x.ravel().tolist()  # a decode step's; numpy takes longer to begin than to compare them
+    total = sum(few)
+    return not few or (not math.isnan(total) and min(few) >= low and max(few) <= high)
+
+
 def flag(value: object, name: str) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: got {value!r}, expected True or False")
@@ -130,6 +140,8 @@ def integer(value: object, name: str, low: int | None = None, high: int | None =
 
 def any_integer(value: object, name: str) -> int:
     """An integer of any size, as Python's own, which does not wrap around."""
+    if type(value) is int:
+        return value
     if isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: got {value!r}, expected an integer")
     try:

@@ -1,5 +1,7 @@
 """Causal forms of methods over all keys: each row beside the form over all keys of the rows so far."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,29 +13,28 @@ from running import on_threads
 
 WEIGHT = {"weight": (6, 3)}
 
-#: Function by name: the oracle over all keys, and options; arrays by their shapes.
+#: Function by name, and options; arrays by their shapes.
 CASES = {
-    "causal_efficient_attention": ("efficient_attention", {}),
-    "causal_efficient_attention scaling": ("efficient_attention", {"norm": "scaling"}),
-    "causal_focused_linear_attention": ("focused_linear_attention", {"eps": 0.0}),
-    "causal_focused_linear_attention head": (
-        "focused_linear_attention",
-        {"eps": 0.0, "norm_scope": "head", "power": 2.5, "channel_scale": (16,)},
-    ),
-    "causal_focused_linear_attention local": ("focused_linear_attention", {"eps": 0.0, **WEIGHT}),
-    "causal_simplified_linear_attention": ("simplified_linear_attention", {"eps": 0.1}),
-    "causal_simplified_linear_attention local": ("simplified_linear_attention", WEIGHT),
-    "causal_magnitude_aware_linear_attention": ("magnitude_aware_linear_attention", {}),
-    "causal_magnitude_aware_linear_attention exp": ("magnitude_aware_linear_attention", {"phi": "exp", "scale": 0.7}),
-    "causal_inline_attention": ("inline_attention", {}),
-    "causal_inline_attention relu": ("inline_attention", {"phi": "relu", "scale": 0.4}),
-    "causal_l2vit_linear_attention": ("l2vit_linear_attention", {"den_min": 5.0, "tau": (2,)}),
-}
+    "causal_efficient_attention": {},
+    "causal_efficient_attention scaling": {"norm": "scaling"},
+    "causal_focused_linear_attention": {"eps": 0.3},
+    "causal_focused_linear_attention head": {
+        "eps": 0.0, "norm_scope": "head", "power": 2.5, "channel_scale": (16,),
+    },
+    "causal_focused_linear_attention local": {"eps": 0.0, **WEIGHT},
+    "causal_simplified_linear_attention": {"eps": 0.1},
+    "causal_simplified_linear_attention local": WEIGHT,
+    "causal_magnitude_aware_linear_attention": {},
+    "causal_magnitude_aware_linear_attention exp": {"phi": "exp", "scale": 0.7},
+    "causal_inline_attention": {},
+    "causal_inline_attention relu": {"phi": "relu", "scale": 0.4},
+    "causal_l2vit_linear_attention": {"den_min": 5.0, "tau": (2,)},
+}  # fmt: skip
 
 
 def arguments(rng, name, *, batch=1, heads=(2, 2), length=70, dtype=F32):
     """Rows, options, and the oracle's output."""
-    form, given = CASES[name]
+    given = CASES[name]
     options = {n: rng.standard_normal(x).astype(F32) if isinstance(x, tuple) else x for n, x in given.items()}
     if heads[0] != heads[1]:  # a scale of channels is of as many query heads as heads of keys
         options.pop("channel_scale", None)
@@ -43,16 +44,12 @@ def arguments(rng, name, *, batch=1, heads=(2, 2), length=70, dtype=F32):
         options["norm_scope"] = "head"
     shapes = ((batch, heads[0], length, 8), (batch, heads[1], length, 8), (batch, heads[1], length, 6))
     rows = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
-    plain = [x.astype(np.float64) for x in rows]
-    kept = {n: x for n, x in options.items() if n != "weight"}
-    expected = reference.causal(getattr(reference, form), *plain, **kept)
-    if "weight" in options:
-        expected = expected + reference.causal_convolution(plain[2], options["weight"], heads[0] // heads[1])
+    expected = function(name, reference)(*rows, **options)
     return rows, options, expected
 
 
-def function(name):
-    return getattr(linear, name.split()[0])
+def function(name, module=linear):
+    return getattr(module, name.split()[0])
 
 
 def check(out, expected):
@@ -123,6 +120,20 @@ def test_threads_do_not_matter(rng, name):
         np.testing.assert_array_equal(other, results[0])
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_its_last_row_is_that_over_all_keys(rng, name):
+    """With everything that the causal form has not left out."""
+    rows, options, _ = arguments(rng, name)
+    if "weight" in options:
+        rows[2][:, :, -3:] = 0  # what the convolution sees of the last row
+    if "focused" in name:
+        options["eps"] = 0.0
+    out, _ = function(name)(*rows, **options)
+    whole = {n: x for n, x in options.items() if n != "weight"}
+    expected = getattr(linear, name.split()[0].removeprefix("causal_"))(*rows, **whole)
+    np.testing.assert_allclose(out[:, :, -1], expected[:, :, -1], rtol=2e-4, atol=2e-5)
+
+
 def test_rows_that_sum_to_1_return_equal_values(rng):
     for name in ("causal_efficient_attention", "causal_inline_attention", "causal_magnitude_aware_linear_attention"):
         rows, _, _ = arguments(rng, name, length=100)
@@ -144,6 +155,15 @@ def test_a_softmax_over_many_positions_keeps_its_shares(rng):
     for at in (0, 1, 1000, length - 1):
         np.testing.assert_allclose(out[0, 0, at], expected[at], atol=3e-5)
     np.testing.assert_allclose(state.logs[0, 0], np.log(weights.sum(0)), rtol=1e-6)
+
+
+def test_rows_after_a_million_count(rng):
+    """One by one, each adds less to the logarithm of their sum than the last bit of a float32 holds."""
+    rows = [np.zeros((1, 1, 1_000_000, n), F32) for n in (1, 1, 1)]
+    _, state = linear.causal_efficient_attention(*rows)
+    for _ in range(2000):
+        _, state = linear.causal_efficient_attention(*(x[:, :, :1] for x in rows), initial_state=state)
+    np.testing.assert_allclose(state.logs, np.log(1_002_000), rtol=0, atol=2e-6)
 
 
 def test_no_rows(rng):
@@ -169,6 +189,10 @@ def test_wrong_arguments(rng):
     bad("efficient_attention", "initial_state: got tuple", TypeError, initial_state=(1,))
     _, state = linear.causal_inline_attention(q, k, v)
     bad("efficient_attention", "initial_state: got RunningStatistics", TypeError, initial_state=state)
+    _, state = linear.causal_efficient_attention(q, k, v)
+    for name, x in (("logs", state.logs.astype(F32)), ("means", state.means[:, 1:])):
+        bad("efficient_attention", f"initial_state: got {name}", initial_state=replace(state, **{name: x}))
+    _, state = linear.causal_inline_attention(q, k, v)
     bad("inline_attention", "initial_state: got states", initial_state=state, rows=(q, k, v[..., 1:]))
     bad("inline_attention", "phi: got 'no'", phi="no")
     bad("inline_attention", "scale: got", scale=np.inf)

@@ -5,7 +5,7 @@ import pytest
 
 import longattn as la
 import tolerances
-from longattn.linear import agent_attention, flare_attention
+from longattn.linear import agent_attention, flare_attention, flare_gather, flare_read
 from longattn.reference import linear as reference
 from random_arrays import DTYPES, LAYOUTS, normal
 
@@ -113,3 +113,37 @@ def test_it_is_agent_attention(rng):
     np.testing.assert_array_equal(
         flare_attention(r, k, v, scale=0.5), agent_attention(k, k, v, agents=agents, scale=0.5)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "scale": 0.4}], ids=str)
+def test_tokens_gathered_in_parts_are_gathered(rng, dtype, options):
+    r, k, v = arrays(rng, dtype=dtype)
+    keep = rng.random((2, 70)) < 0.6
+    state = None
+    for part in (slice(0, 1), slice(1, 50), slice(50, 50), slice(50, 70)):
+        state = flare_gather(r, k[:, :, part], v[:, :, part], mask=keep[:, part], initial_state=state, **options)
+    one = flare_gather(r, k, v, mask=keep, **options)
+    np.testing.assert_allclose(state.gathered, one.gathered, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(state.logs, one.logs, rtol=1e-5, atol=1e-5)
+    expected = oracle(r, k, v, mask=keep, **options)
+    for rows in (slice(0, 1), slice(30, 70)):
+        out = flare_read(r, k[:, :, rows], state, **options)
+        assert out.dtype == dtype
+        near = {4: 2e-5, 2: 2.0**-7}[out.dtype.itemsize]
+        np.testing.assert_allclose(out.astype(np.float64), expected[:, :, rows], atol=near * np.abs(expected).max())
+
+
+def test_states_of_other_latents(rng):
+    r, k, v = arrays(rng)
+    state = flare_gather(r, k, v)
+    for match, call in (
+        ("state: got", lambda: flare_gather(r[:, 1:], k, v, initial_state=state)),
+        ("state: got", lambda: flare_gather(r, k, v[..., 1:], initial_state=state)),
+        ("state: got", lambda: flare_read(r[:, 1:], k, state)),
+        ("out: got shape", lambda: flare_attention(r, k, v, out=np.empty((2, 3, 70, 9), np.float32))),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+    with pytest.raises(TypeError, match="state: got tuple, expected a FlareState"):
+        flare_read(r, k, (1, 2))

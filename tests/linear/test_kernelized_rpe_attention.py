@@ -131,6 +131,30 @@ def test_a_single_token_returns_its_value(rng, isa, method):
 
 
 @ways
+@pytest.mark.parametrize("rows", [1, 5, 22])
+def test_the_last_queries_alone_give_their_rows(rng, isa, method, rows):
+    given = inputs(rng)
+    expected = reference.kernelized_rpe_attention(**given, causal=True)[:, :, -rows:]
+    given["q"] = np.ascontiguousarray(given["q"][:, :, -rows:])
+    y = kernelized_rpe_attention(**given, causal=True, method=method)
+    check(y, reference.kernelized_rpe_attention(**given, causal=True))
+    check(y, expected)
+
+
+def test_steps_read_features_that_were_kept(rng):
+    given = inputs(rng, rows=30)
+    expected = reference.kernelized_rpe_attention(**given, causal=True)
+    unit = {n: given[n] / np.linalg.norm(given[n], axis=-1, keepdims=True) for n in "qk"}
+    q, k = (np.exp(x @ given["features"].T - 0.5) for x in unit.values())
+    for t in (0, 1, 29):
+        y = kernelized_rpe_attention(
+            q[:, :, t : t + 1], k[:, :, : t + 1], given["v"][:, :, : t + 1], given["rpe"], lambda x: x, causal=True,
+            qk_norm=False,
+        )  # fmt: skip
+        check(y, expected[:, :, t : t + 1])
+
+
+@ways
 def test_a_query_that_sees_nothing_gets_zeros(rng, method):
     given = inputs(rng)
     given["rpe"][:] = -np.inf
@@ -153,6 +177,11 @@ def test_a_query_that_sees_nothing_gets_zeros(rng, method):
         ({"v": np.zeros((2, 2, 22, 6), F32)}, ValueError, "v: got shapes"),
         ({"size": (4, 5)}, ValueError, "size: got 4 x 5"),
         ({"causal": 1}, TypeError, "causal: got 1"),
+        (
+            {"causal": True, "k": np.ones((2, 2, 22, 5), F32), "v": np.ones((2, 2, 22, 6), F32)},
+            ValueError,
+            "q: got 23 queries and 22 keys, expected at most as many with causal",
+        ),
         ({"method": "quick"}, ValueError, "method: got 'quick'"),
         ({"precision": "half"}, ValueError, "precision: got 'half'"),
     ],

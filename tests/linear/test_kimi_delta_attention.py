@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from longattn.linear import delta_rule_attention, kimi_delta_attention, kimi_delta_gates
+from longattn.linear import delta_rule_attention, gated_linear_attention, kimi_delta_attention, kimi_delta_gates
 from longattn.reference import linear as reference
 from random_arrays import DTYPES
 from recurrences import Case, Recurrence
@@ -64,6 +64,27 @@ def test_the_state_decays_before_what_is_new_is_measured(rng):
     g, beta = np.full((1, 1, 4), np.log(0.5), np.float32), np.full((1, 1), 0.5, np.float32)
     _, last = kimi_delta_attention(key, key, value, g, beta, initial_state=state)
     np.testing.assert_allclose(last[0, 0], 0.5 + 0.5 * (1 - 0.5), atol=1e-6)
+
+
+def test_orthonormal_keys_find_their_values(rng):
+    """With beta 1 and no decay, a query along a key reads the value that was stored with it."""
+    k = np.linalg.qr(rng.standard_normal((1, 2, 16, 16)))[0].astype(np.float32)[:, :, :10]
+    v = rng.standard_normal((1, 2, 10, 5)).astype(np.float32)
+    none = np.zeros_like(k)
+    _, state = kimi_delta_attention(k, k, v, none, np.ones((1, 2, 10), np.float32))
+    found, _ = kimi_delta_attention(k, k, v, none, np.zeros((1, 2, 10), np.float32), scale=1.0, initial_state=state)
+    np.testing.assert_allclose(found, v, atol=1e-5)
+
+
+def test_keys_of_which_nothing_is_held_make_gated_linear_attention(rng):
+    """Channels decay by themselves and a key is one of them: nothing is taken from what is new."""
+    q, v = (rng.standard_normal((1, 2, 60, n)).astype(np.float32) for n in (64, 5))
+    k = np.broadcast_to(np.eye(64, dtype=np.float32)[:60], (1, 2, 60, 64))
+    g, beta = -rng.random((1, 2, 60, 64)).astype(np.float32) / 10, rng.random((1, 2, 60)).astype(np.float32)
+    out, state = kimi_delta_attention(q, k, v, g, beta, normalize_qk=False)
+    expected, last = gated_linear_attention(q, k, beta[..., None] * v, g)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    np.testing.assert_allclose(state, last, atol=1e-6)
 
 
 def test_large_gates(rng):

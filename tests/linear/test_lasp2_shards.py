@@ -109,6 +109,7 @@ def test_wrong_arguments(rng):
     for match, call in (
         ("g: got a number above 0", lambda: shard_state(k, v, g=np.ones((2, 4, 90), F32))),
         ("g: got shape", lambda: shard_state(k, v, g=np.zeros((2, 4, 9), F32))),
+        ("beta: got NaN or infinity", lambda: shard_state(k, v, beta=np.full((2, 4, 90), np.inf, F32))),
         ("v: got length", lambda: shard_state(k, v[:, :, 1:])),
         ("states: got 0 beside 0", lambda: exclusive_states([], [])),
         ("states: got 1 beside 2", lambda: exclusive_states([own], [decay, decay])),

@@ -143,6 +143,40 @@ def test_gates_of_1_give_plain_attention(rng, isa):
     check(mega_gated_attention(x, weights), silu(plain.astype(np.float64) @ weights.w_h), depth=4)
 
 
+@pytest.mark.parametrize("function", ["softmax", "laplace", "relu2"])
+@pytest.mark.parametrize("chunk", [None, 1, 8])
+@pytest.mark.parametrize("bias", [False, True])
+def test_steps_and_parts_are_the_whole(rng, function, chunk, bias):
+    weights, x, residual = layer(rng), normal(rng, (2, 40, 6)), normal(rng, (2, 40, 6))
+    options = {"function": function, "chunk": chunk}
+    if bias:
+        options["relative_bias"] = normal(rng, (81,))
+    expected = reference.mega_gated_attention(x, weights, residual=residual, **options)
+    state, parts = None, []
+    for part in (slice(0, 1), slice(1, 19), slice(19, 19), *(slice(t, t + 1) for t in range(19, 26)), slice(26, 40)):
+        y, state = mega_gated_attention(
+            x[:, part], weights, residual=residual[:, part], initial_state=state, return_state=True, **options
+        )
+        parts.append(y)
+    check(np.concatenate(parts, axis=1), expected, depth=4)
+    assert state.keys.shape == (2, 40 if chunk is None else 0, 4)
+
+
+def test_states_that_do_not_fit(rng):
+    weights, x = layer(rng), normal(rng, (2, 9, 6))
+    _, state = mega_gated_attention(x, weights, chunk=16, return_state=True)
+    for change, error, message in (
+        ({"causal": False}, ValueError, "causal: got False with a state"),
+        ({"chunk": 9}, ValueError, "initial_state: got keys of 9 rows, expected fewer than the 9 of a chunk"),
+        ({"initial_state": replace(state, averages=state.averages[:1])}, ValueError, "initial_state: got averages"),
+        ({"initial_state": replace(state, values=state.values[:, 1:])}, ValueError, "initial_state: got values"),
+        ({"initial_state": state.keys}, TypeError, "initial_state: got ndarray"),
+        ({"relative_bias": np.zeros(17)}, ValueError, "relative_bias: got 17 entries, expected .* at least 31"),
+    ):
+        with pytest.raises(error, match=message):
+            mega_gated_attention(x, weights, **{"initial_state": state, "chunk": 16, **change})
+
+
 def test_bad_averages(rng):
     x, (alpha, delta, beta, gamma) = normal(rng, (2, 9, 6)), averages(rng)
     for arguments, options, error, message in (

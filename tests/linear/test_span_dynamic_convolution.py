@@ -1,5 +1,7 @@
 """`span_dynamic_convolution`."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -86,6 +88,47 @@ def test_inside_it_is_attention_in_a_window(rng, isa):
     nothing = np.zeros_like(v)
     expected = attention(nothing, nothing, v, bias=bias, window=(2, 2)).swapaxes(1, 2).reshape(2, 30, 10)
     check(span_dynamic_convolution(**given)[:, 2:-2], expected[:, 2:-2].astype(np.float64), depth=2)
+
+
+@pytest.mark.parametrize("make", [inputs, whole])
+@pytest.mark.parametrize(("taps", "span"), [(1, 1), (5, 3), (9, 40)])
+def test_steps_and_parts_are_the_whole(rng, isa, make, taps, span):
+    given = make(rng, taps=taps, span=span)
+    if "mask" in given:
+        given["mask"][:, 0] = True
+    expected = reference.span_dynamic_convolution(**given, causal=True)
+    state, parts = None, []
+    for part in (slice(0, 1), slice(1, 10), slice(10, 10), *(slice(t, t + 1) for t in range(10, 17)), slice(17, 30)):
+        own = given | {n: given[n][:, part] for n in ("x", "mask") if n in given}
+        y, state = span_dynamic_convolution(**own, causal=True, initial_state=state, return_state=True)
+        parts.append(y)
+    check(np.concatenate(parts, axis=1), expected)
+    assert state.values.shape == (2, 2, taps - 1, 5) and state.inputs.shape == (2, span - 1, 6)
+
+
+def test_states_that_do_not_fit(rng):
+    given = whole(rng)
+    _, state = span_dynamic_convolution(**given, causal=True, return_state=True)
+    keys, values, seen = state.attention
+    for change, error, message in (
+        ({"causal": False}, ValueError, "causal: got False with a state"),
+        ({"attention_weights": None}, ValueError, "initial_state: got one of a call with other attention_weights"),
+        ({"initial_state": replace(state, inputs=state.inputs[:, 1:])}, ValueError, "initial_state: got inputs"),
+        ({"initial_state": replace(state, values=state.values[:1])}, ValueError, "initial_state: got values"),
+        (
+            {"initial_state": replace(state, attention=(keys, values[:, :, 1:], seen))},
+            ValueError,
+            "initial_state: got values of attention",
+        ),
+        (
+            {"initial_state": replace(state, attention=(keys, values, seen[:, 1:]))},
+            ValueError,
+            "initial_state: got a mask",
+        ),
+        ({"initial_state": keys}, TypeError, "initial_state: got ndarray"),
+    ):
+        with pytest.raises(error, match=message):
+            span_dynamic_convolution(**{**given, "causal": True, "initial_state": state, **change})
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,14 @@ def test_a_window_of_1_reads_the_memory_alone(rng):
 
 
 @pytest.mark.parametrize("call", CALLS)
+def test_states_of_layers_are_their_own(rng, call):
+    given = arguments(rng, call)
+    _, state = getattr(linear, call)(**given)
+    with pytest.raises(TypeError, match="out_state: got one, expected none"):
+        getattr(linear, call)(**given, out_state=state)
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_wrong_arguments(rng, call):
     given = arguments(rng, call)
     good = given["weights"]

@@ -89,6 +89,25 @@ def test_before_and_after(rng):
     assert not before[:, :, 0].any()
 
 
+def test_a_token_per_chunk_without_momentum_is_a_product_of_matrices(rng):
+    """`W_t^T = ((1 - alpha_t) I - theta_t k_t k_t^T) W_(t-1)^T + theta_t k_t v_t^T`: errors are before the decay."""
+    k, v = (rng.standard_normal((1, 1, 40, n)).astype(np.float32) for n in (6, 5))
+    theta, alpha = rng.random((2, 1, 1, 40)).astype(np.float32)
+    theta *= 0.2
+    _, state = titans_neural_memory(k, k, v, theta, alpha=alpha, chunk_size=1, normalize_qk=False)
+    w = np.zeros((6, 5))
+    for key, value, rate, gone in zip(k[0, 0].astype(np.float64), v[0, 0], theta[0, 0], alpha[0, 0], strict=True):
+        w = ((1 - gone) * np.eye(6) - rate * np.outer(key, key)) @ w + rate * np.outer(key, value)
+    np.testing.assert_allclose(state.weights[0][0, 0], w, rtol=1e-4, atol=1e-4)
+
+
+def test_reading_changes_nothing(rng):
+    arguments = TestTwoLayers.case.arguments(rng, length=40)
+    _, state = titans_neural_memory(**arguments)
+    _, other = titans_neural_memory(**{**arguments, "q": -3 * arguments["q"]})
+    np.testing.assert_array_equal(state.live, other.live)
+
+
 def test_kimi_delta_attention(rng):
     """A token per chunk, no momentum: the error is of the state that has not decayed."""
     q, k, v = (rng.standard_normal((1, 2, 100, n)).astype(np.float32) for n in (16, 16, 12))

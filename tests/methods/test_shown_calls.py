@@ -68,8 +68,8 @@ of_methods = pytest.mark.parametrize(
 )
 
 
-def test_most_methods_show_a_call():
-    assert len(CALLS) > 0.6 * len(methods())
+def test_more_than_half_of_the_methods_show_a_call():
+    assert len(CALLS) > 0.5 * len(methods())
 
 
 @of_methods

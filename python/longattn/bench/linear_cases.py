@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from longattn import linear
 from longattn.bench.each_method import Arguments
 from longattn.bench.each_method import call_with as _a
-from longattn.linear import DiagonalSsm, MambaWeights, MegaWeights
+from longattn.linear import DiagonalSsm, MambaWeights, MegaWeights, TitansWeights
 
 #: Places of a side of the map whose places are the rows, width of a head, heads.
 SIDE, DIM, HEADS = 64, 64, 8
@@ -107,6 +107,13 @@ class Inputs:
             gamma_q=self.x(dim), beta_q=self.x(dim), gamma_k=self.x(dim), beta_k=self.x(dim), w_h=self.w(wide, n),
         )  # fmt: skip
 
+    def titans(self) -> TitansWeights:
+        """A layer of Titans with a few persistent tokens."""
+        return TitansWeights(
+            memory=(self.w(), self.w(), self.w()), attention=(self.w(), self.w(), self.w(), self.w()),
+            persistent=self.x(4, self.channels),
+        )  # fmt: skip
+
     def averages(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
         """Parameters of damped averages."""
         alpha, delta, beta, gamma = self.x(4, self.channels, STATES)
@@ -142,8 +149,14 @@ CASES: dict[str, Callable[[Inputs], Arguments]] = {
     "bidirectional_gated_ssm": lambda i: _a(i.rows(), i.ssm(), i.ssm(), i.w(2 * i.channels), i.w(), i.w()),
     "bidirectional_mamba": lambda i: _a(i.rows(), i.mamba(), i.mamba()),
     "blended_softmax_linear_attention": lambda i: _a(*i.qkv(), 0.5),
+    "causal_efficient_attention": lambda i: _a(*i.qkv()),
     "causal_fastmax_attention": lambda i: _a(i.heads(NARROW), i.heads(NARROW), i.heads()),
+    "causal_focused_linear_attention": lambda i: _a(*i.qkv()),
+    "causal_inline_attention": lambda i: _a(*i.qkv()),
+    "causal_l2vit_linear_attention": lambda i: _a(*i.qkv()),
+    "causal_magnitude_aware_linear_attention": lambda i: _a(*i.qkv()),
     "causal_performer_attention": lambda i: _a(*i.qkv(), i.directions()),
+    "causal_simplified_linear_attention": lambda i: _a(*i.qkv()),
     "delta_rule_attention": lambda i: _a(*i.qkv(), i.rates(), scale=1.0),
     "efficient_attention": lambda i: _a(*i.qkv()),
     "fastmax_attention": lambda i: _a(i.heads(i.dim // 2), i.heads(i.dim // 2), i.heads()),
@@ -175,6 +188,7 @@ CASES: dict[str, Callable[[Inputs], Arguments]] = {
     "linear_match_attention": lambda i: _a(*i.qkv()),
     "local_linear_attention": lambda i: _a(*i.qkv(), 0.1, causal=True, steps=4),
     "magnitude_aware_linear_attention": lambda i: _a(*i.qkv()),
+    "mamba_mixer": lambda i: _a(i.rows(), i.mamba()),
     "mega_gated_attention": lambda i: _a(i.rows(), i.mega(), chunk=128),
     "miras_memory": lambda i: _a(*i.qkv(), i.rates(0.1), variant="yaad", delta=1.0),
     "multi_dim_damped_ema": lambda i: _a(i.rows(), *i.averages()),
@@ -205,6 +219,9 @@ CASES: dict[str, Callable[[Inputs], Arguments]] = {
         i.heads(), i.rates(0.1), -i.between(0, 1, i.n), i.x(1, 1, i.places, i.dim), i.x(1, 1, i.places, i.dim)
     ),
     "taipan_selective_attention": lambda i: _a(i.rows(), *i.qkv(), i.x(1, i.places, 2), window=256),
+    "titans_memory_as_context": lambda i: _a(i.rows(), 0.1, i.titans(), heads=i.n, segment=256, alpha=0.01, eta=0.5),
+    "titans_memory_as_gate": lambda i: _a(i.rows(), 0.1, i.titans(), heads=i.n, window=256, alpha=0.01, eta=0.5),
+    "titans_memory_as_layer": lambda i: _a(i.rows(), 0.1, i.titans(), heads=i.n, window=256, alpha=0.01, eta=0.5),
     "titans_neural_memory": lambda i: _a(*i.qkv(), i.rates(0.1), alpha=0.01, eta=0.5),
     "ttt_linear": lambda i: _a(*i.qkv(), i.rates(0.1), np.ones(i.dim, np.float32), np.zeros(i.dim, np.float32)),
 }  # fmt: skip

@@ -134,7 +134,8 @@ def score_rank(q: Array, k: Array, *, rtol: float | None = None) -> ScoreRank:
     """Numerical rank, stable rank and spectrum of each head's scores `q k^T`, before softmax and mask.
 
     They come from the thin triangular factors of q and k, `q k^T = Q_q (R_q R_k^T) Q_k^T`, never from the `Lq x Lk`
-    matrix: the rank is at most `D`.
+    matrix: the rank is at most `D`. With weights `[Hq, C, D]` and `[Hkv, C, D]` in place of queries and keys, they are
+    those of the form `W_q W_k^T` of all scores of a layer.
 
     Args:
         q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16.
@@ -152,6 +153,9 @@ def score_rank(q: Array, k: Array, *, rtol: float | None = None) -> ScoreRank:
     Cost:
         `2 * (Lq + Lk) * D**2` multiply-adds per head in float64, and a singular value decomposition of a `D x D`
         matrix.
+
+    References:
+        N. Amsel, G. Yehudai and J. Bruna, "On the Benefits of Rank in Attention Layers", 2024, arXiv:2407.16153.
     """
     qn, kn = as_numpy(q, "q"), as_numpy(k, "k")
     for x, name in ((qn, "q"), (kn, "k")):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import is_torch
@@ -105,6 +106,8 @@ class Device(Protocol):
 
 def is_on_gpu(x: Any) -> bool:
     """Whether `x` is a CuPy array or a torch CUDA tensor. Imports neither."""
+    if type(x) is np.ndarray:
+        return False
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, getattr(cupy, "ndarray", ())):
         return True

@@ -1,33 +1,31 @@
 """Linear attention: states of fixed size in place of a cache that grows."""
 
 from longattn.linear._fast_weight import MemoryState
+from longattn.linear._running import LocalState, RunningStatistics
+from longattn.linear._titans_layer import TitansWeights
 from longattn.linear.adaptive_frequency_filter import adaptive_frequency_filter
 from longattn.linear.agent_attention import agent_attention, agent_biases
 from longattn.linear.based import based
 from longattn.linear.bidirectional_gated_ssm import DiagonalSsm, bidirectional_gated_ssm
 from longattn.linear.bidirectional_mamba import bidirectional_mamba
 from longattn.linear.blended_softmax_linear_attention import blended_softmax_linear_attention
+from longattn.linear.causal_efficient_attention import RunningSoftmax, causal_efficient_attention
 from longattn.linear.causal_fastmax_attention import causal_fastmax_attention
-from longattn.linear.causal_forms import (
-    LocalState,
-    RunningSoftmax,
-    RunningStatistics,
-    causal_efficient_attention,
-    causal_focused_linear_attention,
-    causal_inline_attention,
-    causal_l2vit_linear_attention,
-    causal_magnitude_aware_linear_attention,
-    causal_simplified_linear_attention,
-)
+from longattn.linear.causal_focused_linear_attention import causal_focused_linear_attention
+from longattn.linear.causal_inline_attention import causal_inline_attention
+from longattn.linear.causal_l2vit_linear_attention import causal_l2vit_linear_attention
+from longattn.linear.causal_magnitude_aware_linear_attention import causal_magnitude_aware_linear_attention
 from longattn.linear.causal_performer_attention import causal_performer_attention
+from longattn.linear.causal_simplified_linear_attention import causal_simplified_linear_attention
 from longattn.linear.convolution import causal_conv1d, depthwise_conv1d, depthwise_conv2d, dynamic_conv
 from longattn.linear.delta_rule_attention import delta_rule_attention
 from longattn.linear.diagonal_scan import diagonal_scan
 from longattn.linear.diagonal_scan_backward import DiagonalScanGradients, diagonal_scan_backward
+from longattn.linear.each_sequence import each_sequence
 from longattn.linear.efficient_attention import efficient_attention
 from longattn.linear.fastmax_attention import fastmax_attention
 from longattn.linear.feature_map import FeatureMap
-from longattn.linear.flare_attention import flare_attention
+from longattn.linear.flare_attention import FlareState, flare_attention, flare_gather, flare_read
 from longattn.linear.focused_linear_attention import focused_linear_attention
 from longattn.linear.gated_associative_memory import gated_associative_memory
 from longattn.linear.gated_delta_rule import gated_delta_rule
@@ -51,10 +49,11 @@ from longattn.linear.lasp2_shards import exclusive_states, shard_state
 from longattn.linear.lightning_attention import lightning_attention, lightning_slopes
 from longattn.linear.linear_attention import linear_attention
 from longattn.linear.linear_match_attention import dual_softmax_matches, linear_match_attention, refine_matches
+from longattn.linear.local_concentration import local_concentration
 from longattn.linear.local_linear_attention import LocalLinearStats, local_linear_attention
 from longattn.linear.magnitude_aware_linear_attention import magnitude_aware_linear_attention, rope_2d_angles
 from longattn.linear.mamba_mixer import MambaState, MambaWeights, mamba_mixer
-from longattn.linear.mega_gated_attention import MegaWeights, mega_gated_attention
+from longattn.linear.mega_gated_attention import MegaState, MegaWeights, mega_gated_attention
 from longattn.linear.miras_memory import miras_memory
 from longattn.linear.miras_retention import miras_retention, read_lq
 from longattn.linear.multi_dim_damped_ema import multi_dim_damped_ema
@@ -70,15 +69,12 @@ from longattn.linear.selective_scan_backward import SelectiveScanGradients, sele
 from longattn.linear.selective_token_channel_mixer import selective_token_channel_mixer
 from longattn.linear.shared_time_frequency_attention import shared_time_frequency_attention
 from longattn.linear.simplified_linear_attention import fold_rep_batch_norm, rep_batch_norm, simplified_linear_attention
-from longattn.linear.span_dynamic_convolution import span_dynamic_convolution
+from longattn.linear.span_dynamic_convolution import SpanState, span_dynamic_convolution
 from longattn.linear.state_space_duality import state_space_duality
 from longattn.linear.taipan_selective_attention import taipan_selective_attention
-from longattn.linear.titans_layers import (
-    TitansWeights,
-    titans_memory_as_context,
-    titans_memory_as_gate,
-    titans_memory_as_layer,
-)
+from longattn.linear.titans_memory_as_context import titans_memory_as_context
+from longattn.linear.titans_memory_as_gate import titans_memory_as_gate
+from longattn.linear.titans_memory_as_layer import titans_memory_as_layer
 from longattn.linear.titans_neural_memory import titans_neural_memory
 from longattn.linear.toeplitz import toeplitz, toeplitz2d
 from longattn.linear.token_tree import TreeVerification, verify_tree
@@ -88,6 +84,7 @@ __all__ = [
     "DiagonalScanGradients",
     "DiagonalSsm",
     "FeatureMap",
+    "FlareState",
     "GroupState",
     "KeyStatistics",
     "LaspStats",
@@ -95,12 +92,14 @@ __all__ = [
     "LocalState",
     "MambaState",
     "MambaWeights",
+    "MegaState",
     "MegaWeights",
     "MemoryState",
     "RecurrenceGradients",
     "RunningSoftmax",
     "RunningStatistics",
     "SelectiveScanGradients",
+    "SpanState",
     "TitansWeights",
     "TreeVerification",
     "adaptive_frequency_filter",
@@ -126,10 +125,13 @@ __all__ = [
     "diagonal_scan_backward",
     "dual_softmax_matches",
     "dynamic_conv",
+    "each_sequence",
     "efficient_attention",
     "exclusive_states",
     "fastmax_attention",
     "flare_attention",
+    "flare_gather",
+    "flare_read",
     "focused_linear_attention",
     "fold_rep_batch_norm",
     "gated_associative_memory",
@@ -154,6 +156,7 @@ __all__ = [
     "lightning_slopes",
     "linear_attention",
     "linear_match_attention",
+    "local_concentration",
     "local_linear_attention",
     "magnitude_aware_linear_attention",
     "mamba_mixer",

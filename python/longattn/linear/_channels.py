@@ -38,9 +38,15 @@ def optional(x: Array | None, name: str, shape: tuple[int | None, ...], expected
 
 
 def check_shape(x: NDArray[Any], name: str, shape: tuple[int | None, ...], expected: str) -> None:
-    if x.ndim != len(shape) or any(n is not None and n != m for n, m in zip(shape, x.shape, strict=True)):
-        sizes = f" = {list(shape)}" if None not in shape else ""
-        raise ValueError(f"{name}: got shape {x.shape}, expected {expected}{sizes}")
+    got = x.shape
+    if len(got) == len(shape):
+        for n, m in zip(shape, got, strict=True):
+            if n is not None and n != m:
+                break
+        else:
+            return
+    sizes = f" = {list(shape)}" if None not in shape else ""
+    raise ValueError(f"{name}: got shape {got}, expected {expected}{sizes}")
 
 
 def bounds_of(cu_seqlens: Array | None, batch: int, length: int) -> NDArray[np.int64] | None:
@@ -63,7 +69,8 @@ def state_of(
         raise TypeError(f"out_state: got {type(out_state).__name__}, expected a float32 numpy array")
     if out_state.shape != shape or not out_state.flags.c_contiguous or not out_state.flags.writeable:
         raise ValueError(f"out_state: got shape {out_state.shape}, expected a contiguous, writable array {shape}")
-    out_state[...] = start
+    if start is not out_state:
+        out_state[...] = start
     return out_state
 
 

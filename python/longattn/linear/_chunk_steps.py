@@ -9,7 +9,7 @@ import numpy as np
 
 from longattn._arrays import Array, as_numpy, like
 from longattn._checks import integer, result_array
-from longattn.linear._fast_weight import Float32, MemoryState, fast_weight, gate
+from longattn.linear._fast_weight import Float32, MemoryState, fast_weight, gate, moved
 
 #: The rate of calls that only read.
 RESTING = np.zeros((), np.float32)
@@ -25,6 +25,7 @@ def chunk_steps(
     eta: Array | float | None,
     weights: Sequence[Array] | None,
     initial_state: MemoryState | None,
+    out_state: MemoryState | None,
     chunk_size: object,
     out: Array | None,
     **options: Any,
@@ -43,6 +44,7 @@ def chunk_steps(
         eta: momentum, likewise.
         weights: as of `fast_weight`.
         initial_state: what an earlier call returned, in place of `weights`.
+        out_state: one whose arrays receive the last; `None` is arrays of its own.
         chunk_size: rows of a step.
         out: array for the output.
         options: further ones of `fast_weight`.
@@ -95,13 +97,13 @@ def chunk_steps(
         _, after = fast_weight(of_k, of_k, of_v, own, weights=None, initial_state=before, chunk_size=chunk, **options)
         live, at, position = after.live, rows.stop, position + rows.stop - rows.start
         if position == chunk:
-            moved: Float32 = live - frozen
+            gone: Float32 = live - frozen
             if slowed is not None:
-                step = slowed[:, :, at - 1] * step + moved
-                moved = step
+                step = slowed[:, :, at - 1] * step + gone
+                gone = step
             kept = frozen if forgotten is None else (1 - forgotten[:, :, at - 1]) * frozen
-            live, position = kept + moved, 0
+            live, position = kept + gone, 0
             frozen = live
-    last = MemoryState(live=live, step=step, frozen=frozen, position=position, shapes=state.shapes)
+    last = moved(MemoryState(live=live, step=step, frozen=frozen, position=position, shapes=state.shapes), out_state)
     returned: Any = like(q, result) if out is None else out
     return returned, last

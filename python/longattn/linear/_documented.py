@@ -1,4 +1,4 @@
-"""Arguments that recurrences of matrix states share, documented once."""
+"""What the docstrings of recurrences and of their layers share, written once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-#: Descriptions by the names that docstrings have in braces.
+#: Descriptions by the names that docstrings have in braces; each line begins one of its own.
 ENTRIES = {
     "queries": "queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16.",
     "keys": "keys `[B, Hk, L, D]`; any of the three dtypes.",
@@ -44,6 +44,21 @@ ENTRIES = {
     "is the decode step.",
     "local": "`(output, state)`: the output in the kind and dtype of `q`, and `LocalState`. A call of one row is the "
     "decode step.",
+    "local_cost": "`2 * Hq * L * D * Dv` multiply-adds of states, `Hq * L * K * Dv` of the convolution.",
+    "running_cost": "`2 * Hq * L * F * Dv` multiply-adds of states of `F` features, `D` where nothing is said of them; "
+    "memory of a float32 array like the output.",
+    "raises": "TypeError: an argument of another kind or dtype.\nValueError: shapes or values that do not fit.",
+    "layer_rows": "rows `[B, L, C]`; float32, float16 or bfloat16.",
+    "layer_rates": "rates of the memory, floating `[B, heads, L]` or one number.",
+    "layer_heads": "of the memory and of attention.",
+    "layer_window": "keys of a query, its own included.",
+    "layer_options": "further ones of `titans_neural_memory`: `weights` of the memory are `memory_weights` here.",
+    "layer_states": "`(output, state)`: `[B, L, C]` in the kind and dtype of `x`, and the memory.",
+    "layer_cost": "Projections, `B * L * heads * (P + window) * (D + Dv)` multiply-adds of attention, and the memory.",
+    "titans": 'A. Behrouz, P. Zhong and V. Mirrokni, "Titans: Learning to Memorize at Test Time", 2024, '
+    "arXiv:2501.00663.",
+    "memory": "a `MemoryState` whose arrays receive the last one. It may be `initial_state`, which is then updated in "
+    "place.",
     "bad_beta": "a beta that is not finite or, with `normalize_qk`, outside 0 to 2.",
 }
 
@@ -67,5 +82,6 @@ def _whole(line: str) -> str:
         return line
     indent = " " * (len(before) - len(before.lstrip()))
     further = indent + 4 * " " if before.strip() else indent
-    text = before + ENTRIES[name[:-1]]
-    return textwrap.fill(text, _WIDTH, subsequent_indent=further, break_long_words=False, break_on_hyphens=False)
+    lines = (before + ENTRIES[name[:-1]]).replace("\n", f"\n{indent}").split("\n")
+    options: dict[str, Any] = {"subsequent_indent": further, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(part, _WIDTH, **options) for part in lines)

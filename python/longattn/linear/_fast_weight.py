@@ -12,12 +12,23 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy, like, reshaped
-from longattn._checks import batched, check_float_storage, check_floating, finite, flag, integer, real, result_array
+from longattn._checks import (
+    all_within,
+    batched,
+    check_float_storage,
+    check_floating,
+    finite,
+    flag,
+    integer,
+    real,
+    result_array,
+)
 
 Float32 = NDArray[np.float32]
 
 #: Tokens whose gradients are taken at the same weights, where nothing else is said.
 CHUNK = 16
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,6 +70,7 @@ def fast_weight(
     rate_name: str,
     weights: Sequence[Array] | None,
     initial_state: MemoryState | None,
+    out_state: MemoryState | None = None,
     keep: Float32 | None = None,
     momentum: Array | None = None,
     threshold: Array | None = None,
@@ -83,6 +95,7 @@ def fast_weight(
         rate_name: what the caller calls them.
         weights: first matrices, each `[inputs, outputs]`, with heads or batch and heads in front; `None` is one of 0.
         initial_state: what an earlier call returned, in place of `weights`.
+        out_state: one whose arrays receive the last; `None` is arrays of its own.
         keep: factors of weights, `[B, H, L, 1]`.
         momentum: factors of steps, called "eta", `[B, H, L]`.
         threshold: of Huber losses, called "delta", `[B, H, L]`.
@@ -130,8 +143,9 @@ def fast_weight(
         around = (rows[0], rows[1], real(residual[2], "eps"))
         if not 0 <= around[2] < np.inf:
             raise ValueError(f"eps: got {residual[2]}, expected at least 0")
-    state = _start(weights, initial_state, (batch, heads), (dim, value_dim), bias, slowed is not None, chunk)
     result = result_array(out, q, (*qn.shape[:-1], value_dim), qn.dtype, {"q": qn, "k": kn, "v": vn})
+    first = _start(weights, initial_state, (batch, heads), (dim, value_dim), bias, slowed is not None, chunk)
+    state = moved(first, out_state)
     widths = [dim, *(outputs for _, outputs in state.shapes)]
     _core.fast_weight(
         batched(qn, 4), batched(kn, 4), batched(vn, 4), rates, keep, slowed, limits, widths, activation, around, loss,
@@ -153,8 +167,7 @@ def gate(x: Array, name: str, keys: NDArray[Any], *, high: float | None) -> Floa
     if xn.shape not in ((), keys.shape[:-1]):
         raise ValueError(f"{name}: got shape {xn.shape}, expected {keys.shape[:-1]}, or one number")
     rows = np.ascontiguousarray(np.broadcast_to(xn, keys.shape[:-1]), np.float32)
-    # NaN fails, too.
-    if not ((rows >= 0) & (rows <= (np.finfo(np.float32).max if high is None else high))).all():
+    if not all_within(rows, 0, _LARGEST if high is None else high):
         expected = "finite numbers of at least 0" if high is None else f"numbers from 0 to {high:g}"
         raise ValueError(f"{name}: got a number outside its range, expected {expected}")
     return batched(rows, 3)[..., None]
@@ -177,7 +190,7 @@ def _start(
     momentum: bool,
     chunk: int,
 ) -> MemoryState:
-    """A state of this call's own, from first matrices or an earlier state."""
+    """The state before the first row, from first matrices or as it came."""
     one = int(bias)
     if state is not None:
         if not isinstance(state, MemoryState):
@@ -192,13 +205,7 @@ def _start(
             )
         if momentum != (state.step.ndim == 3):
             raise ValueError("initial_state: got one with momentum and none now, or the other way, expected the same")
-        return MemoryState(
-            live=state.live.copy(),
-            step=state.step.copy(),
-            frozen=state.frozen.copy(),
-            position=state.position,
-            shapes=state.shapes,
-        )
+        return state
     if weights is None:
         weights = [np.zeros((dims[0] + one, dims[1]), np.float32)]
     if not isinstance(weights, tuple | list) or not weights:
@@ -223,4 +230,28 @@ def _start(
         )
     live = np.ascontiguousarray(np.concatenate(parts, axis=-1))
     step = np.zeros_like(live) if momentum else np.zeros(0, np.float32)
-    return MemoryState(live=live, step=step, frozen=live.copy(), position=0, shapes=tuple(shapes))
+    return MemoryState(live=live, step=step, frozen=live, position=0, shapes=tuple(shapes))
+
+
+def moved(state: MemoryState, to: object) -> MemoryState:
+    """The same state in arrays of its own, or in those of `to`, which may be its own already."""
+    names = ("live", "step", "frozen")
+    given = [getattr(state, name) for name in names]
+    if to is None:
+        arrays = [x.copy() for x in given]
+    else:
+        if not isinstance(to, MemoryState):
+            raise TypeError(f"out_state: got {type(to).__name__}, expected a MemoryState")
+        arrays = [getattr(to, name) for name in names]
+        for i, (x, own, name) in enumerate(zip(given, arrays, names, strict=True)):
+            if own.shape != x.shape or own.dtype != np.float32 or not own.flags.carray:
+                raise ValueError(
+                    f"out_state: got {name} {own.dtype} {own.shape}, expected a contiguous, writable float32 {x.shape}"
+                )
+            others = [*(y for j, y in enumerate(given) if j != i or y is not own), *arrays[:i]]
+            if any(np.may_share_memory(own, y) for y in others):
+                raise ValueError(f"out_state: got {name} that shares memory with other arrays, expected its own")
+        for x, own in zip(given, arrays, strict=True):
+            if own is not x:
+                own[...] = x
+    return MemoryState(live=arrays[0], step=arrays[1], frozen=arrays[2], position=state.position, shapes=state.shapes)

@@ -14,6 +14,9 @@ from longattn.linear.convolution import causal_conv1d
 
 Float32 = NDArray[np.float32]
 
+#: Rows of which all heads are convolved at once.
+TOGETHER = 64
+
 
 def local_values(
     v: NDArray[Any], weight: Array | None, bias: Array | None, size: tuple[int, int], first: int = 0
@@ -80,9 +83,18 @@ def add_causal_convolution(rows: Float32, v: NDArray[Any], filters: Float32, bef
     """
     batch, heads, length, value_dim = v.shape
     last, group = np.empty(before.shape, np.float32), rows.shape[1] // heads
-    for h in range(heads):
-        wide = np.empty((batch, length, value_dim), np.float32)
-        values = v[:, h].astype(np.float32, copy=False)
-        _, last[:, h] = causal_conv1d(values, filters[h, :, ::-1], initial_state=before[:, h], out=wide)
-        rows[:, h * group : (h + 1) * group] += wide[:, None]
+    # Of few rows, all heads are channels of one call; of many, a copy of all values would cost more than calls.
+    together = heads if length <= TOGETHER else 1
+    for first in range(0, heads, together):
+        some = slice(first, first + together)
+        width = together * value_dim
+        values = v[:, some].swapaxes(1, 2).astype(np.float32, copy=False).reshape(batch, length, width)
+        kept = before[:, some].swapaxes(1, 2).reshape(batch, before.shape[2], width)
+        taps = filters[some, :, ::-1].reshape(width, filters.shape[2])
+        wide = np.empty(values.shape, np.float32)
+        _, reached = causal_conv1d(values, taps, initial_state=kept, out=wide)
+        last[:, some] = reached.reshape(batch, before.shape[2], together, value_dim).swapaxes(1, 2)
+        added = wide.reshape(batch, length, together, value_dim).swapaxes(1, 2)
+        for query in range(group):
+            rows[:, first * group + query : (first + together) * group : group] += added
     return last

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from enum import Enum
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from longattn import _core
 from longattn._arrays import FLOAT64, FLOATS, Array, as_numpy, as_output, like
 from longattn._checks import (
+    all_within,
     batched,
     check_float_storage,
     check_floating,
@@ -25,6 +27,16 @@ CHUNK = 48
 #: The most that the core computes at once; a larger `chunk_size` means this.
 LARGEST_CHUNK = 252
 FLOAT32: np.dtype[Any] = np.dtype(np.float32)
+
+
+class _Tied(Enum):
+    """Its one member is what may stand in the place of keys."""
+
+    TIED = "1 - e^g"
+
+
+#: In the place of keys: they are what the decays per channel take away, `1 - e^g`.
+TIED: Final = _Tied.TIED
 
 
 class Common(NamedTuple):
@@ -43,7 +55,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         q: queries, of rank 3 or 4 as they came.
-        k: keys, or `None`.
+        k: keys; `None` where they are tied to decays.
         v: values.
         g: log decays `[H]`, `[B, H, L]` or, as many axes as values have, `[B, H, L, D]`; or `None`.
         beta: factors of updates `[B, H, L]` or `[H]`, or `None`.
@@ -68,7 +80,7 @@ class Inputs(NamedTuple):
 
 def checked(
     q: Array,
-    k: Array | None,
+    k: Array | Literal[_Tied.TIED],
     v: Array,
     common: Common,
     *,
@@ -87,10 +99,57 @@ def checked(
     With `columns`, `g` is `[B, H, L, Dv]`; with `double`, all of `q`, `k` and `v` may be float64.
     """
     q_name, k_name, v_name = names
-    present(**{q_name: q, v_name: v})
+    if q is None or k is None or v is None:
+        present(**{q_name: q, k_name: k, v_name: v})
     qn, vn = as_numpy(q, q_name), as_numpy(v, v_name)
-    kn = None if k is None else as_numpy(k, k_name)
+    kn = None if k is TIED else as_numpy(k, k_name)
     wide = double and qn.dtype == FLOAT64
+    if not _alike(qn, kn, vn, wide):
+        _check_rows(qn, kn, vn, names, wide, double)
+    *front, q_heads, length, dim = qn.shape
+    heads, _, value_dim = vn.shape[-3:]
+    gates, decays, factors = (*front, heads, length), None, None
+    if g is not None:
+        by_row = not (channels or columns)
+        decays = _gate(g, g_name, gates if by_row else (*gates, value_dim if columns else dim), by_row, wide)
+    if beta is not None:
+        factors = _gate(beta, beta_name, gates, True, wide)
+    outputs = (*front, max(q_heads, heads), length, value_dim)
+    batch, bounds = front[0] if front else 1, None
+    if common.cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seqlens: got it with a batch of {batch}, expected one: sequences lie along its rows")
+        bounds = sequence_bounds(common.cu_seqlens, "cu_seqlens", length)
+        # Packed sequences each have a state, whatever the rank of their rows.
+        front = [len(bounds) - 1]
+    chunk = min(integer(common.chunk_size, "chunk_size", 1), LARGEST_CHUNK)
+    states = (*front, heads, dim, value_dim + extra)
+    return Inputs(qn, kn, vn, decays, factors, scale_factor(common.scale, dim), chunk, bounds, outputs, states)
+
+
+def _alike(q: NDArray[Any], k: NDArray[Any] | None, v: NDArray[Any], wide: bool) -> bool:
+    """Whether rows of a dtype and of as many heads came, as nearly always: `_check_rows` has nothing to say of them."""
+    shape, width, dtype = q.shape, v.shape[-1:], q.dtype
+    return (
+        len(shape) in (3, 4)
+        and v.shape == shape[:-1] + width
+        and (k is None or (k.shape == shape and k.dtype is dtype))
+        and v.dtype is dtype
+        and (wide or dtype in FLOATS)
+        and 0 not in (shape[-3], shape[-1], *width)
+    )
+
+
+def _check_rows(
+    qn: NDArray[Any],
+    kn: NDArray[Any] | None,
+    vn: NDArray[Any],
+    names: tuple[str, str, str],
+    wide: bool,
+    double: bool,
+) -> None:
+    """Says what does not fit of queries, keys and values."""
+    q_name, k_name, v_name = names
     rows = ((qn, q_name), (vn, v_name)) if kn is None else ((qn, q_name), (kn, k_name), (vn, v_name))
     front, length, dim = qn.shape[:-3], qn.shape[-2] if qn.ndim > 1 else 0, qn.shape[-1] if qn.ndim else 0
     for x, name in rows:
@@ -122,26 +181,9 @@ def checked(
             f"{q_name}: got {q_heads} heads, expected a multiple of the {k_heads} of {k_name} that divides the "
             f"{heads} of {v_name}, or a multiple of these"
         )
-    gates, decays, factors = (*front, heads, length), None, None
-    if g is not None:
-        by_row = not (channels or columns)
-        decays = _gate(g, g_name, gates if by_row else (*gates, vn.shape[-1] if columns else dim), by_row, wide)
-    if beta is not None:
-        factors = _gate(beta, beta_name, gates, True, wide)
-    batch, bounds = front[0] if front else 1, None
-    if common.cu_seqlens is not None:
-        if batch != 1:
-            raise ValueError(f"cu_seqlens: got it with a batch of {batch}, expected one: sequences lie along its rows")
-        bounds = sequence_bounds(common.cu_seqlens, "cu_seqlens", length)
-        # Packed sequences each have a state, whatever the rank of their rows.
-        front = (len(bounds) - 1,)
-    chunk = min(integer(common.chunk_size, "chunk_size", 1), LARGEST_CHUNK)
-    states = (*front, heads, dim, vn.shape[-1] + extra)
-    outputs = (*qn.shape[:-3], max(q_heads, heads), length, vn.shape[-1])
-    return Inputs(qn, kn, vn, decays, factors, scale_factor(common.scale, dim), chunk, bounds, outputs, states)
 
 
-def present(**arrays: Array | None) -> None:
+def present(**arrays: Array | Literal[_Tied.TIED] | None) -> None:
     """Refuses `None` where it would stand for something that nobody asked for."""
     for name, x in arrays.items():
         if x is None:
@@ -152,8 +194,7 @@ def check_unit_beta(beta: NDArray[Any] | None, name: str) -> None:
     """Refuses what a delta rule over keys of length 1 grows with: `I - beta k k^T` has the eigenvalue `1 - beta`."""
     if beta is None:
         return
-    factors = beta.astype(np.float32, copy=False)
-    if factors.size and not (factors.min() >= 0 and factors.max() <= 2):  # NaN is neither
+    if not all_within(beta.astype(np.float32, copy=False), 0, 2):
         raise ValueError(
             f"{name}: got a number outside 0 to 2, or NaN, expected numbers from 0 to 2 with normalize_qk: beyond them "
             "states grow"
@@ -175,7 +216,7 @@ def states_before(
 
 def recurrence(
     q: Array,
-    k: Array | None,
+    k: Array | Literal[_Tied.TIED],
     v: Array,
     common: Common,
     *,
@@ -190,7 +231,6 @@ def recurrence(
     normaliser: float | None = None,
     skip: NDArray[np.float32] | None = None,
     columns: bool | None = None,
-    tied: bool = False,
     bonus: Array | None = None,
     pair: tuple[Array, Array] | None = None,
     squares: bool = False,
@@ -201,7 +241,7 @@ def recurrence(
 
     Args:
         q: queries `[B, Hq, L, D]` or `[Hq, L, D]`.
-        k: keys `[B, Hk, L, D]`; `None` with `tied`.
+        k: keys `[B, Hk, L, D]`, or `TIED`.
         v: values `[B, H, L, Dv]`; states belong to these heads.
         common: what all recurrences take: `initial_state` is `[N, H, D, Dv]`, with a normaliser `[N, H, D, Dv + 1]`.
         names: what the caller calls `q`, `k` and `v`.
@@ -215,7 +255,6 @@ def recurrence(
         normaliser: outputs are divided by the same of a value of 1, plus this.
         skip: float32 `[H]`, factors of values that are added to outputs.
         columns: `g` is `[B, H, L, Dv]`, decays of the columns of states; True: values are multiplied by `1 - e^g`.
-        tied: keys are `1 - e^g`.
         bonus: floating `[H, D]`, called "u": queries read the state before their row and the row's key times this.
         pair: `a` and `b` like `k`: `b_t (a_t^T S_(t-1))` is added to states.
         squares: scores of rows of a chunk with each other are `max(s, 0) ** 2`.
@@ -227,8 +266,6 @@ def recurrence(
 
     float64 `q`, `k` and `v`, without maps and squares, are computed in float64, row by row, and states are float64.
     """
-    if not tied:
-        present(**{names[1]: k})
     plain = not squares and maps[0] is None and maps[1] is None
     x = checked(
         q,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,12 @@ def feature_map(phi: str | FeatureMap, name: str = "phi") -> FeatureMap:
         raise TypeError(f"{name}: got {type(phi).__name__}, expected the name of a map or a FeatureMap")
     if phi not in KINDS:
         raise ValueError(f"{name}: got {phi!r}, expected one of {', '.join(KINDS)}")
-    return FeatureMap(kind=phi)
+    return _named(phi)
+
+
+@cache
+def _named(kind: str) -> FeatureMap:
+    return FeatureMap(kind=kind)
 
 
 def parts(phi: FeatureMap, heads: int, dim: int, *, keys: bool) -> dict[str, Any]:

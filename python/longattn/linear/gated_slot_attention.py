@@ -9,7 +9,7 @@ import numpy as np
 from longattn._arrays import Array, as_numpy, like
 from longattn._checks import check_float_storage
 from longattn.linear._documented import documented
-from longattn.linear._recurrence import CHUNK, Common, recurrence
+from longattn.linear._recurrence import CHUNK, TIED, Common, recurrence
 from longattn.linear.feature_map import FeatureMap
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -81,8 +81,8 @@ def gated_slot_attention(
     )  # fmt: skip
     qn = as_numpy(q, "q")
     result, values = recurrence(
-        as_numpy(logits, "q"), None, v, Common(1.0, starts[1], ends[1], chunk_size, cu_seqlens, out), g=g,
-        channels=True, tied=True, maps=(FeatureMap(kind="softmax"), None), dtype=qn.dtype,
+        as_numpy(logits, "q"), TIED, v, Common(1.0, starts[1], ends[1], chunk_size, cu_seqlens, out), g=g,
+        channels=True, maps=(FeatureMap(kind="softmax"), None), dtype=qn.dtype,
     )  # fmt: skip
     returned: Any = like(q, as_numpy(result, "out")) if out is None else out
     last: Any = like(q, as_numpy(values, "out_state")) if ends[1] is None else ends[1]

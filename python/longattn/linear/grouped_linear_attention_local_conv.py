@@ -110,6 +110,8 @@ def grouped_linear_attention_local_conv(
     rows = np.empty((batch, q4.shape[1], again + length, value_dim), np.float32)
     sums = state.sums
     for part, complete in ((slice(0, whole), True), (slice(whole, again + length), False)):
+        if part.start == part.stop:
+            continue
         _, after = recurrence(
             queries[:, :, part], keys[:, :, part], values[:, :, part],
             Common(1.0, sums, chunk_size=size, out=rows[:, :, part]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longattn._arrays import Array
 from longattn.linear._documented import COST, documented
-from longattn.linear._recurrence import CHUNK, Common, present, recurrence
+from longattn.linear._recurrence import CHUNK, TIED, Common, present, recurrence
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -52,7 +52,7 @@ def hgrn2(
     """
     present(g=g)
     common = Common(scale, initial_state, out_state, chunk_size, cu_seqlens, out)
-    return recurrence(q, None, v, common, g=g, channels=True, tied=True)
+    return recurrence(q, TIED, v, common, g=g, channels=True)
 
 
 METHOD = Method(

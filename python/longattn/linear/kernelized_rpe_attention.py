@@ -44,11 +44,14 @@ def kernelized_rpe_attention(
         q: queries `[B, Hq, Lq, D]`; float32, float16 or bfloat16.
         k: keys `[B, Hkv, Lk, D]`; any of the three dtypes.
         v: values `[B, Hkv, Lk, Dv]`; dtype of `k`.
-        rpe: biases `b`, floating `[Hq, 2 M - 1]`, entry `j - i + M - 1` for key j and query i, M at least both lengths;
-            with `size` `[Hq, 2 h - 1, 2 w - 1]` likewise. -inf hides a distance.
+        rpe: biases `b`, floating `[Hq, 2 M - 1]`, entry `j - i + M - 1` for a key at j and a query at i, M at least
+            both lengths; with `size` `[Hq, 2 h - 1, 2 w - 1]` likewise. -inf hides a distance.
         features: directions `w`, floating `[m, D]`; a `FeatureMap` (exponents of "gaussian" are taken as they are); or
             a function that takes float32 rows `[.., D]` and returns `[.., m]`. Features must not be negative.
-        causal: query i sees keys up to i; as many queries as keys, and no `size`.
+        causal: a query sees keys up to its own place. Where there are fewer queries than keys, these are the last rows
+            (without `causal`, the first). One is a decode step: there is no state of fixed size, but features of keys
+            may be kept and given for `k`, with those of the query for `q`, `qk_norm=False` and a function that returns
+            what it takes. Not with `size`.
         size: height and width of a map whose places, row by row, are both queries and keys.
         qk_norm: whether queries and keys are divided by their norms (rows of zeros stay so).
         scale: factor of the queries after that.
@@ -77,8 +80,11 @@ def kernelized_rpe_attention(
     if kn.shape[0] != batch or vn.shape[0] != batch or vn.shape[2] != keys:
         raise ValueError(f"v: got shapes {kn.shape} and {vn.shape} of k and v, expected those of q's batch and of k")
     hides, normed = flag(causal, "causal"), flag(qk_norm, "qk_norm")
-    if (hides or size is not None) and rows != keys:
-        raise ValueError(f"q: got {rows} queries and {keys} keys, expected as many with causal or size")
+    if size is not None and rows != keys:
+        raise ValueError(f"q: got {rows} queries and {keys} keys, expected as many with size")
+    if hides and rows > keys:
+        raise ValueError(f"q: got {rows} queries and {keys} keys, expected at most as many with causal")
+    first = keys - rows if hides else 0
     factor = finite(scale, "scale")
     phi = _feature_map(features, dim)
     is_direct(method, 0, 0)  # a bad one is found before any work
@@ -104,11 +110,11 @@ def kernelized_rpe_attention(
     values = np.ascontiguousarray(vn, np.float32)
     sums = np.zeros((batch, heads, rows, vn.shape[3] + 1), np.float32)
     if rows and keys:
-        # Measured: pairs cost less up to as many keys as there are transforms.
-        if is_direct(method, max(rows, keys), phi_k.shape[3] * sums.shape[3]):
-            _multiply(phi_q, phi_k, values, kernel, (height, width), sums)
+        # Measured: pairs cost less up to as many rows as there are transforms.
+        if is_direct(method, min(rows, keys), phi_k.shape[3] * sums.shape[3]):
+            _multiply(phi_q, phi_k, values, kernel, (height, width), first, sums)
         else:
-            _transform(phi_q, phi_k, values, kernel, (height, width), double, sums)
+            _transform(phi_q, phi_k, values, kernel, (height, width), first, double, sums)
     den = sums[..., -1:]
     least = 1e-6 * den.max(axis=2, keepdims=True, initial=0.0)
     seen = least > 0
@@ -132,14 +138,18 @@ def _transform(
     v: Float32,
     kernel: NDArray[np.float64],
     size: tuple[int, int],
+    first: int,
     double: bool,
     sums: Float32,
 ) -> None:
-    """Sums over the keys by transforms; the lines of a map with gaps, so that distances along them tell all."""
+    """Sums over the keys by transforms; the lines of a map with gaps, so that distances along them tell all.
+
+    The first query is at place `first`.
+    """
     height, width = size
     if height == 1:
         flat = np.ascontiguousarray(kernel[:, 0])
-        _core.toeplitz_attention(phi_q, phi_k, v, flat, width - 1, double, sums)
+        _core.toeplitz_attention(phi_q, phi_k, v, flat, width - 1 + first, double, sums)
         return
     stride = 2 * width - 1
     phi_q, phi_k, v = (on_lines(x.reshape(*x.shape[:2], height, width, -1), stride) for x in (phi_q, phi_k, v))
@@ -151,9 +161,15 @@ def _transform(
 
 
 def _multiply(
-    phi_q: Float32, phi_k: Float32, v: Float32, kernel: NDArray[np.float64], size: tuple[int, int], sums: Float32
+    phi_q: Float32,
+    phi_k: Float32,
+    v: Float32,
+    kernel: NDArray[np.float64],
+    size: tuple[int, int],
+    begin: int,
+    sums: Float32,
 ) -> None:
-    """Sums over the keys from every pair, a block of queries at a time."""
+    """Sums over the keys from every pair, a block of queries at a time; the first is at place `begin`."""
     (batch, heads, rows, _), keys, (_, width) = phi_q.shape, phi_k.shape[2], size
     group = heads // phi_k.shape[1]
     narrow = kernel.astype(np.float32)
@@ -163,7 +179,7 @@ def _multiply(
         for h in range(heads):
             for first in range(0, rows, 256):
                 part = slice(first, min(first + 256, rows))
-                down, across = (p[part, None] - p[:keys] for p in places)
+                down, across = (p[begin:][part, None] - p[:keys] for p in places)
                 near = narrow[h, down + kernel.shape[1] // 2, across + kernel.shape[2] // 2]
                 weights = (phi_q[b, h, part] @ phi_k[b, h // group].T) * near
                 sums[b, h, part] = weights @ values[b, h // group]
@@ -201,12 +217,12 @@ METHOD = Method(
     exact=True,
     modes=frozenset({"causal", "non-causal", "self", "cross"}),
     gqa=True,
-    step=False,
     checks=(
         "Biases of 0 give linear attention with the same features.",
         "Transforms and the direct product agree, causal or not.",
         "A bias that falls by the same with every token gives linear attention with a scalar decay.",
         "A single token returns its value.",
+        "Causal, the last queries alone give their rows, and so does one from features that were kept.",
     ),
     tests="tests/linear/test_kernelized_rpe_attention.py",
     cost="`B * Hq * m * (Dv + 1)` pairs of transforms of about `2 L` numbers.",

@@ -30,7 +30,7 @@ def shard_state(k: Array, v: Array, *, g: Array | None = None, beta: Array | Non
         k: keys `[B, Hk, L, D]`, or `[Hk, L, D]`; float32, float16 or bfloat16.
         v: values `[B, H, L, Dv]`, `H` a multiple of `Hk`; any of the three dtypes.
         g: log decays, at most 0, floating `[H]`, `[B, H, L]` or `[B, H, L, D]`; `None` is no decay.
-        beta: factors of updates, floating `[B, H, L]`; `None` is 1.
+        beta: factors of updates, finite, floating `[B, H, L]`; `None` is 1.
 
     Returns:
         `(state, decay)`: float32 `[B, H, D, Dv]` in the kind of `k`, and the sum of the log decays, float32 `[B, H, 1]`
@@ -38,7 +38,7 @@ def shard_state(k: Array, v: Array, *, g: Array | None = None, beta: Array | Non
 
     Raises:
         TypeError: an argument of another kind or dtype.
-        ValueError: shapes that do not fit, or a log decay above 0 or NaN.
+        ValueError: shapes that do not fit, a log decay above 0 or NaN, or a beta that is not finite.
 
     Cost:
         `H * L * D * Dv` multiply-adds, a matrix product of numpy; a third of that of a call with outputs.
@@ -50,6 +50,8 @@ def shard_state(k: Array, v: Array, *, g: Array | None = None, beta: Array | Non
     keys = as_numpy(k, "k")
     channels = g is not None and np.ndim(as_numpy(g, "g", any_strides=True)) == keys.ndim
     x = checked(k, k, v, Common(1.0), g=g, channels=channels, beta=beta)
+    if x.beta is not None and not np.isfinite(x.beta).all():
+        raise ValueError("beta: got NaN or infinity, expected finite numbers")
     values = np.asarray(x.v, np.float32)
     logs = np.zeros((*values.shape[:-2], 1, 1))
     if x.g is not None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import check_floating, integer, shape_of
+from longattn._checks import all_within, check_floating, integer, shape_of
 from longattn.linear._anywhere import recurrence_anywhere
 from longattn.linear._documented import COST, documented
 from longattn.linear._recurrence import CHUNK, Common
@@ -102,7 +102,7 @@ def _log_decays(slopes: Array, v: Array) -> NDArray[Any]:
     heads = shape[-3] if len(shape) > 2 else 0
     if x.shape != (heads,):
         raise ValueError(f"slopes: got shape {x.shape}, expected {(heads,)}, one per head of v")
-    if x.size and not x.min() >= 0:  # NaN is not
+    if not all_within(x, 0, np.inf):
         raise ValueError("slopes: got a number below 0 or NaN, expected numbers of at least 0")
     return -x
 

@@ -12,6 +12,8 @@ from longattn._arrays import Array, like
 from longattn.linear._channels import Float32, optional, parameter, product, storage_rows
 from longattn.linear.convolution import causal_conv1d
 from longattn.linear.selective_scan import selective_scan
+from longattn.methods import Method
+from longattn.reference import linear as reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -85,6 +87,9 @@ def mamba_mixer(
 
     Cost:
         `B * L * E * (2 C + Co + 2 R + 2 N)` multiply-adds of projections, and the scan's `B * L * E * N` exponentials.
+
+    References:
+        A. Gu, T. Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, arXiv:2312.00752.
     """
     xn = storage_rows(x, "x", (None, None, None), "[B, L, C]")
     layer = checked(weights, "weights", xn.shape[2])
@@ -157,3 +162,24 @@ def branch(
     h, conv = activated(h, layer, None if state is None else state.conv)
     y, scan = scanned(h, layer, gate, None if state is None else state.scan)
     return y, MambaState(conv, scan)
+
+
+METHOD = Method(
+    name="mamba_mixer",
+    family="recurrent",
+    title="Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+    year=2023,
+    arxiv="2312.00752",
+    function=mamba_mixer,
+    reference=reference.mamba_mixer,
+    exact=True,
+    modes=frozenset({"causal", "self"}),
+    gqa=False,
+    checks=(
+        "Steps give the rows of the whole.",
+        "It is the forward half of a bidirectional block whose backward weights are zeros.",
+    ),
+    tests="tests/linear/test_mamba_mixer.py",
+    cost="`B * L * E * (2 C + Co + 2 R + 2 N)` multiply-adds of projections, and the scan's `B * L * E * N` "
+    "exponentials.",
+)

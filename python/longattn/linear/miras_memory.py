@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from longattn._arrays import Array, as_numpy
 from longattn._checks import one_of, real
+from longattn.linear._documented import documented
 from longattn.linear._fast_weight import CHUNK, MemoryState, fast_weight, gate
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -14,6 +15,7 @@ VARIANTS = ("moneta", "yaad", "memora")
 HUBER = {"signs": "signs", "norm": "length", "each": "each"}
 
 
+@documented
 def miras_memory(
     q: Array,
     k: Array,
@@ -36,6 +38,7 @@ def miras_memory(
     scale: float = 1.0,
     chunk_size: int = CHUNK,
     initial_state: MemoryState | None = None,
+    out_state: MemoryState | None = None,
     out: Array | None = None,
 ) -> tuple[Array, MemoryState]:
     """Memories of the Miras framework, `y_t = M(q_t)` with the weights `W_t` that keys and values have taught.
@@ -79,6 +82,7 @@ def miras_memory(
         scale: factor of queries.
         chunk_size: rows whose gradients are taken at the same weights.
         initial_state: what an earlier call with the same options returned, in place of `weights`.
+        out_state: {memory}
         out: array for the output.
 
     Returns:
@@ -129,6 +133,7 @@ def miras_memory(
         rate_name="eta",
         weights=weights,
         initial_state=initial_state,
+        out_state=out_state,
         keep=keep,
         threshold=delta,
         activation=activation,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, like
-from longattn._checks import flag, result_array
+from longattn._checks import all_within, flag, result_array
 from longattn.linear._channels import bounds_of, optional, parameter, state_of, storage_rows
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -85,7 +85,7 @@ def selective_scan(
     dtn = storage_rows(dt, "dt", xn.shape, "[B, L, E]")
     an = parameter(a, "a", (channels, None), "[E, N]")
     states = an.shape[1]
-    if not (np.isfinite(an) & (an <= 0)).all():
+    if not all_within(an, float(np.finfo(np.float32).min), 0):
         raise ValueError("a: got a rate that is above 0 or not finite, expected finite rates of at most 0")
     bn = storage_rows(b, "b", (batch, length, states), "[B, L, N]")
     cn = storage_rows(c, "c", (batch, length, states), "[B, L, N]")

@@ -8,11 +8,13 @@ from typing import Any
 from longattn._arrays import Array, as_numpy
 from longattn._checks import finite
 from longattn.linear._chunk_steps import chunk_steps
+from longattn.linear._documented import documented
 from longattn.linear._fast_weight import CHUNK, MemoryState, fast_weight, gate
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
 
+@documented
 def titans_neural_memory(
     q: Array,
     k: Array,
@@ -30,6 +32,7 @@ def titans_neural_memory(
     scale: float = 1.0,
     chunk_size: int = CHUNK,
     initial_state: MemoryState | None = None,
+    out_state: MemoryState | None = None,
     out: Array | None = None,
 ) -> tuple[Array, MemoryState]:
     """A memory `M` that each token teaches its key and value, `loss = loss_scale * |M(k_t) - v_t|^2`.
@@ -67,6 +70,7 @@ def titans_neural_memory(
         scale: factor of queries.
         chunk_size: rows whose gradients are taken at the same weights.
         initial_state: what an earlier call with the same options returned, in place of `weights`.
+        out_state: {memory}
         out: array for the output.
 
     Returns:
@@ -110,8 +114,9 @@ def titans_neural_memory(
     }
     if update == "per_chunk":
         return chunk_steps(
-            q, k, v, theta, alpha=alpha, eta=eta, weights=weights, initial_state=initial_state, out=out, **shared
-        )
+            q, k, v, theta, alpha=alpha, eta=eta, weights=weights, initial_state=initial_state, out_state=out_state,
+            out=out, **shared,
+        )  # fmt: skip
     keep = None if alpha is None or keys.ndim not in (3, 4) else 1 - gate(alpha, "alpha", keys, high=1.0)
     return fast_weight(
         q,
@@ -120,6 +125,7 @@ def titans_neural_memory(
         theta,
         weights=weights,
         initial_state=initial_state,
+        out_state=out_state,
         keep=keep,
         momentum=eta,
         before=read == "before",

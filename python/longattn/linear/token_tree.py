@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import integer, integers, shape_of
+from longattn._checks import integer, integers
+from longattn.linear._named_rows import NamedRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,26 +99,18 @@ def verify_tree(
         >>> tree.path(3), tree.accept(3).shape
         ([0, 2, 3], (1, 2, 8, 8))
     """
-    if not callable(function):
-        raise TypeError(f"function: got {type(function).__name__}, expected one of longattn.linear")
-    if not isinstance(rows, Mapping) or not ({"v", "x"} & set(rows)):
-        raise TypeError("rows: got none called v or x, expected arguments by name")
-    values = "v" if "v" in rows else "x"
-    axis = len(shape_of(rows[values], values)) - 2
+    given = NamedRows(function, rows, options)
     line = integers(parents, "parents", -1)
     if not line:
         raise ValueError("parents: got none, expected one for each token")
     for token, parent in enumerate(line):
         if parent >= token:
             raise ValueError(f"parents: got {parent} for token {token}, expected a token before it, or -1")
-    for name, x in rows.items():
-        shape = shape_of(x, name)
-        if len(shape) <= axis or shape[axis] != len(line):
-            raise ValueError(f"{name}: got shape {shape}, expected {len(line)} rows on axis {axis}, one per token")
+    given.check(len(line), "token")
 
     def run(tokens: Sequence[int], state: Any) -> tuple[Array, Any]:
-        at = (slice(None),) * axis + (list(tokens),)
-        return function(**{name: x[at] for name, x in rows.items()}, initial_state=state, **options)
+        found: tuple[Array, Any] = given.run(tokens, initial_state=state)
+        return found
 
     children = np.bincount([parent for parent in line if parent >= 0], minlength=len(line))
     ends: dict[int, Any] = {}
@@ -135,7 +128,7 @@ def verify_tree(
         chains.append((chain, before, after))
         made = as_numpy(found, "out")
         if out is None:
-            out = np.empty((*made.shape[:-2], len(line), made.shape[-1]), made.dtype)
+            out = given.empty(made, len(line))
         out[..., chain, :] = made
     assert out is not None
-    return TreeVerification(like(rows[values], out), line, run, chains)
+    return TreeVerification(like(given.values, out), line, run, chains)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from longattn._arrays import Array, as_numpy
 from longattn._checks import check_floating
+from longattn.linear._documented import documented
 from longattn.linear._fast_weight import CHUNK, MemoryState, fast_weight
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
 
+@documented
 def ttt_linear(
     q: Array,
     k: Array,
@@ -22,6 +24,7 @@ def ttt_linear(
     scale: float = 1.0,
     chunk_size: int = CHUNK,
     initial_state: MemoryState | None = None,
+    out_state: MemoryState | None = None,
     out: Array | None = None,
 ) -> tuple[Array, MemoryState]:
     """TTT-Linear, `o_t = f(q_t; W_t)` with `f(x) = x + norm(x W + b)`, trained on `|f(k_t) - v_t|^2 / 2`.
@@ -43,6 +46,7 @@ def ttt_linear(
         scale: factor of queries.
         chunk_size: rows of a mini-batch.
         initial_state: what an earlier call with the same options returned, in place of `weights`.
+        out_state: {memory}
         out: array for the output.
 
     Returns:
@@ -73,6 +77,7 @@ def ttt_linear(
         rate_name="eta",
         weights=first,
         initial_state=initial_state,
+        out_state=out_state,
         bias=True,
         residual=(gain, shift, eps),
         chunk_size=chunk_size,

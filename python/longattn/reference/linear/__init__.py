@@ -6,7 +6,16 @@ from longattn.reference.linear.based import based
 from longattn.reference.linear.bidirectional_gated_ssm import bidirectional_gated_ssm
 from longattn.reference.linear.blended_softmax_linear_attention import blended_softmax_linear_attention
 from longattn.reference.linear.causal_fastmax_attention import causal_fastmax_attention
-from longattn.reference.linear.causal_forms import causal, causal_convolution
+from longattn.reference.linear.causal_forms import (
+    causal,
+    causal_convolution,
+    causal_efficient_attention,
+    causal_focused_linear_attention,
+    causal_inline_attention,
+    causal_l2vit_linear_attention,
+    causal_magnitude_aware_linear_attention,
+    causal_simplified_linear_attention,
+)
 from longattn.reference.linear.causal_performer_attention import causal_performer_attention
 from longattn.reference.linear.convolution import depthwise, diagonal_scan, dynamic_conv, toeplitz, toeplitz2d
 from longattn.reference.linear.delta_rule_attention import delta_rule_attention
@@ -31,6 +40,7 @@ from longattn.reference.linear.lasp2_linear_attention import lasp2_linear_attent
 from longattn.reference.linear.lightning_attention import lightning_attention
 from longattn.reference.linear.linear_attention import linear_attention
 from longattn.reference.linear.linear_match_attention import dual_softmax, linear_match_attention
+from longattn.reference.linear.local_concentration import local_concentration
 from longattn.reference.linear.local_linear_attention import local_linear_attention
 from longattn.reference.linear.magnitude_aware_linear_attention import magnitude_aware_linear_attention
 from longattn.reference.linear.mamba_mixer import bidirectional_mamba, mamba_mixer, selective_token_channel_mixer
@@ -67,8 +77,14 @@ __all__ = [
     "blended_softmax_linear_attention",
     "causal",
     "causal_convolution",
+    "causal_efficient_attention",
     "causal_fastmax_attention",
+    "causal_focused_linear_attention",
+    "causal_inline_attention",
+    "causal_l2vit_linear_attention",
+    "causal_magnitude_aware_linear_attention",
     "causal_performer_attention",
+    "causal_simplified_linear_attention",
     "delta_rule_attention",
     "depthwise",
     "diagonal_scan",
@@ -96,6 +112,7 @@ __all__ = [
     "lightning_attention",
     "linear_attention",
     "linear_match_attention",
+    "local_concentration",
     "local_linear_attention",
     "magnitude_aware_linear_attention",
     "mamba_mixer",

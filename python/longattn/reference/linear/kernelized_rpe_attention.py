@@ -35,9 +35,10 @@ def kernelized_rpe_attention(
         kv = h // (heads // k.shape[1])
         for i in range(rows):
             bias = np.full(keys, -np.inf)
-            for j in range(i + 1 if causal else keys):
+            at = keys - rows + i if causal else i
+            for j in range(at + 1 if causal else keys):
                 if size is None:
-                    bias[j] = rpe[h, j - i + rpe.shape[1] // 2]
+                    bias[j] = rpe[h, j - at + rpe.shape[1] // 2]
                 else:
                     (y, x), (yj, xj) = divmod(i, size[1]), divmod(j, size[1])
                     bias[j] = rpe[h, yj - y + size[0] - 1, xj - x + size[1] - 1]

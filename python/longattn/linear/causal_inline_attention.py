@@ -1,0 +1,76 @@
+"""InLine attention over the rows so far."""
+
+from __future__ import annotations
+
+from longattn._arrays import Array
+from longattn._checks import scale_factor
+from longattn.linear._documented import ENTRIES, documented
+from longattn.linear._recurrence import CHUNK
+from longattn.linear._running import RunningStatistics, attend, dim_of
+from longattn.linear.feature_map import FeatureMap, feature_map
+from longattn.methods import Method
+from longattn.reference import linear as reference
+
+
+@documented
+def causal_inline_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    phi: str | FeatureMap = "identity",
+    scale: float | None = None,
+    initial_state: RunningStatistics | None = None,
+    chunk_size: int = CHUNK,
+    out: Array | None = None,
+) -> tuple[Array, RunningStatistics]:
+    """InLine attention over the `t` rows so far, weights `s phi(q_t)^T phi(k_j) / t - m_t / t + 1 / t`.
+
+    `m_t = s phi(q_t)^T z_t / t`.
+
+    Args:
+        q: {queries}
+        k: {own_keys}
+        v: {own_values}
+        phi: the map of queries and keys, or its name.
+        scale: the factor `s`; `None` is `D ** -0.5`.
+        initial_state: {going_on}
+        chunk_size: {chunk_size}
+        out: array for the output.
+
+    Returns:
+        {running}
+
+    Raises:
+        {raises}
+
+    Cost:
+        {running_cost}
+
+    References:
+        D. Han et al., "Bridging the Divide: Reconsidering Softmax and Linear Attention", 2024, arXiv:2412.06590.
+    """
+    read_out = ("subtract", scale_factor(scale, dim_of(q)), 0.0)
+    return attend(q, k, v, feature_map(phi), read_out, initial_state, chunk_size, out)
+
+
+METHOD = Method(
+    name="causal_inline_attention",
+    family="linear",
+    title="Bridging the Divide: Reconsidering Softmax and Linear Attention",
+    year=2024,
+    arxiv="2412.06590",
+    function=causal_inline_attention,
+    reference=reference.causal_inline_attention,
+    exact=True,
+    modes=frozenset({"causal", "self"}),
+    gqa=True,
+    checks=(
+        "Its last row is that of `inline_attention` over all keys.",
+        "Steps and parts that hand the state on give the rows of one call.",
+        "A row sees nothing of rows after it.",
+        "Equal values are returned.",
+    ),
+    tests="tests/linear/test_causal_forms.py",
+    cost=ENTRIES["running_cost"],
+)
