@@ -6,9 +6,10 @@ is not contiguous, and elements that are misaligned or lie at strides which are 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +27,8 @@ FLOATS: tuple[np.dtype[Any], ...] = (np.dtype(np.float32), np.dtype(np.float16),
 FLOAT64: np.dtype[Any] = np.dtype(np.float64)
 
 _FLOAT32 = FLOATS[0]
+
+_T = TypeVar("_T", bound=np.generic)
 
 #: Storage of a `KVStore` that keeps codes instead of numbers.
 CODES = ("int8", "int4")
@@ -174,6 +177,17 @@ def as_output(
         if isinstance(x, np.ndarray) and np.may_share_memory(a, x):  # a store's rows are read-only: `a` is none
             raise ValueError(f"{name}: got an array that overlaps {other}, expected memory of its own")
     return a
+
+
+def reshaped(x: NDArray[_T], *shape: int) -> NDArray[_T]:
+    """`x.reshape(shape)` with a -1, which numpy does not work out beside an axis of length 0.
+
+    Axes of length 0 stand where they stood, or among as many others: they count as 1 on both sides.
+    """
+    if x.size or 0 not in shape:
+        return x.reshape(shape)
+    rest = math.prod(n or 1 for n in x.shape) // math.prod(n or 1 for n in shape if n != -1)
+    return x.reshape([rest if n == -1 else n for n in shape])
 
 
 def like(x: Array, result: NDArray[Any]) -> Array:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from longattn._arrays import BFLOAT16, FLOAT64, FLOATS, Array, CodedRows, as_numpy, as_output, like
+
+_T = TypeVar("_T")
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FLOAT32_TINY = float(np.finfo(np.float32).tiny)
@@ -149,6 +151,24 @@ def any_integer(value: object, name: str) -> int:
 
 
 def real(value: object, name: str) -> float:
+    """A number; NaN, with which every comparison fails, is none."""
+    number = _number(value, name)
+    if math.isnan(number):
+        raise ValueError(f"{name}: got nan, expected a number")
+    return number
+
+
+def finite(value: object, name: str, low: float | None = None) -> float:
+    """A number that float32 holds, where given of at least `low`."""
+    number = _number(value, name)
+    if not abs(number) <= _FLOAT32_MAX:  # NaN fails, too
+        raise ValueError(f"{name}: got {value}, expected a finite float32")
+    if low is not None and number < low:
+        raise ValueError(f"{name}: got {value}, expected at least {low:g}")
+    return number
+
+
+def _number(value: object, name: str) -> float:
     if type(value) is float:
         return value
     if not isinstance(value, Real) or isinstance(value, bool):
@@ -159,13 +179,34 @@ def real(value: object, name: str) -> float:
         raise ValueError(f"{name}: got a number beyond the range of float64, expected one within it") from None
 
 
-def scale_factor(scale: object, dim: int) -> float:
-    if scale is None:
-        return float(dim**-0.5)
-    number = real(scale, "scale")
-    if not abs(number) <= _FLOAT32_MAX:  # NaN fails, too
-        raise ValueError(f"scale: got {scale}, expected a finite float32")
-    return number
+def scale_factor(scale: object, dim: int, name: str = "scale") -> float:
+    return float(dim**-0.5) if scale is None else finite(scale, name)
+
+
+def items_of(value: Iterable[_T], name: str, of: str) -> tuple[_T, ...]:
+    """The items of a sequence; `of` says what of, for the message."""
+    single = isinstance(value, str | bytes | Mapping) or getattr(value, "shape", None) == ()
+    if single or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a sequence of {of}")
+    return tuple(value)
+
+
+def integers(value: Iterable[object], name: str, low: int | None = None, high: int | None = None) -> tuple[int, ...]:
+    """Integers, each as of `integer`."""
+    return tuple(integer(n, name, low, high) for n in items_of(value, name, "integers"))
+
+
+def function(value: object, name: str) -> None:
+    """Whether something that can be called came."""
+    if not callable(value):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a function")
+
+
+def one_of(value: _T, name: str, choices: Collection[_T]) -> _T:
+    """One of a few names."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {tuple(choices)}")
+    return value
 
 
 def row_scales(scale: Array, rows: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -224,11 +265,11 @@ def bias_scores(bias: Array, scores: tuple[int, ...], dtype: DTypeLike) -> NDArr
         return broadcast_scores(x.astype(dtype, copy=False), "bias", scores)
 
 
-def mask_scores(mask: Array, scores: tuple[int, ...]) -> NDArray[np.bool_]:
-    x = as_numpy(mask, "mask", any_strides=True)
+def mask_scores(mask: Array, scores: tuple[int, ...], name: str = "mask") -> NDArray[np.bool_]:
+    x = as_numpy(mask, name, any_strides=True)
     if x.dtype != np.bool_:
-        raise TypeError(f"mask: got dtype {x.dtype}, expected bool (a mask to add goes to bias)")
-    return broadcast_scores(x, "mask", scores)
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected bool (a mask to add goes to bias)")
+    return broadcast_scores(x, name, scores)
 
 
 def relative_table(table: Array, zero: object, heads: int, dtype: DTypeLike) -> tuple[NDArray[Any], int]:

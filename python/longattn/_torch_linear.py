@@ -93,20 +93,22 @@ def _arguments(function: Callable[..., Any], dropped: Sequence[str]) -> str:
 
 @_like(linear.linear_attention, without=("feature_map",))
 def linear_attention(x: Given) -> Pair:
-    return _run(x, normaliser=x.pop("eps") if x.pop("normalize") else None)
+    return _run(x, normaliser=x.pop("eps") if flag(x.pop("normalize"), "normalize") else None)
 
 
 @_like(linear.lightning_attention)
 def lightning_attention(x: Given) -> Pair:
     slopes = x.pop("slopes")
-    check_tensors({"slopes": slopes, "v": x["v"]})
+    check_tensors({"slopes": slopes})
+    _check_rows(v=x["v"])
     return _run(x, g=_of_heads(-slopes, "slopes", x["v"]))
 
 
 @_like(linear.retention)
 def retention(x: Given) -> Pair:
     v, gamma = x["v"], x.pop("gamma")
-    check_tensors({"v": v, "gamma": gamma})
+    check_tensors({"gamma": gamma})
+    _check_rows(v=v)
     if gamma is None:
         exponents = -5.0 - torch.arange(v.shape[-3], dtype=torch.float64)
         logs = torch.log1p(-torch.exp2(exponents)).float()
@@ -142,7 +144,12 @@ def rwkv6(x: Given) -> Pair:
     So a sequence has one row more, whose output is none, and whose key, value and decay, being the first, are zeros.
     """
     q, k, v, g, u, ends = (x.pop(name) for name in ("q", "k", "v", "g", "u", "cu_seqlens"))
-    check_tensors({"q": q, "k": k, "v": v, "g": g, "u": u, "cu_seqlens": ends})
+    check_tensors({"g": g, "u": u, "cu_seqlens": ends})
+    _check_rows(q=q, k=k, v=v)
+    if g.dim() != v.dim():
+        raise ValueError(f"g: got shape {tuple(g.shape)}, expected {tuple(k.shape)} as k")
+    if not u.is_floating_point():
+        raise TypeError(f"u: got dtype {u.dtype}, expected a floating dtype")
     heads, length = v.shape[-3], v.shape[-2]
     if u.shape != (heads, k.shape[-1]):
         raise ValueError(f"u: got shape {tuple(u.shape)}, expected {(heads, k.shape[-1])}")
@@ -242,6 +249,16 @@ def _run(x: Given, *, channels: bool | None = None, **more: Any) -> Pair:
     if channels is not None and given["g"].dim() != rank:
         raise ValueError(f"g: got shape {tuple(given['g'].shape)}, expected rank {rank}")
     return _recurrence(**given)
+
+
+def _check_rows(**rows: torch.Tensor) -> None:
+    """Kinds, dtypes and ranks of what is computed with before an operator sees it."""
+    check_tensors(rows)
+    for name, x in rows.items():
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"{name}: got dtype {x.dtype}, expected float32, float16 or bfloat16")
+        if x.dim() not in (3, 4):
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected rank 3 or 4")
 
 
 def _of_heads(logs: torch.Tensor, name: str, v: torch.Tensor) -> torch.Tensor:

@@ -88,8 +88,10 @@ def operator(
         tensors = iter(ctx.saved_tensors)
         kept = [next(tensors) if other is None else other[0] for other in ctx.others]
         x = named(kept[2:])
-        found = dict(zip(gradients, call_backward(d_out, d_second, *kept), strict=True))
-        return tuple(None if x[n] is None else found.get(n) for n in names)
+        values = (d_out, d_second, *kept)
+        found = Backward.apply(*values) if _in_transform() else call_backward(*values)
+        by_argument = dict(zip(gradients, found, strict=True))
+        return tuple(None if x[n] is None else by_argument.get(n) for n in names)
 
     results = ", ".join("Tensor" for _ in gradients)
     whole = f"(Tensor d_out, Tensor d_second, Tensor? out, Tensor? second, {arguments}) -> ({results})"
@@ -101,15 +103,38 @@ def operator(
     torch.library.register_autograd(f"longattn::{name}", differentiate, setup_context=save)
     torch.library.register_autograd(f"longattn::{name}_backward", no_second_derivative)
     call, call_backward = (getattr(torch.ops.longattn, n) for n in (name, f"{name}_backward"))
+    # Transforms of torch.func differentiate functions of this form only, not operators.
+    Forward = _function("Forward", call, save, differentiate)
+    Backward = _function("Backward", call_backward, lambda *_: None, no_second_derivative)
     kinds = {argument.split()[-1]: argument.split()[0] for argument in arguments.split(",")}
     plain = {n: kind for n, kind in kinds.items() if kind.rstrip("?") in _PLAIN}
 
     def by_name(**x: Any) -> Pair:
         for n, kind in plain.items():
-            _check_plain(x[n], n, kind)
-        return cast(Pair, call(*[x[name] for name in names]))
+            check_plain(x[n], n, kind)
+        values = [x[name] for name in names]
+        return cast(Pair, Forward.apply(*values) if _in_transform() else call(*values))
 
     return by_name
+
+
+def _function(name: str, forward: Any, setup_context: Any, backward: Any) -> Any:
+    """A differentiable function, whose batches (`torch.func.vmap`) are those of what it calls."""
+    methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": _no_tangent}
+    body = {key: staticmethod(method) for key, method in methods.items()} | {"generate_vmap_rule": True}
+    return type(name, (torch.autograd.Function,), body)
+
+
+def _no_tangent(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "longattn.torch: got a tangent (torch.func.jvp, jacfwd or hessian), expected none: only backward passes are "
+        "computed; use torch.nn.functional.scaled_dot_product_attention for them"
+    )
+
+
+def _in_transform() -> bool:
+    """Whether this runs inside `torch.func.grad` or another of its transforms, uncompiled."""
+    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
 
 
 #: Python's types of what is no tensor, and how they are called.
@@ -120,7 +145,7 @@ _PLAIN: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _check_plain(value: object, name: str, kind: str) -> None:
+def check_plain(value: object, name: str, kind: str) -> None:
     """What an operator would refuse in its own words, or take for something else."""
     if value is None and kind.endswith("?"):
         return

@@ -14,6 +14,7 @@ from longattn._torch_operators import (
     Given,
     Pair,
     check_constants,
+    check_plain,
     check_tensors,
     operator,
     pair_of,
@@ -70,7 +71,7 @@ def neighborhood_attention(
     check_tensors({"q": q, "k": k, "v": v, "extra_k": extra_k, "extra_v": extra_v, "bias": bias})
     axes = max(q.dim() - 3, 1)
     values = (window, stride, dilation, causal)
-    rule = {name: _per_axis(x, axes) for name, x in zip(RULE, values, strict=True)}
+    rule = {name: _per_axis(x, name, axes) for name, x in zip(RULE, values, strict=True)}
     more = {"extra_k": extra_k, "extra_v": extra_v, "bias": bias}
     out, lse = _neighborhood(q=q, k=k, v=v, **rule, **more, scale=scale, softcap=softcap)
     return (out, lse) if flag(return_lse, "return_lse") else out
@@ -217,6 +218,8 @@ def windowed_attention(
     """
     given = {"centre": centre, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     check_tensors({"q": q, "k": k, "v": v, **given})
+    if isinstance(radius, torch.Tensor):
+        check_tensors({"radius": radius})
     sides = radius if isinstance(radius, torch.Tensor) else torch.tensor(_pair(radius)).expand(q.shape[-3], 2)
     radii = sides.contiguous()
     out, lse = _windowed(q=q, k=k, v=v, radius=radii, **given, causal=causal, scale=scale, softcap=softcap)
@@ -228,8 +231,11 @@ def _pair(radius: Any) -> tuple[int, int]:
     return integer(pair[0], "radius", 0), integer(pair[1], "radius", 0)
 
 
-def _per_axis(value: Any, axes: int) -> list[Any]:
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * axes
+def _per_axis(value: Any, name: str, axes: int) -> list[Any]:
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * axes
+    for one in values:
+        check_plain(one, name, "bool" if name == "causal" else "SymInt")
+    return values
 
 
 def _lse_shapes(x: Given) -> Pair:

@@ -20,6 +20,25 @@ from longattn.pictures import Mask, digest, png
 #: The folder of the pictures, beside the pages.
 MASKS = "masks"
 
+#: Packages whose public names `names.md` lists; those that need torch are left out.
+PACKAGES = (
+    "longattn",
+    "longattn.dense",
+    "longattn.kv",
+    "longattn.kv.evict",
+    "longattn.index",
+    "longattn.retrieval",
+    "longattn.sparse",
+    "longattn.vision",
+    "longattn.linear",
+    "longattn.recurrent",
+    "longattn.pool",
+    "longattn.diagnostics",
+    "longattn.distributed",
+    "longattn.gpu",
+    "longattn.vectors",
+)
+
 #: Sections of a docstring whose lines are `name: text`.
 _LISTS = ("Args", "Raises", "Attributes")
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Cost|Example|References):$")
@@ -35,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints methods or writes pages; exit status 0, 2 for an unknown name or family."""
+    """Prints methods or writes pages; exit status 0, 2 for an unknown name or family, or where writing fails."""
     try:
         chosen = methods(args.family)
     except ValueError as error:
@@ -47,7 +66,11 @@ def run(args: argparse.Namespace) -> int:
             print(f"longattn methods: no method {args.name!r}; `longattn methods` lists them", file=sys.stderr)
             return 2
     if args.docs is not None:
-        write_pages(args.docs)
+        try:
+            write_pages(args.docs)
+        except OSError as error:
+            print(f"longattn methods: --docs: {error}", file=sys.stderr)
+            return 2
     elif args.json:
         print(json.dumps([as_dict(method) for method in chosen], indent=2))
     elif args.name is not None:
@@ -129,7 +152,7 @@ def as_text(method: Method) -> str:
 
 
 def write_pages(folder: Path) -> None:
-    """Writes `index.md`, one page per method and pictures of masks into `folder`, which is made where it is missing."""
+    """Writes `index.md`, `names.md`, a page per method and pictures of masks into `folder`, made where missing."""
     (folder / MASKS).mkdir(parents=True, exist_ok=True)
     for name, mask in masks().items():
         (folder / MASKS / f"{name}.png").write_bytes(png(mask))
@@ -140,7 +163,8 @@ def write_pages(folder: Path) -> None:
 def pages() -> dict[str, str]:
     """Texts of the documentation pages, by file name."""
     every = methods()
-    return {"index.md": _index(every)} | {f"{method.name}.md": _page(method) for method in every}
+    lists = {"index.md": _index(every), "names.md": _names(every)}
+    return lists | {f"{method.name}.md": _page(method) for method in every}
 
 
 @cache
@@ -173,6 +197,34 @@ def _index(every: Sequence[Method]) -> str:
         )
         lines.append(_cells(cells))
     return "\n".join(lines) + "\n"
+
+
+def _names(every: Sequence[Method]) -> str:
+    """Every public function and class by package, with the first sentence of its docstring."""
+    method_of = {id(method.function): method.name for method in every}
+    lines = [
+        "# Public names",
+        "",
+        "Every function and class by package, methods or not; `help(...)` of each has arguments, errors and cost. This",
+        "page is written along with those of the [methods](index.md). `longattn.torch` and `longattn.transformers`,",
+        "which need torch, say theirs by `help(longattn.torch)` and `help(longattn.transformers)`.",
+    ]
+    for name in PACKAGES:
+        package = importlib.import_module(name)
+        lines += ["", f"## {name}", "", _cells(("Name", "What it is")), _cells(("---", "---"))]
+        for offered in package.__all__:
+            thing = getattr(package, offered)
+            if not callable(thing):  # packages have sections of their own
+                continue
+            page = method_of.get(id(thing))
+            shown = f"`{offered}`" if page is None else f"[`{offered}`]({page}.md)"
+            lines.append(_cells((shown, _first_sentence(thing))))
+    return "\n".join(lines) + "\n"
+
+
+def _first_sentence(thing: Callable[..., Any] | type[Any]) -> str:
+    paragraph = (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
+    return re.split(r"(?<=\.) ", paragraph)[0].replace("|", "\\|")
 
 
 def _page(method: Method) -> str:

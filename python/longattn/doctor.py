@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import longattn
 from longattn import _core
 
 OPTIONAL = {"torch": "torch", "transformers": "transformers", "matplotlib": "plot", "cupy": None}
@@ -56,7 +57,7 @@ def machine() -> dict[str, Any]:
         },
         "memory": {**_memory(), "transparent_huge_pages": _huge_pages()},
         "versions": {
-            "longattn": _version("longattn"),
+            "longattn": longattn.__version__,
             "python": platform.python_version(),
             "numpy": _version("numpy"),
             "ml_dtypes": _version("ml_dtypes"),
@@ -92,6 +93,10 @@ def advice(facts: dict[str, Any]) -> list[str]:
         lines.append(f"LONGATTN_ISA forces {isa['used']}; available: {', '.join(isa['available'])}.")
     elif isa["used"] == "scalar":
         lines.append("No vector instructions: a CPU with AVX2, FMA and F16C, AVX-512 or NEON is many times faster.")
+    for name in ("LONGATTN_NUM_THREADS", "OMP_NUM_THREADS"):
+        asked = threads.get(name)
+        if asked and not _is_count(asked):
+            lines.append(f"{name} is {asked!r}, which is no number of threads: it is passed over.")
     if threads["used"] < usable:
         lines.append(f"{threads['used']} of {usable} CPUs are used: set LONGATTN_NUM_THREADS.")
     elif threads["used"] > usable:
@@ -195,6 +200,10 @@ def _version(package: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def _is_count(text: str) -> bool:
+    return text.strip().isdecimal() and int(text) > 0
 
 
 def _gib(size: int | None) -> str:

@@ -105,7 +105,7 @@ def methods(family: str | None = None) -> tuple[Method, ...]:
     Example:
         >>> import longattn as la
         >>> [method.name for method in la.methods("exact")][:2]
-        ['attention', 'fixed_head_size_attention']
+        ['attention', 'attention_backward']
     """
     every = _registry()
     if family is None:

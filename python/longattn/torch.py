@@ -102,6 +102,8 @@ def attention(
 ) -> Any:
     """`longattn.attention` for torch's autograd and `torch.compile`, with equal results.
 
+    Also under `torch.func.grad`, `vjp`, `jacrev` and `vmap` (one call per entry).
+
     Args:
         q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16, or all of `q`, `k` and `v`
             float64 (slowly). May require grad.

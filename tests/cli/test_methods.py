@@ -49,6 +49,12 @@ def test_pages(tmp_path):
     assert written == catalogue.pages()
 
 
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["methods", "--docs", str(tmp_path / "file")]) == 2
+    assert "longattn methods: --docs: " in capsys.readouterr().err
+
+
 def documented(argument: int):
     """Computes what it says.
 

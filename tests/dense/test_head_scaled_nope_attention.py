@@ -160,7 +160,7 @@ def test_bad_arguments(rng, change, error, message):
     ("change", "error", "message"),
     [
         ({"target": np.ones(3)}, ValueError, r"target: got shape \(3,\), expected \(4,\)"),
-        ({"target": np.nan}, ValueError, r"target: got nan, expected finite numbers"),
+        ({"target": np.nan}, ValueError, r"target: got nan, expected a finite float32"),
         ({"target": -1.0}, ValueError, r"target: got -1.0, expected at least 0"),
         ({"bounds": (0, 1)}, ValueError, r"bounds: got \(0, 1\), expected 0 < least <= greatest"),
         ({"bounds": (2.0, 1.0)}, ValueError, r"bounds: got \(2.0, 1.0\)"),

@@ -1,8 +1,5 @@
 """Attention over listed rows is attention over a copy of them."""
 
-import doctest
-import importlib
-
 import numpy as np
 import pytest
 
@@ -122,9 +119,3 @@ def test_bad_shapes(rng):
     with pytest.raises(TypeError, match="q: got dtype float64"):
         listed_attention(q.astype(float), k, v, [0])
     assert listed_attention(q[:, :, :0], k, v, [0]).dtype == F32
-
-
-def test_docstrings():
-    module = importlib.import_module("longattn.dense.listed_attention")
-    failed, tried = doctest.testmod(module, extraglobs={"la": la})
-    assert tried > 0 and failed == 0

@@ -1,13 +1,9 @@
 """Retrieval head scores: sets of copied tokens, and the keys they come from."""
 
-import doctest
-
 import numpy as np
 import pytest
 
-import longattn as la
 from longattn.diagnostics import RetrievalScores, mask_heads, retrieval_head_score, top_keys
-from longattn.diagnostics import retrieval_head_score as function
 from longattn.reference import diagnostics as reference
 from longattn.reference.dense import attention_weights
 from random_arrays import DTYPES, normal
@@ -120,11 +116,3 @@ def test_masked_heads(rng):
 def test_bad_input(rng, call, error, message):
     with pytest.raises(error, match=message):
         call(*sample(rng))
-
-
-def test_docstrings():
-    finder = doctest.DocTestFinder()
-    runner = doctest.DocTestRunner()
-    for test in finder.find(function, "retrieval_head_score", globs={"la": la}):
-        runner.run(test)
-    assert runner.tries > 0 and runner.failures == 0

@@ -1,4 +1,4 @@
-"""What the README and the examples show runs."""
+"""What the README, the other pages and the examples show runs."""
 
 import importlib.util
 import os
@@ -17,6 +17,15 @@ IMPORT = re.compile(r"^(?:import|from) (torch|transformers)\b", re.MULTILINE)
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 README = BLOCK.findall(TEXT)
+
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/benchmarks.md", "docs/index.md"]
+
+#: Code by page; the pages of methods show what docstrings do, whose examples run elsewhere.
+BLOCKS = [
+    pytest.param(block, id=f"{page} {n}")
+    for page in PAGES
+    for n, block in enumerate(BLOCK.findall((ROOT / page).read_text(encoding="utf-8")))
+]
 
 #: Every example, with arguments that make it short, and a line of its output.
 EXAMPLES = {
@@ -46,8 +55,8 @@ def test_the_readme_shows_each_way_of_use():
     assert [IMPORT.findall(block) for block in README] == [[], [], ["torch"], ["torch"], ["torch", "transformers"]]
 
 
-@pytest.mark.parametrize("block", README, ids=["numpy", "recurrence", "torch", "training", "transformers"])
-def test_readme(block):
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_of_pages(block):
     need(block)
     run("-c", block)
 
@@ -75,9 +84,6 @@ def test_example(name):
     need(path.read_text(encoding="utf-8"))
     arguments, shown = EXAMPLES[name]
     assert shown in run(str(path), *arguments)
-
-
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/benchmarks.md", "docs/index.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)

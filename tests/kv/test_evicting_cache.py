@@ -1,7 +1,5 @@
 """`EvictingCache`: what all policies have in common."""
 
-import doctest
-
 import numpy as np
 import pytest
 
@@ -9,7 +7,6 @@ import longattn as la
 from eviction import cache_of, decode, sequence
 from longattn.kv import EvictingCache
 from longattn.kv.evict import HeavyHitter, LazyEviction, StreamingLLM
-from longattn.kv.evict import cache as module
 from random_arrays import BF16, F32
 
 
@@ -124,8 +121,3 @@ def test_a_failed_append_changes_nothing(rng):
     assert np.isfinite(cache.attend(q[:, :1])).all()
     assert cache_of(HeavyHitter(1, 1), k, v).kept[0].dtype == np.int64
     assert cache.store.dtype == F32
-
-
-def test_docstrings():
-    failed, tried = doctest.testmod(module, extraglobs={"la": la})
-    assert tried > 0 and failed == 0

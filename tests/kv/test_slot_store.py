@@ -1,6 +1,5 @@
 """`SlotStore`: heads keep rows of their own in slots; attention reads them where they lie."""
 
-import doctest
 import threading
 
 import numpy as np
@@ -8,11 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import longattn as la
 import tolerances
 from longattn import _core
 from longattn.kv import SlotStore
-from longattn.kv import slot_store as module
 from longattn.reference.dense import attention
 from random_arrays import BF16, DTYPES, F16, F32, LAYOUTS, lay, normal
 
@@ -371,8 +368,3 @@ def test_torch(rng, dtype):
     store.append(x, x)
     got = store.attend(torch.ones(4, 1, 16))
     assert isinstance(got.out, torch.Tensor) and torch.allclose(got.out, torch.ones(4, 1, 16))
-
-
-def test_docstrings():
-    failed, tried = doctest.testmod(module, extraglobs={"la": la})
-    assert tried > 0 and failed == 0

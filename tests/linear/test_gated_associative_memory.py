@@ -104,7 +104,7 @@ def test_one_slot_is_read_as_its_value(rng, isa):
         ({"bank": np.zeros((0, 6), F32)}, ValueError, "expected at least one slot"),
         ({"bank_values": np.zeros((8, 6), F32)}, ValueError, r"bank_values: got shape \(8, 6\)"),
         ({"w_gate": np.zeros((6, 6), F32)}, ValueError, r"w_gate: got shape \(6, 6\)"),
-        ({"conv": np.zeros((5, 3), F32)}, ValueError, "weight: got shape"),
+        ({"conv": np.zeros((5, 3), F32)}, ValueError, "conv: got shape"),
         ({"residual": np.zeros((2, 19, 6), F32)}, ValueError, "residual: got shape"),
         ({"scale": "1"}, TypeError, "scale: got '1'"),
     ],

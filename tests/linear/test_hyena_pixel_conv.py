@@ -108,7 +108,7 @@ def test_bad_networks(rng):
     z = normal(rng, (3, 5, 7))
     with pytest.raises(ValueError, match="encoding: got shape"):
         hyena_pixel_kernel(z[0, 0], [], 1.0, z, z)
-    with pytest.raises(TypeError, match="layers: expected"):
+    with pytest.raises(TypeError, match="layers: got"):
         hyena_pixel_kernel(z, [], 1.0, z, z)
     with pytest.raises(ValueError, match=r"layers\[0\] weight: got shape \(4, 4\)"):
         hyena_pixel_kernel(z, [(np.zeros((4, 4)), np.zeros(4))], 1.0, z, z)

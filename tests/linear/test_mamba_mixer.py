@@ -189,7 +189,7 @@ def test_bad_directions(rng):
 def test_bad_stacks(rng):
     stack, x = layers(rng), normal(rng, (2, 12, 6))
     for change, error, message in (
-        ({"layers": []}, TypeError, "layers: expected"),
+        ({"layers": []}, TypeError, r"layers: got \[\]"),
         ({"layers": [stack[0][::-1]]}, ValueError, r"layers\[0\] token.w_in"),
         ({"layers": [(mamba(rng, out=7), stack[0][1])]}, ValueError, r"layers\[0\] token: got outputs of width 7"),
         ({"directions": "down"}, ValueError, "directions: got 'down'"),

@@ -71,7 +71,7 @@ BAD = [
     ({"window": -512}, ValueError, "window: got -512, expected at least 0"),
     ({"window": "512"}, TypeError, "window: got '512'"),
     ({"window": False}, TypeError, "window: got False"),
-    ({"scale": NAN}, ValueError, "scale: got nan, expected a finite number"),
+    ({"scale": NAN}, ValueError, "scale: got nan, expected a finite float32"),
     ({"scale": -INF}, ValueError, "scale: got -inf"),
     ({"scale": 1e39}, ValueError, "scale: got"),
     ({"scale": "1"}, TypeError, "scale: got '1', expected a number"),

@@ -141,7 +141,7 @@ def test_no_key_is_used_twice(rng):
     [
         ({"block": 0}, ValueError, r"block: got 0"),
         ({"step": 0}, ValueError, r"step: got 0"),
-        ({"theta": float("nan")}, ValueError, r"theta: got NaN"),
+        ({"theta": float("nan")}, ValueError, r"theta: got nan"),
         ({"theta": "a"}, TypeError, r"theta: got 'a'"),
         ({"init_blocks": -1}, ValueError, r"init_blocks: got -1"),
         ({"group_reduce": "all"}, ValueError, r"group_reduce: got 'all', expected None or 'any'"),

@@ -242,3 +242,22 @@ def test_queries_of_no_width(shape):
     x = np.ones((2, 8, 4), np.float32)
     with pytest.raises(ValueError, match=r"^q: got shape"):
         la.sparse_attention(np.ones(shape, np.float32), x, x, Moba())
+
+
+@pytest.mark.parametrize(
+    ("selector", "name"),
+    [
+        (la.sparse.Antidiagonal, "threshold"),
+        (la.sparse.FlexPrefill, "gamma"),
+        (la.sparse.Sale, "tau"),
+        (la.sparse.Sparge, "theta"),
+        (la.sparse.Sparge, "cdf"),
+        (la.sparse.Sparge, "topk"),
+    ],
+)
+def test_bad_numbers_are_refused_where_they_are_given(selector, name):
+    """Not at the first prompt."""
+    for value in ("words", True, [0.5], 1j, float("nan"), np.zeros((2, 2), np.float32)):
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}: got "):
+            selector(**{name: value})
+    selector(**{name: np.full(4, 0.5, np.float32)})

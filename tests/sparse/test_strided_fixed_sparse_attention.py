@@ -47,13 +47,13 @@ def test_any_number_of_threads(rng, threads):
 
 def test_a_window_of_all_keys_is_causal_attention(rng, isa):
     q, k, v = qkv(rng, rows=90, keys=90)
-    out = strided_fixed_sparse_attention(q, k, v, stride=90, pattern="local", summary=1)
+    out = strided_fixed_sparse_attention(q, k, v, stride=90, pattern="local")
     tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, causal=True))
 
 
 def test_a_stride_of_one_is_causal_attention(rng, isa):
     q, k, v = qkv(rng, rows=90, keys=120)
-    out = strided_fixed_sparse_attention(q, k, v, stride=1, pattern="strided", summary=1)
+    out = strided_fixed_sparse_attention(q, k, v, stride=1, pattern="strided")
     tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, causal=True))
 
 
@@ -96,8 +96,9 @@ def test_steps_are_the_prefill(rng, isa, pattern):
         ({"pattern": "dense"}, ValueError, r"pattern: got 'dense'"),
         ({"pattern": ["local"] * 3}, ValueError, r"pattern: got \['local', 'local', 'local'\]"),
         ({"window": 0}, ValueError, r"window: got 0"),
-        ({"summary": 9}, ValueError, r"summary: got 9"),
-        ({"slots": 3, "summary": 4}, ValueError, r"slots: got 3 of 4 keys"),
+        ({"summary": 0}, ValueError, r"summary: got 0"),
+        ({"summary": 9, "pattern": "fixed"}, ValueError, r"summary: got 1 slots of 9 keys, expected at most 8"),
+        ({"slots": 3, "summary": 4, "pattern": "fixed_summary"}, ValueError, r"summary: got 3 slots of 4 keys"),
     ],
 )
 def test_bad_arguments(rng, change, error, message):

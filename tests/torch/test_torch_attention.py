@@ -347,6 +347,35 @@ def test_a_batch_of_calls(rng):
     assert torch.equal(out[1], attend(2 * q, k, v))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_functions(rng):
+    """`torch.func.grad`, `vjp`, `jacrev` and gradients per sample, beside torch's own attention."""
+    q, k, v = tensors(rng, rows=6, keys=9, grad=False)
+    k, v = (x[:, :1].repeat(1, q.shape[1], 1, 1) for x in (k, v))
+    given = {"atol": 1e-5, "rtol": 1e-4}
+
+    def ours(x, keys=k):
+        return longattn.torch.attention(x, keys, v)
+
+    def theirs(x, keys=k):
+        return torch.nn.functional.scaled_dot_product_attention(x, keys, v)
+
+    def of(function):
+        return lambda *x: function(*x).square().sum()
+
+    for one, two in zip(*(torch.func.grad(of(f), argnums=(0, 1))(q, k) for f in (ours, theirs)), strict=True):
+        torch.testing.assert_close(one, two, **given)
+    torch.testing.assert_close(torch.func.vjp(ours, q)[1](q), torch.func.vjp(theirs, q)[1](q), **given)
+    torch.testing.assert_close(torch.func.jacrev(ours)(q), torch.func.jacrev(theirs)(q), **given)
+    several = torch.stack([q, 2 * q, -q])
+    each = torch.stack([torch.func.grad(of(theirs))(x) for x in several])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(of(ours)))(several), each, **given)
+    with pytest.raises(RuntimeError, match=r"^longattn.torch: got a second backward pass"):
+        torch.func.grad(lambda x: torch.func.grad(of(ours))(x).sum())(q)
+    with pytest.raises(RuntimeError, match=r"^longattn.torch: got a tangent"):
+        torch.func.hessian(of(ours))(q)
+
+
 def test_nothing_else_imports_it():
     code = "import sys, longattn; assert 'longattn.torch' not in sys.modules and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,7 @@ import pytest
 
 import longattn as la
 import tolerances
-from random_arrays import DTYPES, F32
+from random_arrays import DTYPES, F32, normal
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -437,6 +437,21 @@ def test_whole_graphs_of_slots_and_of_diagonal_scans(rng, kind):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_gradients_by_a_transform(rng):
+    """`torch.func.grad` gives what a backward pass gives, the state's part included."""
+    q, k, v = (torch.tensor(normal(rng, (1, 2, 9, 8), F32)) for _ in range(3))
+    g = -torch.rand(1, 2, 9)
+
+    def loss(*x):
+        out, state = longattn.torch.gated_delta_rule(*x, g.exp())
+        return out.square().sum() + state.square().sum()
+
+    wanted = [x.clone().requires_grad_() for x in (q, k, v, g)]
+    loss(*wanted).backward()
+    for found, x in zip(torch.func.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, g), wanted, strict=True):
+        assert torch.equal(found, x.grad)
+
+
 def test_second_derivatives_are_refused(rng):
     found, options = tensors(rng, "gated_delta_rule")
     out, _ = longattn.torch.gated_delta_rule(**found, **options)
@@ -455,6 +470,11 @@ def test_second_derivatives_are_refused(rng):
         (lambda x, g: longattn.torch.gated_delta_rule(x, x, x, g + 1, g), ValueError, "g: got a number above 0"),
         (lambda x, g: longattn.torch.lightning_attention(x, x, x, g), ValueError, "slopes: got shape"),
         (lambda x, g: longattn.torch.rwkv6(x, x, x, x, g), ValueError, "u: got shape"),
+        (lambda x, g: longattn.torch.rwkv6(x.long(), x, x, x, x[0, :, 0]), TypeError, "q: got dtype torch.int64"),
+        (lambda x, g: longattn.torch.rwkv6(x, x, x, g, x[0, :, 0]), ValueError, "g: got shape"),
+        (lambda x, g: longattn.torch.rwkv6(x, x, x, x, x[0, :, 0].to(torch.complex64)), TypeError, "u: got dtype"),
+        (lambda x, g: longattn.torch.retention(x, x, x.sum()), ValueError, r"v: got shape \(\)"),
+        (lambda x, g: longattn.torch.linear_attention(x, x, x, normalize="no"), TypeError, "normalize: got 'no'"),
         (lambda x, g: longattn.torch.gated_delta_rule(x, x, x, g), TypeError, "beta: got None"),
         (lambda x, g: longattn.torch.gated_delta_rule(x, x, x, g, g, g), TypeError, "got 6 positional"),
         (lambda x, g: longattn.torch.retention(x, x, x, gama=g), TypeError, "gama: got it twice or unasked"),

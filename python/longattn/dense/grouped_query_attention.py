@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import attention_inputs, check_float_storage, check_heads, flag, result_array, returned
+from longattn._checks import attention_inputs, check_float_storage, check_heads, flag, integer, result_array, returned
 from longattn.dense._head_options import options_of_heads
 from longattn.dense.attention import attention
 from longattn.methods import Method
@@ -131,7 +131,7 @@ def mha_to_gqa(
         raise ValueError(f"n_kv: got {n_kv}, expected a divisor of the {total} heads of wk")
     if mode not in get_args(Conversion):
         raise ValueError(f"mode: got {mode!r}, expected 'mean', 'first' or 'random'")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(integer(seed, "seed", 0))
     converted = []
     for given, projection in zip((wk, wv), projections, strict=True):
         groups = projection.reshape(n_kv, total // n_kv, *projection.shape[1:])

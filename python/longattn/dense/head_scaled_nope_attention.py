@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array
-from longattn._checks import attention_inputs, check_heads, per_head, real, scale_factor, shape_of
+from longattn._checks import attention_inputs, check_heads, finite, items_of, per_head, real, scale_factor, shape_of
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import dense as reference
@@ -112,7 +112,10 @@ def matching_lam(
     wanted = _factors(target, "target", heads)
     if not (wanted >= 0).all():
         raise ValueError(f"target: got {wanted.min()}, expected at least 0")
-    least, greatest = (real(bound, "bounds") for bound in bounds)
+    ends = [real(bound, "bounds") for bound in items_of(bounds, "bounds", "two numbers")]
+    if len(ends) != 2:
+        raise ValueError(f"bounds: got {len(ends)} numbers, expected two")
+    least, greatest = ends
     if not 0 < least <= greatest < np.inf:
         raise ValueError(f"bounds: got {bounds!r}, expected 0 < least <= greatest")
     if not real(tolerance, "tolerance") > 0:
@@ -155,7 +158,7 @@ def _mean_entropy(q: NDArray[Any], k: NDArray[Any], scale: NDArray[np.float32], 
 def _factors(values: float | Array, name: str, heads: int) -> NDArray[np.float32]:
     """One number per query head, from an array or one number for all."""
     one = np.ndim(values) == 0
-    factors = np.full(heads, real(values, name), np.float32) if one else per_head(values, name, heads)
+    factors = np.full(heads, finite(values, name), np.float32) if one else per_head(values, name, heads)
     if not np.isfinite(factors).all():
         raise ValueError(f"{name}: got {values}, expected finite numbers")
     return factors

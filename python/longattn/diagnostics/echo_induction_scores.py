@@ -146,6 +146,9 @@ def alibi_scope(
     wide = {name: array.astype(np.float64) for name, array in arrays.items()}
     if not (wide["slopes"] > 0).all():
         raise ValueError("slopes: got some that are not positive, expected positive ones")
+    for name, array in wide.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name}: got NaN or infinity, expected finite numbers")
     # The largest singular value of Wq Wk^T is that of the small product of their triangular factors.
     r_q, r_k = (np.linalg.qr(wide[name]).R for name in ("wq", "wk"))
     norm = np.linalg.norm(r_q @ r_k.swapaxes(-1, -2), ord=2, axis=(-2, -1))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_float_storage, check_floating, dense_inputs, integer
+from longattn._checks import check_float_storage, check_floating, dense_inputs, flag, function, integer
 from longattn.dense.attention import attention
 from longattn.kv.evict.streaming_llm import sink_window_attention
 from longattn.methods import Method
@@ -64,7 +64,7 @@ def flux_route(
             x = _silu(x)
     gates: NDArray[np.int64] = x.argmax(axis=-1)
     gate = gates if qn.ndim == 4 else int(gates[0])
-    return (gate, x if qn.ndim == 4 else x[0]) if return_logits else gate
+    return (gate, x if qn.ndim == 4 else x[0]) if flag(return_logits, "return_logits") else gate
 
 
 def routed_attention(
@@ -118,9 +118,9 @@ def routed_attention(
     sinks, window = integer(sinks, "sinks", 0), integer(window, "window", 1)
     if isinstance(sparse, str) and sparse not in ("streaming", "window"):
         raise ValueError(f"sparse: got {sparse!r}, expected 'streaming', 'window' or a function")
-    for function, name in ((sparse, "sparse"), (full, "full")):
-        if function is not None and not isinstance(function, str) and not callable(function):
-            raise TypeError(f"{name}: got {type(function).__name__}, expected a function")
+    for given, name in ((sparse, "sparse"), (full, "full")):
+        if given is not None and not (name == "sparse" and isinstance(given, str)):
+            function(given, name)
 
     def few(q: Array, k: Array, v: Array) -> Array:
         if callable(sparse):

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import FLOATS, Array, as_numpy
+from longattn._checks import finite
 
 
 def mahalanobis(q: Array, k: Array, *, ridge: float = 1e-6) -> NDArray[np.float64]:
@@ -46,7 +47,7 @@ def mahalanobis(q: Array, k: Array, *, ridge: float = 1e-6) -> NDArray[np.float6
         raise ValueError(f"k: got shape {keys.shape}, expected at least one head and two keys")
     if queries.shape[0] % keys.shape[0] or queries.shape[2] != keys.shape[2]:
         raise ValueError(f"q: got shape {queries.shape}, expected [a multiple of {keys.shape[0]}, n, {keys.shape[2]}]")
-    if not ridge > 0 or not np.isfinite(ridge):
+    if finite(ridge, "ridge") <= 0:
         raise ValueError(f"ridge: got {ridge}, expected a positive number")
     queries, keys = queries.astype(np.float64), keys.astype(np.float64)
     for name, x in (("q", queries), ("k", keys)):
@@ -65,5 +66,5 @@ def mahalanobis(q: Array, k: Array, *, ridge: float = 1e-6) -> NDArray[np.float6
         covariance += np.eye(dim) * ridge * mean_variance
         factor = np.linalg.cholesky(covariance)
         whitened = np.linalg.solve(factor, away.reshape(-1, dim).T)
-        out[h * group : (h + 1) * group] = np.sqrt((whitened**2).sum(0)).reshape(group, -1)
+        out[h * group : (h + 1) * group] = np.sqrt((whitened**2).sum(0)).reshape(group, away.shape[1])
     return out

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import flag, integer, real
+from longattn._checks import flag, integer, integers, real
 from longattn.dense.attention_weights import attention_weights
 from longattn.dense.prob_reduce import prob_reduce
 from longattn.methods import Method
@@ -181,7 +181,7 @@ def mask_heads(out: Array, heads: Iterable[int]) -> Array:
     x = as_numpy(out, "out")
     if x.ndim < 3:
         raise ValueError(f"out: got shape {x.shape}, expected [..., Hq, Lq, Dv]")
-    numbers = [integer(head, "heads", 0, x.shape[-3] - 1) for head in heads]
+    numbers = list(integers(heads, "heads", 0, x.shape[-3] - 1))
     masked = x.copy()
     masked[..., numbers, :, :] = 0
     return like(out, masked)

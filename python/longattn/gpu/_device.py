@@ -51,7 +51,7 @@ class View:
 
 
 class Device(Protocol):
-    """A back end."""
+    """What launching code needs of a back end."""
 
     #: Units that run blocks of threads side by side.
     processors: int

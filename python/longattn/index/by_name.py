@@ -68,7 +68,7 @@ def make(kind: str, store: KVStore, *, queries: Array | None = None, **parameter
 
 def check(kind: str, parameters: dict[str, Any]) -> None:
     """Refuses an unknown kind, and parameters that it does not have."""
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     known = list(inspect.signature(KINDS[kind]).parameters)[1:]  # the store comes first
     for name in parameters:

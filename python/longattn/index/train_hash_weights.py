@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import FLOATS, Array, as_numpy
-from longattn._checks import integer, real
+from longattn._checks import function, integer, real
 from longattn.index._index import check_seed
 
 Floats = NDArray[np.float32]
@@ -102,6 +102,8 @@ def train_hash_weights(
     ]
     if not 0 <= real(momentum, "momentum") < 1:
         raise ValueError(f"momentum: got {momentum}, expected at least 0 and below 1")
+    if progress is not None:
+        function(progress, "progress")
     seed = check_seed(seed)
     rate, terms = rates[0], rates[1:]
     weights = np.empty((kv_heads, dim, code_bits), np.float32)

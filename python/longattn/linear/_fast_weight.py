@@ -11,9 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn import _core
-from longattn._arrays import Array, as_numpy, like
-from longattn._checks import all_within, batched, check_float_storage, check_floating, flag, integer, real, result_array
-from longattn.linear.feature_map import finite
+from longattn._arrays import Array, as_numpy, like, reshaped
+from longattn._checks import (
+    all_within,
+    batched,
+    check_float_storage,
+    check_floating,
+    finite,
+    flag,
+    integer,
+    real,
+    result_array,
+)
 
 Float32 = NDArray[np.float32]
 
@@ -151,8 +160,8 @@ def fast_weight(
 
 def gate(x: Array, name: str, keys: NDArray[Any], *, high: float | None) -> Float32:
     """Numbers of at least 0 per row, `[B, H, L]` or `[H, L]` as the keys, or one for all, as float32 `[B, H, L, 1]`."""
-    if isinstance(x, int | float):
-        x = np.asarray(float(x))
+    if isinstance(x, int | float) and not isinstance(x, bool):
+        x = np.asarray(real(x, name))
     xn = as_numpy(x, name, any_strides=True)
     check_floating(xn, name)
     if xn.shape not in ((), keys.shape[:-1]):
@@ -211,7 +220,7 @@ def _start(
             full = np.broadcast_to(w, (*front, *w.shape[-2:]))
         except ValueError:
             raise ValueError(f"weights[{i}]: got shape {w.shape}, expected {front} or fewer in front") from None
-        parts.append(full.astype(np.float32).reshape(*front, -1))
+        parts.append(reshaped(full.astype(np.float32), *front, -1))
         shapes.append((w.shape[-2], w.shape[-1]))
     fits = all(before[1] + one == after[0] for before, after in pairwise(shapes))
     if not fits or shapes[0][0] != dims[0] + one or shapes[-1][1] != dims[1]:

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy
-from longattn._checks import batched, check_float_storage, check_floating, result_array, returned
+from longattn._checks import batched, check_float_storage, check_floating, finite, result_array, returned
 from longattn.linear._local import add_causal_convolution
 from longattn.linear._recurrence import Common, recurrence
-from longattn.linear.feature_map import FeatureMap, finite
+from longattn.linear.feature_map import FeatureMap
 
 Float32 = NDArray[np.float32]
 
@@ -114,7 +114,7 @@ def divide(
     to = None if local else batched(result, 4)
     common = Common(1.0, states, None, chunk_size, None, to)
     dtype = np.dtype(np.float32) if local else None
-    made, after = recurrence(qn, kn, vn, common, maps=maps, normaliser=finite(eps, "eps"), dtype=dtype)
+    made, after = recurrence(qn, kn, vn, common, maps=maps, normaliser=finite(eps, "eps", 0), dtype=dtype)
     if local:
         sums = np.asarray(made, np.float32)
         before = add_causal_convolution(sums, vn, np.broadcast_to(taps, (heads, *taps.shape)), before)

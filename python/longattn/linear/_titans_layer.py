@@ -142,7 +142,7 @@ def compose(
 
 def _rows_of(gate: Any, name: str, layer: Layer) -> Any:
     """A gate of all rows, or one number, or nothing, as it came."""
-    if gate is None or isinstance(gate, int | float):
+    if gate is None or (isinstance(gate, int | float) and not isinstance(gate, bool)):
         return gate
     rows = as_numpy(gate, name, any_strides=True)
     expected = (len(layer.x), layer.heads, layer.x.shape[1])

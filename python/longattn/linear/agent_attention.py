@@ -14,14 +14,15 @@ from longattn._checks import (
     broadcast_scores,
     check_float_storage,
     check_floating,
+    finite,
     integer,
+    integers,
     result_array,
     returned,
     scale_factor,
 )
 from longattn.dense.attention import attention
 from longattn.linear._global import inputs, map_size
-from longattn.linear.feature_map import finite
 from longattn.linear.focused_linear_attention import local_part
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -85,7 +86,7 @@ def agent_attention(
     """
     qn, kn, vn = arrays = inputs(q, k, v)
     factor = scale_factor(scale, qn.shape[3])
-    second = factor if query_scale is None else scale_factor(query_scale, qn.shape[3])
+    second = factor if query_scale is None else scale_factor(query_scale, qn.shape[3], "query_scale")
     direct = finite(shortcut, "shortcut")
     first = integer(prefix_tokens, "prefix_tokens", 0, min(qn.shape[2], kn.shape[2]))
     a4 = _agents(agents, qn, size, first)
@@ -145,7 +146,7 @@ def agent_biases(
     check_floating(small, "block")
     if small.ndim != 4 or 0 in small.shape:
         raise ValueError(f"block: got shape {small.shape}, expected [H, n, h0, w0]")
-    height, width = map_size(size, int(np.prod(size)) if isinstance(size, tuple | list) else 0)
+    height, width = map_size(size, int(np.prod(integers(size, "size", 1), dtype=np.int64)))
     heads, n = small.shape[:2]
     down, across = _interpolation(small.shape[2], height), _interpolation(small.shape[3], width)
     found = np.einsum("hnij,yi,xj->hnyx", small.astype(np.float64), down, across, optimize=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import flag, integer, real, scale_factor
+from longattn._checks import finite, flag, integer, scale_factor
 from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, Common, recurrence
 from longattn.linear.feature_map import FeatureMap
@@ -71,7 +71,7 @@ def based(
         raise ValueError(f"scale: got {scale}, expected at least 0")
     phi = FeatureMap(kind="taylor", order=degree, scale=factor**0.5)
     common = Common(1.0, initial_state, out_state, chunk_size, cu_seqlens, out)
-    divided = real(eps, "eps") if flag(normalize, "normalize") else None
+    divided = finite(eps, "eps", 0) if flag(normalize, "normalize") else None
     return recurrence(q, k, v, common, maps=(phi, phi), normaliser=divided)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import batched, check_floating, result_array, returned, scale_factor
+from longattn._checks import batched, check_floating, real, result_array, returned, scale_factor
 from longattn.dense.attention import attention
 from longattn.linear._global import attend, inputs
 from longattn.linear.feature_map import FeatureMap, feature_map, parts
@@ -53,7 +53,7 @@ def blended_softmax_linear_attention(
         "LinVideo: A Post-Training Framework towards O(n) Attention in Efficient Video Generation", 2025.
     """
     qn, kn, vn = arrays = inputs(q, k, v)
-    x = as_numpy(np.asarray(r) if isinstance(r, int | float) else r, "r")
+    x = as_numpy(np.asarray(real(r, "r")) if isinstance(r, int | float) else r, "r")
     if x.dtype.kind in "iu":
         x = x.astype(np.float32)
     check_floating(x, "r")

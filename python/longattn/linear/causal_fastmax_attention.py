@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from longattn._arrays import Array
-from longattn._checks import integer, shape_of
+from longattn._checks import finite, integer, shape_of
 from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, Common, recurrence
-from longattn.linear.feature_map import FeatureMap, finite
+from longattn.linear.feature_map import FeatureMap
 from longattn.methods import Method
 from longattn.reference import linear as reference
 

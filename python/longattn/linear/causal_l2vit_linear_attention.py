@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from longattn._arrays import Array
-from longattn._checks import per_head
+from longattn._checks import finite, per_head
 from longattn.linear._documented import ENTRIES, documented
 from longattn.linear._recurrence import CHUNK
 from longattn.linear._running import RELU, RunningStatistics, attend, dim_of, rows_of
-from longattn.linear.feature_map import finite
 from longattn.methods import Method
 from longattn.reference import linear as reference
 

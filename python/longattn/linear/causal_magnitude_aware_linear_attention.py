@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from longattn._arrays import Array
-from longattn._checks import scale_factor
+from longattn._checks import finite, scale_factor
 from longattn.linear._documented import ENTRIES, documented
 from longattn.linear._recurrence import CHUNK
 from longattn.linear._running import RunningStatistics, attend, dim_of
-from longattn.linear.feature_map import FeatureMap, feature_map, finite
+from longattn.linear.feature_map import FeatureMap, feature_map
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -52,7 +52,7 @@ def causal_magnitude_aware_linear_attention(
     References:
         Q. Fan et al., "Rectifying Magnitude Neglect in Linear Attention", 2025, arXiv:2507.00698.
     """
-    read_out = ("magnitude", scale_factor(scale, dim_of(q)), finite(eps, "eps"))
+    read_out = ("magnitude", scale_factor(scale, dim_of(q)), finite(eps, "eps", 0))
     return attend(q, k, v, feature_map(phi), read_out, initial_state, chunk_size, out)
 
 

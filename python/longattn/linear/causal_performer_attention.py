@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import real, scale_factor
+from longattn._checks import finite, scale_factor
 from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, Common, recurrence
-from longattn.linear.feature_map import FeatureMap, finite
+from longattn.linear.feature_map import FeatureMap
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -81,7 +81,7 @@ def causal_performer_attention(
         FeatureMap(kind=kind, scale=factor**0.5, projection=w, offset=added),
     )
     common = Common(1.0, initial_state, out_state, chunk_size, cu_seqlens, out)
-    return recurrence(q, k, v, common, maps=maps, normaliser=real(eps, "eps"))
+    return recurrence(q, k, v, common, maps=maps, normaliser=finite(eps, "eps", 0))
 
 
 METHOD = Method(

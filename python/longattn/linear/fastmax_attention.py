@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array
-from longattn._checks import integer
+from longattn._checks import finite, integer
 from longattn.linear._global import attend, inputs
-from longattn.linear.feature_map import finite
 from longattn.methods import Method
 from longattn.reference import linear as reference
 

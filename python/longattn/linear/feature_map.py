@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy
-from longattn._checks import check_floating, integer, real
+from longattn._checks import check_floating, finite, integer
 
 #: The maps, each with its formula.
 KINDS = {
@@ -27,7 +27,6 @@ KINDS = {
     "taylor": "1, channels, products of two channels",
 }
 NORMS = ("none", "length", "standard")
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -140,11 +139,3 @@ def directions(projection: Array, heads: int, dim: int) -> NDArray[np.float32]:
     if w.ndim not in (2, 3) or w.shape[-1] != dim or w.shape[-2] == 0 or (w.ndim == 3 and w.shape[0] != heads):
         raise ValueError(f"projection: got shape {w.shape}, expected [F, {dim}] or [{heads}, F, {dim}]")
     return np.ascontiguousarray(w, np.float32)
-
-
-def finite(value: object, name: str) -> float:
-    """A finite number that float32 holds."""
-    number = real(value, name)
-    if not abs(number) <= _LARGEST:  # NaN fails, too
-        raise ValueError(f"{name}: got {value}, expected a finite float32")
-    return number

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import attention_inputs, batched, check_float_storage, flag, result_array, returned
+from longattn._checks import attention_inputs, batched, check_float_storage, finite, flag, result_array, returned
 from longattn.dense.attention import attention
-from longattn.linear.feature_map import finite
 from longattn.linear.key_statistics import key_mask
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -193,7 +192,7 @@ def _scored(latents: Array, k: NDArray[Any], qk_norm: object, eps: object) -> tu
     heads, dim = k.shape[-3], k.shape[-1]
     if rn.ndim != 3 or rn.shape[0] != heads or rn.shape[1] == 0 or rn.shape[2] != dim:
         raise ValueError(f"latents: got shape {rn.shape}, expected [{heads}, M, {dim}], M at least 1")
-    small, normalised, k4 = finite(eps, "eps"), flag(qk_norm, "qk_norm"), batched(k, 4)
+    small, normalised, k4 = finite(eps, "eps", 0), flag(qk_norm, "qk_norm"), batched(k, 4)
     r4 = np.broadcast_to(rn.astype(np.float32), (k4.shape[0], *rn.shape))
     return (_unit(r4, small), _unit(k4, small)) if normalised else (r4, k4)
 

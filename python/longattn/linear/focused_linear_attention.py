@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy
-from longattn._checks import check_floating
+from longattn._checks import check_floating, finite
 from longattn.linear._global import attend, inputs, map_size, position_shift
 from longattn.linear._local import local_values
-from longattn.linear.feature_map import finite
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -72,7 +71,7 @@ def focused_linear_attention(
     """
     qn, kn, _ = arrays = inputs(q, k, v)
     maps = focusing(qn, kn, power, channel_scale, norm_scope, pos)
-    eps = finite(eps, "eps")
+    eps = finite(eps, "eps", 0)
     add = local_part(arrays, dwc_weight, dwc_bias, size)
     return attend(q, arrays, maps, ("divide_means", eps, 0.0), add=add, out=out)
 

@@ -76,7 +76,9 @@ def gated_associative_memory(
     added = optional(gate_bias, "gate_bias", (2 * channels,), "[2 C]")
     kept = None if residual is None else storage_rows(residual, "residual", xn.shape, "[B, L, C]")
     wide = np.ascontiguousarray(xn, np.float32)
-    local, state = causal_conv1d(wide, conv, conv_bias, initial_state=initial_state)
+    taps = parameter(conv, "conv", (channels, None), "[C, w]")
+    shift = optional(conv_bias, "conv_bias", (channels,), "[C]")
+    local, state = causal_conv1d(wide, taps, shift, initial_state=initial_state)
 
     def split(rows: NDArray[np.float32]) -> NDArray[np.float32]:
         return rows.reshape(*rows.shape[:-1], number, channels // number).swapaxes(-3, -2)

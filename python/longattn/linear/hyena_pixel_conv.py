@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_float_storage, flag
+from longattn._checks import check_float_storage, finite, flag, items_of
 from longattn.linear._channels import Float32, optional, parameter, product
 from longattn.linear.convolution import causal_conv1d, depthwise_conv1d, depthwise_conv2d
 from longattn.linear.toeplitz import Precision, toeplitz, toeplitz2d
@@ -120,14 +120,15 @@ def hyena_pixel_kernel(
     z = as_numpy(encoding, "encoding", any_strides=True).astype(np.float64)
     if z.ndim not in {2, 3} or not z.size:
         raise ValueError(f"encoding: got shape {z.shape}, expected [E, kh, kw] or [E, K]")
-    if not isinstance(layers, tuple | list) or not layers:
-        raise TypeError("layers: expected at least one pair (weight, bias)")
+    layers, times = items_of(layers, "layers", "pairs (weight, bias)"), finite(frequency, "frequency")
+    if not layers or any(not isinstance(layer, tuple | list) or len(layer) != 2 for layer in layers):
+        raise TypeError(f"layers: got {[type(x).__name__ for x in layers]}, expected at least one pair (weight, bias)")
     h = np.moveaxis(z, 0, -1)
     for number, (weight, added) in enumerate(layers):
         w = parameter(weight, f"layers[{number}] weight", (h.shape[-1], None), "[in, out]", np.float64)
         h = h @ w + parameter(added, f"layers[{number}] bias", (w.shape[1],), "[out]", np.float64)
         if number < len(layers) - 1:
-            h = np.sin(frequency * h)
+            h = np.sin(times * h)
     channels, size = h.shape[-1], z.shape[1:]
     fall = np.abs(parameter(delta, "delta", (channels,), "[C]", np.float64))
     added = parameter(shift, "shift", (channels,), "[C]", np.float64)

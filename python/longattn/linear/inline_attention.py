@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy
+from longattn._arrays import Array, as_numpy, reshaped
 from longattn._checks import check_float_storage, check_floating, integer, scale_factor
 from longattn.linear._global import attend, inputs
 from longattn.linear.feature_map import FeatureMap, feature_map, parts
@@ -111,9 +111,9 @@ def inline_local_weights(x: Array, w1: Array, w2: Array, *, groups: int = 1) -> 
 
 def _grouped(x: NDArray[np.float64], w: NDArray[np.float64], groups: int) -> NDArray[np.float64]:
     """A 1 x 1 convolution in groups of `[B, C]`."""
-    parts_of_x = x.reshape(len(x), groups, -1)
-    parts_of_w = w.reshape(groups, -1, w.shape[1])
-    found: NDArray[np.float64] = np.einsum("bgc,goc->bgo", parts_of_x, parts_of_w).reshape(len(x), -1)
+    parts_of_x = reshaped(x, len(x), groups, -1)
+    parts_of_w = reshaped(w, groups, -1, w.shape[1])
+    found: NDArray[np.float64] = reshaped(np.einsum("bgc,goc->bgo", parts_of_x, parts_of_w), len(x), -1)
     return found
 
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, like
-from longattn._checks import attention_inputs, check_heads, flag
+from longattn._checks import attention_inputs, check_heads, finite, flag
 from longattn.linear._channels import Float32, map_size, parameter
-from longattn.linear.feature_map import FeatureMap, finite
+from longattn.linear.feature_map import FeatureMap
 from longattn.linear.feature_map import features as mapped
 from longattn.linear.toeplitz import Precision, Way, is_direct, is_double, on_lines
 from longattn.methods import Method

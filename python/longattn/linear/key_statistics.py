@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn import _core
-from longattn._arrays import Array, as_numpy
-from longattn._checks import attention_inputs, batched, check_heads, per_head, result_array, returned
-from longattn.linear.feature_map import FeatureMap, feature_map, finite, parts
+from longattn._arrays import Array, as_numpy, reshaped
+from longattn._checks import attention_inputs, batched, check_heads, finite, per_head, result_array, returned
+from longattn.linear.feature_map import FeatureMap, feature_map, parts
 
 #: What `read_statistics` may make of the sums.
 READ_OUTS = ("plain", "plain_means", "divide", "divide_means", "clamp", "subtract", "magnitude")
@@ -138,7 +138,7 @@ def read_statistics(
     if chosen.features(q4.shape[3]) != features:
         raise ValueError(f"q: got {chosen.features(q4.shape[3])} features, expected {features} as in statistics")
     per_query_head = np.ones(q4.shape[1], np.float32) if factors is None else per_head(factors, "factors", q4.shape[1])
-    eps, scale = finite(eps, "eps"), finite(scale, "scale")
+    eps, scale = finite(eps, "eps", 0), finite(scale, "scale")
     result = result_array(out, q, (*qn.shape[:-1], value_dim), qn.dtype, {"q": qn})
     sums = (statistics.sums, statistics.totals, statistics.values, statistics.counts)
     first = eps if read_out in ("divide", "divide_means", "clamp") else scale
@@ -167,8 +167,8 @@ def accumulate(
     sums, totals, values, counts = _core.key_statistics(k, v, dict(given), keep)
     width = v.shape[3]
     return (
-        sums.reshape(batch, heads, -1, width),
-        totals.reshape(batch, heads, -1),
+        reshaped(sums, batch, heads, -1, width),
+        reshaped(totals, batch, heads, -1),
         values.reshape(batch, heads, width),
         counts,
     )

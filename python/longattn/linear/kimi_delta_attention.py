@@ -8,11 +8,10 @@ import numpy as np
 
 from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy, like
-from longattn._checks import batched, check_floating, flag, result_array
+from longattn._checks import batched, check_floating, finite, flag, result_array
 from longattn.linear._anywhere import recurrence_anywhere
 from longattn.linear._documented import DELTA_COST, documented
 from longattn.linear._recurrence import CHUNK, Common, present
-from longattn.linear.feature_map import finite
 from longattn.methods import Method
 from longattn.reference import linear as reference
 

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from longattn._arrays import Array
-from longattn._checks import per_head
+from longattn._checks import finite, per_head
 from longattn.linear._global import attend, inputs
-from longattn.linear.feature_map import finite
 from longattn.methods import Method
 from longattn.reference import linear as reference
 

@@ -9,8 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy, like
-from longattn._checks import batched, check_float_storage, check_floating, dense_inputs, flag, integer, scale_factor
+from longattn._arrays import Array, as_numpy, like, reshaped
+from longattn._checks import (
+    batched,
+    check_float_storage,
+    check_floating,
+    dense_inputs,
+    flag,
+    function,
+    integer,
+    scale_factor,
+)
 from longattn.dense.attention import attention
 from longattn.distributed import shard_rows
 from longattn.distributed._workers import Exchange, run_workers
@@ -305,6 +314,7 @@ def _inputs(
 
 
 def _mapped(phi: Callable[[Float32], Float32], x: NDArray[Any]) -> Float32:
+    function(phi, "phi")
     features = np.asarray(phi(np.asarray(x, np.float32)))
     if features.ndim != x.ndim or features.shape[:-1] != x.shape[:-1] or features.dtype.kind != "f":
         raise ValueError(f"phi: got {features.dtype} {features.shape} of {x.shape}, expected floats of those rows")
@@ -329,7 +339,7 @@ def _product(x: NDArray[Any], y: NDArray[Any], heads: int | None = None) -> Floa
     """`sum_i x_i^T y_i` of each head, or of each of `heads` groups of heads."""
     found = np.asarray(x, np.float32).swapaxes(-1, -2) @ np.asarray(y, np.float32)
     if heads is not None:
-        found = found.reshape(found.shape[0], heads, -1, *found.shape[2:]).sum(axis=2)
+        found = reshaped(found, found.shape[0], heads, -1, *found.shape[2:]).sum(axis=2)
     return found
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_floating
+from longattn._checks import check_floating, items_of
 from longattn.linear._recurrence import Common, by_rows, checked
 
 Float32 = NDArray[np.float32]
@@ -90,6 +90,7 @@ def exclusive_states(
     Cost:
         A pass over the states.
     """
+    states, decays = items_of(states, "states", "arrays"), items_of(decays, "decays", "arrays")
     if len(states) == 0 or len(states) != len(decays):
         raise ValueError(f"states: got {len(states)} beside {len(decays)} decays, expected at least one and as many")
     first = as_numpy(states[0], "states[0]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longattn._arrays import Array
-from longattn._checks import flag, real
+from longattn._checks import finite, flag
 from longattn.linear._anywhere import recurrence_anywhere
 from longattn.linear._documented import COST, documented
 from longattn.linear._recurrence import CHUNK, Common
@@ -75,7 +75,7 @@ def linear_attention(
     """
     common = Common(scale, initial_state, out_state, chunk_size, cu_seqlens, out)
     maps = (None, None) if feature_map is None else (named(feature_map, "feature_map"),) * 2
-    divided = real(eps, "eps") if flag(normalize, "normalize") else None
+    divided = finite(eps, "eps", 0) if flag(normalize, "normalize") else None
     return recurrence_anywhere(q, k, v, common, maps=maps, normaliser=divided)
 
 

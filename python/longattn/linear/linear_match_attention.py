@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import check_float_storage, integer
+from longattn._checks import check_float_storage, finite, integer
 from longattn.dense.attention import attention
 from longattn.linear._global import attend, inputs
-from longattn.linear.feature_map import finite
 from longattn.linear.key_statistics import key_mask
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -57,7 +56,7 @@ def linear_match_attention(
     qn, _, _ = arrays = inputs(q, k, v)
     kept = key_mask(q_mask, qn.shape[0], qn.shape[2], "q_mask")
     maps = {"map": "elu1"}, {"map": "elu1"}
-    found = attend(q, arrays, maps, ("divide", finite(eps, "eps"), 0.0), mask=mask, out=out)
+    found = attend(q, arrays, maps, ("divide", finite(eps, "eps", 0), 0.0), mask=mask, out=out)
     if kept is not None:
         plain = as_numpy(found, "out")
         (plain if plain.ndim == 4 else plain[None]).swapaxes(1, 2)[~kept] = 0

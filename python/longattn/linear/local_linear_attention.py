@@ -14,6 +14,7 @@ from longattn._checks import (
     batched,
     check_floating,
     dense_inputs,
+    finite,
     flag,
     integer,
     real,
@@ -170,7 +171,7 @@ def _dot(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
 def _ridges(ridge: float | Array, rows: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """The ridge of each query, `[B, Hq, Lq]`."""
     if isinstance(ridge, int | float):
-        x = np.asarray(ridge, np.float64)
+        x = np.asarray(finite(ridge, "ridge"), np.float64)
     else:
         x = as_numpy(ridge, "ridge", any_strides=True)
         check_floating(x, "ridge")

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import check_floating, integer, scale_factor
+from longattn._checks import check_floating, finite, integer, scale_factor
 from longattn.linear._global import attend, inputs
-from longattn.linear.feature_map import FeatureMap, feature_map, finite, parts
+from longattn.linear.feature_map import FeatureMap, feature_map, parts
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -68,7 +68,7 @@ def magnitude_aware_linear_attention(
             raise ValueError(f"angles: got some with {qn.shape[2]} queries, expected the {kn.shape[2]} keys' number")
         table = _turns(angles, kn.shape[2], chosen.features(dim))
         of_queries["rotation"] = of_keys["rotation"] = table
-    read_out = ("magnitude", scale_factor(scale, dim), finite(eps, "eps"))
+    read_out = ("magnitude", scale_factor(scale, dim), finite(eps, "eps", 0))
     return attend(q, arrays, (of_queries, of_keys), read_out, mask=mask, out=out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import real
+from longattn._checks import one_of, real
 from longattn.linear._documented import documented
 from longattn.linear._fast_weight import CHUNK, MemoryState, fast_weight, gate
 from longattn.methods import Method
@@ -104,8 +104,7 @@ def miras_memory(
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant: got {variant!r}, expected one of {', '.join(VARIANTS)}")
-    if huber not in HUBER:
-        raise ValueError(f"huber: got {huber!r}, expected one of {', '.join(HUBER)}")
+    one_of(huber, "huber", HUBER)
     if read not in ("token", "chunk"):
         raise ValueError(f"read: got {read!r}, expected 'token' or 'chunk'")
     if activation not in ("silu", "gelu"):

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array
-from longattn._checks import flag, integer
+from longattn._checks import finite, flag, integer
 from longattn.linear._global import attend, inputs
-from longattn.linear.feature_map import FeatureMap, directions, finite, parts
+from longattn.linear.feature_map import FeatureMap, directions, parts
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -77,7 +77,7 @@ def performer_attention(
     kind, offset = ("gaussian", 0.0) if kernel == "softmax" else ("relu", 1e-3)
     phi = FeatureMap(kind=kind, scale=factor**0.5, projection=w, offset=offset)
     maps = parts(phi, qn.shape[1], dim, keys=False), parts(phi, kn.shape[1], dim, keys=True)
-    return attend(q, arrays, maps, ("divide", finite(eps, "eps"), 0.0), mask=mask, out=out)
+    return attend(q, arrays, maps, ("divide", finite(eps, "eps", 0), 0.0), mask=mask, out=out)
 
 
 def random_directions(features: int, dim: int, *, seed: int, orthogonal: bool = True) -> NDArray[np.float32]:

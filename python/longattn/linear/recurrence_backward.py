@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import batched, check_float_storage, check_floating, flag, real, shape_of
+from longattn._checks import batched, check_float_storage, check_floating, finite, flag, shape_of
 from longattn.linear._recurrence import CHUNK, Common, by_rows, check_unit_beta, checked, like_keys, states_before
 
 
@@ -165,7 +165,7 @@ def recurrence_backward(
         delta,
         x.scale,
         1e-6 if unit else None,
-        real(eps, "eps") if divided else None,
+        finite(eps, "eps", 0) if divided else None,
         None if first is None else batched(first, 4),
         x.bounds,
         x.chunk,

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy, like
-from longattn._checks import batched, check_floating, real, result_array
+from longattn._checks import batched, check_floating, finite, result_array
 from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, Common, recurrence
-from longattn.linear.feature_map import FeatureMap, finite
+from longattn.linear.feature_map import FeatureMap
 from longattn.methods import Method
 from longattn.reference import linear as reference
 
@@ -84,7 +84,7 @@ def regla(
         raise ValueError(f"gate_axis: got {gate_axis!r}, expected 'key' or 'value'")
     if norm not in ("rms", "layer", "none"):
         raise ValueError(f"norm: got {norm!r}, expected 'rms', 'layer' or 'none'")
-    least = real(eps, "eps")
+    least = finite(eps, "eps", 0)
     if not 0 <= least < math.inf:
         raise ValueError(f"eps: got {eps}, expected at least 0")
     if norm == "none" and (gain is not None or shift is not None):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_float_storage, flag
+from longattn._arrays import Array, as_numpy, like, reshaped
+from longattn._checks import check_float_storage, flag, integers, items_of
 from longattn.linear._channels import Float32, optional, pointwise
 from longattn.linear.mamba_mixer import MambaWeights, mamba_mixer
 from longattn.methods import Method
@@ -106,10 +106,13 @@ def tri_plane_scan(
     check_float_storage(fn, "f")
     if fn.ndim != 5:
         raise ValueError(f"f: got shape {fn.shape}, expected [B, Z, Y, X, C]")
-    if not planes or any(sorted(plane) != [0, 1, 2] for plane in planes):
+    if not fn.shape[4]:
+        raise ValueError(f"f: got no channels in shape {fn.shape}, expected at least 1")
+    every = [integers(plane, "planes") for plane in items_of(planes, "planes", "permutations of (0, 1, 2)")]
+    if not every or any(sorted(plane) != [0, 1, 2] for plane in every):
         raise ValueError(f"planes: got {planes!r}, expected permutations of (0, 1, 2)")
     both = flag(reverse, "reverse")
-    orders = [(plane, back) for plane in planes for back in ((False, True) if both else (False,))]
+    orders = [(plane, back) for plane in every for back in ((False, True) if both else (False,))]
     if isinstance(mixer, tuple | list):
         if len(mixer) != len(orders):
             raise ValueError(f"mixer: got {len(mixer)} weights, expected {len(orders)}, one for each order")
@@ -121,7 +124,7 @@ def tri_plane_scan(
     for (plane, back), one in zip(orders, mixers, strict=True):
         axes = (0, *(axis + 1 for axis in plane), 4)
         laid = np.ascontiguousarray(fn.transpose(axes))
-        rows = laid.reshape(batch, -1, channels)
+        rows = reshaped(laid, batch, -1, channels)
         rows = rows[:, ::-1] if back else rows
         y: Any = one(rows) if callable(one) else mamba_mixer(rows, one)[0]
         y = as_numpy(y, "mixer")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, like
+from longattn._checks import items_of, one_of
 from longattn.linear._channels import Float32, map_size, parameter, product, storage_rows
 from longattn.linear.mamba_mixer import MambaWeights, activated, checked, scanned
 from longattn.methods import Method
@@ -64,8 +65,10 @@ def selective_token_channel_mixer(
     """
     xn = storage_rows(x, "x", (None, None, None), "[B, L, C]")
     _, length, channels = xn.shape
-    if not isinstance(layers, tuple | list) or not layers or any(len(pair) != 2 for pair in layers):
-        raise TypeError("layers: expected a sequence of pairs (token, channel) of MambaWeights")
+    layers = items_of(layers, "layers", "pairs (token, channel) of MambaWeights")
+    if not layers or any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in layers):
+        came = [type(pair).__name__ for pair in layers]
+        raise TypeError(f"layers: got {came}, expected at least one pair (token, channel) of MambaWeights")
     mixers = []
     for number, (token, channel) in enumerate(layers):
         pair = []
@@ -77,8 +80,7 @@ def selective_token_channel_mixer(
                 raise ValueError(f"{name}: got outputs of width {columns}, expected {width}")
             pair.append(found)
         mixers.append(pair)
-    if directions not in ORDERS:
-        raise ValueError(f"directions: got {directions!r}, expected 'forward', 'both' or 'cross'")
+    one_of(directions, "directions", ORDERS)
     shape = map_size(size, length, "rows of x") if directions == "cross" else None
     shares = _shares(averaging, len(mixers))
     wide = np.ascontiguousarray(xn, np.float32)

@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_float_storage, check_floating
+from longattn._checks import check_float_storage, check_floating, finite
 from longattn.linear._global import attend, inputs, position_shift
-from longattn.linear.feature_map import finite
 from longattn.linear.focused_linear_attention import local_part
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -66,7 +65,7 @@ def simplified_linear_attention(
     shift = position_shift(pos, kn.shape[1], kn.shape[2], kn.shape[3])
     if shift is not None:
         of_keys["shift"] = shift
-    eps = finite(eps, "eps")
+    eps = finite(eps, "eps", 0)
     add = local_part(arrays, dwc_weight, dwc_bias, size)
     return attend(q, arrays, ({"map": "relu"}, of_keys), ("divide", eps, 0.0), mask=mask, add=add, out=out)
 
@@ -104,7 +103,7 @@ def fold_rep_batch_norm(
     means, variances, factors, shifts = arrays
     if (variances < 0).any():
         raise ValueError("var: got a negative variance, expected at least 0")
-    slope = factors / np.sqrt(variances + finite(eps, "eps"))
+    slope = factors / np.sqrt(variances + finite(eps, "eps", 0))
     return (slope + finite(alpha, "alpha")).astype(np.float32), (shifts - means * slope).astype(np.float32)
 
 
@@ -158,14 +157,14 @@ def rep_batch_norm(
         raise ValueError(f"blend: got {blend}, expected 0 to 1")
     wide = xn.astype(np.float32, copy=False)
     found = wide * factor + shift
+    own = []
+    for given, name, default in ((layer_gamma, "layer_gamma", 1.0), (layer_beta, "layer_beta", 0.0)):
+        a = np.full(factor.shape, default, np.float32) if given is None else as_numpy(given, name)
+        check_floating(a, name)
+        if a.shape != factor.shape:
+            raise ValueError(f"{name}: got shape {a.shape}, expected {factor.shape}")
+        own.append(a.astype(np.float32))
     if share:
-        own = []
-        for given, name, default in ((layer_gamma, "layer_gamma", 1.0), (layer_beta, "layer_beta", 0.0)):
-            a = np.full(factor.shape, default, np.float32) if given is None else as_numpy(given, name)
-            check_floating(a, name)
-            if a.shape != factor.shape:
-                raise ValueError(f"{name}: got shape {a.shape}, expected {factor.shape}")
-            own.append(a.astype(np.float32))
         centred = wide - wide.mean(axis=-1, keepdims=True)
         deviation = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + np.float32(eps))
         found = share * (centred / deviation * own[0] + own[1]) + (1 - share) * found

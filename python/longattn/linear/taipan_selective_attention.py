@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_float_storage, check_floating, dense_inputs, integer, scale_factor
+from longattn._checks import check_float_storage, check_floating, dense_inputs, integer, items_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -96,6 +96,8 @@ def taipan_selective_attention(
     if (width, channels) != ((channels, width) if projection is None else projection.shape):
         got = f"none for {width} channels" if projection is None else f"shape {projection.shape}"
         raise ValueError(f"w_o: got {got}, expected {(width, channels)}")
+    if initial_state is not None:
+        initial_state = list(items_of(initial_state, "initial_state", "states"))
     if initial_state is not None and len(initial_state) != batch:
         raise ValueError(f"initial_state: got {len(initial_state)} states, expected {batch}, one per sequence")
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from longattn._arrays import Array
-from longattn._checks import integer
+from longattn._checks import finite, integer
 from longattn.linear._channels import Float32, parameter, pointwise
 from longattn.linear._documented import ENTRIES, documented
 from longattn.linear._fast_weight import MemoryState
@@ -62,8 +62,7 @@ def titans_memory_as_gate(
     if gate not in GATES:
         raise ValueError(f"gate: got {gate!r}, expected one of {', '.join(GATES)}")
     span = integer(window, "window", 1)
-    if not 0 <= eps < np.inf:
-        raise ValueError(f"eps: got {eps}, expected at least 0")
+    eps = finite(eps, "eps", 0)
     if norms is not None and (not isinstance(norms, tuple | list) or len(norms) != 2):
         raise TypeError(f"norms: got {type(norms).__name__}, expected factors of attention and of the memory")
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from longattn._arrays import Array, as_numpy
+from longattn._checks import finite
 from longattn.linear._chunk_steps import chunk_steps
 from longattn.linear._documented import documented
 from longattn.linear._fast_weight import CHUNK, MemoryState, fast_weight, gate
-from longattn.linear.feature_map import finite
 from longattn.methods import Method
 from longattn.reference import linear as reference
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import integer
+from longattn._checks import integer, integers
 from longattn.linear._named_rows import NamedRows
 
 
@@ -100,7 +100,7 @@ def verify_tree(
         ([0, 2, 3], (1, 2, 8, 8))
     """
     given = NamedRows(function, rows, options)
-    line = tuple(integer(parent, "parents", -1) for parent in parents)
+    line = integers(parents, "parents", -1)
     if not line:
         raise ValueError("parents: got none, expected one for each token")
     for token, parent in enumerate(line):

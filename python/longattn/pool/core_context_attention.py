@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from longattn._arrays import Array, as_numpy, like
+from longattn._arrays import Array, as_numpy, like, reshaped
 from longattn._checks import batched, dense_inputs, flag, integer, real, result_array, returned, scale_factor, storage
 from longattn.dense import attention
 from longattn.kv import KVStore
@@ -370,15 +370,15 @@ def _core_pass(
             )
     if first_whole < last_whole:
         part, blocks = slice(first_whole - offset, last_whole - offset), (last_whole - first_whole) // group
-        folded = q[:, :, part].reshape(batch, heads, blocks, group, -1).swapaxes(2, 3)
-        folded = np.asarray(folded, np.float32).reshape(batch, heads * group, blocks, -1)
+        folded = reshaped(q[:, :, part], batch, heads, blocks, group, -1).swapaxes(2, 3)
+        folded = reshaped(np.asarray(folded, np.float32), batch, heads * group, blocks, -1)
         seen = slice(0, last_whole // group - 1)
         o, sums = attention(
             folded, core_k[:, :, seen], core_v[:, :, seen], causal=True, scale=rule.scale, return_lse=True
         )
-        unfolded = o.reshape(batch, heads, group, blocks, -1).swapaxes(2, 3)
-        out[:, :, part] = unfolded.reshape(batch, heads, blocks * group, -1)
-        lse[:, :, part] = sums.reshape(batch, heads, group, blocks).swapaxes(2, 3).reshape(batch, heads, -1)
+        unfolded = reshaped(o, batch, heads, group, blocks, -1).swapaxes(2, 3)
+        out[:, :, part] = reshaped(unfolded, batch, heads, blocks * group, -1)
+        lse[:, :, part] = reshaped(sums.reshape(batch, heads, group, blocks).swapaxes(2, 3), batch, heads, -1)
     lse += np.float32(rule.count_bias)
     return out, lse
 

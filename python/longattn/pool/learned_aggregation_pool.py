@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_float_storage, check_floating, flag, integer
+from longattn._arrays import Array, as_numpy, like, reshaped
+from longattn._checks import check_float_storage, check_floating, finite, flag, integer
 from longattn.dense.attention import attention
 from longattn.dense.attention_weights import attention_weights
 from longattn.methods import Method
@@ -87,14 +87,15 @@ def learned_aggregation_pool(
     wq, wk, wv, wo = (
         _numbers(w, name, (channels, channels)) for w, name in ((w_q, "w_q"), (w_k, "w_k"), (w_v, "w_v"), (w_o, "w_o"))
     )
-    step = np.float32(layer_scale) if isinstance(layer_scale, int | float) else None
+    step = np.float32(finite(layer_scale, "layer_scale")) if isinstance(layer_scale, int | float) else None
     gamma = _numbers(layer_scale, "layer_scale", (channels,)) if step is None else step
     only, weights = flag(patches_only, "patches_only"), flag(return_weights, "return_weights")
+    small = finite(eps, "eps", 0)
     tokens: Float32 = np.broadcast_to(cn, (batch, *cn.shape[-2:])).astype(np.float32)
     u = np.concatenate([tokens, xn.astype(np.float32, copy=False)], axis=1)
     if ln_gamma is not None or ln_beta is not None:
         centred = u - u.mean(axis=2, keepdims=True)
-        u = centred / np.sqrt((centred * centred).mean(axis=2, keepdims=True) + np.float32(eps))
+        u = centred / np.sqrt((centred * centred).mean(axis=2, keepdims=True) + np.float32(small))
         if ln_gamma is not None:
             u = u * _numbers(ln_gamma, "ln_gamma", (channels,))
         if ln_beta is not None:
@@ -103,7 +104,7 @@ def learned_aggregation_pool(
     seen = u[:, m:] if only else u
 
     def split(rows: Float32, w: Float32) -> Float32:
-        return (rows @ w).reshape(batch, rows.shape[1], parts, -1).swapaxes(1, 2)
+        return reshaped(rows @ w, batch, rows.shape[1], parts, -1).swapaxes(1, 2)
 
     q, k, v = split(u[:, :m], wq), split(seen, wk), split(seen, wv)
     gathered = attention(q, k, v).swapaxes(1, 2).reshape(batch, m, channels)

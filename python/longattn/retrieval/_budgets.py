@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from longattn._checks import any_integer, real
+from longattn._checks import any_integer, finite
 from longattn.index import Index
 from longattn.index._index import check_seed
 from longattn.kv import KVStore
@@ -134,10 +134,3 @@ def count(value: object, name: str) -> int:
     if number < 0:
         raise ValueError(f"{name}: got {number}, expected at least 0")
     return min(number, sys.maxsize)  # more than any store holds
-
-
-def finite(value: object, name: str) -> float:
-    number = real(value, name)
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: got {value}, expected a finite number")
-    return number

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, CodedRows, as_numpy
+from longattn._checks import finite, items_of
 from longattn.dense import attention
 from longattn.index import Index
 from longattn.kv import KVStore
@@ -96,10 +97,10 @@ def probe_budgets(
         >>> len(found.top_k), bool(found.met.all())
         (2, True)
     """
-    tried = [_budgets.count(rows, "budgets") for rows in budgets]
+    tried = [_budgets.count(rows, "budgets") for rows in items_of(budgets, "budgets", "numbers")]
     if not tried or tried[0] == 0 or sorted(set(tried)) != tried:
         raise ValueError(f"budgets: got {list(budgets)}, expected numbers above 0 that ascend")
-    allowed = _budgets.finite(error, "error")
+    allowed = finite(error, "error")
     if allowed <= 0:
         raise ValueError(f"error: got {error}, expected a number above 0")
     if relative_to not in ("values", "output"):

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
+from longattn._checks import items_of
 
 Lists = Sequence[Sequence[NDArray[np.uint32]]]
 
@@ -28,6 +29,9 @@ def recall(selected: Lists, exact: Lists) -> NDArray[np.float64]:
     Cost:
         A sort of each list.
     """
+    for lists, name in ((selected, "selected"), (exact, "exact")):
+        for of_head in items_of(lists, name, "lists per head"):
+            items_of(of_head, name, "lists per query")
     if len(selected) != len(exact) or any(len(a) != len(b) for a, b in zip(selected, exact, strict=False)):
         raise ValueError(
             f"selected: got {[len(a) for a in selected]} lists per head, expected {[len(b) for b in exact]} as in exact"
@@ -36,7 +40,7 @@ def recall(selected: Lists, exact: Lists) -> NDArray[np.float64]:
         [float(np.isin(best, found).mean()) if len(best) else 1.0 for found, best in zip(ours, theirs, strict=True)]
         for ours, theirs in zip(selected, exact, strict=True)
     ]
-    return np.array(shares, np.float64).reshape(len(shares), -1)
+    return np.array(shares, np.float64).reshape(len(shares), len(exact[0]) if shares else 0)
 
 
 def recovery_ratio(lse: Array, full_lse: Array) -> NDArray[np.float64]:

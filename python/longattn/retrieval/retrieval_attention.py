@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy, like
-from longattn._checks import flag
+from longattn._checks import finite, flag, items_of
 from longattn.index import Index
 from longattn.kv import KVStore
 from longattn.methods import Method
@@ -224,6 +224,8 @@ def retrieval_attention_batch(
     Cost:
         That of a call for each sequence.
     """
+    qs, stores = items_of(qs, "qs", "arrays"), items_of(stores, "stores", "stores")
+    indexes = items_of(indexes, "indexes", "indexes")
     if not len(qs) == len(stores) == len(indexes):
         raise ValueError(
             f"stores, indexes: got {len(stores)} and {len(indexes)} for {len(qs)} queries, expected one for each"
@@ -298,7 +300,7 @@ class _Call:
         )
         self.top_k, self.top_p = _budgets.rows_or_mass(top_k, top_p, len(store), self.kv_heads)
         self.sinks, self.window = _budgets.count(options.sinks, "sinks"), _budgets.count(options.window, "window")
-        self.factor = dim**-0.5 if options.scale is None else _budgets.finite(options.scale, "scale")
+        self.factor = dim**-0.5 if options.scale is None else finite(options.scale, "scale")
         self.estimate = index.estimates if rest is None else rest == "values"
         self.logits = None
         if options.sink_logits is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy
-from longattn._checks import check_float_storage, check_floating, flag, integer, real
+from longattn._checks import check_float_storage, check_floating, flag, integer, integers, items_of, real
 from longattn.index.features import encoder_arrays
 from longattn.methods import Method
 from longattn.reference import retrieval as reference
@@ -131,7 +132,8 @@ def s3_feature_retrieve(
     _fusion_arguments(fusion, weight)
 
     scores, scored, nbytes = np.zeros(count, np.float32), 0, 0
-    layers = zip(queries.reshape(-1, *queries.shape[-2:]), keys.reshape(-1, *keys.shape[-2:]), *encoder, strict=True)
+    of_layers = (x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in (queries, keys))
+    layers = zip(*of_layers, *encoder, strict=True)
     for own_q, own_k, *weights in layers:
         index = FeatureIndex(weights[0].shape[1], idf=idf, stop_share=stop_share)
         options = {"b_enc": weights[1], "b_dec": weights[2], "relu": relu}
@@ -276,6 +278,15 @@ class FeatureIndex:
         return np.ascontiguousarray(numbers, np.uint32), np.ascontiguousarray(strengths, np.float32)
 
 
+def _tokens(given: Sequence[int] | Array, name: str) -> NDArray[np.int64]:
+    """Token ids `[n]`."""
+    listing = isinstance(given, tuple | list | range)
+    ids = np.array(integers(given, name), np.int64) if listing else as_numpy(given, name)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(f"{name}: got {ids.dtype} of shape {ids.shape}, expected integers [tokens]")
+    return ids.astype(np.int64)
+
+
 def bm25(
     query: Sequence[int] | Array, documents: Iterable[Sequence[int] | Array], *, k1: float = 1.5, b: float = 0.75
 ) -> NDArray[np.float64]:
@@ -303,8 +314,10 @@ def bm25(
         raise ValueError(f"k1: got {k1}, expected a finite number of at least 0")
     if not 0 <= length <= 1:
         raise ValueError(f"b: got {b}, expected 0 to 1")
-    texts = [np.asarray(document) for document in documents]
-    asked, times = np.unique(np.asarray(query, dtype=np.int64), return_counts=True)
+    texts = [
+        _tokens(document, f"documents[{n}]") for n, document in enumerate(items_of(documents, "documents", "texts"))
+    ]
+    asked, times = np.unique(_tokens(query, "query"), return_counts=True)
     if not texts:
         return np.zeros(0)
     sizes = np.array([len(text) for text in texts], np.float64)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import FLOATS, Array, as_numpy, like
-from longattn._checks import scale_factor
+from longattn._checks import items_of, per_head, scale_factor
 from longattn.dense import attention, merge
 from longattn.index import Index
 from longattn.kv import KVStore, PrefixTree, chunk_attention
@@ -103,7 +103,9 @@ def shared_prefix_attention(
         2024, arXiv:2402.15220, for reading a shared beginning once; there all of it.
     """
     queries = _queries(q, prefix)
-    batch, _, rows, dim = queries.shape
+    batch, heads, rows, dim = queries.shape
+    if sink_logits is not None:
+        per_head(sink_logits, "sink_logits", heads)
     if isinstance(tails, PrefixTree):
         numbers = _check_tree(tails, tail_indexes, sequences, prefix, batch, rows)
     else:
@@ -168,6 +170,9 @@ def _queries(q: Array, prefix: KVStore) -> NDArray[Any]:
 def _check_tails(
     tails: Sequence[KVStore], indexes: Sequence[Index] | None, prefix: KVStore, batch: int, rows: int
 ) -> None:
+    items_of(tails, "tails", "stores")
+    if indexes is not None:
+        items_of(indexes, "tail_indexes", "indexes")
     if len(tails) != batch or (indexes is not None and len(indexes) != batch):
         counts = f"{len(tails)} tails" + ("" if indexes is None else f" and {len(indexes)} indexes")
         raise ValueError(f"tails: got {counts} for {batch} sequences, expected one for each")

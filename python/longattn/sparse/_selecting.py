@@ -26,6 +26,8 @@ def selector_inputs(q: Array, k: Array) -> tuple[NDArray[Any], NDArray[Any]]:
         if x.shape[-1] == 0:
             raise ValueError(f"{name}: got head_dim 0 in shape {x.shape}, expected at least 1")
     qn, kn = batched(qn, 4), batched(kn, 4)
+    if not qn.shape[0]:
+        raise ValueError(f"q: got batch 0 in shape {qn.shape}, expected at least 1: lists are of sequences")
     if kn.shape[0] != qn.shape[0]:
         raise ValueError(f"k: got batch {kn.shape[0]}, expected {qn.shape[0]} as in q")
     if kn.shape[3] != qn.shape[3]:
@@ -65,15 +67,24 @@ def key_limits(query_bounds: NDArray[np.int64], lengths: tuple[int, int], causal
     return np.clip(query_bounds[1:] + (keys - rows), 0, keys)
 
 
-def per_query_head(values: object, name: str, heads: int) -> NDArray[np.float32]:
-    """A number for each query head, from one for all or `[Hq]`; infinities are numbers."""
-    x = np.asarray(values) if isinstance(values, int | float) else as_numpy(values, name)
+def head_numbers(values: object, name: str) -> NDArray[Any]:
+    """A number, or some `[Hq]` for heads that are not known yet; infinities are numbers."""
+    number = isinstance(values, int | float) and not isinstance(values, bool)
+    x = np.asarray(values) if number else as_numpy(values, name)
     if x.dtype.kind not in "iu":
         check_floating(x, name)
-    if x.shape not in ((), (heads,)):
-        raise ValueError(f"{name}: got shape {x.shape}, expected a number or {(heads,)}, one per query head")
+    if x.ndim > 1:
+        raise ValueError(f"{name}: got shape {x.shape}, expected a number or [Hq], one per query head")
     if np.isnan(x.astype(FLOAT64)).any():
         raise ValueError(f"{name}: got NaN, expected numbers")
+    return x
+
+
+def per_query_head(values: object, name: str, heads: int) -> NDArray[np.float32]:
+    """A number for each query head, from one for all or `[Hq]`."""
+    x = head_numbers(values, name)
+    if x.shape not in ((), (heads,)):
+        raise ValueError(f"{name}: got shape {x.shape}, expected a number or {(heads,)}, one per query head")
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(np.broadcast_to(x.astype(np.float32), (heads,)))
 
@@ -84,7 +95,7 @@ def block_means(
     """Means `[B, H, blocks, D]` of the blocks of rows between `bounds`, less `centre` `[B, H, D]`."""
     flat = None if centre is None else np.ascontiguousarray(centre).ravel()
     means, _ = _core.block_means(x, bounds, flat, False)
-    return means.reshape(*x.shape[:2], -1, x.shape[3])
+    return means.reshape(*x.shape[:2], len(bounds) - 1, x.shape[3])
 
 
 def block_likeness(
@@ -93,7 +104,8 @@ def block_likeness(
     """`block_means`, and the mean cosine of all pairs of rows of each block, `[B, H, blocks]`."""
     flat = None if centre is None else np.ascontiguousarray(centre).ravel()
     means, likeness = _core.block_means(x, bounds, flat, True)
-    return means.reshape(*x.shape[:2], -1, x.shape[3]), likeness.reshape(*x.shape[:2], -1)
+    shape = (*x.shape[:2], len(bounds) - 1)
+    return means.reshape(*shape, x.shape[3]), likeness.reshape(shape)
 
 
 def mean_row(x: NDArray[Any]) -> NDArray[np.float32]:

@@ -52,8 +52,7 @@ class Anchor(Composable):
     def __post_init__(self) -> None:
         """Checks the sizes."""
         keep_integers(self, block=1, step=1, init_blocks=0)
-        if np.isnan(real(self.theta, "theta")):
-            raise ValueError("theta: got NaN, expected a number")
+        real(self.theta, "theta")
         if self.group_reduce not in (None, "any"):
             raise ValueError(f"group_reduce: got {self.group_reduce!r}, expected None or 'any'")
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_floating, flag, integer, scale_factor
+from longattn._arrays import Array, as_numpy, like, reshaped
+from longattn._checks import check_floating, flag, function, integer, integers, items_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import sparse as reference
@@ -47,6 +47,8 @@ def resize_patches(x: Array, grid: tuple[int, int], *, down: int, mode: str, ker
     if (kernel is not None) != (mode == "dwconv"):
         raise ValueError(f"kernel: got {kernel if kernel is None else 'one'}, expected one with mode 'dwconv' only")
     rows, columns = height // down, width // down
+    if not patches.size:
+        raise ValueError(f"x: got shape {patches.shape}, expected at least one frame and channel")
     cut = patches.reshape(-1, height, width, channels)
     if mode == "bilinear":
         over_rows = np.einsum("ih,nhwc->niwc", _bilinear(height, rows), cut, optimize=True)
@@ -103,7 +105,8 @@ def pick_keyframes(x: Array, *, every: int = 10, seed: int = 0, rounds: int = 20
     count = len(means) // integer(every, "every", 1)
     if count <= 1:
         return np.zeros(min(len(means), 1), np.int64)
-    centres = means[np.sort(np.random.default_rng(seed).choice(len(means), count, replace=False))]
+    rng = np.random.default_rng(integer(seed, "seed", 0))
+    centres = means[np.sort(rng.choice(len(means), count, replace=False))]
     for _ in range(integer(rounds, "rounds", 0)):
         own = ((means[:, None] - centres) ** 2).sum(axis=-1).argmin(axis=1)
         centres = np.stack([means[own == c].mean(axis=0) if (own == c).any() else centres[c] for c in range(count)])
@@ -159,6 +162,9 @@ class DescriptorAttention:
         if mode not in MODES:
             raise ValueError(f"mode: got {mode!r}, expected one of {MODES}")
         self.scale, self.turn = scale_factor(scale, inner // self.heads), turn
+        if turn is not None:
+            function(turn, "turn")
+        biases = items_of(biases, "biases", "arrays")
         if len(biases) != 4:
             raise ValueError(f"biases: got {len(biases)}, expected 4")
         self.biases = [None if b is None else np.asarray(as_numpy(b, "biases"), np.float32) for b in biases]
@@ -194,13 +200,13 @@ class DescriptorAttention:
         """Adds the descriptors of each `keep_every`-th frame of `[B, F, P, C]`."""
         kept = x[:, :: integer(keep_every, "keep_every", 1)]
         descriptors, places = self.descriptors(kept)
-        self.add(descriptors.reshape(len(x), -1, x.shape[3]), np.tile(places, (kept.shape[1], 1)))
+        self.add(reshaped(descriptors, len(x), -1, x.shape[3]), np.tile(places, (kept.shape[1], 1)))
 
     def add_patches(self, x: Matrix, frames: Sequence[int] | NDArray[np.int64]) -> None:
         """Adds the patches of these frames of `[B, F, P, C]`."""
         picked = x[:, np.asarray(frames, np.int64), self.special :]
         places = np.tile(self.positions()[self.special :], (picked.shape[1], 1))
-        self.add(picked.reshape(len(x), -1, x.shape[3]), places)
+        self.add(reshaped(picked, len(x), -1, x.shape[3]), places)
 
     def attend(self, x: Matrix) -> Matrix:
         """From all tokens of `[B, F, P, C]` to what was added."""
@@ -210,7 +216,7 @@ class DescriptorAttention:
             q = np.asarray(self.turn(q, np.tile(self.positions(), (frames, 1))), np.float32)
         self._keys, self._values = ([np.concatenate(x, axis=2)] for x in (self._keys, self._values))
         found = attention(q, self._keys[0], self._values[0], scale=self.scale)
-        out = found.swapaxes(1, 2).reshape(batch, frames, tokens, -1) @ self.wo
+        out = reshaped(found.swapaxes(1, 2), batch, frames, tokens, -1) @ self.wo
         bias = self.biases[3]
         result: Matrix = out if bias is None else out + bias
         return result
@@ -252,7 +258,7 @@ class DescriptorAttention:
     def _heads(self, x: Matrix, w: Matrix, number: int) -> Matrix:
         bias = self.biases[number]
         projected = x @ w if bias is None else x @ w + bias
-        return np.ascontiguousarray(projected.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2))
+        return np.ascontiguousarray(reshaped(projected, *x.shape[:2], self.heads, -1).swapaxes(1, 2))
 
 
 def descriptor_attention(
@@ -329,11 +335,13 @@ def descriptor_attention(
         turn=turn, scale=scale,
     )  # fmt: skip
     tokens = layer.tokens(x)
+    if not tokens.shape[0]:
+        raise ValueError(f"x: got batch 0 in shape {tokens.shape}, expected at least 1")
     flag(keep_duplicates, "keep_duplicates")
     if keyframes is None:
         picked = pick_keyframes(tokens[0], every=every, seed=seed)
     else:
-        picked = np.array([integer(f, "keyframes", 0, tokens.shape[1] - 1) for f in keyframes], np.int64)
+        picked = np.array(integers(keyframes, "keyframes", 0, tokens.shape[1] - 1), np.int64)
     if not keep_duplicates:
         picked = np.unique(picked)
     if len(picked):

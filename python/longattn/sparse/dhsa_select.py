@@ -222,6 +222,8 @@ def boundary_logits(keys: Array, weights: Mapping[str, Array], *, window: int = 
     if x.ndim != 2 or not x.size:
         raise ValueError(f"keys: got shape {x.shape}, expected [Lk, D]")
     length, dim = x.shape
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights: got {type(weights).__name__}, expected arrays by name")
     w = {name: as_numpy(value, f"weights[{name!r}]").astype(np.float32) for name, value in weights.items()}
     wide = w["pointwise"].shape[0] if "pointwise" in w and w["pointwise"].ndim == 2 else 0
     hidden = w["hidden"].shape[0] if "hidden" in w and w["hidden"].ndim == 2 else 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from longattn._arrays import Array
-from longattn._checks import integer, shape_of
+from longattn._checks import integer, integers, shape_of
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
@@ -116,7 +116,7 @@ def receptive_field(dilations: Sequence[int], *, window: int = 7) -> int:
         ValueError: an even window, or a dilation below 1.
     """
     (size,) = odd_windows(integer(window, "window", 1), 1)
-    return 1 + sum(integer(d, "dilations", 1) * (size - 1) for d in dilations)
+    return 1 + sum(integers(dilations, "dilations", 1)) * (size - 1)
 
 
 METHOD = Method(

@@ -20,6 +20,7 @@ from longattn.sparse._selecting import (
     aligned_first,
     block_bounds,
     block_means,
+    head_numbers,
     keep_integers,
     key_limits,
     only_causal,
@@ -62,6 +63,7 @@ class FlexPrefill(Composable):
     def __post_init__(self) -> None:
         """Checks what does not depend on the heads."""
         keep_integers(self, block=1, min_budget=0)
+        head_numbers(self.gamma, "gamma")
         if not real(self.tau, "tau") >= 0:
             raise ValueError(f"tau: got {self.tau}, expected at least 0")
 

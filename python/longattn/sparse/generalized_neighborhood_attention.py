@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array
-from longattn._checks import flag, integer, returned
+from longattn._checks import flag, integers, returned
 from longattn.gpu import generalized_neighborhood_attention as on_gpu
 from longattn.gpu import is_on_gpu
 from longattn.methods import Method
@@ -186,7 +186,7 @@ def gna_tile_stats(
         >>> la.sparse.gna_tile_stats((64, 64), window=16, stride=16, q_tile=8, kv_tile=8).speedup_bound
         16.0
     """
-    lengths = tuple(integer(x, "shape", 1) for x in shape)
+    lengths = integers(shape, "shape", 1)
     if not 1 <= len(lengths) <= MOST_AXES:
         raise ValueError(f"shape: got {len(lengths)} axes, expected 1 to {MOST_AXES}")
     axes = window_axes(lengths, window, stride, dilation, causal)
@@ -234,7 +234,7 @@ def visible_tokens(
         TypeError: an argument of another kind.
         ValueError: windows that do not fit the grid, or no axis.
     """
-    lengths = tuple(integer(x, "shape", 1) for x in shape)
+    lengths = integers(shape, "shape", 1)
     if not 1 <= len(lengths) <= MOST_AXES:
         raise ValueError(f"shape: got {len(lengths)} axes, expected 1 to {MOST_AXES}")
     mask = np.ones((1, 1), bool)

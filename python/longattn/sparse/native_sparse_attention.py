@@ -80,7 +80,7 @@ def nsa_select(
         limits = np.maximum(own[part] + 1, 0)
         forced = np.maximum(own[part] + 1 - n_local, 0), limits
         bounds, indices = choose(mass, limits, forced=forced, sinks=n_sink, least=n_select, most=n_select)
-        flat = bounds.reshape(batch * kv_heads, -1)
+        flat = bounds.reshape(batch * kv_heads, bounds.shape[-1])
         lists.append([(np.diff(x), indices[x[0] : x[-1]]) for x in flat])
     for head in range(batch * kv_heads):
         for one in lists:

@@ -18,6 +18,7 @@ from longattn.sparse._lists import from_flat
 from longattn.sparse._selecting import (
     aligned_first,
     block_bounds,
+    head_numbers,
     keep_integers,
     key_limits,
     listed,
@@ -63,6 +64,7 @@ class Sale(Composable):
     def __post_init__(self) -> None:
         """Checks the sizes."""
         keep_integers(self, block_q=1, block_k=1, segment=1, local_window=0, min_length=0)
+        head_numbers(self.tau, "tau")
         if self.segment % self.block_k:
             raise ValueError(f"segment: got {self.segment}, expected a multiple of block_k, {self.block_k}")
 

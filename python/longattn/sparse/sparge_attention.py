@@ -17,6 +17,7 @@ from longattn.reference import sparse as reference
 from longattn.sparse._selecting import (
     block_bounds,
     block_likeness,
+    head_numbers,
     keep_integers,
     key_limits,
     listed,
@@ -65,6 +66,10 @@ class Sparge(Composable):
         flag(self.smooth_k, "smooth_k")
         flag(self.sink, "sink")
         keep_integers(self, block_q=1, block_k=1)
+        head_numbers(self.theta, "theta")
+        head_numbers(self.cdf, "cdf")
+        if self.topk is not None:
+            head_numbers(self.topk, "topk")
 
     def __call__(self, q: Array, k: Array, *, causal: bool = False, scale: float | None = None) -> BlockMask:
         """The mask, a list for each query head."""

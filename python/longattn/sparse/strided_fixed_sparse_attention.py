@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, like
-from longattn._checks import batched, dense_inputs, flag, integer, scale_factor
+from longattn._checks import batched, dense_inputs, flag, integer, integers, items_of, one_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.dense.attention_varlen import attention_varlen
 from longattn.methods import Method
@@ -45,8 +45,13 @@ def fixed_lists(
         TypeError: an argument of another kind.
         ValueError: sizes that do not fit.
     """
-    rows, keys = lengths
-    first = aligned_first(lengths, stride)
+    given = integers(lengths, "lengths", 0)
+    if len(given) != 2:
+        raise ValueError(f"lengths: got {len(given)} numbers, expected 2, of queries and keys")
+    (rows, keys), stride = given, integer(stride, "stride", 1)
+    summary, slots, heads = integer(summary, "summary", 1), integer(slots, "slots", 1), integer(heads, "heads", 1)
+    one_of(pattern, "pattern", ("fixed", "fixed_local", "fixed_summary"))
+    first = aligned_first((rows, keys), stride)
     bounds = np.clip(block_bounds(rows, stride, first) + (keys - rows), 0, keys)
     own = bounds[:-1] // stride * stride
     inside = np.arange(keys) % stride
@@ -66,7 +71,7 @@ def fixed_lists(
     return RowLists(
         indptr=ends[np.arange(heads)[:, None] * count + np.arange(count + 1)].reshape(1, heads, count + 1),
         indices=np.concatenate([np.zeros(0, np.int64), *lists]),
-        lengths=lengths,
+        lengths=(rows, keys),
         block_q=stride,
         first_q=first,
     )
@@ -106,8 +111,8 @@ def strided_fixed_sparse_attention(
         stride: the stride, or the positions of a block; about the root of the length.
         pattern: one of the six, or one for each query head.
         window: keys of "local", the own one included; `None` is `stride`. (The paper's text writes `stride + 1`.)
-        summary: keys of a slot.
-        slots: slots of a block that heads share out.
+        summary: keys of a slot, for "fixed" and "fixed_summary".
+        slots: slots of a block that heads share out; together they have at most `stride` keys.
         scale: factor on the dot products; `None` is `D ** -0.5`.
         return_lse: also return the log-sum-exp of the logits.
 
@@ -139,14 +144,13 @@ def strided_fixed_sparse_attention(
     heads, dim = qn.shape[1], qn.shape[3]
     stride = integer(stride, "stride", 1)
     near = stride if window is None else integer(window, "window", 1)
-    summary = integer(summary, "summary", 1, stride)
-    slots = integer(slots, "slots", 1)
-    if slots * summary > stride:
-        raise ValueError(f"slots: got {slots} of {summary} keys, expected at most {stride} keys together")
-    of_heads = [pattern] * heads if isinstance(pattern, str) else list(pattern)
+    summary, slots = integer(summary, "summary", 1), integer(slots, "slots", 1)
+    of_heads = [pattern] * heads if isinstance(pattern, str) else list(items_of(pattern, "pattern", "names"))
     unknown = [x for x in of_heads if x not in PATTERNS]
     if unknown or len(of_heads) != heads:
         raise ValueError(f"pattern: got {pattern!r}, expected one of {PATTERNS}, or {heads} of them")
+    if slots * summary > stride and not {"fixed", "fixed_summary"}.isdisjoint(of_heads):
+        raise ValueError(f"summary: got {slots} slots of {summary} keys, expected at most {stride} keys together")
     factor = scale_factor(scale, dim)
     out = np.zeros((*qn.shape[:3], vn.shape[3]), q3.dtype)
     lse = np.full(qn.shape[:3], -np.inf, np.float32)

@@ -226,6 +226,8 @@ def transient_global_attention(
     far, tokens = integer(radius, "radius", 0), integer(block, "block", 1)
     tables = []
     for table, name in ((local_table, "local_table"), (side_table, "side_table")):
+        if table is not None:
+            check_floating(as_numpy(table, name, any_strides=True), name)
         found = None if table is None else t5_relative_table(table, max_distance=max_distance)
         if found is not None and len(found) != number:
             raise ValueError(f"{name}: got {len(found)} heads, expected {number}")

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, like
-from longattn._checks import batched, dense_inputs, flag, integer, real, scale_factor
+from longattn._checks import batched, dense_inputs, finite, flag, integer, real, scale_factor
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
@@ -49,7 +49,7 @@ def vmoba_partition(grid: tuple[int, int, int], partition: float | tuple[int, ..
     frames, height, width = (integer(x, "grid", 1) for x in grid)
     tokens = np.arange(frames * height * width)
     if not isinstance(partition, tuple | list):
-        size = int(real(partition, "partition") * height * width)
+        size = int(finite(partition, "partition") * height * width)
         if size < 1:
             raise ValueError(f"partition: got {partition}, expected blocks of at least one token")
         return tokens, min(size, len(tokens))

@@ -14,7 +14,14 @@ from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._choosing import block_mass, choose, own_blocks
-from longattn.sparse._selecting import block_bounds, keep_integers, key_limits, per_query_head, selector_inputs
+from longattn.sparse._selecting import (
+    block_bounds,
+    head_numbers,
+    keep_integers,
+    key_limits,
+    per_query_head,
+    selector_inputs,
+)
 from longattn.sparse.block_mask import BlockMask, fitted
 from longattn.sparse.composed import Composable
 from longattn.sparse.sparse_attention import sparse_attention
@@ -50,6 +57,7 @@ class Antidiagonal(Composable):
     def __post_init__(self) -> None:
         """Checks what does not depend on the heads."""
         keep_integers(self, block=1, stride=1)
+        head_numbers(self.threshold, "threshold")
         if self.block % self.stride:
             raise ValueError(f"stride: got {self.stride}, expected a divisor of the block, {self.block}")
         flag(self.sink, "sink")

@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 from longattn.vectors import lm, minilm, synthetic
 from longattn.vectors.recording import Progress
 
+__all__ = ["Generation", "Vectors", "generation", "load", "names", "prepare"]
+
 LENGTH = 131_072
 RECORDED = {source.name: source for source in (minilm.SOURCE, lm.SOURCE)}
 

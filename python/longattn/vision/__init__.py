@@ -45,6 +45,7 @@ from longattn.vision.global_query_window_attention import global_query_window_at
 from longattn.vision.gwpr_token_ranking import (
     TokenRanking,
     gwpr_token_ranking,
+    pruned_blocks,
 )
 from longattn.vision.hierarchical_attention_pruning import (
     hierarchical_attention_pruning,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array
-from longattn._checks import integer, real
+from longattn._checks import finite, integer
 from longattn.vision._inputs import Float32, layer_norm, norm_weights, numbers
 from longattn.vision.convolution import depthwise_convolution, gelu
 
@@ -39,7 +39,9 @@ class Offsets:
         if reference not in REFERENCES:
             raise ValueError(f"reference: got {reference!r}, expected one of {REFERENCES}")
         normed = None if norm is None else norm_weights(norm, "offset_norm", channels)
-        return cls(taps, normed, out, integer(stride, "stride", 1), real(range_factor, "range_factor"), str(reference))
+        return cls(
+            taps, normed, out, integer(stride, "stride", 1), finite(range_factor, "range_factor"), str(reference)
+        )
 
     def positions(self, features: Float32) -> Float32:
         """Coordinates from -1 to 1 of the sampling points for a grid of features, `[B, Y1, .., Yn, n]`."""

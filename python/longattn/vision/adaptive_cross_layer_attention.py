@@ -74,6 +74,8 @@ def adaptive_cross_layer_attention(
     points = logits_of.outputs // len(sources)
     by = Linear.of(offsets, "offsets", channels, 2 * logits_of.outputs)
     taps = numbers(kernel, "kernel", (None, None, channels))
+    if taps.shape[0] % 2 == 0 or taps.shape[1] % 2 == 0:
+        raise ValueError(f"kernel: got shape {taps.shape}, expected odd sizes")
     added = None if shift is None else numbers(shift, "shift", (channels,))
     shares = _shares(logits_of(xn), kept)
     at = by(xn).reshape(*xn.shape[:3], len(sources), points, 2) + place_numbers(xn.shape[1:3])[:, :, None, None]

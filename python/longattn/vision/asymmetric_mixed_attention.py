@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from longattn._arrays import Array
-from longattn._checks import flag, scale_factor
+from longattn._arrays import Array, reshaped
+from longattn._checks import flag, items_of, scale_factor
 from longattn.methods import Method
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Float32, Linear, Weights, grid, head_count, numbers, optional_linear, returned
@@ -77,6 +77,7 @@ def asymmetric_mixed_attention(
         >>> bool((again[1] == out).all())
         True
     """
+    templates = items_of(templates, "templates", "arrays")
     every = [*templates, *([] if search is None else [search])]
     if not every:
         raise ValueError("templates: got none and no search region, expected at least one")
@@ -101,7 +102,7 @@ def asymmetric_mixed_attention(
         raise ValueError("cache: got one with templates or symmetric=True, expected neither")
     rows = [
         [
-            w(np.asarray(depthwise_convolution(g, kernel, stride=step)).reshape(batch, -1, channels))
+            w(reshaped(np.asarray(depthwise_convolution(g, kernel, stride=step)), batch, -1, channels))
             for w, kernel, step in zip((q_of, k_of, v_of), taps, (1, stride, stride), strict=True)
         ]
         for g in grids
@@ -117,7 +118,7 @@ def asymmetric_mixed_attention(
     def out(n: int, keys: Float32, values: Float32) -> Array:
         found = attend(rows[n][0], keys, values, heads=number, scale=factor)
         found = found if project is None else project(found)
-        return returned(every[n], found.reshape(*grids[n].shape[:3], -1))
+        return returned(every[n], reshaped(found, *grids[n].shape[:3], -1))
 
     seen = (k, v) if mixed else known
     outs = [out(n, *seen) for n in range(count)]

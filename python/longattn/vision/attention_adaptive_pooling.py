@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array
-from longattn._checks import integer, real
+from longattn._checks import integer, items_of, real
 from longattn.dense._query_key import query_key_inputs
 from longattn.methods import Method
 from longattn.pictures import example, kept_pairs
@@ -74,9 +74,10 @@ def attention_adaptive_pooling(
             (self_layers, "self_layers", points[image]),
             (cross_layers, "cross_layers", points[1 - image]),
         ):
-            if not hasattr(layers, "__len__") or len(layers) != 2 or any(len(pair) != 2 for pair in layers):
-                raise TypeError(f"{name}: got {type(layers).__name__}, expected two pairs (q, k)")
-            qn, kn = query_key_inputs(*layers[image])
+            pairs = [items_of(pair, name, "pairs (q, k)") for pair in items_of(layers, name, "two pairs (q, k)")]
+            if [len(pair) for pair in pairs] != [2, 2]:
+                raise TypeError(f"{name}: got {len(pairs)} of {[*map(len, pairs)]} arrays, expected two pairs (q, k)")
+            qn, kn = query_key_inputs(*pairs[image])
             if qn.ndim != 3 or qn.shape[1] != rows or kn.shape[1] != points[image]:
                 expected = f"[h, {rows}, D] and [h, {points[image]}, D]"
                 raise ValueError(f"{name}[{image}]: got shapes {qn.shape} and {kn.shape}, expected {expected}")

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_floating, integer, real
+from longattn._checks import check_floating, finite, integer, real
 from longattn.dense.attention_weights import attention_weights
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -75,7 +75,7 @@ def attention_guided_crop(
     low, high = (real(r, "ratio") for r in ratio)
     if not 0 < low <= high <= 1:
         raise ValueError(f"ratio: got {ratio}, expected 0 < least <= largest <= 1")
-    heat = real(temperature, "temperature")
+    heat = finite(temperature, "temperature")
     if heat <= 0:
         raise ValueError(f"temperature: got {temperature}, expected above 0")
     generator = np.random.default_rng(integer(seed, "seed", 0))
@@ -178,7 +178,7 @@ def soft_match(similarity: Array, classes: Array, *, temperature: float = 0.03) 
         raise TypeError(f"classes: got dtype {ids.dtype}, expected integers")
     if s.ndim < 2 or ids.shape != s.shape[-1:] or (ids.size and ids.min() < 0):
         raise ValueError(f"classes: got shape {ids.shape}, expected {s.shape[-1:]}, from 0 on")
-    heat = real(temperature, "temperature")
+    heat = finite(temperature, "temperature")
     if heat <= 0:
         raise ValueError(f"temperature: got {temperature}, expected above 0")
     logits = wide / np.float32(heat)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import integer, real
+from longattn._checks import check_floating, dense_inputs, integer, items_of, real
 from longattn.dense._query_key import query_key_inputs
 from longattn.dense.attention import attention
 from longattn.dense.prob_reduce import prob_reduce
@@ -94,7 +94,7 @@ def attention_rollout(layers: Sequence[tuple[Array, Array]], *, scale: float | N
     Cost:
         `2 * layers * h * N ** 2 * D` multiply-adds; no matrix is stored.
     """
-    pairs = list(layers)
+    pairs = items_of(layers, "layers", "pairs (q, k)")
     if not pairs:
         raise ValueError("layers: got none, expected at least one pair (q, k)")
     checked: list[tuple[NDArray[Any], NDArray[Any]]] = []
@@ -134,7 +134,8 @@ def relevant_tokens(relevance: Array, *, count: int | None = None, ratio: float 
     Cost:
         A sort.
     """
-    r = np.asarray(relevance)
+    r = as_numpy(relevance, "relevance")
+    check_floating(r, "relevance")
     if r.ndim != 2 or r.shape[1] < 2:
         raise ValueError(f"relevance: got shape {r.shape}, expected [B, N] with at least 2 tokens")
     others = r.shape[1] - 1
@@ -169,7 +170,7 @@ def pair_wise_cross_attention(q: Array, k: Array, v: Array, *, scale: float | No
     if qn.ndim != 4 or len(qn) % 2:
         raise ValueError(f"q: got shape {qn.shape}, expected [B, Hq, N, D] with an even number of images")
     # Partners' keys come second, by a view of the batch in which neighbours have changed places.
-    vn = as_numpy(v, "v")
+    _, _, vn = dense_inputs(q, k, v, double=False)
     other = np.arange(len(qn)) ^ 1
     keys, values = (np.concatenate([x, x[other]], axis=2) for x in (kn, vn))
     return like(q, np.asarray(attention(qn, keys, values, scale=scale)))

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from longattn._arrays import Array
-from longattn._checks import flag, integer
+from longattn._arrays import Array, reshaped
+from longattn._checks import flag, integer, items_of
 from longattn.methods import Method
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Float32, Linear, Weights, grid, head_count, numbers, returned
@@ -75,6 +75,7 @@ def cascaded_group_attention(
     xn = grid(x, "x")
     batch, height, width, channels = xn.shape
     dim, adds = integer(key_dim, "key_dim", 1), flag(cascade, "cascade")
+    wqkv, kernels = items_of(wqkv, "wqkv", "weights"), items_of(kernels, "kernels", "arrays")
     number = head_count(len(wqkv), {"x": channels}, "heads of wqkv")
     if len(kernels) != number:
         raise ValueError(f"kernels: got {len(kernels)}, expected {number} as in wqkv")
@@ -94,7 +95,7 @@ def cascaded_group_attention(
         bias = None if biases is None else biases[n : n + 1]
         parts.append(head(own + parts[-1] if adds and parts else own, bias))
     out = project(np.maximum(np.concatenate(parts, axis=-1), 0))
-    groups = out.reshape(batch, -1, shape[0] * shape[1], out.shape[-1])
+    groups = reshaped(out, batch, -1, shape[0] * shape[1], out.shape[-1])
     whole = unpartition(groups, padded.shape[1:3], shape)
     return returned(x, whole[:, :height, :width])
 
@@ -122,7 +123,8 @@ class _Head:
         qkv = self.project(x)
         q = depthwise_convolution(qkv[..., : self.dim], self.kernel, bias=self.kernel_bias)
         rows = (
-            a.reshape(len(x), -1, a.shape[-1]) for a in (q, qkv[..., self.dim : 2 * self.dim], qkv[..., 2 * self.dim :])
+            reshaped(a, len(x), -1, a.shape[-1])
+            for a in (q, qkv[..., self.dim : 2 * self.dim], qkv[..., 2 * self.dim :])
         )
         out: Float32 = attend(*rows, heads=1, bias=bias).reshape(*x.shape[:3], self.value_dim)
         return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
@@ -74,10 +74,10 @@ def channel_group_attention(
     factor = scale_factor(scale, channels // number)
     if roles == "release":
         projections = [*projections[1:], projections[0]]
-    rows = [_transposed(p, xn).reshape(len(xn), number, channels // number, -1) for p in projections]
+    rows = [reshaped(_transposed(p, xn), len(xn), number, channels // number, -1) for p in projections]
     if xn.shape[1] == 0:
         return returned(x, xn if project is None else project(xn))
-    out = attention(*rows, scale=factor).reshape(len(xn), channels, -1).swapaxes(1, 2)
+    out = reshaped(attention(*rows, scale=factor), len(xn), channels, -1).swapaxes(1, 2)
     return returned(x, out if project is None else project(out))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from longattn import _core
 from longattn._arrays import Array, like
-from longattn._checks import batched, dense_inputs, flag, real, scale_factor
+from longattn._checks import batched, dense_inputs, finite, flag, scale_factor
 from longattn.dense._options import score_options
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -66,7 +66,7 @@ def compositional_quasi_attention(
     """
     qn, kn, vn = dense_inputs(q, k, v, double=False)
     factor, keys = scale_factor(scale, qn.shape[-1]), kn.shape[-2]
-    similarity, distance = real(alpha, "alpha"), real(beta, "beta")
+    similarity, distance = finite(alpha, "alpha"), finite(beta, "beta")
     if distance < 0:
         raise ValueError(f"beta: got {beta}, expected at least 0")
     signed = (similarity * factor, distance * factor, flag(centred, "centred"), flag(doubled, "doubled"))

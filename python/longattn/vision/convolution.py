@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from longattn import _core
-from longattn._arrays import Array, as_numpy, like
+from longattn._arrays import Array, as_numpy, like, reshaped
 from longattn._checks import check_float_storage, integer
 from longattn.vision._inputs import Float32, numbers
 from longattn.vision.partition import Sizes
@@ -60,8 +60,8 @@ def depthwise_convolution(
         given = ((xn.shape[1:-1], 1), (outputs, 1), (taps, 1), (before, 0), (steps, 1))
         _, _, (deep, high, wide), first, step = every = [extent_of(one, fill) for one, fill in given]
         _core.depthwise(
-            grid_rows(xn), np.ascontiguousarray(weights).reshape(deep * high, wide, -1), first[1:],
-            out.reshape(len(xn), -1, *out.shape[-2:]), bias=added, stride=step[1:], depth=[one[0] for one in every],
+            grid_rows(xn), reshaped(np.ascontiguousarray(weights), deep * high, wide, -1), first[1:],
+            reshaped(out, len(xn), -1, *out.shape[-2:]), bias=added, stride=step[1:], depth=[one[0] for one in every],
         )  # fmt: skip
     return like(x, out)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from longattn._arrays import Array
-from longattn._checks import integer, real, scale_factor
+from longattn._arrays import Array, reshaped
+from longattn._checks import finite, integer, scale_factor
 from longattn.dense.merge import merge
 from longattn.methods import Method
 from longattn.pictures import layer_seen
@@ -59,7 +59,7 @@ def criss_cross_attention(
     q_of = Linear.of(wq, "wq", channels)
     k_of = Linear.of(wk, "wk", channels, q_of.outputs)
     v_of = Linear.of(wv, "wv", channels, channels)
-    factor, weight = scale_factor(scale, q_of.outputs), np.float32(real(gamma, "gamma"))
+    factor, weight = scale_factor(scale, q_of.outputs), np.float32(finite(gamma, "gamma"))
     for _ in range(integer(rounds, "rounds", 1)):
         q, k, v = q_of(now), k_of(now), v_of(now)
         axes = range(now.ndim - 2, 0, -1)
@@ -74,14 +74,14 @@ def _along(axis: int, q: Float32, k: Float32, v: Float32, scale: float, *, with_
     lines = [np.moveaxis(x, axis, -2) for x in (q, k, v)]
     length = q.shape[axis]
     mask = None if with_self else ~np.eye(length, dtype=bool)
-    rows = [x.reshape(-1, length, x.shape[-1]) for x in lines]
-    out, lse = attend(*rows, heads=1, scale=scale, mask=mask, return_lse=True)
+    out, lse = attend(
+        *(x.reshape(-1, length, x.shape[-1]) for x in lines), heads=1, scale=scale, mask=mask, return_lse=True
+    )
     placed = np.moveaxis(out.reshape(lines[2].shape), -2, axis)
     sums = np.moveaxis(lse.reshape(lines[2].shape[:-1]), -1, axis)
     batch = len(q)
-    return np.ascontiguousarray(placed).reshape(batch, 1, -1, v.shape[-1]), np.ascontiguousarray(sums).reshape(
-        batch, 1, -1
-    )
+    rows = reshaped(np.ascontiguousarray(placed), batch, 1, -1, v.shape[-1])
+    return rows, reshaped(np.ascontiguousarray(sums), batch, 1, -1)
 
 
 METHOD = Method(

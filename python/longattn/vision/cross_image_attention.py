@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import batched, dense_inputs, real, scale_factor
+from longattn._checks import batched, dense_inputs, finite, scale_factor
 from longattn.dense._options import score_options
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -50,7 +50,7 @@ def cross_image_attention(q: Array, k: Array, v: Array, *, contrast: float = 1.6
         (1, 2, 16, 8)
     """
     qn, kn, vn = dense_inputs(q, k, v, double=False)
-    factor, amount = scale_factor(scale, qn.shape[-1]), real(contrast, "contrast")
+    factor, amount = scale_factor(scale, qn.shape[-1]), finite(contrast, "contrast")
     if amount < 0:
         raise ValueError(f"contrast: got {contrast}, expected at least 0")
     keys = kn.shape[-2]
@@ -86,7 +86,7 @@ def masked_adain(x: Array, style: Array, mask: Array, style_mask: Array, *, eps:
     if b.shape[0] != a.shape[0] or b.shape[-1] != a.shape[-1]:
         raise ValueError(f"style: got shape {b.shape}, expected batch {a.shape[0]} and {a.shape[-1]} channels as x")
     inside, inside_style = _places(mask, "mask", a), _places(style_mask, "style_mask", b)
-    small = real(eps, "eps")
+    small = finite(eps, "eps", 0)
     out = a.copy()
     for n, (own, other) in enumerate(zip(inside, inside_style, strict=True)):
         if own.any() and other.any():

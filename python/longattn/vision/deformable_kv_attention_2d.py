@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import flag, integer
 from longattn.methods import Method
 from longattn.reference import vision as reference_functions
@@ -105,7 +105,7 @@ def deformable_kv_attention_2d(
     q = q_of(xn)
     bias = None
     if pooled:
-        samples = mean_pool_cells(xn, (step, step)).reshape(batch, -1, channels)
+        samples = reshaped(mean_pool_cells(xn, (step, step)), batch, -1, channels)
     else:
         network = Offsets.of(
             offset_kernel, offset_weights, offset_norm, stride=step, range_factor=range_factor,
@@ -114,8 +114,8 @@ def deformable_kv_attention_2d(
         at = _positions(network, q, parts)
         samples = sample(xn, at if parts > 1 else at[:, :, 0], groups=parts)
         bias = None if table is None else _sampled_bias(table, at, (height, width))
-    out = attend(q.reshape(batch, -1, channels), k_of(samples), v_of(samples), heads=number, bias=bias)
-    whole = out.reshape(batch, height, width, -1)
+    out = attend(reshaped(q, batch, -1, channels), k_of(samples), v_of(samples), heads=number, bias=bias)
+    whole = reshaped(out, batch, height, width, -1)
     return returned(x, whole if project is None else project(whole))
 
 
@@ -124,7 +124,7 @@ def _positions(network: Offsets, q: Float32, groups: int) -> Float32:
     batch, height, width, channels = q.shape
     each = np.moveaxis(q.reshape(batch, height, width, groups, channels // groups), 3, 1)
     at = network.positions(np.ascontiguousarray(each).reshape(-1, height, width, channels // groups))
-    return np.moveaxis(at.reshape(batch, groups, -1, 2), 1, 2)
+    return np.moveaxis(reshaped(at, batch, groups, -1, 2), 1, 2)
 
 
 def _sampled_bias(table: Float32, at: Float32, extents: tuple[int, int]) -> Any:
@@ -134,7 +134,7 @@ def _sampled_bias(table: Float32, at: Float32, extents: tuple[int, int]) -> Any:
     apart = 0.5 * (queries - at[:, None])
     image = np.ascontiguousarray(np.moveaxis(table, 0, -1))[None]
     values = sample(image, apart if groups > 1 else apart[:, :, :, 0], groups=groups)
-    return np.moveaxis(values.reshape(batch, -1, points, len(table)), -1, 1)
+    return np.moveaxis(reshaped(values, batch, -1, points, len(table)), -1, 1)
 
 
 METHOD = Method(

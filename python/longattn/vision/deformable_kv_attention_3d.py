@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import integer
 from longattn.methods import Method
 from longattn.reference import vision as reference_functions
@@ -93,8 +93,8 @@ def deformable_kv_attention_3d(
         reference=reference, channels=channels, dims=3,
     )  # fmt: skip
     project = optional_linear(wo, "wo", v_of.outputs)
-    tokens = zn.reshape(batch, -1, channels)
-    samples = sample(zn, network.positions(zn).reshape(batch, -1, 3))
+    tokens = reshaped(zn, batch, -1, channels)
+    samples = sample(zn, reshaped(network.positions(zn), batch, -1, 3))
     if modality is not None:
         other = features(modality, "modality", 3, "[B, m, C]", (batch, None, channels))
         tokens, samples = (np.concatenate([other, rows], axis=1) for rows in (tokens, samples))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import flag
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -76,7 +76,7 @@ def deformable_token_merging(
         at = at + convolution(xn, kernel, stride=2, padding=0, bias=added).reshape(at.shape)
     elif added is not None:
         at = at + added.reshape(4, 2)
-    out = project(sample(xn, at, coordinates="pixel").reshape(batch, *half, -1))
+    out = project(reshaped(sample(xn, at, coordinates="pixel"), batch, *half, -1))
     if factors[0] is not None:
         out *= factors[0]
     if factors[1] is not None:

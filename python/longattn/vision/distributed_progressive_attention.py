@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from longattn._arrays import Array
-from longattn._checks import integer, real, scale_factor
+from longattn._arrays import Array, reshaped
+from longattn._checks import finite, integer, scale_factor
 from longattn.methods import Method
 from longattn.reference import vision as reference
 from longattn.sparse.block_mask import BlockMask
@@ -81,7 +81,7 @@ def distributed_progressive_attention(
     first = Block.of(distributed, "distributed", channels, number)
     second = Block.of(progressive, "progressive", channels, number)
     factor = scale_factor(scale, channels // number)
-    slope, offset = real(alpha, "alpha"), real(beta, "beta")
+    slope, offset = finite(alpha, "alpha"), finite(beta, "beta")
     from_content = partition(_normalised(cn), (side, side))
     from_style, plain = partition(_normalised(sn), (side, side)), partition(sn, (side, side))
     out = _distributed(from_content, from_style, plain, first, (slope, offset), factor)
@@ -102,14 +102,16 @@ def _distributed(
     content: Float32, style: Float32, plain: Float32, w: Block, gate: tuple[float, float], scale: float
 ) -> Float32:
     """Attention of all places to a key per region; all by regions, `[B, regions, places, C]`."""
-    k, v = (a.reshape(*a.shape[:3], w.heads, -1) for a in (w.k(style), w.v(plain)))
+    k, v = (reshaped(a, *a.shape[:3], w.heads, -1) for a in (w.k(style), w.v(plain)))
     centre, value = k.mean(axis=2), v.mean(axis=2)
     near = (k * centre[:, :, None]).sum(axis=-1)
     g = 1 / (1 + np.exp(-(gate[1] + gate[0] * near)))[..., None]
     share = 1 / (k.shape[2] + 1)
     keys, values = (((g * a).sum(axis=2) + mean) * share for a, mean in ((k, centre), (v, value)))
-    flat = (a.reshape(len(k), -1, w.heads * a.shape[-1]).astype(np.float32) for a in (keys, values))
-    out: Float32 = attend(w.q(content).reshape(len(content), -1, content.shape[-1]), *flat, heads=w.heads, scale=scale)
+    flat = (reshaped(a, len(k), -1, w.heads * a.shape[-1]).astype(np.float32) for a in (keys, values))
+    out: Float32 = attend(
+        reshaped(w.q(content), len(content), -1, content.shape[-1]), *flat, heads=w.heads, scale=scale
+    )
     out = out.reshape(content.shape)
     return w.o(out)
 
@@ -122,7 +124,7 @@ def _progressive(content: Float32, style: Float32, plain: Float32, w: Block, sca
         a.reshape(*a.shape[:3], heads, channels // heads).transpose(0, 3, 1, 2, 4)
         for a in (w.q(content), w.k(style), w.v(plain))
     )
-    whole = (np.ascontiguousarray(a).reshape(batch, heads, a.shape[2], -1) for a in (q, k))
+    whole = (reshaped(np.ascontiguousarray(a), batch, heads, a.shape[2], -1) for a in (q, k))
     rows, columns = whole
     best = (rows @ columns.swapaxes(-1, -2)).argmax(axis=-1)
     lists = np.arange(regions + 1) + np.arange(batch * heads)[:, None] * regions
@@ -134,7 +136,7 @@ def _progressive(content: Float32, style: Float32, plain: Float32, w: Block, sca
         block_k=places,
         scored=batch * heads * regions * style.shape[1],
     )
-    q, k, v = (np.ascontiguousarray(a).reshape(batch, heads, -1, channels // heads) for a in (q, k, v))
+    q, k, v = (reshaped(np.ascontiguousarray(a), batch, heads, -1, channels // heads) for a in (q, k, v))
     out = block_sparse_attention(q, k, v, mask, scale=scale).swapaxes(1, 2).reshape(content.shape)
     return w.o(out)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import integer
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -50,9 +50,9 @@ def embedding_free_attention(
     number = head_count(heads, {"x": channels})
     cell = integer(reduction, "reduction", 1, min(height, width))
     of_cells, project = optional_linear(ws, "ws", channels, channels), optional_linear(wo, "wo", channels)
-    pooled = mean_pool_cells(xn, (cell, cell)).reshape(batch, -1, channels)
+    pooled = reshaped(mean_pool_cells(xn, (cell, cell)), batch, -1, channels)
     keys = pooled if of_cells is None else of_cells(pooled)
-    out = attend(xn.reshape(batch, -1, channels), keys, keys, heads=number).reshape(xn.shape)
+    out = attend(reshaped(xn, batch, -1, channels), keys, keys, heads=number).reshape(xn.shape)
     return returned(x, out if project is None else project(out))
 
 

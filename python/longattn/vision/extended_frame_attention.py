@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from longattn._arrays import Array, as_numpy
-from longattn._checks import integer
+from longattn._arrays import Array, as_numpy, reshaped
+from longattn._checks import integer, integers, items_of
 from longattn.methods import Method
 from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
@@ -67,7 +67,9 @@ def extended_frame_attention(
     number = head_count(heads, {"q": channels})
     if 0 in qn.shape[1:3]:
         raise ValueError(f"q: got shape {qn.shape}, expected at least one frame and token")
-    sets = [range(count)] * count if frames is None else [_set(one, n, count) for n, one in enumerate(frames)]
+    sets: list[Sequence[int]] = [range(count)] * count
+    if frames is not None:
+        sets = [_set(one, n, count) for n, one in enumerate(items_of(frames, "frames", "sets"))]
     if len(sets) != count:
         raise ValueError(f"frames: got {len(sets)} sets, expected {count}, one for each frame")
     mask = BlockMask(
@@ -77,7 +79,7 @@ def extended_frame_attention(
         block_q=tokens,
         block_k=tokens,
     )
-    rows = (x.reshape(batch, count * tokens, number, -1).swapaxes(1, 2) for x in (qn, kn, vn))
+    rows = (reshaped(x, batch, count * tokens, number, -1).swapaxes(1, 2) for x in (qn, kn, vn))
     options = {} if kept is None else {"mask": _kept(kept, qn.shape[:3])}
     queries, keys, values = rows
     out = block_sparse_attention(queries, keys, values, mask, scale=scale, **options)
@@ -107,7 +109,7 @@ def anchored_frames(count: int, *, anchor: int = 0) -> list[list[int]]:
 
 
 def _set(given: Sequence[int], n: int, count: int) -> list[int]:
-    found = [integer(one, f"frames[{n}]", 0, count - 1) for one in given]
+    found = list(integers(given, f"frames[{n}]", 0, count - 1))
     if sorted(set(found)) != found:
         raise ValueError(f"frames[{n}]: got {found}, expected ascending numbers without repetition")
     return found
@@ -119,7 +121,7 @@ def _kept(kept: Array, shape: tuple[int, ...]) -> Array:
         raise TypeError(f"kept: got dtype {a.dtype}, expected bool")
     if a.shape != shape:
         raise ValueError(f"kept: got shape {a.shape}, expected {shape}")
-    return a.reshape(shape[0], 1, 1, -1)
+    return reshaped(a, shape[0], 1, 1, -1)
 
 
 METHOD = Method(

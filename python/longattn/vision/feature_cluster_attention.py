@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy, like
+from longattn._arrays import Array, as_numpy, like, reshaped
 from longattn._checks import check_float_storage, dense_inputs, integer, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
@@ -133,7 +133,7 @@ def balanced_clusters(x: Array, levels: int) -> NDArray[np.int64]:
         index = order[..., None]
         at = np.take_along_axis(unit, index, axis=2).reshape(*shape, dim)
         plain = np.take_along_axis(full, index, axis=2).reshape(*shape, dim)
-        halves = plain.reshape(*shape[:3], 2, -1, dim)
+        halves = reshaped(plain, *shape[:3], 2, -1, dim)
         centres = _direction(halves.mean(axis=4))
         for _ in range(REFINEMENTS):
             cosines = at @ centres.swapaxes(-1, -2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import flag, scale_factor
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -100,9 +100,9 @@ def forward_cross_attention(
         tokens = layer_norm(tokens, *norm)
     if factors is not None and after:
         tokens = tokens * factors
-    rows = xn.reshape(batch, -1, channels)
+    rows = reshaped(xn, batch, -1, channels)
     keys = np.concatenate([rows, tokens], axis=1)
-    out = attend(q_of(rows), k_of(keys), v_of(keys), heads=number, scale=factor, bias=bias).reshape(*xn.shape[:3], -1)
+    out = reshaped(attend(q_of(rows), k_of(keys), v_of(keys), heads=number, scale=factor, bias=bias), *xn.shape[:3], -1)
     return returned(x, out if project is None else project(out))
 
 
@@ -127,7 +127,7 @@ def merge_tokens(x: Array, kernel: Array, *, stride: int = 4, bias: Array | None
     """
     xn = grid(x, "x")
     merged = depthwise_convolution(xn, kernel, stride=stride, bias=bias)
-    return returned(x, merged.reshape(len(xn), -1, xn.shape[-1]))
+    return returned(x, reshaped(merged, len(xn), -1, xn.shape[-1]))
 
 
 def _bias(table: Array | None, cross: Array | None, heads: int, shape: tuple[int, int], count: int) -> Float32 | None:

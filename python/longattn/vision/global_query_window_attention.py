@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import integer, scale_factor
 from longattn.methods import Method
 from longattn.pictures import layer_seen
@@ -89,14 +89,14 @@ def global_query_window_attention(
     if q_of is not None:
         q = q_of(tokens)
     else:
-        q = np.broadcast_to(block[:, None], (*groups.shape[:3], k_of.outputs)).reshape(*tokens.shape[:2], -1)  # type: ignore[index]
+        q = reshaped(np.broadcast_to(block[:, None], (*groups.shape[:3], k_of.outputs)), *tokens.shape[:2], -1)  # type: ignore[index]
     mask = None
     if padded.shape != xn.shape:
         inside = pad_ends(np.ones((1, height, width, 1), bool), padded.shape[1:3])
         seen = np.broadcast_to(partition(inside, (side, side))[..., 0], groups.shape[:3])
         mask = seen.reshape(-1, 1, 1, side * side)
     out = attend(q, k_of(tokens), v_of(tokens), heads=number, scale=factor, bias=bias, mask=mask)
-    whole = unpartition(out.reshape(*groups.shape[:3], -1), padded.shape[1:3], (side, side))[:, :height, :width]
+    whole = unpartition(reshaped(out, *groups.shape[:3], -1), padded.shape[1:3], (side, side))[:, :height, :width]
     return returned(x, whole if project is None else project(whole))
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy, like
-from longattn._checks import integer, real, scale_factor
+from longattn._arrays import Array, as_numpy, like, reshaped
+from longattn._checks import flag, integer, real, scale_factor
 from longattn.dense._query_key import query_key_inputs
 from longattn.dense.attention import attention
 from longattn.dense.attention_weights import attention_weights
@@ -94,7 +94,7 @@ def gwpr_token_ranking(
     qn, kn = query_key_inputs(q, k)
     if qn.ndim != 4 or 0 in qn.shape[2:3] + kn.shape[2:3]:
         raise ValueError(f"q: got shapes {qn.shape} and {kn.shape}, expected [B, H, N, D] with at least 1 token")
-    if not cross and kn.shape[2] != qn.shape[2]:
+    if not flag(cross, "cross") and kn.shape[2] != qn.shape[2]:
         raise ValueError(f"k: got {kn.shape[2]} tokens, expected {qn.shape[2]} as in q; keys of others go with cross")
     batch, heads, tokens, dim = qn.shape
     share, most, small = real(ratio, "ratio"), integer(iterations, "iterations", 1), real(tol, "tol")
@@ -122,12 +122,13 @@ def gwpr_token_ranking(
             seen = attention(qn.astype(np.float32), kn.astype(np.float32), values, scale=factor)
             after = np.einsum("bhq,h->bq", seen[..., 0].astype(np.float64), shares)
         after = rest * after / after.sum(axis=1, keepdims=True) + (1 - rest) / tokens
-        change = np.abs(after - importance).sum(axis=1).max()
+        change = np.abs(after - importance).sum(axis=1).max(initial=0)
         importance = after
         if change < small:
             break
     kept = np.sort(np.argsort(-importance, axis=1, kind="stable")[:, : tokens - int(share * tokens)], axis=1)
-    source = np.stack([_sources(qn[b], kn[b], kept[b], shares, cross, factor) for b in range(batch)])
+    copied = [_sources(qn[b], kn[b], kept[b], shares, cross, factor) for b in range(batch)]
+    source = np.array(copied, np.int64).reshape(batch, tokens)
     return TokenRanking(like(q, importance.astype(np.float32)), kept, source)
 
 
@@ -177,7 +178,7 @@ def _sources(
     source[kept] = np.arange(len(kept))
     gone = np.setdiff1d(np.arange(tokens), kept)
     if cross:
-        x = q.astype(np.float32).swapaxes(0, 1).reshape(tokens, -1)
+        x = reshaped(q.astype(np.float32).swapaxes(0, 1), tokens, -1)
         unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
         source[gone] = np.argmax(unit[gone] @ unit[kept].T, axis=1)
         return source

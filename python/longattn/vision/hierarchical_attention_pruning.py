@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array
-from longattn._checks import integer, real
+from longattn._checks import finite, integer, items_of
 from longattn.methods import Method
 from longattn.pictures import example, kept_pairs
 from longattn.reference import vision as reference
@@ -62,7 +62,7 @@ def hierarchical_attention_pruning(
     first = integer(prefix, "prefix", 0)
     found = []
     for layer, name in ((object_layer, "object_layer"), (deep_layer, "deep_layer")):
-        if not hasattr(layer, "__len__") or len(layer) != 2:
+        if len(items_of(layer, name, "q and k")) != 2:
             raise TypeError(f"{name}: got {type(layer).__name__}, expected a pair (q, k)")
         found.append(np.asarray(token_mass(layer[0], layer[1], scale=scale))[:, first:])
     middle, deep = found
@@ -103,7 +103,7 @@ def pick_hierarchical(
     middle = scores(object_weights, "object_weights", (None,))
     deep = scores(deep_weights, "deep_weights", middle.shape)
     tokens, count, line = middle.size, integer(budget, "budget", 0, middle.size), integer(width, "width", 1)
-    share = real(alpha, "alpha")
+    share = finite(alpha, "alpha")
     if not 0 <= share <= 5:
         raise ValueError(f"alpha: got {alpha}, expected 0 to 5")
     order = np.argsort(-middle, kind="stable")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from longattn._arrays import Array
-from longattn._checks import flag, integer, real
+from longattn._arrays import Array, reshaped
+from longattn._checks import finite, flag, integer
 from longattn.methods import Method
 from longattn.reference import vision as reference
 from longattn.vision._blocks import Block
@@ -78,7 +78,7 @@ def hierarchical_global_local_attention(
     enlarge = None if up is None else numbers(up, "up", (1, None, None, channels, channels))
     if enlarge is not None and (enlarge.shape[1] % 2 == 0 or enlarge.shape[2] % 2 == 0):
         raise ValueError(f"up: got shape {enlarge.shape}, expected odd sizes")
-    weight = real(alpha, "alpha")
+    weight = finite(alpha, "alpha")
     size = (frames, height // parts, width // parts)
     moved = flag(shifted, "shifted") and parts > 1
     rolls = (0, size[1] // 2, size[2] // 2) if moved else (0, 0, 0)
@@ -91,7 +91,7 @@ def hierarchical_global_local_attention(
 def _global(x: Float32, block: Block, parts: int, down: Float32 | None, up: Float32 | None) -> Float32:
     steps: Sequence[int] = (1, parts, parts)
     small = mean_pool_cells(x, steps) if down is None else convolution(x, down, stride=steps, padding=0)
-    seen = block(small.reshape(len(x), -1, x.shape[-1])).reshape(small.shape)
+    seen = block(reshaped(small, len(x), -1, x.shape[-1])).reshape(small.shape)
     large: Float32 = resize(seen, x.shape[1:4])
     return large if up is None else convolution(large, up)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from longattn._arrays import Array
-from longattn._checks import integer, real
+from longattn._arrays import Array, reshaped
+from longattn._checks import finite, integer
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -49,12 +49,12 @@ def layer_and_channel_spatial_attention(x: Array, *, gamma: float = 1.0, sign: i
     if rank < 3:
         raise ValueError(f"x: got shape {tuple(np.shape(x))}, expected [B, n, ...]")
     xn = features(x, "x", rank, "[B, n, ...]")
-    way, weight = integer(sign, "sign", -1, 1), real(gamma, "gamma")
+    way, weight = integer(sign, "sign", -1, 1), finite(gamma, "gamma")
     if way == 0:
         raise ValueError("sign: got 0, expected -1 or 1")
     if xn.size == 0:
         return returned(x, xn)
-    rows = xn.reshape(len(xn), 1, xn.shape[1], -1)
+    rows = reshaped(xn, len(xn), 1, xn.shape[1], -1)
     out = attention(rows, rows, rows, scale=float(way)).reshape(xn.shape)
     return returned(x, xn + np.float32(weight) * out)
 
@@ -84,7 +84,7 @@ def channel_spatial_gate(x: Array, kernel: Array, *, bias: float = 0.0, gamma: f
     taps = numbers(kernel, "kernel", (None, None, None))
     if any(k % 2 == 0 for k in taps.shape):
         raise ValueError(f"kernel: got shape {taps.shape}, expected odd sizes")
-    added, weight = real(bias, "bias"), np.float32(real(gamma, "gamma"))
+    added, weight = finite(bias, "bias"), np.float32(finite(gamma, "gamma"))
     volume: Any = depthwise_convolution(xn[..., None], taps[..., None])[..., 0]
     gate: Float32 = 1 / (1 + np.exp(-(volume + np.float32(added))))
     return returned(x, xn + weight * gate * xn)

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
+from longattn._checks import one_of
 from longattn.linear.mamba_mixer import MambaWeights, checked
 from longattn.linear.selective_token_channel_mixer import ORDERS, Directions, mix
 from longattn.methods import Method
@@ -70,15 +71,14 @@ def local_attention_mamba(
     batch, height, width, channels = xn.shape
     block = Block.of(attention, "attention", channels, head_count(heads, {"x": channels}))
     layer = checked(scan, "scan", channels)
-    if directions not in ORDERS:
-        raise ValueError(f"directions: got {directions!r}, expected 'forward', 'both' or 'cross'")
+    one_of(directions, "directions", ORDERS)
     sizes = window_sizes(window, 2)
     local: Any = grouped_attention(
         block.q(xn), block.k(xn), block.v(xn), sizes, heads=block.heads, scale=scale, bias=bias
     )
     rows = np.ascontiguousarray(block.o(local).reshape(batch, height * width, channels))
     out = mix(rows, layer, ORDERS[directions], (height, width))
-    return returned(x, out.reshape(batch, height, width, -1))
+    return returned(x, reshaped(out, batch, height, width, -1))
 
 
 METHOD = Method(

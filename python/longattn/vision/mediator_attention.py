@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from longattn._arrays import Array, as_numpy
-from longattn._checks import check_float_storage, dense_inputs, integer, real, scale_factor
+from longattn._arrays import Array, as_numpy, reshaped
+from longattn._checks import check_float_storage, dense_inputs, integer, items_of, real, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -93,8 +93,8 @@ def mediator_attention(
     spread = None if biases[1] is None else biases[1].swapaxes(1, 2)
     out = attention(np.asarray(qn, np.float32), tokens, read, scale=factor, bias=spread)
     if kernel is not None:
-        image = np.asarray(vn.swapaxes(1, 2), np.float32).reshape(batch, height, width, -1)
-        local = depthwise_convolution(image, kernel).reshape(batch, places, heads, -1)
+        image = reshaped(np.asarray(vn.swapaxes(1, 2), np.float32), batch, height, width, -1)
+        local = reshaped(depthwise_convolution(image, kernel), batch, places, heads, -1)
         out = out + local.swapaxes(1, 2)
     return returned(q, out)
 
@@ -116,10 +116,13 @@ def mediator_schedule(step: float, segments: Sequence[tuple[float, int]]) -> int
     Cost:
         A pass over the segments.
     """
-    at, ends = real(step, "step"), [real(until, "segments") for until, _ in segments]
+    pairs = [items_of(pair, "segments", "pairs (until, mediators)") for pair in items_of(segments, "segments", "pairs")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"segments: got {segments!r}, expected pairs (until, mediators)")
+    at, ends = real(step, "step"), [real(until, "segments") for until, _ in pairs]
     if not ends or any(b <= a for a, b in itertools.pairwise(ends)):
         raise ValueError(f"segments: got ends {ends}, expected at least one, rising")
-    counts = [integer(count, "segments", 1) for _, count in segments]
+    counts = [integer(count, "segments", 1) for _, count in pairs]
     return next((count for until, count in zip(ends, counts, strict=True) if at < until), counts[-1])
 
 
@@ -155,7 +158,7 @@ def _bias(parts: Any, name: str, heads: int, count: int, shape: tuple[int, int])
     columns = numbers(parts[2], f"{name} columns", (heads, count, 1, shape[1]))
     image = np.moveaxis(coarse.reshape(1, heads * count, *coarse.shape[2:]), 1, -1)
     fine = np.moveaxis(resize(np.ascontiguousarray(image), shape), -1, 1).reshape(heads, count, *shape)
-    added: Float32 = (fine + rows + columns).reshape(heads, count, -1)
+    added: Float32 = reshaped((fine + rows + columns), heads, count, -1)
     return added
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array
-from longattn._checks import dense_inputs, integer, mask_scores, real, scale_factor
+from longattn._checks import dense_inputs, finite, integer, mask_scores, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -69,7 +69,7 @@ def nested_attention(
         raise ValueError(f"q: got shape {qn.shape}, expected [B, Hq, Lq, D]")
     factor = scale_factor(scale, qn.shape[-1])
     seen = None if mask is None else mask_scores(mask, (*qn.shape[:3], kn.shape[2]))
-    ratio = None if value_norm is None else real(value_norm, "value_norm")
+    ratio = None if value_norm is None else finite(value_norm, "value_norm")
     if not isinstance(nested, Mapping):
         raise TypeError(f"nested: got {type(nested).__name__}, expected a mapping of key numbers to keys and values")
     special = {integer(s, "nested", 0, kn.shape[2] - 1): _pair(pair, s, qn, kn, vn) for s, pair in nested.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import flag, integer, real, scale_factor
 from longattn.methods import Method
 from longattn.pictures import layer_seen
@@ -101,7 +101,7 @@ def overlapping_cross_attention(
     q = partition(q_of(xn), (side, side))
     k, v = (_around(a, side, extra) for a in (k_of(xn), v_of(xn)))
     out = attend(*(a.reshape(-1, *a.shape[2:]) for a in (q, k, v)), heads=number, scale=factor, bias=bias, mask=mask)
-    whole = unpartition(out.reshape(*q.shape[:3], -1), (height, width), (side, side))
+    whole = unpartition(reshaped(out, *q.shape[:3], -1), (height, width), (side, side))
     return returned(x, whole if project is None else project(whole))
 
 
@@ -111,14 +111,14 @@ def _around(x: Float32, side: int, extra: int) -> Float32:
     padded = np.pad(x, ((0, 0), (before, before), (before, before), (0, 0)))
     views = np.lib.stride_tricks.sliding_window_view(padded, (side + extra,) * 2, axis=(1, 2))
     every = np.moveaxis(views[:, ::side, ::side], 3, -1)
-    return np.ascontiguousarray(every).reshape(len(x), -1, (side + extra) ** 2, x.shape[-1])
+    return reshaped(np.ascontiguousarray(every), len(x), -1, (side + extra) ** 2, x.shape[-1])
 
 
 def _released(table: Float32, side: int, wide: int) -> Float32:
     """The bias by the rows' order in published weights, `[heads, queries, keys]`."""
     offset = np.arange(wide)[None] - np.arange(side)[:, None] + side - wide + 1
-    index: NDArray[np.int64] = (offset[:, None, :, None] * (side + wide - 1) + offset[None, :, None, :]).reshape(
-        side**2, -1
+    index: NDArray[np.int64] = reshaped(
+        (offset[:, None, :, None] * (side + wide - 1) + offset[None, :, None, :]), side**2, -1
     )
     return np.ascontiguousarray(np.moveaxis(table[index], -1, 0))
 

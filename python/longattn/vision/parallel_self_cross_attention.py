@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_floating, flag, real, scale_factor
+from longattn._checks import check_floating, flag, integer, real, scale_factor
 from longattn.dense.prob_reduce import prob_reduce
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -190,8 +190,9 @@ def attentional_unpool(y: Array, index: Array, length: int) -> Array:
         raise TypeError(f"index: got dtype {at.dtype}, expected integers")
     if yn.ndim != 3 or at.shape != yn.shape[:2]:
         raise ValueError(f"index: got shape {at.shape}, expected {yn.shape[:2]} as y")
+    length = integer(length, "length", 0)
     if at.size and not (at.min() >= 0 and at.max() < length):
-        raise ValueError(f"index: got {at.min()} to {at.max()}, expected 0 to {length - 1}")
+        raise ValueError(f"index: got {at.min()} to {at.max()}, expected 0 to {length - 1}, as length is {length}")
     out = np.zeros((len(yn), length, yn.shape[2]), yn.dtype)
     np.put_along_axis(out, at[..., None].astype(np.int64), yn, axis=1)
     return like(y, out)

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import integer, real
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -76,6 +76,8 @@ def partial_visual_attention(
     first = integer(split, "split", 0, channels)
     if mode not in get_args(Mode):
         raise ValueError(f"mode: got {mode!r}, expected one of {get_args(Mode)}")
+    if bias is not None and mode != "attention":
+        raise ValueError(f"bias: got one with mode {mode!r}, expected none")
     taps = None if kernel is None else numbers(kernel, "kernel", (None, None, first, first))
     if taps is not None and any(k % 2 == 0 for k in taps.shape[:2]):
         raise ValueError(f"kernel: got shape {taps.shape}, expected odd sizes")
@@ -92,7 +94,7 @@ def partial_visual_attention(
 def _attended(x: Float32, mode: Mode, weights: Any, heads: int, bias: Array | None) -> Float32:
     """What becomes of the other channels."""
     channels = x.shape[-1]
-    rows = x.reshape(len(x), -1, channels)
+    rows = reshaped(x, len(x), -1, channels)
     if mode == "attention":
         if not isinstance(weights, tuple | list) or len(weights) != 3:
             raise TypeError(f"weights: got {type(weights).__name__}, expected (wq, wk, wv)")

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn import _core
-from longattn._arrays import Array, as_numpy, like
-from longattn._checks import flag, integer, scale_factor
+from longattn._arrays import Array, as_numpy, like, reshaped
+from longattn._checks import flag, integer, integers, scale_factor
 from longattn.dense._options import Options
 from longattn.dense.attention import attention
 from longattn.sparse._grid import GridAxis, kernel_axes
@@ -92,8 +92,8 @@ def unpartition(y: Array, shape: Sequence[int], size: Sizes, *, first: int = 1, 
     """
     a = as_numpy(y, "y", any_strides=True)
     start = integer(first, "first", 0, a.ndim - 2)
-    extents = tuple(integer(n, "shape", 0) for n in shape)
-    sizes, steps = sizes_of(size, "size", interval, len(extents))
+    extents = integers(shape, "shape", 0)
+    sizes, steps = sizes_of(size, "size", interval, len(extents), exactly=True)
     counts = []
     for extent, s, i in zip(extents, sizes, steps, strict=True):
         if extent % (s * i):
@@ -232,7 +232,7 @@ def _attend_in_ranges(
     """Attention inside groups that are a range of every so many-th position along each axis: nothing is copied."""
     axes = [_ranges(*given) for given in zip(q.shape[1:-1], sizes, steps, rolls, strict=True)]
     out = np.empty((*q.shape[:-1], v.shape[-1]), np.float32)
-    q4, k4, v4, out4 = (_split(x.reshape(len(x), -1, x.shape[-1]), heads) for x in (q, k, v, out))
+    q4, k4, v4, out4 = (_split(reshaped(x, len(x), -1, x.shape[-1]), heads) for x in (q, k, v, out))
     if out.size:
         lse = np.empty(q4.shape[:3], np.float32)
         options: Options = {"scale": scale_factor(scale, q4.shape[3])}
@@ -299,7 +299,7 @@ def attend_over(
     order = (*others, *joined, len(names))
     moved = [x.transpose(order) for x in (qn, kn, vn)]
     lead = [qn.shape[a] for a in others]
-    rows = [x.reshape(math.prod(lead), -1, x.shape[-1]) for x in moved]
+    rows = [reshaped(x, math.prod(lead), -1, x.shape[-1]) for x in moved]
     out, lse = attend(*rows, heads=number, return_lse=True, **options)
     inverse = np.argsort(order)
     result = out.reshape(*moved[0].shape[:-1], vn.shape[-1]).transpose(inverse)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn import _core
-from longattn._arrays import Array, as_numpy
+from longattn._arrays import Array, as_numpy, reshaped
 from longattn._checks import check_floating, dense_inputs, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
@@ -78,7 +78,7 @@ def polyline_path_masked_attention(
                 f"{name}: got shape {x.shape}, expected [B, h, H, W, D], the same but for D and none empty"
             )
     batch, heads, height, width, dim = grids[0].shape
-    qn, kn, vn = dense_inputs(*(x.reshape(batch, heads, height * width, -1) for x in grids), double=False)
+    qn, kn, vn = dense_inputs(*(reshaped(x, batch, heads, height * width, -1) for x in grids), double=False)
     if combine not in COMBINATIONS:
         raise ValueError(f"combine: got {combine!r}, expected one of {COMBINATIONS}")
     factor = scale_factor(scale, dim)
@@ -95,7 +95,7 @@ def polyline_path_masked_attention(
         last = min(first + lines, height)
         part = slice(first * width, last * width)
         values[:, :, part] = _both(rows[:, :, part], kn, vn, sums, (first, last), combine == "gate", factor)
-    return returned(q, values.reshape(*grids[0].shape[:4], -1))
+    return returned(q, reshaped(values, *grids[0].shape[:4], -1))
 
 
 def polyline_decays(
@@ -124,7 +124,7 @@ def polyline_decays(
     sizes = numbers(a_log, "a_log", (None,))
     if not sizes.size or xn.shape[-1] % sizes.size:
         raise ValueError(f"a_log: got {sizes.size} heads, expected a divisor of {xn.shape[-1]} channels")
-    each = xn.reshape(*xn.shape[:3], sizes.size, -1)
+    each = reshaped(xn, *xn.shape[:3], sizes.size, -1)
     added = 0.0 if bias is None else numbers(bias, "bias", (sizes.size,))
     found = []
     for w, name in ((w_x, "w_x"), (w_y, "w_y")):

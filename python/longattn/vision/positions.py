@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from longattn._arrays import Array, as_numpy
-from longattn._checks import check_floating, integer
+from longattn._arrays import Array, as_numpy, reshaped
+from longattn._checks import check_floating, flag, integers, items_of
 from longattn.vision._inputs import Float32, Linear, Weights, layer_norm, norm_weights, numbers
 
 
@@ -31,8 +31,8 @@ def relative_position_bias(table: Array, size: Sequence[int], key_size: Sequence
     Cost:
         The result.
     """
-    sizes = tuple(integer(n, "size", 1) for n in size)
-    keys = sizes if key_size is None else tuple(integer(n, "key_size", 1) for n in key_size)
+    sizes = integers(size, "size", 1)
+    keys = sizes if key_size is None else integers(key_size, "key_size", 1)
     if len(keys) != len(sizes):
         raise ValueError(f"key_size: got {len(keys)} numbers, expected {len(sizes)} as size")
     spans = [a + b - 1 for a, b in zip(sizes, keys, strict=True)]
@@ -41,7 +41,7 @@ def relative_position_bias(table: Array, size: Sequence[int], key_size: Sequence
     for q, k, span in zip(sizes, keys, spans, strict=True):
         one = np.arange(q)[:, None] - np.arange(k) + k - 1
         index = span * index[:, None, :, None] + one[None, :, None, :]
-        index = index.reshape(index.shape[0] * q, -1)
+        index = reshaped(index, index.shape[0] * q, -1)
     return np.ascontiguousarray(np.moveaxis(values[index], -1, 0))
 
 
@@ -63,7 +63,7 @@ def absolute_offset_bias(table: Array, size: Sequence[int]) -> Float32:
     Cost:
         The result.
     """
-    sizes = tuple(integer(n, "size", 1) for n in size)
+    sizes = integers(size, "size", 1)
     values = numbers(table, "table", (None, math.prod(sizes)))
     places = np.stack(np.meshgrid(*(np.arange(n) for n in sizes), indexing="ij"), axis=-1).reshape(-1, len(sizes))
     offsets = np.abs(places[:, None] - places[None])
@@ -100,7 +100,10 @@ def dynamic_position_bias(
     Cost:
         `product of (2 * size - 1) * c ** 2` multiply-adds per layer; once per size.
     """
-    sizes = tuple(integer(n, "size", 1) for n in size)
+    sizes = integers(size, "size", 1)
+    if not sizes:
+        raise ValueError("size: got none, expected the places along at least one axis")
+    layers, adds = items_of(layers, "layers", "pairs (norm, weights)"), flag(residual, "residual")
     lines = [np.arange(1 - n, n, dtype=np.float32) for n in sizes]
     offsets = np.stack(np.meshgrid(*lines, indexing="ij"), axis=-1).reshape(-1, len(sizes))
     p = Linear.of(first, "first", len(sizes))(offsets)
@@ -111,7 +114,7 @@ def dynamic_position_bias(
             raise TypeError(f"layers[{n}]: got {type(layer).__name__}, expected a pair (norm, weights)")
         norm = norm_weights(layer[0], f"layers[{n}] norm", p.shape[1])
         more = Linear.of(layer[1], f"layers[{n}] weights", p.shape[1])(np.maximum(layer_norm(p, *norm), 0))
-        p = p + more if residual and n + 1 < len(layers) else more
+        p = p + more if adds and n + 1 < len(layers) else more
     return p
 
 

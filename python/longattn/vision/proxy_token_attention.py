@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy
-from longattn._checks import flag, integer
+from longattn._arrays import Array, as_numpy, reshaped
+from longattn._checks import flag, integer, integers
 from longattn.methods import Method
 from longattn.reference import vision as reference
 from longattn.vision._blocks import Block
@@ -92,7 +92,7 @@ def proxy_token_attention(
     rolled = flag(shift, "shift")
     tokens = np.take_along_axis(partition(xn, sizes), members[..., None, None], axis=2)[:, :, 0]
     seen = steps[0](tokens)
-    out = xn + steps[1](xn.reshape(batch, -1, channels), seen).reshape(xn.shape)
+    out = xn + steps[1](reshaped(xn, batch, -1, channels), seen).reshape(xn.shape)
     for w, block, moved in ((window, steps[2], False), (shifted, steps[3], rolled)):
         if w is not None:
             out = out + _in_windows(out, block, sizes, moved)
@@ -121,7 +121,7 @@ def window_members(
         The result.
     """
     sizes = window_sizes(windows, 3, "windows")
-    count = _windows(tuple(integer(n, "shape", 1) for n in shape), sizes)
+    count = _windows(integers(shape, "shape", 1), sizes)
     lead = () if batch is None else (integer(batch, "batch", 0),)
     drawn = np.random.default_rng(integer(seed, "seed", 0)).integers(0, math.prod(sizes), (*lead, count))
     return np.asarray(drawn, np.int64)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array
-from longattn._checks import integer, real
+from longattn._checks import finite, integer, real
 from longattn.methods import Method
 from longattn.pictures import kept_pairs
 from longattn.reference import vision as reference
@@ -70,7 +70,7 @@ def pyramid_token_pruning(
     for x, name in ((own, "token_scores"), (told, "instruction_scores")):
         if x is not None and x.size and x.min() < 0:
             raise ValueError(f"{name}: got {x.min()}, expected numbers of at least 0")
-    share, mix, heat = real(keep, "keep"), real(alpha, "alpha"), real(tau, "tau")
+    share, mix, heat = real(keep, "keep"), finite(alpha, "alpha"), real(tau, "tau")
     for value, name in ((share, "keep"), (mix, "alpha")):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: got {value}, expected 0 to 1")

@@ -81,8 +81,9 @@ def query_shared_cross_attention(
     together, factor = flag(joint, "joint"), scale_factor(scale, q_of.outputs // number)
     q = q_of(xn)
     parts = []
-    for (k_of, v_of, rows), mask in zip(streams, (first_mask, second_mask), strict=True):
-        seen = None if mask is None else mask_scores(mask, (len(xn), number, xn.shape[1], rows.shape[1]))
+    masks = ((first_mask, "first_mask"), (second_mask, "second_mask"))
+    for (k_of, v_of, rows), (mask, name) in zip(streams, masks, strict=True):
+        seen = None if mask is None else mask_scores(mask, (len(xn), number, xn.shape[1], rows.shape[1]), name)
         parts.append(attend(q, k_of(rows), v_of(rows), heads=number, scale=factor, mask=seen, return_lse=True))
     out = _merged(parts, number) if together else parts[0][0] + parts[1][0]
     return returned(x, out if project is None else project(out))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy
+from longattn._arrays import Array, as_numpy, reshaped
 from longattn._checks import check_heads, dense_inputs, flag, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
@@ -110,7 +110,7 @@ def _group(given: Any, name: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[A
 def _mixed(project: Any, x: Float32) -> Float32:
     """A projection over the heads' channels side by side."""
     batch, heads, tokens, width = x.shape
-    flat = project(np.ascontiguousarray(x.swapaxes(1, 2)).reshape(batch, tokens, -1))
+    flat = project(reshaped(np.ascontiguousarray(x.swapaxes(1, 2)), batch, tokens, -1))
     out: Float32 = flat.reshape(batch, tokens, heads, width).swapaxes(1, 2)
     return out
 

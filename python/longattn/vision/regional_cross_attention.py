@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy, like
+from longattn._arrays import Array, as_numpy, like, reshaped
 from longattn._checks import attention_inputs, check_floating, check_heads, integer, scale_factor
 from longattn.dense.attention_varlen import attention_varlen
 from longattn.methods import Method
@@ -74,7 +74,7 @@ def regional_cross_attention(
     if vn.shape[2:4] != kn.shape[2:4]:
         raise ValueError(f"v: got {vn.shape[2:4]} regions and tokens, expected {kn.shape[2:4]} as in k")
     of = _numbers(regions, "regions", ((height, width), (batch, height, width)), -1, count - 1)
-    of = np.broadcast_to(of, (batch, height, width)).reshape(batch, -1)
+    of = reshaped(np.broadcast_to(of, (batch, height, width)), batch, -1)
     each = np.full((batch, count), tokens)
     if lengths is not None:
         each = np.broadcast_to(_numbers(lengths, "lengths", ((count,), (batch, count)), 0, tokens), (batch, count))
@@ -92,7 +92,9 @@ def regional_cross_attention(
     if order.size:
         held = np.arange(tokens) < each.reshape(-1, 1)
         rows = qn.transpose(0, 2, 3, 1, 4).reshape(-1, heads, dim)[order]
-        keys, values = (x.transpose(0, 2, 3, 1, 4).reshape(-1, tokens, kv_heads, x.shape[4])[held] for x in (kn, vn))
+        keys, values = (
+            x.transpose(0, 2, 3, 1, 4).reshape(batch * count, tokens, kv_heads, x.shape[4])[held] for x in (kn, vn)
+        )
         ends_q = np.concatenate([[0], np.cumsum(np.bincount(numbers[order], minlength=batch * count))])
         ends_k = np.concatenate([[0], np.cumsum(each.ravel())])
         flat = out.reshape(-1, heads, vn.shape[4])
@@ -134,7 +136,7 @@ def box_regions(boxes: Array, shape: tuple[int, int]) -> tuple[NDArray[np.int64]
     down = (y >= b[:, 1:2]) & (y < b[:, 3:])
     if not len(b):
         return np.full((height, width), -1), np.zeros((0, 0), bool)
-    covered = (down[:, :, None] & across[:, None]).reshape(len(b), -1).T
+    covered = reshaped((down[:, :, None] & across[:, None]), len(b), -1).T
     # Inverted, those of the first box come first, and those of none last.
     found, numbers = np.unique(~covered, axis=0, return_inverse=True)
     members = ~found[~found.all(axis=1)]
@@ -224,9 +226,9 @@ def _example() -> NDArray[np.bool_]:
     q, k = example(144)
     count, tokens = len(members), 12
     shape = (1, 1, count, tokens)
-    v = np.eye(count * tokens, dtype=np.float32).reshape(*shape, -1)
+    v = reshaped(np.eye(count * tokens, dtype=np.float32), *shape, -1)
     out = regional_cross_attention(
-        q.reshape(1, 1, 12, 12, -1), k[:, :, : count * tokens].reshape(*shape, -1), v, regions
+        q.reshape(1, 1, 12, 12, -1), reshaped(k[:, :, : count * tokens], *shape, -1), v, regions
     )
     mask: NDArray[np.bool_] = np.asarray(out).reshape(144, -1) != 0
     return mask

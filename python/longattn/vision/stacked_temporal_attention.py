@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import flag, real
 from longattn._rotary import turned
 from longattn.methods import Method
@@ -60,6 +60,8 @@ def stacked_temporal_attention(
     """
     xn = features(x, "x", 4, "[B, F, N, C]")
     batch, frames, places, channels = xn.shape
+    if not frames:
+        raise ValueError(f"x: got no frames in shape {xn.shape}, expected at least 1")
     number = head_count(heads, {"x": channels})
     block = Block.of(weights, "weights", channels, number)
     normed = None if norm is None else norm_weights(norm, "norm", channels)
@@ -78,7 +80,7 @@ def _turned(x: Float32, heads: int, base: float | None) -> Float32:
     """Rows `[B, F, C]` with rotary positions."""
     if base is None:
         return x
-    split = x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+    split = reshaped(x, *x.shape[:2], heads, -1).swapaxes(1, 2)
     return np.ascontiguousarray(turned(split, np.arange(x.shape[1]), base).swapaxes(1, 2)).reshape(x.shape)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import integer, real
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -71,10 +71,10 @@ def strip_self_attention(
     number = head_count(heads, {"wq": q_of.outputs, "wv": v_of.outputs})
     project = optional_linear(wo, "wo", v_of.outputs)
     factor = real(scale, "scale")
-    reduced = depthwise_convolution(xn, taps, stride=r, padding=0).reshape(batch, -1, channels)
-    rows = xn.reshape(batch, -1, channels)
+    reduced = reshaped(depthwise_convolution(xn, taps, stride=r, padding=0), batch, -1, channels)
+    rows = reshaped(xn, batch, -1, channels)
     out = attend(q_of(rows), k_of(reduced), v_of(reduced), heads=number, scale=factor)
-    whole = out.reshape(batch, height, width, -1)
+    whole = reshaped(out, batch, height, width, -1)
     return returned(x, whole if project is None else project(whole))
 
 

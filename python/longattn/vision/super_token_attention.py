@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import integer
 from longattn.dense.attention_weights import attention_weights
 from longattn.methods import Method
@@ -86,10 +86,10 @@ def super_token_attention(
     project = optional_linear(wo, "wo", v_of.outputs)
 
     def between(tokens: Float32) -> Float32:
-        rows = tokens.reshape(batch, -1, channels)
+        rows = reshaped(tokens, batch, -1, channels)
         out = attend(q_of(rows), k_of(rows), v_of(rows), heads=number)
         refined = out if project is None else project(out)
-        return refined.reshape(*tokens.shape[:3], -1)
+        return reshaped(refined, *tokens.shape[:3], -1)
 
     if sizes == (1, 1):
         return returned(x, between(xn))
@@ -104,7 +104,7 @@ def super_token_attention(
         mass = _back(members.sum(axis=-2)[..., None])
         tokens = sums / (mass + np.float32(1e-12))
     spread = members @ _around(between(tokens))
-    whole = unpartition(spread.reshape(batch, -1, math.prod(sizes), spread.shape[-1]), padded.shape[1:3], sizes)
+    whole = unpartition(reshaped(spread, batch, -1, math.prod(sizes), spread.shape[-1]), padded.shape[1:3], sizes)
     return returned(x, whole[:, :height, :width])
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_floating, dense_inputs, flag, integer, scale_factor
+from longattn._arrays import Array, as_numpy, like, reshaped
+from longattn._checks import check_floating, dense_inputs, flag, integer, items_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.pictures import example
@@ -93,21 +93,21 @@ def token_coordinated_prompt_attention(
     of_image = _chosen(image_chosen, "image_chosen", (batch, tokens - 1, None), sizes[1][0])
     own = attention(qn.astype(np.float32), kn, vn, scale=factor, return_lse=True)
     keys, values = (
-        np.repeat(np.concatenate([x.reshape(x.shape[0], -1, x.shape[3]) for x in parts], axis=1)[None], batch, axis=0)
+        np.repeat(np.concatenate([reshaped(x, x.shape[0], -1, x.shape[3]) for x in parts], axis=1)[None], batch, axis=0)
         for parts in zip(*pools, strict=True)
     )
     count = keys.shape[2]
-    if not count:
+    if not count or not batch:
         return like(q, own[0].astype(qn.dtype))
     first = sizes[0][0] * sizes[0][1]
-    listed = np.full((batch, tokens, count), every)
+    seen = np.full((batch, tokens, count), every)
     if not every:
-        _open(listed[:, :1, :first], of_cls, sizes[0])
-        _open(listed[:, 1:, first:], of_image, sizes[1])
-    counts = listed.sum(axis=2)
+        _open(seen[:, :1, :first], of_cls, sizes[0])
+        _open(seen[:, 1:, first:], of_image, sizes[1])
+    counts = seen.sum(axis=2)
     ends = np.concatenate([[0], np.cumsum(counts)])
     indptr = np.stack([ends[b * tokens : (b + 1) * tokens + 1] for b in range(batch)])[:, None]
-    indices = np.nonzero(listed)[2].astype(np.uint32)
+    indices = np.nonzero(seen)[2].astype(np.uint32)
     lists = RowLists(indptr=indptr, indices=indices, lengths=(tokens, count), block_q=1)
     wide = qn.astype(np.float32)
     out, lse = index_sparse_attention(wide, keys, values, lists, state=own, scale=factor, return_lse=True)
@@ -154,7 +154,7 @@ def match_prompts(x: Array, keys: Array, count: int) -> tuple[NDArray[np.int64],
 
 
 def _pool(pair: Any, name: str, k: NDArray[Any], v: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    if not hasattr(pair, "__len__") or len(pair) != 2:
+    if len(items_of(pair, name, "keys and values")) != 2:
         raise TypeError(f"{name}: got {type(pair).__name__}, expected a pair of keys and values")
     keys, values = (as_numpy(x, f"{name}[{n}]") for n, x in enumerate(pair))
     for n, (x, own) in enumerate(((keys, k), (values, v))):
@@ -177,11 +177,11 @@ def _chosen(x: Array, name: str, shape: tuple[int | None, ...], prompts: int) ->
     return ordered
 
 
-def _open(listed: NDArray[np.bool_], chosen: NDArray[np.int64], size: tuple[int, ...]) -> None:
+def _open(seen: NDArray[np.bool_], chosen: NDArray[np.int64], size: tuple[int, ...]) -> None:
     """Marks the tokens of chosen prompts."""
-    prompts = np.zeros((*listed.shape[:2], size[0]), bool)
+    prompts = np.zeros((*seen.shape[:2], size[0]), bool)
     np.put_along_axis(prompts, chosen, True, axis=2)
-    listed[...] = np.repeat(prompts, size[1], axis=2)
+    seen[...] = np.repeat(prompts, size[1], axis=2)
 
 
 def _example() -> NDArray[np.bool_]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from longattn._arrays import Array
+from longattn._checks import one_of
 from longattn.methods import Method
 from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
@@ -52,8 +53,7 @@ def view_integrated_attention(x: Array, weights: Any, *, heads: int, kind: str =
     """
     xn = features(x, "x", 5, "[B, V, F, N, C]")
     block = Block.of(weights, "weights", xn.shape[-1], head_count(heads, {"x": xn.shape[-1]}))
-    if kind not in KINDS:
-        raise ValueError(f"kind: got {kind!r}, expected one of {tuple(KINDS)}")
+    one_of(kind, "kind", KINDS)
     out = attend_over(block.q(xn), block.k(xn), block.v(xn), "bvfn", KINDS[kind], heads=block.heads)
     return returned(x, block.o(out))
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array
+from longattn._arrays import Array, reshaped
 from longattn._checks import integer, real
 from longattn.methods import Method
 from longattn.pictures import kept_pairs
@@ -75,7 +75,7 @@ def zeroth_order_token_pruning(
     projected = _projected(run, tokens)
     kept = [
         diverse_topk(s, rows, count, power=power)
-        for s, rows in zip(sensitivity, projected.reshape(*tokens.shape[:2], -1), strict=True)
+        for s, rows in zip(sensitivity, reshaped(projected, *tokens.shape[:2], -1), strict=True)
     ]
     return np.stack(kept) if kept else np.zeros((0, count), np.int64)
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_floating, flag, integer, real
+from longattn._arrays import Array, as_numpy, like, reshaped
+from longattn._checks import check_floating, flag, integer, real, shape_of
 from longattn.dense.attention import attention
 from longattn.kv.evict.expiry import FOREVER, as_flags, expiring_attention
 from longattn.kv.evict.policy import Mask, Policy
@@ -51,7 +51,9 @@ def attention_gate(
     heads, tau = integer(heads, "heads", 1), real(tau, "tau")
     if not 0 <= tau <= 1:
         raise ValueError(f"tau: got {tau}, expected 0 to 1")
-    width = as_numpy(wq, "wq").shape[-1]
+    if len(shape_of(wq, "wq")) != 2:
+        raise ValueError(f"wq: got shape {shape_of(wq, 'wq')}, expected [{xn.shape[-1]}, width]")
+    width = shape_of(wq, "wq")[1]
     shapes = {"wq": (xn.shape[-1], width), "wk": (xn.shape[-1], width), "wv": (xn.shape[-1], width)}
     weights = {}
     for name, w in (("wq", wq), ("wk", wk), ("wv", wv), ("wo", wo)):
@@ -192,7 +194,7 @@ class AttentionGate(Policy):
 
 
 def _heads(x: NDArray[Any], heads: int) -> NDArray[Any]:
-    return x.reshape(*x.shape[:-1], heads, -1).swapaxes(-3, -2)
+    return reshaped(x, *x.shape[:-1], heads, -1).swapaxes(-3, -2)
 
 
 def _last_visible(flags: NDArray[np.bool_], keep_self: bool) -> NDArray[np.int64]:

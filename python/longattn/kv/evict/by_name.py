@@ -117,7 +117,7 @@ def make(kind: str, rows: int, *, kv_heads: int, sinks: int = 4, window: int = 6
 
 def check(kind: str, parameters: Mapping[str, Any]) -> None:
     """Refuses an unknown kind, and parameters that it does not have."""
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     known = list(inspect.signature(KINDS[kind].policy).parameters)
     for name in parameters:

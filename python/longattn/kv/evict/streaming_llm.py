@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import integer, shape_of
+from longattn._checks import integer, per_head, shape_of
 from longattn.dense.attention import attention
 from longattn.kv.evict.policy import Mask, Policy
 from longattn.methods import Method
@@ -93,7 +93,12 @@ def sink_window_attention(
         `Hq * Lq * (sinks + window) * (D + Dv)` multiply-adds.
     """
     sinks, window = integer(sinks, "sinks", 0), integer(window, "window", 1)
-    rows, keys = shape_of(q, "q")[-2], shape_of(k, "k")[-2]
+    for x, name in ((q, "q"), (k, "k"), (v, "v")):
+        if len(shape_of(x, name)) not in (3, 4):
+            raise ValueError(f"{name}: got shape {shape_of(x, name)}, expected rank 3 or 4")
+    if sink_logits is not None:
+        per_head(sink_logits, "sink_logits", q.shape[-3])
+    rows, keys = q.shape[-2], k.shape[-2]
     options: dict[str, Any] = {"scale": scale, "softcap": softcap}
     if sinks == 0 or keys <= sinks:
         sides = (-1, -1) if sinks else (window - 1, -1)
