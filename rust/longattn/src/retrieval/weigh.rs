@@ -432,11 +432,10 @@ impl WeighTile<'_, '_> {
         by: &Vectors<S, H>,
     ) -> [S::F32; H] {
         let mut weights = [s.zero(); H];
-        for h in 0..H {
-            let at = self.scores.as_ptr().wrapping_add((first + h) * TILE + j);
+        for (h, weight) in weights.iter_mut().enumerate() {
             // SAFETY: the caller's promise.
-            let x = unsafe { s.load(at) };
-            weights[h] = if SLOPED { s.exp2(s.fma(x, by.slopes[h], by.shifts[h])) } else { s.mul(x, by.slopes[h]) };
+            let x = unsafe { s.load(self.scores.as_ptr().add((first + h) * TILE + j)) };
+            *weight = if SLOPED { s.exp2(s.fma(x, by.slopes[h], by.shifts[h])) } else { s.mul(x, by.slopes[h]) };
         }
         weights
     }
@@ -464,16 +463,16 @@ impl WeighTile<'_, '_> {
                 }
                 s.store(to, mean);
                 if by_mass {
-                    for h in 0..H {
+                    for (h, &weight) in weights.iter().enumerate() {
                         let factor = s.splat(self.weigh.heads[first + h].turn().factor);
                         let rest = &mut self.weigh.rest[(first + h) * TILE + j..][..S::LANES];
-                        s.store(rest.as_mut_ptr(), s.mul(weights[h], factor));
+                        s.store(rest.as_mut_ptr(), s.mul(weight, factor));
                     }
                 }
             }
         }
-        for h in 0..H {
-            self.weigh.weights.rest[first + h] += f64::from(s.sum(sums[h]));
+        for (h, &sum) in sums.iter().enumerate() {
+            self.weigh.weights.rest[first + h] += f64::from(s.sum(sum));
         }
     }
 
