@@ -309,7 +309,12 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("make", "change", "error", "message"), BAD, ids=lambda x: re.sub(r"\s+", " ", str(x))[:40])
+def _name(x):
+    # The same in every process: what a function prints as has its address.
+    return re.sub(r"\s+", " ", getattr(x, "__name__", str(x)))[:40]
+
+
+@pytest.mark.parametrize(("make", "change", "error", "message"), BAD, ids=_name)
 def test_bad_arguments(make, change, error, message):
     arguments = ({} if make is la.index.random_weights else {"store": STORE}) | change
     with pytest.raises(error, match=re.escape(message)):
