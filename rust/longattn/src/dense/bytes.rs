@@ -11,6 +11,7 @@
 //! `b_j` taken off.
 
 use super::Problem;
+use super::micro::Product;
 use super::rows::{Row, Rows, Strided, widen_row, with_rows};
 use super::scores::RowId;
 use super::tile::QUERY_ROWS;
@@ -277,7 +278,24 @@ pub(super) struct ByteProduct<'a> {
     pub(super) first_key: usize,
 }
 
-impl<S: Simd> super::micro::Product<S> for ByteProduct<'_> {
+impl ByteProduct<'_> {
+    /// Scores of row `r` for the keys from `column` on from their sums of products, integers that `row` holds; its length is a multiple
+    /// of `LANES`.
+    #[inline(always)]
+    pub(super) fn finish_row<S: Simd>(self, s: S, r: usize, column: usize, row: &mut [f32]) {
+        for (i, part) in row.chunks_exact_mut(S::LANES).enumerate() {
+            let column = column + i * S::LANES;
+            let p = part.as_mut_ptr();
+            // SAFETY: the part has LANES floats or integers.
+            unsafe {
+                let sum = s.add_i32(s.load_bytes(p.cast()), Product::start(self, s, p, column));
+                s.store(p, self.finish(s, sum, r, column));
+            }
+        }
+    }
+}
+
+impl<S: Simd> Product<S> for ByteProduct<'_> {
     type Sum = S::I32;
     type Part = S::I32;
 

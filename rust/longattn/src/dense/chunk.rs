@@ -219,7 +219,7 @@ fn attend(
         ));
     }
     let dense = Options { scale: options.scale, softcap: options.softcap, sinks: options.sinks, ..Options::default() };
-    let problem = Problem::new(q, reader.keys().into(), reader.values().into(), dense)?;
+    let problem = Problem::new(q, reader.keys().into(), reader.values().into(), dense)?.on(isa);
     check_outputs(&problem, out, lse)?;
     let paths = reader.paths(ids)?;
     let mut order: Vec<usize> = (0..ids.len()).collect();

@@ -28,8 +28,11 @@ mod options;
 pub(crate) mod packed;
 pub(crate) mod packing;
 mod pairs;
+pub(crate) mod parts;
 mod ranks;
 mod reduce;
+mod register_rows;
+mod registers;
 pub(crate) mod rows;
 pub(crate) mod run;
 pub(crate) mod scores;
@@ -55,11 +58,14 @@ pub use weighted::{Weights, weighted_attention};
 pub use weights::attention_weights;
 
 use crate::parallel::Execution;
-use crate::simd::{self, Kernel, Simd, dispatch};
+use crate::simd::tiles::{self, Tiles};
+use crate::simd::{self, Isa, Kernel, MAX_ROWS, Simd, dispatch};
 use crate::tensor::{DType, Element, Error, KvView, Result, TensorView, TensorViewMut, with_element};
 use bytes::{ByteKeys, ByteRows};
 use keys::{Keys, List};
 use packed::PackedHeads;
+use parts::Parts;
+use registers::BlockState;
 use rows::{Indexed, widen_row, with_rows};
 use run::{Job, Partial, run};
 use scores::{RowId, Running, exp_difference};
@@ -78,6 +84,8 @@ pub(crate) struct Problem<'a> {
     pub(crate) byte_keys: Option<&'a ByteKeys<'a>>,
     /// Keys and values of the heads that are computed, packed, where blocks of them are picked.
     pub(crate) packed: Option<&'a PackedHeads<'a>>,
+    /// Matrix registers of the instruction set that it runs on, which [`Self::on`] says.
+    pub(crate) tiles: Option<Tiles>,
     pub(crate) options: Options<'a>,
     /// Factor of all dot products; 1 where each row has its own.
     pub(crate) scale: f32,
@@ -131,6 +139,7 @@ impl<'a> Problem<'a> {
             v,
             byte_keys: None,
             packed: None,
+            tiles: None,
             options,
             scale,
             log_skip,
@@ -143,6 +152,16 @@ impl<'a> Problem<'a> {
             dim,
             value_dim,
         })
+    }
+
+    /// The problem as it runs on an instruction set.
+    pub(crate) fn on(self, isa: Isa) -> Self {
+        Self { tiles: isa.tiles(), ..self }
+    }
+
+    /// Query rows that items are best made of, a divisor of [`QUERY_ROWS`].
+    pub(crate) fn row_step(&self) -> usize {
+        if self.tiles.is_some() { tiles::BLOCK } else { MAX_ROWS }
     }
 
     /// Position of a query row among the keys; negative when there are more queries than keys.
@@ -237,39 +256,48 @@ impl Kernel for Item<'_, '_> {
         let Self { problem, ids, keys, list, scratch, finish } = self;
         let n = ids.len();
         let few = n <= MAX_QUERY_ROWS;
-        let padded_rows = if few { n } else { n.next_multiple_of(S::ROWS) };
-        let pairs = !few && tile::multiplies_pairs::<S>(problem);
-        let as_bytes = !few && S::DOT_BYTES && problem.byte_keys.is_some() && list.is_none();
-        let dp = match (as_bytes, pairs) {
-            (true, _) => bytes::words(problem.dim),
-            (_, true) => problem.dim / 2,
-            _ => problem.dim,
-        }
-        .next_multiple_of(S::LANES);
+        let as_bytes = !few && S::DOT_BYTES && list.is_none();
+        let byte_keys = problem.byte_keys.filter(|_| as_bytes);
+        let parts = if few { None } else { Parts::of::<S>(problem, byte_keys.is_some()) };
+        let pairs = !few && parts.is_none() && tile::multiplies_pairs::<S>(problem);
+        let padded_rows = match parts {
+            _ if few => n,
+            Some(_) => n.next_multiple_of(tiles::TILE),
+            None => n.next_multiple_of(S::ROWS),
+        };
+        let dp = match (byte_keys, parts) {
+            (Some(_), _) => bytes::words(problem.dim).next_multiple_of(S::LANES),
+            (_, Some(parts)) => parts.query_width(problem.dim),
+            _ if pairs => (problem.dim / 2).next_multiple_of(S::LANES),
+            _ => problem.dim.next_multiple_of(S::LANES),
+        };
         let vp = problem.value_dim.next_multiple_of(if few { S::LANES } else { micro::panel::<S>() });
         let queries = scratch.queries.take(padded_rows * dp);
-        let form = match problem.byte_keys {
-            Some(all) if as_bytes => {
-                let rows = load_query_bytes(s, problem, all, ids, dp, queries);
-                Form::Bytes { rows, keys: all.of(problem, ids[0]) }
-            }
-            _ => {
-                for (r, &id) in ids.iter().enumerate() {
-                    let to = &mut queries[r * dp..(r + 1) * dp];
-                    if pairs {
-                        load_query_pairs(problem, id, to);
-                    } else {
-                        load_query(s, problem, id, to);
+        let byte_rows = byte_keys.map(|all| load_query_bytes(s, problem, all, ids, dp, queries));
+        if byte_keys.is_none() {
+            let wide = scratch.extra.take(problem.dim.next_multiple_of(S::LANES));
+            for (r, &id) in ids.iter().enumerate() {
+                let row = r * dp..(r + 1) * dp;
+                match parts {
+                    Some(parts) => {
+                        if !parts.scales_products {
+                            load_query(s, problem, id, wide);
+                        }
+                        parts.load_query(s, problem, id, r, wide, queries);
                     }
+                    None if pairs => load_query_pairs(problem, id, &mut queries[row]),
+                    None => load_query(s, problem, id, &mut queries[row]),
                 }
-                if pairs { Form::Pairs } else { Form::Floats }
             }
-        };
-        queries[n * dp..padded_rows * dp].fill(0.0);
+        }
+        if byte_keys.is_some() || parts.is_none() {
+            queries[n * dp..padded_rows * dp].fill(0.0);
+        }
         let outputs = scratch.outputs.take(padded_rows * vp);
         outputs[..padded_rows * vp].fill(0.0);
         let mut running = [Running::EMPTY; QUERY_ROWS];
         let running = &mut running[..n];
+        let of_bytes = byte_rows.zip(byte_keys).map(|(rows, all)| (rows, all.of(problem, ids[0])));
 
         if few {
             let scores = scratch.scores.take(n * stream::KEYS);
@@ -289,7 +317,20 @@ impl Kernel for Item<'_, '_> {
                     }
                 });
             }
+        } else if let Some(parts) = parts {
+            let form = match of_bytes {
+                Some((rows, keys)) => registers::Form::Bytes { rows, keys, width: dp },
+                None => registers::Form::Parts,
+            };
+            let mut state = BlockState { parts, form, queries, outputs, padded_value_dim: vp, running };
+            let Scratch { keys: kb, values: vb, scores: sb, extra, .. } = scratch;
+            registers::attend(s, problem, ids, keys, list.as_ref(), &mut state, kb, vb, sb, extra);
         } else {
+            let form = match of_bytes {
+                Some((rows, keys)) => Form::Bytes { rows, keys },
+                None if pairs => Form::Pairs,
+                None => Form::Floats,
+            };
             let mut state = TileState { queries, padded_dim: dp, form, outputs, padded_value_dim: vp, running };
             let Scratch { keys: kb, values: vb, scores: sb, extra, .. } = scratch;
             tile::attend(s, problem, ids, keys, list.as_ref(), &mut state, kb, vb, sb, extra);
@@ -360,9 +401,10 @@ pub(crate) fn finish_row<S: Simd>(s: S, job: &Job, id: RowId, keys: &Keys, runni
     }
     let lse = normalise(s, problem, id, running, outputs);
     let row = &outputs[..problem.value_dim];
-    let all = matches!(keys, Keys::Range(_)) && !problem.hides(id);
+    // An infinite number has no parts.
+    let all = matches!(keys, Keys::Range(_)) && !problem.hides(id) && problem.tiles.is_none();
     if all || row.iter().all(|x| x.is_finite()) {
-        write_row(job, id, row, lse);
+        write_row(s, job, id, row, lse);
     } else {
         careful_row(job, id, keys);
     }
@@ -387,10 +429,19 @@ fn normalise<S: Simd>(s: S, problem: &Problem, id: RowId, running: Running, outp
     total.lse()
 }
 
-fn write_row(job: &Job, id: RowId, row: &[f32], lse: f32) {
+#[inline(always)]
+fn write_row<S: Simd>(s: S, job: &Job, id: RowId, row: &[f32], lse: f32) {
     with_element!(job.out.dtype(), O => {
         let out = job.out.row_ptr::<O>(id.batch, id.head, id.row);
-        for (d, &x) in row.iter().enumerate() {
+        let mut whole = 0;
+        if S::DOT2_BF16 && O::DTYPE == DType::BF16 {
+            whole = row.len() / S::LANES * S::LANES;
+            for d in (0..whole).step_by(S::LANES) {
+                // SAFETY: the output row has value_dim elements, and no other worker holds this row.
+                unsafe { s.store_bf16(out.add(d).cast(), s.load(row.as_ptr().add(d))) };
+            }
+        }
+        for (d, &x) in row.iter().enumerate().skip(whole) {
             // SAFETY: the output row has value_dim elements, and no other worker holds this row.
             unsafe { out.add(d).write(O::from_f32(x)) };
         }
@@ -443,7 +494,7 @@ fn careful_row(job: &Job, id: RowId, keys: &Keys) {
                 });
             }
             let lse = normalise(s, problem, id, running[0], &mut outputs);
-            write_row(job, id, &outputs[..problem.value_dim], lse);
+            write_row(s, job, id, &outputs[..problem.value_dim], lse);
         }
     }
     dispatch(simd::current(), Careful(job, id, keys));

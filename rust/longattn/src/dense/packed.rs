@@ -3,6 +3,7 @@
 use super::Problem;
 use super::micro::panel;
 use super::packing::{PackKeys, PackValues};
+use super::parts::{PackKeyParts, PackValueParts, Parts};
 use super::rows::{Rows, Strided, numbers, with_rows};
 use super::scratch::Buffer;
 use super::tile::{KEYS, multiplies_pairs};
@@ -41,8 +42,13 @@ pub(crate) fn with_room<R>(work: impl FnOnce(&mut PackedRoom) -> R) -> R {
 pub(crate) struct Packing {
     /// Keys of a panel.
     pub(crate) panel: usize,
+    parts: Option<Parts>,
+    /// Floats that a key takes.
     key_width: usize,
+    /// Floats that a value takes in a panel of columns.
     value_width: usize,
+    /// Panels of columns.
+    columns: usize,
     /// Keys of a head, up to whole panels.
     padded_keys: usize,
 }
@@ -56,11 +62,13 @@ impl Kernel for Layout<'_> {
     fn run<S: Simd>(self, _: S) -> Packing {
         let problem = self.0;
         let dim = if multiplies_pairs::<S>(problem) { problem.dim / 2 } else { problem.dim };
-        let panel = panel::<S>();
+        let (panel, parts) = (panel::<S>(), Parts::of::<S>(problem, false));
         Packing {
             panel,
-            key_width: dim.next_multiple_of(S::LANES),
-            value_width: problem.value_dim.next_multiple_of(panel),
+            parts,
+            key_width: parts.map_or(dim.next_multiple_of(S::LANES), |parts| parts.key_width(problem.dim)),
+            value_width: parts.map_or(panel, |parts| parts.value_width()),
+            columns: problem.value_dim.div_ceil(panel),
             padded_keys: problem.keys.next_multiple_of(panel),
         }
     }
@@ -74,7 +82,7 @@ impl Packing {
 
     /// KV heads that are packed at a time.
     pub(crate) fn heads_together(&self) -> usize {
-        (ROOM / (self.padded_keys * (self.key_width + self.value_width)).max(1)).max(1)
+        (ROOM / (self.padded_keys * (self.key_width + self.columns * self.value_width)).max(1)).max(1)
     }
 }
 
@@ -98,12 +106,12 @@ impl<'a> PackedHeads<'a> {
         room: &'a mut PackedRoom,
         execution: &Execution,
     ) -> Result<Self> {
-        let Packing { panel, key_width, value_width, padded_keys } = packing;
-        let (count, columns) = (heads.len(), value_width / panel);
+        let Packing { panel, key_width, value_width, columns, padded_keys, .. } = packing;
+        let count = heads.len();
         let keys = room.keys.take(count * padded_keys * key_width);
-        let values = room.values.take(count * padded_keys * value_width);
+        let values = room.values.take(count * columns * padded_keys * value_width);
         let to_keys = TensorViewMut::new(keys, [1, count, padded_keys / panel, key_width * panel])?;
-        let to_values = TensorViewMut::new(values, [1, count * columns, padded_keys, panel])?;
+        let to_values = TensorViewMut::new(values, [1, count * columns, padded_keys, value_width])?;
         let pieces = problem.keys.div_ceil(KEYS);
         for_each(execution, count * pieces, |i| {
             let (head, start) = (i / pieces, i % pieces * KEYS);
@@ -125,12 +133,20 @@ impl<'a> PackedHeads<'a> {
         &self.keys[(head * padded_keys + key) * key_width..][..panel * key_width]
     }
 
-    /// A panel of columns of a head's values, `[padded keys, panel]`.
+    /// The packed values of the keys `keys` in a panel of columns; `keys` begins with a multiple of the panel's keys.
     #[inline(always)]
-    pub(crate) fn values(&self, problem: &Problem, batch: usize, kv_head: usize, column: usize) -> &[f32] {
-        let Packing { panel, value_width, padded_keys, .. } = self.packing;
+    pub(crate) fn values(
+        &self,
+        problem: &Problem,
+        batch: usize,
+        kv_head: usize,
+        column: usize,
+        keys: Range<usize>,
+    ) -> &[f32] {
+        let Packing { panel, value_width, columns, padded_keys, .. } = self.packing;
         let head = batch * problem.kv_heads + kv_head - self.first;
-        &self.values[(head * value_width + column * panel) * padded_keys..][..padded_keys * panel]
+        let all = &self.values[(head * columns + column) * padded_keys * value_width..][..padded_keys * value_width];
+        &all[keys.start * value_width..keys.end.next_multiple_of(panel) * value_width]
     }
 }
 
@@ -149,12 +165,23 @@ impl PackPiece<'_> {
     #[inline(always)]
     fn pack<S: Simd, K: Rows, V: Rows>(self, s: S, k: K, v: V, dim: usize) {
         let Self { problem, packing, rows, to_keys, to_values, .. } = self;
-        let Packing { panel, key_width, value_width, padded_keys } = packing;
-        let mut wide = vec![0f32; (panel * key_width).max(value_width)];
+        let Packing { panel, key_width, columns, padded_keys, .. } = packing;
+        let padded_dim = columns * panel;
+        let mut wide = vec![0f32; (panel * key_width).max(padded_dim)];
         let wide = wide.as_mut_ptr();
         s.call(PackKeys { k, keys: rows.clone(), dim, padded_dim: key_width, wide, to: to_keys });
-        let (dim, padded_dim) = (problem.value_dim, value_width);
+        let dim = problem.value_dim;
         s.call(PackValues { v, keys: rows, dim, padded_dim, wide, between: padded_keys, to: to_values });
+    }
+
+    #[inline(always)]
+    fn pack_parts<S: Simd, K: Rows, V: Rows>(self, s: S, parts: Parts, k: K, v: V) {
+        let Self { problem, packing, rows, to_keys, to_values, .. } = self;
+        let mut wide = vec![0f32; parts.room(problem.dim)];
+        let wide = wide.as_mut_ptr();
+        s.call_pairs(PackKeyParts { parts, k, keys: rows.clone(), dim: problem.dim, wide, to: to_keys });
+        let between = packing.padded_keys * packing.value_width;
+        s.call_pairs(PackValueParts { parts, v, keys: rows, dim: problem.value_dim, between, to: to_values });
     }
 }
 
@@ -164,7 +191,9 @@ impl Kernel for PackPiece<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let (problem, batch, kv_head) = (self.problem, self.batch, self.kv_head);
-        if multiplies_pairs::<S>(problem) {
+        if let Some(parts) = self.packing.parts {
+            with_rows!(problem, batch, kv_head, |k, v| self.pack_parts(s, parts, k, v));
+        } else if multiplies_pairs::<S>(problem) {
             let k = numbers::<bf16>(&problem.k, batch, kv_head);
             let k = Strided { base: k.base.cast::<f32>(), stride: k.stride / 2 };
             self.pack(s, k, numbers::<bf16>(&problem.v, batch, kv_head), problem.dim / 2);

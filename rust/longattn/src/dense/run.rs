@@ -30,6 +30,11 @@ impl<'a, 'o> Job<'a, 'o> {
     pub(crate) fn new(problem: Problem<'a>, out: &'o TensorViewMut<'o>, lse: &'o TensorViewMut<'o>) -> Self {
         Self { problem, out, lse, max: None }
     }
+
+    /// The job as it runs on an instruction set.
+    pub(crate) fn on(&self, isa: Isa) -> Self {
+        Self { problem: self.problem.on(isa), ..*self }
+    }
 }
 
 /// Query rows of heads that share a KV head, and their keys: row r is query `r / heads` of head `r % heads` of these.
@@ -95,7 +100,7 @@ pub(crate) fn push_row_blocks<'a>(
         ..=MAX_QUERY_ROWS => rows,
         _ if matches!(keys, Keys::Range(_)) => QUERY_ROWS,
         // Lists are short and blocks of like length make the most of the keys that each has to pack.
-        _ => rows.div_ceil(rows.div_ceil(QUERY_ROWS)).next_multiple_of(12),
+        _ => rows.div_ceil(rows.div_ceil(QUERY_ROWS)).next_multiple_of(problem.row_step()),
     };
     let (first_row, last_row) = (queries.start * n, queries.end * n);
     for first in (first_row..last_row).step_by(step) {
@@ -163,6 +168,7 @@ pub(crate) fn run(isa: Isa, jobs: &[Job], execution: &Execution) -> Result<()> {
 
 /// Runs row blocks, which hold every query row of the jobs once.
 pub(crate) fn run_blocks(isa: Isa, jobs: &[Job], blocks: &[RowBlock], execution: &Execution) -> Result<()> {
+    let jobs: Vec<_> = jobs.iter().map(|job| job.on(isa)).collect();
     let longest = blocks.iter().map(|b| b.count).max().unwrap_or(0);
     let length = split_length(blocks.len(), longest);
     // (block, piece), the long ones first

@@ -232,41 +232,142 @@ pub(crate) fn is_negligible(problem: &Problem, scores: &[f32], visible: Range<us
     below
 }
 
+/// Where a row's weights go.
+pub(crate) trait Weights<S: Simd> {
+    /// Takes the weights of the keys from `j` on, a multiple of `LANES`.
+    ///
+    /// # Safety
+    /// The row of scores has those keys.
+    unsafe fn take(&mut self, s: S, j: usize, weights: S::F32);
+
+    /// Takes the weights of the keys from `j` on, a multiple of `2 * LANES`.
+    ///
+    /// # Safety
+    /// The row of scores has those keys.
+    #[inline(always)]
+    unsafe fn take_two(&mut self, s: S, j: usize, weights: [S::F32; 2]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.take(s, j, weights[0]);
+            self.take(s, j + S::LANES, weights[1]);
+        }
+    }
+}
+
+/// In the place of the scores.
+struct InPlace(*mut f32);
+
+impl<S: Simd> Weights<S> for InPlace {
+    #[inline(always)]
+    unsafe fn take(&mut self, s: S, j: usize, weights: S::F32) {
+        // SAFETY: the caller's promise.
+        unsafe { s.store(self.0.add(j), weights) };
+    }
+}
+
 /// One block's step of the online softmax: turns `scores[visible]` into `exp(s - max)`, everything else into 0, and returns the
 /// new running state with the factor that rescales what was accumulated before.
 #[inline(always)]
 pub(crate) fn online_softmax<S: Simd>(s: S, scores: &mut [f32], visible: Range<usize>, old: Running) -> (Running, f32) {
+    let max = largest_logit::<S, false>(s, scores, visible.clone(), 1.0, old);
+    let mut weights = InPlace(scores.as_mut_ptr());
+    weights_below::<S, _, false>(s, scores, visible, 1.0, max, old, false, &mut weights)
+}
+
+/// Largest logit of a block and of what a row saw before. `scores` are logits, or with `SCALED` want the factor `scale`; those that are not visible
+/// are overwritten by what no logit is below.
+#[inline(always)]
+pub(crate) fn largest_logit<S: Simd, const SCALED: bool>(
+    s: S,
+    scores: &mut [f32],
+    visible: Range<usize>,
+    scale: f32,
+    old: Running,
+) -> f32 {
     let n = scores.len();
     debug_assert!(n.is_multiple_of(S::LANES) && visible.end <= n);
     if visible.is_empty() {
-        scores.fill(0.0);
-        return (old, 1.0);
+        return old.max;
     }
-    scores[..visible.start].fill(f32::NEG_INFINITY);
-    scores[visible.end..].fill(f32::NEG_INFINITY);
-    let p = scores.as_mut_ptr();
-    let mut largest = s.splat(f32::NEG_INFINITY);
-    for j in (0..n).step_by(S::LANES) {
-        // SAFETY: n is a multiple of LANES.
-        largest = s.max(unsafe { s.load(p.add(j)) }, largest);
+    let hidden = if scale < 0.0 { f32::INFINITY } else { f32::NEG_INFINITY };
+    scores[..visible.start].fill(hidden);
+    scores[visible.end..].fill(hidden);
+    let (p, factor) = (scores.as_ptr(), s.splat(scale));
+    // Two, so that one need not wait for the other.
+    let mut largest = [s.splat(f32::NEG_INFINITY); 2];
+    for j in (0..n).step_by(2 * S::LANES) {
+        // SAFETY: n is a multiple of LANES; the last vector may be taken twice.
+        let x = unsafe { [s.load(p.add(j)), s.load(p.add((j + S::LANES).min(n - S::LANES)))] };
+        let x = if SCALED { [s.mul(x[0], factor), s.mul(x[1], factor)] } else { x };
+        largest = [s.max(x[0], largest[0]), s.max(x[1], largest[1])];
     }
-    let max = s.max_lane(largest).max(old.max);
-    if max == f32::NEG_INFINITY {
+    s.max_lane(s.max(largest[0], largest[1])).max(old.max)
+}
+
+/// Weights of a block, `exp(score - max)`, with `SCALED` `exp(scale * score - max)`, for the `max` of [`largest_logit`], 0 for what is not visible; they go to `to`.
+/// `rough` ones, up to 1e-6 and 2^-23 of `max` off, take less time. Returns the new running state and the factor that rescales what was accumulated
+/// before.
+#[inline(always)]
+pub(crate) fn weights_below<S: Simd, W: Weights<S>, const SCALED: bool>(
+    s: S,
+    scores: &[f32],
+    visible: Range<usize>,
+    scale: f32,
+    max: f32,
+    old: Running,
+    rough: bool,
+    to: &mut W,
+) -> (Running, f32) {
+    let (n, p) = (scores.len(), scores.as_ptr());
+    if visible.is_empty() || max == f32::NEG_INFINITY {
+        let mut j = 0;
+        while j < n {
+            // SAFETY: n is a multiple of LANES.
+            unsafe {
+                if j + 2 * S::LANES <= n {
+                    to.take_two(s, j, [s.zero(); 2]);
+                } else {
+                    to.take(s, j, s.zero());
+                }
+            }
+            j += 2 * S::LANES;
+        }
         // Nothing visible but -inf, unless a NaN hides here (the vector maximum passes over them).
         let nan = scores[visible].iter().any(|x| x.is_nan());
-        scores.fill(0.0);
         return (if nan { Running { max: 0.0, sum: f32::NAN } } else { old }, 1.0);
     }
-    let shift = s.splat(max);
-    let mut sum = s.zero();
-    for j in (0..n).step_by(S::LANES) {
-        // SAFETY: n is a multiple of LANES.
-        unsafe {
-            let e = s.exp(s.sub(s.load(p.add(j)), shift));
-            s.store(p.add(j), e);
-            sum = s.add(sum, e);
-        }
+    let log2_e = std::f32::consts::LOG2_E;
+    let (factor, shift) = (s.splat(scale), s.splat(max));
+    let (factor2, shift2) = (s.splat(scale * log2_e), s.splat(-max * log2_e));
+    // A macro, not a closure: vectors pass through.
+    macro_rules! weights {
+        ($j:expr) => {{
+            // SAFETY: n is a multiple of LANES, and j below n.
+            unsafe {
+                let x = s.load(p.add($j));
+                match rough {
+                    true => s.exp2(s.fma(x, factor2, shift2)),
+                    false if SCALED => s.exp(s.sub(s.mul(x, factor), shift)),
+                    false => s.exp(s.sub(x, shift)),
+                }
+            }
+        }};
+    }
+    let mut sums = [s.zero(); 2];
+    let mut j = 0;
+    while j + 2 * S::LANES <= n {
+        let two = [weights!(j), weights!(j + S::LANES)];
+        // SAFETY: the row has both vectors.
+        unsafe { to.take_two(s, j, two) };
+        sums = [s.add(sums[0], two[0]), s.add(sums[1], two[1])];
+        j += 2 * S::LANES;
+    }
+    if j < n {
+        let one = weights!(j);
+        // SAFETY: the row has this vector.
+        unsafe { to.take(s, j, one) };
+        sums[0] = s.add(sums[0], one);
     }
     let factor = exp_difference(old.max, max);
-    (Running { max, sum: old.sum * factor + s.sum(sum) }, factor)
+    (Running { max, sum: old.sum * factor + s.sum(s.add(sums[0], sums[1])) }, factor)
 }

@@ -18,6 +18,7 @@ use super::rows::{Indexed, Rows, Strided, numbers, prefetch_bytes, with_rows};
 use super::scores::{RowId, Running, is_negligible, modify, modify_listed, online_softmax};
 use super::scratch::Buffer;
 use super::stream::scale_row;
+use crate::simd::tiles::BLOCK;
 use crate::simd::{MAX_ROWS, Simd};
 use crate::tensor::{DType, KvView};
 use half::bf16;
@@ -26,12 +27,13 @@ use std::ops::Range;
 /// Keys per block.
 pub(crate) const KEYS: usize = 256;
 
-/// Query rows per item, a multiple of every instruction set's `ROWS`.
+/// Query rows per item, a multiple of every instruction set's `ROWS` and of the matrix registers' blocks.
 pub(crate) const QUERY_ROWS: usize = 192;
 
 const _: () = assert!(
     QUERY_ROWS.is_multiple_of(12) && QUERY_ROWS.is_multiple_of(6) && QUERY_ROWS.is_multiple_of(4) && MAX_ROWS == 12
 );
+const _: () = assert!(QUERY_ROWS.is_multiple_of(BLOCK) && KEYS.is_multiple_of(BLOCK));
 
 /// Whether queries and keys of a problem can stay pairs of bf16.
 #[inline(always)]
@@ -78,7 +80,7 @@ unsafe fn pack<S: Simd, K: Rows, V: Rows>(
 
 /// Where the run of keys that follow one another from `index[from]` on ends, `end` at the latest.
 #[inline(always)]
-fn run_end(index: &[u32], from: usize, end: usize) -> usize {
+pub(super) fn run_end(index: &[u32], from: usize, end: usize) -> usize {
     let mut to = from + 1;
     while to < end && index[to] == index[to - 1] + 1 {
         to += 1;
@@ -88,7 +90,7 @@ fn run_end(index: &[u32], from: usize, end: usize) -> usize {
 
 /// Asks memory for one of `parts` parts of what will be read next: packed heads are larger than what caches hold.
 #[inline(always)]
-fn ask_for(next: &[f32], part: usize, parts: usize) {
+pub(super) fn ask_for(next: &[f32], part: usize, parts: usize) {
     let step = next.len().div_ceil(parts).next_multiple_of(16);
     let start = (part * step).min(next.len());
     let piece = &next[start..(start + step).min(next.len())];
@@ -237,8 +239,8 @@ pub(crate) fn attend<S: Simd>(
                         heads.keys(problem, batch, head, index[start + (p + 1) * panel] as usize)
                     }
                     Some((heads, index)) if vp > 0 => {
-                        let run = index[start] as usize..=index[run_end(index, start, end) - 1] as usize;
-                        &heads.values(problem, batch, head, 0)[run.start() * panel..(run.end() + 1) * panel]
+                        let run = index[start] as usize..index[run_end(index, start, end) - 1] as usize + 1;
+                        heads.values(problem, batch, head, 0, run)
                     }
                     _ => &[],
                 };
@@ -319,27 +321,22 @@ pub(crate) fn attend<S: Simd>(
                 None => (end, 0),
             };
             let (first, last) = (from - start, to - start);
+            let (batch, head) = (ids[0].batch, ids[0].head / problem.group);
             for p in 0..vp / panel {
                 let b = match packed {
-                    Some((heads, _)) => {
-                        &heads.values(problem, ids[0].batch, ids[0].head / problem.group, p)[values * panel..]
-                    }
+                    Some((heads, _)) => heads.values(problem, batch, head, p, values..values + to - from),
                     None => &packed_values[p * KEYS * panel..],
                 };
                 assert!(b.len() >= (to - from) * panel);
                 let next = match packed {
                     Some((heads, _)) if (p + 1) * panel < vp => {
-                        let columns = heads.values(problem, ids[0].batch, ids[0].head / problem.group, p + 1);
-                        &columns[values * panel..(values + to - from) * panel]
+                        heads.values(problem, batch, head, p + 1, values..values + to - from)
                     }
                     Some((heads, index)) if to < end => {
-                        let columns = heads.values(problem, ids[0].batch, ids[0].head / problem.group, 0);
                         let first = index[to] as usize;
-                        &columns[first * panel..(first + run_end(index, to, end) - to) * panel]
+                        heads.values(problem, batch, head, 0, first..first + run_end(index, to, end) - to)
                     }
-                    Some((heads, index)) if end < keys.end => {
-                        heads.keys(problem, ids[0].batch, ids[0].head / problem.group, index[end] as usize)
-                    }
+                    Some((heads, index)) if end < keys.end => heads.keys(problem, batch, head, index[end] as usize),
                     _ => &[],
                 };
                 for (t, &(low, high)) in ranges.iter().enumerate().take(tiles) {

@@ -190,6 +190,20 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
         instructions!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
     }
     #[inline(always)]
+    fn exp2(self, x: __m512) -> __m512 {
+        // 2^r for 0 <= r < 1, relative error below 1.5e-7 and none at 0: scaling rounds the exponent down, as the rest is taken.
+        const POWERS: [f32; 6] = [0.001_867_130_05, 0.009_017_030_7, 0.055_799_913, 0.240_164_44, 0.693_151_3, 1.0];
+        instructions!({
+            let r = _mm512_reduce_ps::<1>(x);
+            let mut p = _mm512_set1_ps(POWERS[0]);
+            for c in &POWERS[1..] {
+                p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
+            }
+            let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(-126.0));
+            _mm512_maskz_scalef_ps(normal, p, x)
+        })
+    }
+    #[inline(always)]
     fn scale2(self, a: __m512, n: __m512) -> __m512 {
         instructions!({
             let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(n, _mm512_set1_ps(-126.0));
@@ -487,6 +501,32 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
         if BF16 {
             // SAFETY: both types are sixteen numbers of two plain bytes, for which the caller vouches.
             unsafe { _mm256_storeu_si256(p.cast(), std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v))) }
+        } else {
+            unreachable!("only where pairs are multiplied");
+        }
+    }
+    #[inline(always)]
+    fn split_bf16(self, v: __m512) -> [__m512; 2] {
+        instructions!({
+            let part = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            let part = _mm512_castsi512_ps(part);
+            [part, _mm512_sub_ps(v, part)]
+        })
+    }
+    #[inline(always)]
+    fn pair_bf16(self, a: __m512, b: __m512) -> __m512 {
+        instructions!({
+            let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));
+            // a >> 16 | b & mask
+            let mask = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            _mm512_castsi512_ps(_mm512_ternarylogic_epi32::<0xf8>(_mm512_srli_epi32::<16>(a), b, mask))
+        })
+    }
+    #[inline(always)]
+    fn narrow_bf16(self, a: __m512, b: __m512) -> __m512i {
+        if BF16 {
+            // SAFETY: a value with BF16 proves that the CPU has it; both types are 512 plain bits.
+            unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a)) }
         } else {
             unreachable!("only where pairs are multiplied");
         }

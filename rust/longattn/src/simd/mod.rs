@@ -23,10 +23,12 @@ mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
+pub(crate) mod tiles;
 
 use crate::tensor::{DType, Element, Error, Result};
 use half::{bf16, f16};
 use std::sync::atomic::{AtomicU8, Ordering};
+use tiles::Tiles;
 
 /// Vectors of `f32` (and of 32-bit groups of bytes) of one instruction set.
 ///
@@ -323,6 +325,24 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn store_bf16(self, p: *mut bf16, v: Self::F32) {
         let _ = (p, v);
     }
+    /// The first eight bits of each lane, a bf16, as a float, and what is left: NaN of an infinite number. Only where
+    /// [`Self::DOT2_BF16`] says so, as the next two.
+    #[inline(always)]
+    fn split_bf16(self, v: Self::F32) -> [Self::F32; 2] {
+        [v, v]
+    }
+    /// Pairs of a bf16 of either vector, the first eight bits of each lane: those of `a` first.
+    #[inline(always)]
+    fn pair_bf16(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        let _ = b;
+        a
+    }
+    /// Rounds both to bf16, to nearest even: those of `a` first.
+    #[inline(always)]
+    fn narrow_bf16(self, a: Self::F32, b: Self::F32) -> Self::I32 {
+        let _ = (a, b);
+        self.splat_i32(0)
+    }
 
     /// Widening load of `LANES` elements.
     ///
@@ -436,7 +456,7 @@ pub(crate) const PANEL_VECTORS: usize = 2;
 pub(crate) const MAX_ROWS: usize = 12;
 
 /// An instruction set that kernels exist for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Isa {
     /// Portable code, on every machine.
@@ -451,10 +471,13 @@ pub enum Isa {
     Avx512Vnni,
     /// AVX-512 with VNNI and BF16 dot products.
     Avx512Bf16,
+    /// The same, with matrix registers that multiply bf16 and bytes.
+    Amx,
 }
 
 impl Isa {
-    const ALL: [Self; 6] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Bf16];
+    const ALL: [Self; 7] =
+        [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Bf16, Self::Amx];
 
     /// Name, as `LONGATTN_ISA` spells it.
     pub const fn name(self) -> &'static str {
@@ -465,6 +488,7 @@ impl Isa {
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512vnni",
             Self::Avx512Bf16 => "avx512bf16",
+            Self::Amx => "amx",
         }
     }
 
@@ -490,9 +514,16 @@ impl Isa {
             Self::Avx512Vnni => Self::Avx512.is_available() && is_x86_feature_detected!("avx512vnni"),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => Self::Avx512Vnni.is_available() && is_x86_feature_detected!("avx512bf16"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512Bf16.is_available() && Tiles::detect().is_some(),
             #[allow(unreachable_patterns, reason = "the arms above depend on the architecture")]
             _ => false,
         }
+    }
+
+    /// Matrix registers, on the instruction set that has them.
+    pub(crate) fn tiles(self) -> Option<Tiles> {
+        if self == Self::Amx { Tiles::detect() } else { None }
     }
 
     /// Every instruction set of this CPU, the best last.
@@ -591,7 +622,7 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         Isa::Avx512Vnni => unsafe { avx512::run_vnni(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Isa::Avx512Bf16 => unsafe { avx512::run_bf16(kernel) },
+        Isa::Avx512Bf16 | Isa::Amx => unsafe { avx512::run_bf16(kernel) },
         #[allow(unreachable_patterns, reason = "the arms above depend on the architecture")]
         _ => unreachable!("{} is not of this architecture", isa.name()),
     }

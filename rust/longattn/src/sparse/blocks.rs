@@ -88,6 +88,7 @@ fn attend(
     execution: &Execution,
 ) -> Result<()> {
     let (isa, BlockLists { lists, key_bounds: bounds }) = (simd::current(), blocks);
+    let problem = problem.on(isa);
     if let Some(gathering) = Gathering::new(&problem, blocks) {
         return gathering.run(isa, &Job::new(problem, out, lse), execution);
     }

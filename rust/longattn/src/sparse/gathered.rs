@@ -131,7 +131,8 @@ impl<'a> Gathering<'a> {
                 if members.is_empty() {
                     continue;
                 }
-                let size = members.len().div_ceil(members.len().div_ceil(QUERY_ROWS)).next_multiple_of(12);
+                let size =
+                    members.len().div_ceil(members.len().div_ceil(QUERY_ROWS)).next_multiple_of(problem.row_step());
                 for members in members.chunks(size) {
                     let mut ids = [RowId { batch: 0, head: 0, row: 0 }; QUERY_ROWS];
                     for (to, &r) in ids.iter_mut().zip(members) {

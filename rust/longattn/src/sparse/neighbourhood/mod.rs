@@ -151,8 +151,8 @@ pub fn neighbourhood(
     check_options(&options)?;
     check_outputs(&problem, out, lse)?;
     let plan = Plan::new(&problem, grids, of_heads, QUERY_ROWS, problem.dim + problem.value_dim)?;
-    let job = Job::new(problem, out, lse);
     let isa = simd::current();
+    let job = Job::new(problem.on(isa), out, lse);
     for_each(execution, plan.items, |i| {
         let (ids, patch) = plan.item(i);
         let visible = visible_of(&patch, &ids);

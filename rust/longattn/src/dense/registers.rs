@@ -1,0 +1,286 @@
+//! Attention of many query rows by matrix registers, in blocks of 32 x 32 (`parts.rs` says of what numbers).
+//!
+//! ```text
+//! for each block of keys:
+//!     pack K^T and V                                     (once for all query rows of the item)
+//!     for 32 query rows:
+//!         S = Q K^T                                      only where one of the rows sees a key of the panel
+//!         modify, mask, online softmax, row by row       (scores.rs)
+//!         O = O * factor + P V
+//! ```
+//! Scores and weights of 32 rows stay in the first cache, packed keys and values in the second.
+
+use super::Problem;
+use super::bytes::{ByteProduct, ByteRows, HeadBytes, words};
+use super::keys::List;
+use super::packing::PackKeys;
+use super::parts::{PackKeyParts, PackValueParts, Parts, with_parts};
+use super::rows::{Indexed, with_rows};
+use super::scores::{RowId, Running, is_negligible, largest_logit, modify, modify_listed, weights_below};
+use super::scratch::Buffer;
+use super::stream::scale_row;
+use super::tile::{KEYS, QUERY_ROWS, ask_for, run_end};
+use crate::simd::Simd;
+use crate::simd::tiles::{BLOCK, Factors, Left, Right, STEP, Sums, TILE, TILE_BYTES};
+use std::ops::Range;
+
+/// In what form queries and keys are multiplied.
+pub(crate) enum Form<'a> {
+    /// Sums of bf16 in blocks, as [`Parts`] lays them out.
+    Parts,
+    /// Bytes, four to a float, `width` floats a row; of the keys less their mean.
+    Bytes { rows: Box<ByteRows>, keys: HeadBytes<'a>, width: usize },
+}
+
+/// Query rows of one item and what they accumulate; rows are padded to a multiple of sixteen.
+pub(crate) struct BlockState<'a> {
+    pub(crate) parts: Parts,
+    pub(crate) form: Form<'a>,
+    pub(crate) queries: &'a [f32],
+    /// `[padded rows, padded_value_dim]`, the width a multiple of 32.
+    pub(crate) outputs: &'a mut [f32],
+    pub(crate) padded_value_dim: usize,
+    pub(crate) running: &'a mut [Running],
+}
+
+/// Attends from the rows of `state` to the keys `keys` of the problem; arguments are those of [`super::tile::attend`].
+#[inline(always)]
+pub(crate) fn attend<S: Simd>(
+    s: S,
+    problem: &Problem,
+    ids: &[RowId],
+    keys: Range<usize>,
+    list: Option<&List>,
+    state: &mut BlockState,
+    key_buffer: &mut Buffer,
+    value_buffer: &mut Buffer,
+    score_buffer: &mut Buffer,
+    extra: &mut Buffer,
+) {
+    let BlockState { parts, form, queries, outputs, padded_value_dim: vp, running } = state;
+    let (parts, vp) = (*parts, *vp);
+    match list {
+        None => assert!(keys.end <= problem.keys),
+        Some(list) => {
+            assert!(list.index[keys.clone()].iter().all(|&j| (j as usize) < problem.keys));
+            assert!(list.visible.len() == ids.len() && list.bias.is_none_or(|bias| bias.len() >= keys.end));
+        }
+    }
+    let index = list.map(|list| list.index);
+    // Packed heads hold what the list picks, in whole panels.
+    let packed = index.and_then(|index| problem.packed.map(|heads| (heads, index)));
+    if let Some((_, index)) = packed {
+        let whole = |keys: &[u32]| {
+            (keys[0] as usize).is_multiple_of(BLOCK) && keys[keys.len() - 1] - keys[0] < keys.len() as u32
+        };
+        assert!(index[keys.clone()].chunks(BLOCK).all(whole));
+    }
+    let visible: [Range<usize>; QUERY_ROWS] = std::array::from_fn(|r| match list {
+        _ if r >= ids.len() => 0..0,
+        Some(list) => list.visible[r].clone(),
+        None => problem.visible(ids[r].row),
+    });
+    let visible_of = |r: usize, start: usize, end: usize| {
+        visible[r].start.clamp(start, end) - start..visible[r].end.clamp(start, end) - start
+    };
+    // Scores and weights of 32 rows fit the first cache.
+    let block = if parts.weights == 1 { KEYS } else { KEYS / 2 };
+    let padded_rows = ids.len().next_multiple_of(TILE);
+    let (key_width, query_width) = match form {
+        Form::Parts => (parts.key_width(problem.dim), parts.query_width(problem.dim)),
+        Form::Bytes { width, .. } => (*width, *width),
+    };
+    let value_width = parts.value_width();
+    assert!(vp.is_multiple_of(BLOCK) && vp >= problem.value_dim && ids.len() == running.len());
+    assert!(queries.len() >= padded_rows * query_width && outputs.len() >= padded_rows * vp);
+    let plain = problem.options.is_plain() && list.is_none_or(|list| !list.changes_scores());
+    let skips = problem.options.skip_threshold > 0.0;
+    let scales = matches!(form, Form::Parts) && parts.scales_products;
+    let packed_keys = key_buffer.take(block * key_width);
+    let packed_values = value_buffer.take(block * (vp / BLOCK) * value_width);
+    let scores = score_buffer.take(BLOCK * block);
+    let [wide, weights] = extra.carve([BLOCK * key_width, BLOCK * parts.weight_width(block)]);
+    let registers = parts.tiles.registers();
+    let (batch, head) = (ids[0].batch, ids[0].head / problem.group);
+
+    let mut start = keys.start;
+    while start < keys.end {
+        let end = (start + block).min(keys.end);
+        if packed.is_none() {
+            let (keys, dim, value_dim, between) = (start..end, problem.dim, problem.value_dim, block * value_width);
+            let (wide, to, to_values) = (wide.as_mut_ptr(), packed_keys.as_mut_ptr(), packed_values.as_mut_ptr());
+            if let Form::Bytes { keys: bytes, .. } = form {
+                assert!(index.is_none());
+                let (k, dim, keys) = (bytes.rows(), words(dim), keys.clone());
+                s.call(PackKeys { k, keys, dim, padded_dim: key_width, wide, to });
+            }
+            with_rows!(problem, batch, head, |k, v| {
+                // The buffers were sized above for as many keys; those of `keys` are rows of the problem, whose maker vouched for them.
+                let keys = keys.clone();
+                match index {
+                    Some(index) => {
+                        let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
+                        s.call_pairs(PackKeyParts { parts, k, keys: keys.clone(), dim, wide, to });
+                        s.call_pairs(PackValueParts { parts, v, keys, dim: value_dim, between, to: to_values });
+                    }
+                    None => {
+                        if matches!(form, Form::Parts) {
+                            s.call_pairs(PackKeyParts { parts, k, keys: keys.clone(), dim, wide, to });
+                        }
+                        s.call_pairs(PackValueParts { parts, v, keys, dim: value_dim, between, to: to_values });
+                    }
+                }
+            });
+        }
+        let tiles = ids.len().div_ceil(BLOCK);
+        for t in 0..tiles {
+            let rows = t * BLOCK..((t + 1) * BLOCK).min(ids.len());
+            // Range of the block's columns that some row sees.
+            let (mut low, mut high) = (block, 0);
+            for r in rows.clone() {
+                let visible = visible_of(r, start, end);
+                if !visible.is_empty() {
+                    (low, high) = (low.min(visible.start), high.max(visible.end));
+                }
+            }
+            if low >= high {
+                continue;
+            }
+            // Whole panels around what is seen.
+            let (low, high) = (low / BLOCK * BLOCK, high.next_multiple_of(BLOCK));
+            for p in low / BLOCK..high / BLOCK {
+                let b = match packed {
+                    Some((heads, index)) => heads.keys(problem, batch, head, index[start + p * BLOCK] as usize),
+                    None => &packed_keys[p * BLOCK * key_width..][..BLOCK * key_width],
+                };
+                if let Some((heads, index)) = packed {
+                    let next = start + (p + 1) * BLOCK;
+                    if next < end {
+                        ask_for(heads.keys(problem, batch, head, index[next] as usize), t, tiles);
+                    }
+                }
+                let (factors, products, steps, left, right) = match form {
+                    Form::Parts => (
+                        Factors::Bf16,
+                        parts.of_scores.pairs(),
+                        problem.dim.div_ceil(STEP),
+                        parts.query_rows(queries, problem.dim, t * BLOCK),
+                        parts.key_columns(b.as_ptr()),
+                    ),
+                    Form::Bytes { width, .. } => (
+                        Factors::Bytes,
+                        &[(0, 0)][..],
+                        problem.dim.div_ceil(TILE_BYTES),
+                        byte_rows(&queries[t * BLOCK * *width..], *width),
+                        Right { start: b.as_ptr().cast(), row: 2 * TILE_BYTES, step: 2 * TILE * TILE_BYTES, part: 0 },
+                    ),
+                };
+                let sums = Sums { start: scores[p * BLOCK..].as_mut_ptr(), row: block, add: false };
+                // SAFETY: queries are padded to whole blocks of sixteen rows and of steps, the panel is one of the packed ones, and
+                // there is room for the scores of 32 rows.
+                unsafe { registers.multiply(factors, products, steps, [rows.len(), BLOCK], left, right, sums) };
+            }
+            let row_of = |r: usize| (r - t * BLOCK) * block + low..(r - t * BLOCK) * block + high;
+            let visible_of = |r: usize| visible_of(r, start + low, end.min(start + high));
+            if let Form::Bytes { rows: of_rows, keys, .. } = form {
+                // Sums of byte products until here.
+                let product = ByteProduct { rows: of_rows, keys: *keys, first_row: 0, first_key: start };
+                for r in rows.clone() {
+                    product.finish_row(s, r, low, &mut scores[row_of(r)]);
+                }
+            }
+            // Scaled with the softmax where nothing comes in between.
+            let scales_later = scales && plain && !skips;
+            if scales && !scales_later {
+                for r in rows.clone() {
+                    scale_row(s, &mut scores[row_of(r)], problem.row_scale(ids[r]));
+                }
+            }
+            if !plain {
+                for r in rows.clone() {
+                    let row = &mut scores[row_of(r)];
+                    match list {
+                        None => modify(s, problem, ids[r], row, start + low),
+                        Some(list) => {
+                            modify_listed(s, problem, ids[r], row, list, start + low..end.min(start + high));
+                        }
+                    }
+                }
+            }
+            if skips {
+                let mut all = true;
+                for r in rows.clone() {
+                    all &= is_negligible(problem, &scores[row_of(r)], visible_of(r), running[r]);
+                }
+                if all {
+                    continue;
+                }
+            }
+            // All maxima first: a row's weights need not wait for its own.
+            let mut largest = [f32::NEG_INFINITY; BLOCK];
+            for (r, largest) in rows.clone().zip(&mut largest) {
+                let (row, visible) = (&mut scores[row_of(r)], visible_of(r));
+                *largest = if scales_later {
+                    largest_logit::<S, true>(s, row, visible, problem.row_scale(ids[r]), running[r])
+                } else {
+                    largest_logit::<S, false>(s, row, visible, 1.0, running[r])
+                };
+            }
+            with_parts!(parts.weights, PARTS, {
+                for (r, &largest) in rows.clone().zip(&largest) {
+                    let mut to = parts.weight_row::<PARTS>(weights, block, r - t * BLOCK, low);
+                    let (row, visible, old) = (&scores[row_of(r)], visible_of(r), running[r]);
+                    let (new, factor) = if scales_later {
+                        let scale = problem.row_scale(ids[r]);
+                        weights_below::<S, _, true>(s, row, visible, scale, largest, old, PARTS < 3, &mut to)
+                    } else {
+                        weights_below::<S, _, false>(s, row, visible, 1.0, largest, old, PARTS < 3, &mut to)
+                    };
+                    running[r] = new;
+                    if factor != 1.0 {
+                        scale_row(s, &mut outputs[r * vp..(r + 1) * vp], factor);
+                    }
+                }
+            });
+            // Keys that follow one another: all of them, but for packed ones, which lie where the head has them.
+            let mut from = start;
+            while from < end {
+                let (to, first_value) = match packed {
+                    Some((_, index)) => (run_end(index, from, end), index[from] as usize),
+                    None => (end, 0),
+                };
+                let (first, last) = (from - start, (to - start).next_multiple_of(BLOCK));
+                let (low, high) = (low.max(first), high.min(last));
+                from = to;
+                if low >= high {
+                    continue;
+                }
+                for p in 0..vp / BLOCK {
+                    let b = match packed {
+                        Some((heads, _)) => {
+                            heads.values(problem, batch, head, p, first_value..first_value + last - first)
+                        }
+                        None => &packed_values[p * block * value_width..][..block * value_width],
+                    };
+                    let b = &b[(low - first) * value_width..(high - first) * value_width];
+                    let left = parts.weight_rows(weights, block, 0, low);
+                    let sums = Sums { start: outputs[t * BLOCK * vp + p * BLOCK..].as_mut_ptr(), row: vp, add: true };
+                    let (products, right) = (parts.of_outputs.pairs(), parts.value_columns(b.as_ptr()));
+                    let steps = (high - low) / STEP;
+                    // SAFETY: there are weights for every key from `low` to `high`, packed values for as many, and outputs are padded
+                    // to whole blocks of sixteen rows.
+                    unsafe {
+                        registers.multiply(Factors::Bf16, products, steps, [rows.len(), BLOCK], left, right, sums)
+                    };
+                }
+            }
+        }
+        start = end;
+    }
+}
+
+/// Query rows of bytes, `width` floats each, as registers read them.
+#[inline(always)]
+fn byte_rows(queries: &[f32], width: usize) -> Left {
+    Left { start: queries.as_ptr().cast(), row: 4 * width, tile: TILE * 4 * width, step: TILE_BYTES, part: 0 }
+}

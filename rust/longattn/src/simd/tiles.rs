@@ -1,0 +1,469 @@
+//! Matrix registers (AMX): sixteen rows of 64 bytes each, multiplied with one another in one instruction.
+//!
+//! ```text
+//! left   16 rows of 32 bf16 (64 bytes)                  numbers that are summed over go along the row
+//! right  16 rows of 16 pairs of bf16 (fours of bytes)   row i holds pair i of sixteen columns
+//! sums   16 rows of 16 floats (integers)
+//! ```
+//! Registers 0 to 3 hold sums of 32 x 32 results, 4 and 5 two blocks of rows, 6 and 7 two blocks of columns.
+
+use std::marker::PhantomData;
+
+/// Rows, and columns, of one register's results.
+pub(crate) const TILE: usize = 16;
+
+/// Bytes of a register's row: what one step sums over.
+pub(crate) const TILE_BYTES: usize = 64;
+
+/// Rows, and columns, of the results of one [`Registers::multiply`].
+pub(crate) const BLOCK: usize = 2 * TILE;
+
+/// Numbers of bf16 that one step sums over.
+pub(crate) const STEP: usize = TILE_BYTES / 2;
+
+/// Proof that the CPU has matrix registers and that the operating system lets this process use them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tiles {
+    /// Plain code in place of the instructions, so that the kernels around them are tested on any machine.
+    #[cfg(test)]
+    emulated: bool,
+}
+
+/// What is multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Factors {
+    /// Pairs of bf16, summed in f32.
+    Bf16,
+    /// Unsigned bytes on the left, signed ones on the right, summed in i32.
+    Bytes,
+}
+
+/// The rows of a product: numbers, each the sum of some parts.
+#[derive(Clone, Copy)]
+pub(crate) struct Left {
+    pub(crate) start: *const u8,
+    /// Bytes from one row to the next, from sixteen rows to the next sixteen, from step to step and from part to part.
+    pub(crate) row: usize,
+    pub(crate) tile: usize,
+    pub(crate) step: usize,
+    pub(crate) part: usize,
+}
+
+/// The columns of a product; those from the seventeenth on follow the first sixteen in each row.
+#[derive(Clone, Copy)]
+pub(crate) struct Right {
+    pub(crate) start: *const u8,
+    /// Bytes from one row of pairs to the next, from step to step and from part to part.
+    pub(crate) row: usize,
+    pub(crate) step: usize,
+    pub(crate) part: usize,
+}
+
+/// Where results go.
+#[derive(Clone, Copy)]
+pub(crate) struct Sums {
+    pub(crate) start: *mut f32,
+    /// Floats from row to row.
+    pub(crate) row: usize,
+    /// Whether products are added to what is there.
+    pub(crate) add: bool,
+}
+
+impl Tiles {
+    /// If this machine has them.
+    pub(super) fn detect() -> Option<Self> {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        {
+            static FOUND: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+            if *FOUND.get_or_init(instructions::are_allowed) {
+                return Some(Self {
+                    #[cfg(test)]
+                    emulated: false,
+                });
+            }
+        }
+        #[cfg(test)]
+        return Some(Self { emulated: true });
+        #[cfg(not(test))]
+        None
+    }
+
+    /// The same results by plain code.
+    #[cfg(test)]
+    pub(crate) const EMULATED: Self = Self { emulated: true };
+
+    /// Gets this thread's registers ready. They cost the operating system time at every switch between threads until they are
+    /// dropped. There is one such value in a thread at a time.
+    #[inline(always)]
+    pub(crate) fn registers(self) -> Registers {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if !self.is_emulated() {
+            // SAFETY: this value proves that the registers are there.
+            unsafe { instructions::configure() };
+        }
+        Registers { tiles: self, of_this_thread: PhantomData }
+    }
+
+    #[inline(always)]
+    fn is_emulated(self) -> bool {
+        #[cfg(test)]
+        return self.emulated;
+        #[cfg(not(test))]
+        false
+    }
+}
+
+/// The matrix registers of this thread, ready for use.
+pub(crate) struct Registers {
+    tiles: Tiles,
+    of_this_thread: PhantomData<*mut ()>,
+}
+
+impl Drop for Registers {
+    #[inline(always)]
+    fn drop(&mut self) {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if !self.tiles.is_emulated() {
+            // SAFETY: as in `registers`.
+            unsafe { instructions::release() };
+        }
+    }
+}
+
+impl Registers {
+    /// Products of the first `rows` rows with the first `columns` columns, of either of which sixteen or 32 are read and written: sums
+    /// over `steps` steps and the pairs of parts that `products` lists, best so that each has a part in common with the one before.
+    ///
+    /// # Safety
+    /// `left` is readable for sixteen rows, for 32 if `rows` is above sixteen, `right` for sixteen rows of pairs of sixteen columns, or
+    /// of 32 if `columns` is above sixteen; both for every step and for the parts that `products` names. `sums` is readable and
+    /// writable for as many rows and columns.
+    #[inline(always)]
+    pub(crate) unsafe fn multiply(
+        &self,
+        factors: Factors,
+        products: &[(u8, u8)],
+        steps: usize,
+        [rows, columns]: [usize; 2],
+        left: Left,
+        right: Right,
+        sums: Sums,
+    ) {
+        #[cfg(test)]
+        if self.tiles.emulated {
+            // SAFETY: the caller's promise.
+            return unsafe { emulated::multiply(factors, products, steps, [rows, columns], left, right, sums) };
+        }
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        // SAFETY: the caller's promise; this value proves that the registers are ready.
+        unsafe {
+            use instructions::multiply;
+            macro_rules! run {
+                ($bytes:literal) => {
+                    match (rows > TILE, columns > TILE) {
+                        (false, false) => multiply::<$bytes, false, false>(products, steps, left, right, sums),
+                        (false, true) => multiply::<$bytes, false, true>(products, steps, left, right, sums),
+                        (true, false) => multiply::<$bytes, true, false>(products, steps, left, right, sums),
+                        (true, true) => multiply::<$bytes, true, true>(products, steps, left, right, sums),
+                    }
+                };
+            }
+            match factors {
+                Factors::Bf16 => run!(false),
+                Factors::Bytes => run!(true),
+            }
+        }
+        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+        {
+            let _ = (factors, products, steps, rows, columns, left, right, sums);
+            unreachable!("no such registers on this machine");
+        }
+    }
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod instructions {
+    use super::{Left, Right, Sums, TILE, TILE_BYTES};
+    use std::arch::asm;
+
+    /// Whether the CPU has the registers with products of bytes and of bf16, and the kernel grants them to this process.
+    pub(super) fn are_allowed() -> bool {
+        const BF16: u32 = 1 << 22;
+        const TILES: u32 = 1 << 24;
+        const BYTES: u32 = 1 << 25;
+        const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+        const XFEATURE_XTILEDATA: libc::c_long = 18;
+        let highest = std::arch::x86_64::__cpuid(0).eax;
+        if highest < 7 {
+            return false;
+        }
+        let features = std::arch::x86_64::__cpuid_count(7, 0).edx;
+        let all = BF16 | TILES | BYTES;
+        // SAFETY: the call takes two integers and changes no memory of ours.
+        features & all == all
+            && unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) } == 0
+    }
+
+    #[repr(C, align(64))]
+    struct Configuration {
+        palette: u8,
+        start_row: u8,
+        reserved: [u8; 14],
+        row_bytes: [u16; 16],
+        rows: [u8; 16],
+    }
+
+    static CONFIGURATION: Configuration = {
+        let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
+        let mut i = 0;
+        while i < 8 {
+            (row_bytes[i], rows[i]) = (TILE_BYTES as u16, TILE as u8);
+            i += 1;
+        }
+        Configuration { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows }
+    };
+
+    /// # Safety
+    /// The process may use the registers.
+    #[inline(always)]
+    pub(super) unsafe fn configure() {
+        // SAFETY: the caller's promise; the configuration has the 64 bytes that are read.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &CONFIGURATION, options(nostack, readonly, preserves_flags)) };
+    }
+
+    /// # Safety
+    /// The process may use the registers.
+    #[inline(always)]
+    pub(super) unsafe fn release() {
+        // SAFETY: the caller's promise.
+        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
+    }
+
+    /// See [`super::Registers::multiply`]; no Rust code uses these registers, so they keep their contents from one block of assembly
+    /// to the next.
+    ///
+    /// # Safety
+    /// As there, and the registers are configured.
+    #[inline(always)]
+    pub(super) unsafe fn multiply<const BYTES: bool, const TALL: bool, const WIDE: bool>(
+        products: &[(u8, u8)],
+        steps: usize,
+        left: Left,
+        right: Right,
+        sums: Sums,
+    ) {
+        /// Loads a register from rows that are so many bytes apart.
+        macro_rules! load {
+            ($tile:literal, $from:expr, $row:expr) => {
+                asm!(
+                    concat!("tileloadd ", $tile, ", [{from} + {row}]"),
+                    from = in(reg) $from, row = in(reg) $row,
+                    options(nostack, readonly, preserves_flags)
+                )
+            };
+        }
+        macro_rules! store {
+            ($tile:literal, $to:expr, $row:expr) => {
+                asm!(
+                    concat!("tilestored [{to} + {row}], ", $tile),
+                    to = in(reg) $to, row = in(reg) $row,
+                    options(nostack, preserves_flags)
+                )
+            };
+        }
+        macro_rules! dot {
+            ($sum:literal, $left:literal, $right:literal) => {
+                if BYTES {
+                    asm!(concat!("tdpbusd ", $sum, ", ", $left, ", ", $right), options(nostack, nomem, preserves_flags))
+                } else {
+                    asm!(
+                        concat!("tdpbf16ps ", $sum, ", ", $left, ", ", $right),
+                        options(nostack, nomem, preserves_flags)
+                    )
+                }
+            };
+        }
+        let (start, row) = (sums.start, 4 * sums.row);
+        let lower = start.wrapping_add(TILE * sums.row);
+        // SAFETY: the caller's promise.
+        unsafe {
+            if sums.add {
+                load!("tmm0", start, row);
+                if WIDE {
+                    load!("tmm1", start.wrapping_add(TILE), row);
+                }
+                if TALL {
+                    load!("tmm2", lower, row);
+                }
+                if TALL && WIDE {
+                    load!("tmm3", lower.wrapping_add(TILE), row);
+                }
+            } else {
+                asm!(
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    options(nostack, nomem, preserves_flags)
+                );
+            }
+            for step in 0..steps {
+                let (a, b) = (left.start.wrapping_add(step * left.step), right.start.wrapping_add(step * right.step));
+                let mut loaded = (u8::MAX, u8::MAX);
+                for &(i, j) in products {
+                    if i != loaded.0 {
+                        let a = a.wrapping_add(usize::from(i) * left.part);
+                        load!("tmm4", a, left.row);
+                        if TALL {
+                            load!("tmm5", a.wrapping_add(left.tile), left.row);
+                        }
+                    }
+                    if j != loaded.1 {
+                        let b = b.wrapping_add(usize::from(j) * right.part);
+                        load!("tmm6", b, right.row);
+                        if WIDE {
+                            load!("tmm7", b.wrapping_add(TILE_BYTES), right.row);
+                        }
+                    }
+                    loaded = (i, j);
+                    dot!("tmm0", "tmm4", "tmm6");
+                    if WIDE {
+                        dot!("tmm1", "tmm4", "tmm7");
+                    }
+                    if TALL {
+                        dot!("tmm2", "tmm5", "tmm6");
+                    }
+                    if TALL && WIDE {
+                        dot!("tmm3", "tmm5", "tmm7");
+                    }
+                }
+            }
+            store!("tmm0", start, row);
+            if WIDE {
+                store!("tmm1", start.wrapping_add(TILE), row);
+            }
+            if TALL {
+                store!("tmm2", lower, row);
+            }
+            if TALL && WIDE {
+                store!("tmm3", lower.wrapping_add(TILE), row);
+            }
+        }
+    }
+}
+
+/// The same products number by number.
+#[cfg(test)]
+mod emulated {
+    use super::{BLOCK, Factors, Left, Right, Sums, TILE};
+    use half::bf16;
+
+    /// # Safety
+    /// As [`super::Registers::multiply`].
+    pub(super) unsafe fn multiply(
+        factors: Factors,
+        products: &[(u8, u8)],
+        steps: usize,
+        sizes: [usize; 2],
+        left: Left,
+        right: Right,
+        sums: Sums,
+    ) {
+        let [rows, columns] = sizes.map(|n| if n > TILE { BLOCK } else { TILE });
+        for r in 0..rows {
+            for c in 0..columns {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let to = sums.start.add(r * sums.row + c);
+                    let (mut float, mut integer) = (0f32, 0i32);
+                    if sums.add {
+                        (float, integer) = (*to, to.cast::<i32>().read());
+                    }
+                    for &(i, j) in products {
+                        for step in 0..steps {
+                            let a = left.start.add(r / TILE * left.tile + r % TILE * left.row);
+                            let a = a.add(step * left.step + usize::from(i) * left.part);
+                            let b = right.start.add(step * right.step + usize::from(j) * right.part);
+                            for word in 0..TILE {
+                                let (a, b) = (a.add(4 * word), b.add(right.row * word + 4 * c));
+                                match factors {
+                                    Factors::Bf16 => {
+                                        let [a, b] = [a, b].map(|p| p.cast::<[bf16; 2]>().read_unaligned());
+                                        float += a[0].to_f32() * b[0].to_f32() + a[1].to_f32() * b[1].to_f32();
+                                    }
+                                    Factors::Bytes => {
+                                        let (a, b) = (a.cast::<[u8; 4]>().read(), b.cast::<[i8; 4]>().read());
+                                        for (a, b) in a.into_iter().zip(b) {
+                                            integer += i32::from(a) * i32::from(b);
+                                        }
+                                    }
+                                }
+                            }
+                        }
+                    }
+                    match factors {
+                        Factors::Bf16 => *to = float,
+                        Factors::Bytes => to.cast::<i32>().write(integer),
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+
+    /// Every form of product, with gaps between rows, tiles, steps and parts, against the emulation; where there are no such
+    /// registers, the emulation against itself.
+    #[test]
+    fn products_are_those_of_the_emulation() {
+        let (steps, parts) = (3, 2);
+        let left_row = TILE_BYTES + 8;
+        let left_part = TILE * left_row + 24;
+        let left_step = parts * left_part + 8;
+        let left_tile = steps * left_step + 40;
+        let right_row = 2 * TILE_BYTES + 4;
+        let right_part = TILE * right_row + 32;
+        let right_step = parts * right_part + 16;
+        let noise = |n: usize, seed: usize| (0..n).map(move |i| (i * 2_654_435_761 + seed * 40_503) >> 7 & 0xff);
+        let bytes = |n: usize, seed: usize| noise(n, seed).map(|x| x as u8).collect::<Vec<_>>();
+        let floats = |n: usize, seed: usize| {
+            noise(n / 2, seed).flat_map(|x| bf16::from_f32(x as f32 - 100.0).to_ne_bytes()).collect::<Vec<_>>()
+        };
+        for factors in [Factors::Bf16, Factors::Bytes] {
+            let make = |n, seed| if factors == Factors::Bytes { bytes(n, seed) } else { floats(n, seed) };
+            let (a, b) = (make(2 * left_tile, 1), make(steps * right_step, 2));
+            for (rows, columns, add, products) in [
+                (1, 17, false, &[(0, 0)][..]),
+                (16, 16, true, &[(0, 1), (1, 0)]),
+                (17, 1, false, &[(1, 1)]),
+                (32, 32, true, &[(1, 0), (0, 0), (0, 1), (1, 1)]),
+            ] {
+                let left = Left { start: a.as_ptr(), row: left_row, tile: left_tile, step: left_step, part: left_part };
+                let right = Right { start: b.as_ptr(), row: right_row, step: right_step, part: right_part };
+                let width = BLOCK + 5;
+                let before: Vec<f32> = noise(BLOCK * width, 3)
+                    .map(|x| if factors == Factors::Bytes { f32::from_bits(x as u32) } else { x as f32 })
+                    .collect();
+                let run = |tiles: Tiles| {
+                    let mut to = before.clone();
+                    let sums = Sums { start: to.as_mut_ptr(), row: width, add };
+                    // SAFETY: the arrays hold what the strides reach.
+                    unsafe { tiles.registers().multiply(factors, products, steps, [rows, columns], left, right, sums) };
+                    to.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                };
+                let found = run(Tiles::detect().expect("emulated at least"));
+                // Whole numbers below 2^24: no rounding, in whatever order they are added.
+                assert_eq!(found, run(Tiles::EMULATED), "{factors:?} {rows} {columns} {add}");
+                let written = |n: usize| if n > TILE { BLOCK } else { TILE };
+                for (i, (found, before)) in found.iter().zip(&before).enumerate() {
+                    let inside = i / width < written(rows) && i % width < written(columns);
+                    assert!(inside || *found == before.to_bits(), "{factors:?} {rows} {columns} {i}");
+                }
+            }
+        }
+    }
+}
