@@ -312,7 +312,8 @@ def test_masked_keys_do_not_leak(rng, isa, rows, dtype, poison):
     k[:, :, 20:], v[:, :, 20:] = np.asarray(1, dtype), np.asarray(1, dtype)
     k[:, :, -1], v[:, :, -1] = np.asarray(poison, dtype), np.asarray(poison, dtype)
     out = la.attention(q, k, v, causal=True, window=(200, 0))
-    assert (np.asarray(out[:, :, :-1], np.float64) == 1).all()
+    before = np.asarray(out[:, :, :-1], np.float64)
+    tolerances.attention(q, np.ones_like(k), np.ones_like(v)).check(before, np.ones_like(before))
     assert not np.isfinite(out[:, :, -1]).any()
 
 

@@ -10,7 +10,7 @@ from random_arrays import BF16, DTYPES, F32, qkv
 from running import on_threads
 
 #: Instruction sets that multiply bytes; others compute the logits in float32.
-BYTES = ("scalar", "avx512vnni", "avx512bf16")
+BYTES = ("scalar", "avx512vnni", "avx512bf16", "amx")
 
 
 def logit_error(q, k, scale):

@@ -18,7 +18,14 @@ IMPORT = re.compile(r"^(?:import|from) (torch|transformers)\b", re.MULTILINE)
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 README = BLOCK.findall(TEXT)
 
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/benchmarks.md", "docs/index.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/benchmarks.md",
+    "docs/benchmarks-amx.md",
+    "docs/index.md",
+]
 
 #: Code by page; the pages of methods show what docstrings do, whose examples run elsewhere.
 BLOCKS = [

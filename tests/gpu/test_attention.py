@@ -226,7 +226,8 @@ def check_options(device, q, k, v, options, *, functions=ATTENTION, bounds=()):
     if "state" in options:  # of which the output is a mean as well
         held = np.append(v.astype(np.float64).ravel(), np.nan_to_num(options["state"][0])).astype(v.dtype)[:, None]
         offset += largest(options["state"][1])
-    tolerance = tolerance_of(device, q, k, held, scale=scale, offset=offset)
+    together = int(q.shape[-2] // k.shape[-2] * np.diff(bounds[0]).max()) if bounds else None
+    tolerance = tolerance_of(device, q, k, held, scale=scale, offset=offset, together=together)
     tolerance.check(get(out), expected, get(lse), expected_lse)
 
 

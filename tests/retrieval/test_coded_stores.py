@@ -35,7 +35,7 @@ def _tolerance(q, coded):
     k, v = np.asarray(coded.keys, np.float64), np.asarray(coded.values, np.float64)
     kind = coded.dtype
     one_scale = coded.keys.nbytes == coded.kv_heads * len(coded) * (-(-coded.head_dim // 32) * 4 * int(kind[3:]) + 8)
-    integers = one_scale and _core.isa() in ("scalar", "avx512vnni", "avx512bf16")
+    integers = one_scale and _core.isa() in ("scalar", "avx512vnni", "avx512bf16", "amx")
     mine = tolerances.coded_attention(q, k, v, channels=coded.channel_scales, integers=integers)
     other = tolerances.attention(q, k, v)
     return tolerances.Tolerance(

@@ -14,7 +14,8 @@ def tolerance_of(q, k, v, kg, vg, offset=0.0, scale=1.0):
     """Attention over all keys and global tokens."""
     dtype = np.result_type(k.dtype, np.float32)
     keys, values = (np.concatenate([a.astype(dtype), b.astype(dtype)], axis=-2) for a, b in ((k, kg), (v, vg)))
-    return tolerances.attention(q, keys, values, scale=scale, offset=offset)
+    # Both are of the keys' dtype, which matters to how weights are rounded.
+    return tolerances.attention(q, keys.astype(k.dtype), values.astype(v.dtype), scale=scale, offset=offset)
 
 
 def check(q, k, v, kg, vg, **options):

@@ -34,16 +34,19 @@ def attention(q, k, v, *, scale=None, offset=0.0, together=None):
 
 
 def _in_pairs(q, k, v, together):
-    """Whether weights are rounded to bf16: those of just eight rows, where the CPU multiplies pairs of bf16.
+    """Whether weights are rounded to bf16: where the CPU multiplies pairs of bf16.
 
-    Rows that share keys are cut into blocks of 192, of which the last may have eight.
+    Pairs alone are used for just eight rows. Rows that share keys are cut into blocks of 192, the last of which may
+    have eight. Matrix registers are used for more than eight.
     """
-    if not all(x.dtype == ml_dtypes.bfloat16 for x in (q, k, v)) or _core.isa() != "avx512bf16":
+    if not all(x.dtype == ml_dtypes.bfloat16 for x in (q, k, v)) or _core.isa() not in ("avx512bf16", "amx"):
         return False
     if together is None:
         heads, kv_heads = (x.shape[-3] if x.ndim > 2 else 1 for x in (q, k))
         together = heads // kv_heads * q.shape[-2]
-    return together % _MANY_TOGETHER == _FEW_TOGETHER
+        if _core.isa() == "amx":
+            return together > _FEW_TOGETHER
+    return together >= _FEW_TOGETHER if _core.isa() == "amx" else together % _MANY_TOGETHER == _FEW_TOGETHER
 
 
 def device_attention(q, k, v, *, scale=None, offset=0.0):

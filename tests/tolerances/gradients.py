@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from longattn import _core
 from tolerances.arithmetic import ROUNDOFF, SAFETY, U, _finite, _largest, unit
 from tolerances.exact import _logit
 
@@ -112,12 +113,23 @@ def perturbed(reference, arguments, options, dtype, terms=64):
             return {name: off(one) for name, one in x.items()}
         return x
 
+    def largest(x):
+        if isinstance(x, np.ndarray) and (x.dtype.kind == "f" or x.dtype == ml_dtypes.bfloat16):
+            return float(_largest(x))
+        if isinstance(x, dict):
+            x = tuple(x.values())
+        return max(map(largest, x), default=0.0) if isinstance(x, tuple | list) else 0.0
+
     expected = np.asarray(reference(*arguments, **options), np.float64)
     changes = [np.abs(reference(*off(tuple(arguments)), **off(options)) - expected) for _ in range(3)]
     change = max(float(c.max(initial=0.0)) for c in changes)
     roundoff, smallest = ROUNDOFF[np.dtype(dtype)]
     own = roundoff + SAFETY * U * np.sqrt(terms)
-    return expected, SAFETY * change + own * np.abs(expected) + SAFETY * U * _largest(expected) + smallest
+    allowed = SAFETY * change + own * np.abs(expected) + SAFETY * U * _largest(expected) + smallest
+    if np.dtype(dtype) == ml_dtypes.bfloat16 and _core.isa() == "amx":
+        # Weights of attention over bf16 are rounded to bf16: by as much of the largest value.
+        allowed = allowed + roundoff * max(largest(tuple(arguments)), largest(tuple(options.values())))
+    return expected, allowed
 
 
 def check_gradients(actual, expected, terms, of=None):

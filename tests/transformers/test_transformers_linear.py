@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -107,6 +108,14 @@ def prompts(batch: int, length: int) -> Any:
     return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(5))
 
 
+def in_float64(model: Any, input_ids: Any) -> Any:
+    """Logits of the model in float64, by which both sides are judged where a prompt amplifies what float32 rounds."""
+    exact = copy.deepcopy(model).double()
+    exact.set_experts_implementation("eager")  # the grouped products of experts have no float64
+    with torch.no_grad():
+        return exact(input_ids, use_cache=False).logits.double()
+
+
 def generate(model: Any, input_ids: Any, mask: Any = None, **arguments: Any) -> Any:
     return model.generate(
         input_ids,
@@ -166,7 +175,10 @@ def test_prefill_and_gradients(name: str, length: int) -> None:
             handle.remove()
         results.append((logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (expected, theirs), (got, ours) = results
-    torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
+    exact = in_float64(model, input_ids)
+    rounding = float((expected - exact).abs().max())
+    assert rounding < 5e-4
+    torch.testing.assert_close(got.double(), exact, atol=ATOL + rounding, rtol=0)
     assert ours.keys() == theirs.keys()
     for parameter, gradient in theirs.items():
         size = float(gradient.abs().max())

@@ -4,7 +4,9 @@ Arrays are numpy arrays, torch CPU tensors or other DLPack CPU arrays; CuPy arra
 `longattn.gpu.attention`, with fewer options. They are read where they lie, with any
 strides whose last axis is contiguous; another layout costs one copy (`bias` and `mask` may have any). Storage
 is float32, float16 or bfloat16, arithmetic float32; or both are float64. Where eight rows of bfloat16 queries share
-bfloat16 keys and values and the CPU multiplies pairs of bfloat16, their softmax weights are rounded to bfloat16.
+bfloat16 keys and values and the CPU multiplies pairs of bfloat16, their softmax weights are rounded to bfloat16; with
+matrix registers (AMX) so are those of more than eight rows. Registers multiply other dtypes as sums of two or three
+bfloat16, which is as exact as float32.
 Results have the kind and dtype of `q`, and the same bits whatever the number of threads.
 """
 

@@ -193,7 +193,7 @@ def transient_global_attention(
         >>> import numpy as np, longattn.sparse
         >>> rng = np.random.default_rng(0)
         >>> x = rng.standard_normal((1, 100, 32), dtype=np.float32)
-        >>> wq, wk, wv = rng.standard_normal((3, 32, 32), dtype=np.float32)
+        >>> wq, wk, wv = rng.standard_normal((3, 32, 32), dtype=np.float32) / np.float32(32**0.5)
         >>> ones = np.ones(32, np.float32)
         >>> longattn.sparse.transient_global_attention(x, wq, wk, wv, ones, heads=4, radius=16).shape
         (1, 100, 32)

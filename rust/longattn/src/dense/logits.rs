@@ -155,7 +155,7 @@ impl<'a> LogitTile<'a> {
                 row.iter_mut().for_each(|x| *x += constant);
             }
             if !plain {
-                modify(s, problem, id, row, keys.start);
+                modify(s, problem, id, row, None, keys.clone());
             }
             let visible = self.visible(r, &keys);
             row[..visible.start].fill(f32::NEG_INFINITY);

@@ -31,7 +31,6 @@ mod pairs;
 pub(crate) mod parts;
 mod ranks;
 mod reduce;
-mod register_rows;
 mod registers;
 pub(crate) mod rows;
 pub(crate) mod run;

@@ -13,8 +13,6 @@
 use super::Problem;
 use super::rows::{Row, Rows};
 use super::scores::{RowId, Weights};
-use super::scratch::Buffer;
-use super::stream;
 use crate::simd::tiles::{BLOCK, Left, Right, STEP, TILE, TILE_BYTES, Tiles};
 use crate::simd::{Kernel, Simd};
 use crate::tensor::{DType, KvView, Storage, with_element};
@@ -67,8 +65,6 @@ pub(crate) struct Parts {
     /// Whether queries are as they came, and their products are scaled.
     pub(crate) scales_products: bool,
     pub(crate) of_scores: Products,
-    /// The same with keys on the left.
-    pub(crate) of_keys: Products,
     pub(crate) of_outputs: Products,
 }
 
@@ -108,31 +104,8 @@ impl Parts {
             values,
             scales_products,
             of_scores,
-            of_keys: Products::new(stored, queries, 2),
             of_outputs: Products::new(weights, values, if weights.max(values) == 3 { 2 } else { 1 }),
         })
-    }
-
-    /// For a few query rows: of 16 bits over keys and values of 16 bits, weights in two parts.
-    #[inline(always)]
-    pub(super) fn of_few<S: Simd>(problem: &Problem) -> Option<Self> {
-        let parts = Self::of::<S>(problem, false)?;
-        let short = parts.scales_products && parts.keys <= 2;
-        short.then(|| Self { weights: 2, of_outputs: Products::new(2, parts.values, 1), ..parts })
-    }
-
-    /// Stores row `r` of a few rows' weights for a block of keys.
-    #[inline(always)]
-    pub(super) fn store_few<S: Simd>(&self, s: S, weights: &[f32], r: usize, to: &mut FewWeights) {
-        assert!(self.weights == 2 && r < TILE && weights.len() <= stream::KEYS);
-        // SAFETY: a row of so many floats, and a block for every step.
-        unsafe { store_row(s, weights.as_ptr(), weights.len(), 2, r, to.0.as_mut_ptr()) };
-    }
-
-    /// The weights of a few rows for a block of keys.
-    #[inline(always)]
-    pub(super) fn few_weights(&self, weights: &FewWeights) -> Left {
-        left(&weights.0, stream::KEYS / STEP, 2)
     }
 
     /// Floats that a query row takes.
@@ -235,43 +208,6 @@ impl Parts {
     }
 }
 
-/// Weights of up to sixteen rows for a block of keys of [`stream`], in two parts.
-#[repr(align(64))]
-pub(super) struct FewWeights([f32; stream::KEYS / STEP * 2 * LEFT]);
-
-/// No weights.
-pub(super) const WEIGHTS: FewWeights = FewWeights([0.0; _]);
-
-/// A few query rows as columns.
-pub(super) struct QueryColumns {
-    blocks: Buffer,
-    parts: usize,
-}
-
-impl QueryColumns {
-    /// The rows `ids`, at most sixteen, unscaled: `[step][part][16 pairs][16 rows]`.
-    #[inline(always)]
-    pub(super) fn new<S: Simd>(s: S, parts: &Parts, problem: &Problem, ids: &[RowId]) -> Self {
-        assert!(ids.len() <= TILE && parts.scales_products);
-        let mut rows = vec![0f32; TILE * parts.query_width(problem.dim)];
-        for (r, &id) in ids.iter().enumerate() {
-            parts.load_query(s, problem, id, r, &[], &mut rows);
-        }
-        let mut blocks = Buffer::default();
-        for (from, to) in rows.chunks_exact(LEFT).zip(blocks.take(rows.len()).chunks_exact_mut(LEFT)) {
-            // SAFETY: sixteen rows of sixteen words each.
-            unsafe { s.transpose(from.as_ptr(), TILE, to.as_mut_ptr(), TILE) };
-        }
-        Self { blocks, parts: parts.queries }
-    }
-
-    #[inline(always)]
-    pub(super) fn columns(&self) -> Right {
-        let block = 4 * LEFT;
-        Right { start: self.blocks.filled().as_ptr().cast(), row: TILE_BYTES, step: self.parts * block, part: block }
-    }
-}
-
 /// A row's weights in `PARTS` parts, in blocks of sixteen rows.
 pub(crate) struct WeightRow<const PARTS: usize> {
     block: *mut bf16,
@@ -321,7 +257,7 @@ fn left(from: &[f32], steps: usize, parts: usize) -> Left {
 
 #[inline(always)]
 fn right(from: *const f32, parts: usize) -> Right {
-    Right { start: from.cast(), row: 2 * TILE_BYTES, step: parts * 4 * RIGHT, part: 4 * RIGHT }
+    Right { start: from.cast(), step: parts * 4 * RIGHT, part: 4 * RIGHT }
 }
 
 /// A row's 32 elements from `d` on, a multiple of 32; zeros from `dim` on, but for codes.
@@ -520,79 +456,6 @@ unsafe fn pack_values<S: Simd, V: Rows, const PARTS: usize>(
                         s.store(to.add(part * RIGHT), s.pair_bf16(x[0], y[0]));
                         [a, b] = [x[1], y[1]];
                     }
-                }
-            }
-        }
-    }
-}
-
-/// Stores up to 32 rows of keys in blocks of sixteen, zeros after them.
-///
-/// # Safety
-/// `k` yields `dim` readable elements for every key.
-#[inline(always)]
-pub(super) unsafe fn pack_rows<S: Simd, K: Rows>(
-    s: S,
-    parts: &Parts,
-    k: K,
-    keys: Range<usize>,
-    dim: usize,
-    to: &mut [f32],
-) -> Left {
-    let width = TILE * parts.key_width(dim);
-    assert!(keys.len() <= BLOCK && to.len() >= 2 * width);
-    if keys.len() < BLOCK {
-        to[..2 * width].fill(0.0);
-    }
-    for (r, j) in keys.enumerate() {
-        let block = &mut to[r / TILE * width..][..width];
-        // SAFETY: the caller's promise; a block holds all steps.
-        unsafe { store_row(s, k.row(j), dim, parts.keys, r % TILE, block.as_mut_ptr()) };
-    }
-    left(to, dim.div_ceil(STEP), parts.keys)
-}
-
-/// Packs the values of up to 32 keys, a step, as [`PackValueParts`] does; columns of bf16 stay as they come out of
-/// [`Simd::interleave_pairs`].
-///
-/// # Safety
-/// `v` yields `dim` readable elements for every key.
-#[inline(always)]
-pub(super) unsafe fn pack_few_values<S: Simd, V: Rows>(
-    s: S,
-    parts: &Parts,
-    v: V,
-    keys: Range<usize>,
-    dim: usize,
-    between: usize,
-    to: &mut [f32],
-) {
-    let panels = dim.div_ceil(BLOCK);
-    assert!(keys.len() <= STEP && (panels == 0 || to.len() >= (panels - 1) * between + parts.values * RIGHT));
-    if !V::BF16 {
-        // SAFETY: the caller's promise; there is room by the assertion.
-        with_parts!(parts.values, PARTS, unsafe {
-            pack_values::<S, V, PARTS>(s, v, keys, dim, between, to.as_mut_ptr())
-        });
-        return;
-    }
-    for pair in 0..TILE {
-        let j = keys.start + 2 * pair;
-        for panel in 0..panels {
-            let bytes = (2 * (dim - panel * BLOCK)).min(TILE_BYTES);
-            let mut x = [s.splat_i32(0); 2];
-            for (x, j) in x.iter_mut().zip([j, j + 1]) {
-                if j < keys.end {
-                    let row = v.start(j).wrapping_add(panel * TILE_BYTES);
-                    // SAFETY: the caller's promise.
-                    *x =
-                        unsafe { if bytes == TILE_BYTES { s.load_bytes(row) } else { s.load_bytes_first(row, bytes) } };
-                }
-            }
-            for (half, x) in s.interleave_pairs(x).into_iter().enumerate() {
-                // SAFETY: there is room by the assertion.
-                unsafe {
-                    s.store_bytes(to.as_mut_ptr().add(panel * between + pair * BLOCK + half * TILE).cast(), x);
                 }
             }
         }

@@ -16,10 +16,10 @@ use super::keys::List;
 use super::packing::PackKeys;
 use super::parts::{PackKeyParts, PackValueParts, Parts, with_parts};
 use super::rows::{Indexed, with_rows};
-use super::scores::{RowId, Running, is_negligible, largest_logit, modify, modify_listed, weights_below};
+use super::scores::{RowId, Running, is_negligible, largest_logit, modify, weights_below};
 use super::scratch::Buffer;
 use super::stream::scale_row;
-use super::tile::{KEYS, QUERY_ROWS, ask_for, run_end};
+use super::tile::{KEYS, QUERY_ROWS, ask_for, check_keys, run_end};
 use crate::simd::Simd;
 use crate::simd::tiles::{BLOCK, Factors, Left, Right, STEP, Sums, TILE, TILE_BYTES};
 use std::ops::Range;
@@ -59,22 +59,8 @@ pub(crate) fn attend<S: Simd>(
 ) {
     let BlockState { parts, form, queries, outputs, padded_value_dim: vp, running } = state;
     let (parts, vp) = (*parts, *vp);
-    match list {
-        None => assert!(keys.end <= problem.keys),
-        Some(list) => {
-            assert!(list.index[keys.clone()].iter().all(|&j| (j as usize) < problem.keys));
-            assert!(list.visible.len() == ids.len() && list.bias.is_none_or(|bias| bias.len() >= keys.end));
-        }
-    }
     let index = list.map(|list| list.index);
-    // Packed heads hold what the list picks, in whole panels.
-    let packed = index.and_then(|index| problem.packed.map(|heads| (heads, index)));
-    if let Some((_, index)) = packed {
-        let whole = |keys: &[u32]| {
-            (keys[0] as usize).is_multiple_of(BLOCK) && keys[keys.len() - 1] - keys[0] < keys.len() as u32
-        };
-        assert!(index[keys.clone()].chunks(BLOCK).all(whole));
-    }
+    let packed = check_keys(problem, ids, &keys, list, BLOCK);
     let visible: [Range<usize>; QUERY_ROWS] = std::array::from_fn(|r| match list {
         _ if r >= ids.len() => 0..0,
         Some(list) => list.visible[r].clone(),
@@ -172,13 +158,13 @@ pub(crate) fn attend<S: Simd>(
                         &[(0, 0)][..],
                         problem.dim.div_ceil(TILE_BYTES),
                         byte_rows(&queries[t * BLOCK * *width..], *width),
-                        Right { start: b.as_ptr().cast(), row: 2 * TILE_BYTES, step: 2 * TILE * TILE_BYTES, part: 0 },
+                        Right { start: b.as_ptr().cast(), step: 2 * TILE * TILE_BYTES, part: 0 },
                     ),
                 };
                 let sums = Sums { start: scores[p * BLOCK..].as_mut_ptr(), row: block, add: false };
                 // SAFETY: queries are padded to whole blocks of sixteen rows and of steps, the panel is one of the packed ones, and
                 // there is room for the scores of 32 rows.
-                unsafe { registers.multiply(factors, products, steps, [rows.len(), BLOCK], left, right, sums) };
+                unsafe { registers.multiply(factors, products, steps, rows.len(), left, right, sums) };
             }
             let row_of = |r: usize| (r - t * BLOCK) * block + low..(r - t * BLOCK) * block + high;
             let visible_of = |r: usize| visible_of(r, start + low, end.min(start + high));
@@ -189,8 +175,9 @@ pub(crate) fn attend<S: Simd>(
                     product.finish_row(s, r, low, &mut scores[row_of(r)]);
                 }
             }
-            // Scaled with the softmax where nothing comes in between.
-            let scales_later = scales && plain && !skips;
+            // Scaled with the softmax where nothing comes in between: by one factor, and 0 would turn what is hidden into NaN.
+            let scales_later =
+                scales && plain && !skips && problem.options.row_scales.is_none() && problem.scale != 0.0;
             if scales && !scales_later {
                 for r in rows.clone() {
                     scale_row(s, &mut scores[row_of(r)], problem.row_scale(ids[r]));
@@ -198,13 +185,8 @@ pub(crate) fn attend<S: Simd>(
             }
             if !plain {
                 for r in rows.clone() {
-                    let row = &mut scores[row_of(r)];
-                    match list {
-                        None => modify(s, problem, ids[r], row, start + low),
-                        Some(list) => {
-                            modify_listed(s, problem, ids[r], row, list, start + low..end.min(start + high));
-                        }
-                    }
+                    let of_row = start + low..end.min(start + high);
+                    modify(s, problem, ids[r], &mut scores[row_of(r)], list, of_row);
                 }
             }
             if skips {
@@ -221,7 +203,7 @@ pub(crate) fn attend<S: Simd>(
             for (r, largest) in rows.clone().zip(&mut largest) {
                 let (row, visible) = (&mut scores[row_of(r)], visible_of(r));
                 *largest = if scales_later {
-                    largest_logit::<S, true>(s, row, visible, problem.row_scale(ids[r]), running[r])
+                    largest_logit::<S, true>(s, row, visible, problem.scale, running[r])
                 } else {
                     largest_logit::<S, false>(s, row, visible, 1.0, running[r])
                 };
@@ -230,11 +212,15 @@ pub(crate) fn attend<S: Simd>(
                 for (r, &largest) in rows.clone().zip(&largest) {
                     let mut to = parts.weight_row::<PARTS>(weights, block, r - t * BLOCK, low);
                     let (row, visible, old) = (&scores[row_of(r)], visible_of(r), running[r]);
-                    let (new, factor) = if scales_later {
-                        let scale = problem.row_scale(ids[r]);
-                        weights_below::<S, _, true>(s, row, visible, scale, largest, old, PARTS < 3, &mut to)
-                    } else {
-                        weights_below::<S, _, false>(s, row, visible, 1.0, largest, old, PARTS < 3, &mut to)
+                    let (p, n, rough) = (row.as_ptr(), row.len(), PARTS < 3);
+                    // SAFETY: the row of scores; there is room for the weights of the keys from `low` to `high`.
+                    let (new, factor) = unsafe {
+                        if scales_later {
+                            let scale = problem.scale;
+                            weights_below::<S, _, true>(s, p, n, visible, scale, largest, old, rough, &mut to)
+                        } else {
+                            weights_below::<S, _, false>(s, p, n, visible, 1.0, largest, old, rough, &mut to)
+                        }
                     };
                     running[r] = new;
                     if factor != 1.0 {
@@ -269,9 +255,7 @@ pub(crate) fn attend<S: Simd>(
                     let steps = (high - low) / STEP;
                     // SAFETY: there are weights for every key from `low` to `high`, packed values for as many, and outputs are padded
                     // to whole blocks of sixteen rows.
-                    unsafe {
-                        registers.multiply(Factors::Bf16, products, steps, [rows.len(), BLOCK], left, right, sums)
-                    };
+                    unsafe { registers.multiply(Factors::Bf16, products, steps, rows.len(), left, right, sums) };
                 }
             }
         }

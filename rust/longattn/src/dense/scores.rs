@@ -57,12 +57,28 @@ pub(crate) struct RowId {
     pub(crate) row: usize,
 }
 
-/// Applies softcap, biases and masks to `scores`, the scaled logits of the keys `first_key..`.
+/// Applies softcap, biases and masks to `scores`, the scaled logits of the keys `keys`, counted along `list` if there is one.
+#[inline(always)]
+pub(crate) fn modify<S: Simd>(
+    s: S,
+    problem: &Problem,
+    id: RowId,
+    scores: &mut [f32],
+    list: Option<&List>,
+    keys: Range<usize>,
+) {
+    match list {
+        None => modify_range(s, problem, id, scores, keys.start),
+        Some(list) => modify_listed(s, problem, id, scores, list, keys),
+    }
+}
+
+/// [`modify`] of the keys of the problem from `first_key` on.
 ///
 /// `scores` reaches up to a multiple of `LANES`; what lies beyond the row's visible range is overwritten afterwards by
 /// [`online_softmax`]. Biases and masks go key by key over slices, which the compiler turns into vector code.
 #[inline(always)]
-pub(crate) fn modify<S: Simd>(s: S, problem: &Problem, id: RowId, scores: &mut [f32], first_key: usize) {
+fn modify_range<S: Simd>(s: S, problem: &Problem, id: RowId, scores: &mut [f32], first_key: usize) {
     let options = &problem.options;
     cap(s, options.softcap, scores);
     let n = scores.len() / S::LANES * S::LANES;
@@ -87,14 +103,7 @@ pub(crate) fn modify<S: Simd>(s: S, problem: &Problem, id: RowId, scores: &mut [
 
 /// [`modify`] of the keys `keys` of a list.
 #[inline(always)]
-pub(crate) fn modify_listed<S: Simd>(
-    s: S,
-    problem: &Problem,
-    id: RowId,
-    scores: &mut [f32],
-    list: &List,
-    keys: Range<usize>,
-) {
+fn modify_listed<S: Simd>(s: S, problem: &Problem, id: RowId, scores: &mut [f32], list: &List, keys: Range<usize>) {
     cap(s, problem.options.softcap, scores);
     let scores = &mut scores[..keys.len()];
     if problem.options.looks_at_keys() {
@@ -270,8 +279,9 @@ impl<S: Simd> Weights<S> for InPlace {
 #[inline(always)]
 pub(crate) fn online_softmax<S: Simd>(s: S, scores: &mut [f32], visible: Range<usize>, old: Running) -> (Running, f32) {
     let max = largest_logit::<S, false>(s, scores, visible.clone(), 1.0, old);
-    let mut weights = InPlace(scores.as_mut_ptr());
-    weights_below::<S, _, false>(s, scores, visible, 1.0, max, old, false, &mut weights)
+    let (p, n) = (scores.as_mut_ptr(), scores.len());
+    // SAFETY: the row of scores, where weights take the place of what was read.
+    unsafe { weights_below::<S, _, false>(s, p, n, visible, 1.0, max, old, false, &mut InPlace(p)) }
 }
 
 /// Largest logit of a block and of what a row saw before. `scores` are logits, or with `SCALED` want the factor `scale`; those that are not visible
@@ -307,10 +317,15 @@ pub(crate) fn largest_logit<S: Simd, const SCALED: bool>(
 /// Weights of a block, `exp(score - max)`, with `SCALED` `exp(scale * score - max)`, for the `max` of [`largest_logit`], 0 for what is not visible; they go to `to`.
 /// `rough` ones, up to 1e-6 and 2^-23 of `max` off, take less time. Returns the new running state and the factor that rescales what was accumulated
 /// before.
+///
+/// # Safety
+/// `scores` is readable for `n` floats, a multiple of `LANES`, `visible` lies inside them, and `to` may take as many weights. It may
+/// overwrite scores with the weights that come of them.
 #[inline(always)]
-pub(crate) fn weights_below<S: Simd, W: Weights<S>, const SCALED: bool>(
+pub(crate) unsafe fn weights_below<S: Simd, W: Weights<S>, const SCALED: bool>(
     s: S,
-    scores: &[f32],
+    scores: *const f32,
+    n: usize,
     visible: Range<usize>,
     scale: f32,
     max: f32,
@@ -318,8 +333,12 @@ pub(crate) fn weights_below<S: Simd, W: Weights<S>, const SCALED: bool>(
     rough: bool,
     to: &mut W,
 ) -> (Running, f32) {
-    let (n, p) = (scores.len(), scores.as_ptr());
     if visible.is_empty() || max == f32::NEG_INFINITY {
+        let mut nan = false;
+        for j in visible {
+            // SAFETY: j is inside the row.
+            nan |= unsafe { *scores.add(j) }.is_nan();
+        }
         let mut j = 0;
         while j < n {
             // SAFETY: n is a multiple of LANES.
@@ -333,7 +352,6 @@ pub(crate) fn weights_below<S: Simd, W: Weights<S>, const SCALED: bool>(
             j += 2 * S::LANES;
         }
         // Nothing visible but -inf, unless a NaN hides here (the vector maximum passes over them).
-        let nan = scores[visible].iter().any(|x| x.is_nan());
         return (if nan { Running { max: 0.0, sum: f32::NAN } } else { old }, 1.0);
     }
     let log2_e = std::f32::consts::LOG2_E;
@@ -344,9 +362,9 @@ pub(crate) fn weights_below<S: Simd, W: Weights<S>, const SCALED: bool>(
         ($j:expr) => {{
             // SAFETY: n is a multiple of LANES, and j below n.
             unsafe {
-                let x = s.load(p.add($j));
+                let x = s.load(scores.add($j));
                 match rough {
-                    true => s.exp2(s.fma(x, factor2, shift2)),
+                    true => s.exp2_rough(s.fma(x, factor2, shift2)),
                     false if SCALED => s.exp(s.sub(s.mul(x, factor), shift)),
                     false => s.exp(s.sub(x, shift)),
                 }

@@ -18,11 +18,9 @@ use super::dots::BlockScores;
 use super::keys::List;
 use super::lanes::Words;
 use super::pairs::{PairQueries, PairScores, PairValues};
-use super::register_rows::{RegisterRows, RegisterScores, RegisterValues};
 use super::rows::{BareRows, Rows};
-use super::scores::{RowId, Running, is_negligible, modify, modify_listed, online_softmax};
+use super::scores::{RowId, Running, is_negligible, modify, online_softmax};
 use super::values::BlockValues;
-use crate::simd::tiles::Tiles;
 use crate::simd::{Kernel, Simd};
 use crate::tensor::DType;
 use std::ops::Range;
@@ -75,10 +73,8 @@ impl Kernel for BlockWeights<'_, '_> {
         if biased || !problem.options.is_plain() {
             for (r, &id) in ids.iter().enumerate() {
                 let row = &mut scores[r * KEYS..r * KEYS + padded];
-                match seen {
-                    Seen::Listed(list) => modify_listed(s, problem, id, row, list, start..end),
-                    _ => modify(s, problem, id, row, start),
-                }
+                let list = if let Seen::Listed(list) = seen { Some(list) } else { None };
+                modify(s, problem, id, row, list, start..end);
             }
         }
         if skips {
@@ -207,10 +203,8 @@ pub(crate) unsafe fn attend_watched<S: Simd, K: Rows, V: Rows, W: Watch>(
         let (queries, padded_dim, dim) = (state.queries, state.padded_dim, problem.dim);
         s.call(RoundQueries { queries, padded_dim, rows: n, dim, bits, bytes: dot_bytes })
     });
-    // One row has no use for sixteen.
-    let mut of_registers = if S::DOT2_BF16 && n > 1 && !careful { RegisterRows::new(s, problem, ids) } else { None };
-    let registers = of_registers.as_ref().and(problem.tiles).map(Tiles::registers);
-    let pairs = registers.is_none() && S::DOT2_BF16 && K::BF16 && problem.q.dtype() == DType::BF16;
+    // CPUs with matrix registers multiply pairs no faster than floats, which cost no conversion of weights.
+    let pairs = S::DOT2_BF16 && problem.tiles.is_none() && K::BF16 && problem.q.dtype() == DType::BF16;
     let pair_queries = pairs.then(|| PairQueries::new(problem, ids));
     let (mut words, mut byte_weights) = (Words::NONE, ByteWeights::NONE);
     let mut start = keys.start;
@@ -219,12 +213,7 @@ pub(crate) unsafe fn attend_watched<S: Simd, K: Rows, V: Rows, W: Watch>(
         // The caller vouches for the rows of `keys`, which the parts of this kernel read.
         let keys = start..end;
         let (next, dim) = ((v, problem.value_dim), problem.dim);
-        let by_registers = registers.as_ref().zip(of_registers.as_mut());
         match (k.bare(), &byte_queries, &pair_queries) {
-            _ if by_registers.is_some() => {
-                let ((registers, of), keys) = (by_registers.expect("just seen"), keys.clone());
-                s.call_pairs(RegisterScores { registers, of, rows: n, dim, k, keys, next, scores });
-            }
             (Some(k), Some(queries), _) => {
                 if dot_bytes {
                     let words = &mut words;
@@ -246,23 +235,7 @@ pub(crate) unsafe fn attend_watched<S: Simd, K: Rows, V: Rows, W: Watch>(
             watch.weights(start, keys.len(), scores, state.running);
             let (next, dim) = ((k, problem.dim), problem.value_dim);
             let (outputs, padded_dim) = (&mut *state.outputs, state.padded_value_dim);
-            let by_registers = registers.as_ref().zip(of_registers.as_mut());
             match v.bare() {
-                _ if by_registers.is_some() => {
-                    let ((registers, of), weights) = (by_registers.expect("just seen"), &*scores);
-                    s.call_pairs(RegisterValues {
-                        registers,
-                        of,
-                        weights,
-                        rows: n,
-                        dim,
-                        v,
-                        keys,
-                        next,
-                        outputs,
-                        padded_dim,
-                    });
-                }
                 Some(v) if !careful && S::DOT_BYTES => {
                     let to = &mut byte_weights;
                     s.call(RoundWeights { weights: scores, rows: n, v, keys: keys.clone(), outputs, padded_dim, to });

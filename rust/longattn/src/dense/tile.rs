@@ -13,9 +13,10 @@ use super::Problem;
 use super::bytes::{ByteProduct, ByteRows, HeadBytes, words};
 use super::keys::List;
 use super::micro::{Floats, Pairs, multiply_by, panel};
+use super::packed::PackedHeads;
 use super::packing::{PackKeys, PackValues};
 use super::rows::{Indexed, Rows, Strided, numbers, prefetch_bytes, with_rows};
-use super::scores::{RowId, Running, is_negligible, modify, modify_listed, online_softmax};
+use super::scores::{RowId, Running, is_negligible, modify, online_softmax};
 use super::scratch::Buffer;
 use super::stream::scale_row;
 use crate::simd::tiles::BLOCK;
@@ -121,6 +122,30 @@ pub(crate) struct TileState<'a> {
     pub(crate) running: &'a mut [Running],
 }
 
+/// Checks the keys of an item, counted along `list` if there is one; returns the packed heads and what the list picks of them, where
+/// there are such. They hold it in whole panels of `panel` keys.
+#[inline(always)]
+pub(super) fn check_keys<'a>(
+    problem: &Problem<'a>,
+    ids: &[RowId],
+    keys: &Range<usize>,
+    list: Option<&List<'a>>,
+    panel: usize,
+) -> Option<(&'a PackedHeads<'a>, &'a [u32])> {
+    let Some(list) = list else {
+        assert!(keys.end <= problem.keys);
+        return None;
+    };
+    let picked = &list.index[keys.clone()];
+    assert!(picked.iter().all(|&j| (j as usize) < problem.keys));
+    assert!(list.visible.len() == ids.len() && list.bias.is_none_or(|bias| bias.len() >= keys.end));
+    let packed = problem.packed?;
+    let whole =
+        |keys: &[u32]| (keys[0] as usize).is_multiple_of(panel) && keys[keys.len() - 1] - keys[0] < keys.len() as u32;
+    assert!(picked.chunks(panel).all(whole));
+    Some((packed, list.index))
+}
+
 /// Attends from the rows of `state` to the keys `keys` of the problem, `ids[r]` being row r of one KV head's group; rows that belong
 /// to later positions come later. `state` is padded as its fields say. With `list`, `keys` are counted along it.
 #[inline(always)]
@@ -136,22 +161,8 @@ pub(crate) fn attend<S: Simd>(
     score_buffer: &mut Buffer,
     extra: &mut Buffer,
 ) {
-    match list {
-        None => assert!(keys.end <= problem.keys),
-        Some(list) => {
-            assert!(list.index[keys.clone()].iter().all(|&j| (j as usize) < problem.keys));
-            assert!(list.visible.len() == ids.len() && list.bias.is_none_or(|bias| bias.len() >= keys.end));
-        }
-    }
     let index = list.map(|list| list.index);
-    // Packed heads hold what the list picks, in whole panels.
-    let packed = index.and_then(|index| problem.packed.map(|heads| (heads, index)));
-    if let Some((_, index)) = packed {
-        let whole = |keys: &[u32]| {
-            (keys[0] as usize).is_multiple_of(panel::<S>()) && keys[keys.len() - 1] - keys[0] < keys.len() as u32
-        };
-        assert!(index[keys.clone()].chunks(panel::<S>()).all(whole));
-    }
+    let packed = check_keys(problem, ids, &keys, list, panel::<S>());
     let visible_of = |r: usize, start: usize, end: usize| {
         let visible = list.map_or_else(|| problem.visible(ids[r].row), |list| list.visible[r].clone());
         visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start
@@ -284,12 +295,7 @@ pub(crate) fn attend<S: Simd>(
             if !plain {
                 for r in rows.clone() {
                     let row = &mut scores[r * KEYS + low..r * KEYS + high];
-                    match list {
-                        None => modify(s, problem, ids[r], row, start + low),
-                        Some(list) => {
-                            modify_listed(s, problem, ids[r], row, list, start + low..end.min(start + high));
-                        }
-                    }
+                    modify(s, problem, ids[r], row, list, start + low..end.min(start + high));
                 }
             }
             if skips {

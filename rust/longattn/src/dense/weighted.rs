@@ -216,7 +216,7 @@ impl Kernel for Tile<'_, '_> {
                         continue;
                     }
                     if !plain {
-                        modify(s, problem, id, row, start);
+                        modify(s, problem, id, row, None, keys.clone());
                     }
                     row[..visible.start].fill(f32::NEG_INFINITY);
                     row[visible.end..].fill(f32::NEG_INFINITY);

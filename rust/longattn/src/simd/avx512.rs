@@ -190,9 +190,9 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
         instructions!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
     }
     #[inline(always)]
-    fn exp2(self, x: __m512) -> __m512 {
+    fn exp2_rough(self, x: __m512) -> __m512 {
         // 2^r for 0 <= r < 1, relative error below 1.5e-7 and none at 0: scaling rounds the exponent down, as the rest is taken.
-        const POWERS: [f32; 6] = [0.001_867_130_05, 0.009_017_030_7, 0.055_799_913, 0.240_164_44, 0.693_151_3, 1.0];
+        const POWERS: [f32; 6] = [0.001_867_13, 0.009_017_031, 0.055_799_913, 0.240_164_44, 0.693_151_3, 1.0];
         instructions!({
             let r = _mm512_reduce_ps::<1>(x);
             let mut p = _mm512_set1_ps(POWERS[0]);

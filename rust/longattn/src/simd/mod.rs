@@ -403,6 +403,13 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         self.scale2(p, n)
     }
 
+    /// [`Self::exp2`] for terms of sums: where it has fewer steps for it, errors just below 0 have one sign, which a product of
+    /// many would gather.
+    #[inline(always)]
+    fn exp2_rough(self, x: Self::F32) -> Self::F32 {
+        self.exp2(x)
+    }
+
     /// `tanh(x)`, relative error below 3e-7.
     #[inline(always)]
     fn tanh(self, x: Self::F32) -> Self::F32 {
@@ -590,8 +597,12 @@ pub fn cpu_features() -> Vec<(&'static str, bool)> {
         ($macro:ident: $($name:tt)*) => { vec![$(($name, std::arch::$macro!($name))),*] };
     }
     #[cfg(target_arch = "x86_64")]
-    return detect!(is_x86_feature_detected: "avx2" "fma" "f16c" "avxvnni" "avx512f" "avx512bw" "avx512dq" "avx512vl"
-        "avx512vnni" "avx512vbmi" "avx512vpopcntdq" "avx512bf16" "avx512fp16");
+    {
+        let mut features = detect!(is_x86_feature_detected: "avx2" "fma" "f16c" "avxvnni" "avx512f" "avx512bw" "avx512dq"
+            "avx512vl" "avx512vnni" "avx512vbmi" "avx512vpopcntdq" "avx512bf16" "avx512fp16");
+        features.push(("amx", Tiles::detect().is_some()));
+        features
+    }
     #[cfg(target_arch = "aarch64")]
     return detect!(is_aarch64_feature_detected: "neon" "dotprod" "fp16" "bf16" "i8mm" "sve");
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]

@@ -3,11 +3,11 @@ use super::*;
 struct Elementwise<'a>(&'a [f32]);
 
 impl Kernel for Elementwise<'_> {
-    /// exp, exp2, tanh, and the sum and maximum of each vector.
-    type Output = ([Vec<f32>; 3], Vec<(f32, f32)>);
+    /// exp, exp2, exp2_rough, tanh, and the sum and maximum of each vector.
+    type Output = ([Vec<f32>; 4], Vec<(f32, f32)>);
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Self::Output {
-        let (mut exp, mut exp2, mut tanh, mut folds) = (vec![], vec![], vec![], vec![]);
+        let (mut exp, mut exp2, mut rough, mut tanh, mut folds) = (vec![], vec![], vec![], vec![], vec![]);
         for chunk in self.0.chunks(S::LANES) {
             let mut out = [0f32; MAX_LANES];
             // SAFETY: the chunk has chunk.len() elements and the buffer MAX_LANES.
@@ -17,12 +17,14 @@ impl Kernel for Elementwise<'_> {
                 exp.extend_from_slice(&out[..chunk.len()]);
                 s.store(out.as_mut_ptr(), s.exp2(x));
                 exp2.extend_from_slice(&out[..chunk.len()]);
+                s.store(out.as_mut_ptr(), s.exp2_rough(x));
+                rough.extend_from_slice(&out[..chunk.len()]);
                 s.store(out.as_mut_ptr(), s.tanh(x));
                 tanh.extend_from_slice(&out[..chunk.len()]);
                 folds.push((s.sum(x), s.max_lane(x)));
             }
         }
-        ([exp, exp2, tanh], folds)
+        ([exp, exp2, rough, tanh], folds)
     }
 }
 
@@ -30,10 +32,12 @@ impl Kernel for Elementwise<'_> {
 fn exp_and_tanh_on_every_isa() {
     let xs: Vec<f32> = (-8800..=880).map(|i| i as f32 * 0.01).collect();
     for isa in Isa::available() {
-        let ([exp, exp2, tanh], _) = dispatch(isa, Elementwise(&xs));
-        for (((&x, &e), &two), &t) in xs.iter().zip(&exp).zip(&exp2).zip(&tanh) {
+        let ([exp, exp2, rough, tanh], _) = dispatch(isa, Elementwise(&xs));
+        for (i, ((&x, &e), &t)) in xs.iter().zip(&exp).zip(&tanh).enumerate() {
             let exact = f64::from(x).exp2();
-            assert!((f64::from(two) - exact).abs() <= 3e-7 * exact, "{}: 2^{x} = {two}", isa.name());
+            for two in [exp2[i], rough[i]] {
+                assert!((f64::from(two) - exact).abs() <= 3e-7 * exact, "{}: 2^{x} = {two}", isa.name());
+            }
             let exact = f64::from(x).exp();
             if x > -87.0 {
                 assert!((f64::from(e) - exact).abs() <= 2.5e-7 * exact, "{}: exp({x}) = {e}", isa.name());
@@ -43,8 +47,8 @@ fn exp_and_tanh_on_every_isa() {
             let exact = f64::from(x).tanh();
             assert!((f64::from(t) - exact).abs() <= 3e-7 * exact.abs(), "{}: tanh({x}) = {t}", isa.name());
         }
-        let ([exp, exp2, _], _) = dispatch(isa, Elementwise(&[f32::NEG_INFINITY, f32::NAN, 0.0, -1e30]));
-        for special in [exp, exp2] {
+        let ([exp, exp2, rough, _], _) = dispatch(isa, Elementwise(&[f32::NEG_INFINITY, f32::NAN, 0.0, -1e30]));
+        for special in [exp, exp2, rough] {
             assert_eq!(special[0], 0.0, "{}", isa.name());
             assert!(special[1].is_nan(), "{}", isa.name());
             assert_eq!(special[2], 1.0, "{}", isa.name());

@@ -7,6 +7,11 @@
 //! ```
 //! Registers 0 to 3 hold sums of 32 x 32 results, 4 and 5 two blocks of rows, 6 and 7 two blocks of columns.
 
+#![cfg_attr(
+    not(all(target_arch = "x86_64", target_os = "linux")),
+    allow(dead_code, reason = "other machines have no such registers")
+)]
+
 use std::marker::PhantomData;
 
 /// Rows, and columns, of one register's results.
@@ -49,17 +54,16 @@ pub(crate) struct Left {
     pub(crate) part: usize,
 }
 
-/// The columns of a product; those from the seventeenth on follow the first sixteen in each row.
+/// The 32 columns of a product, in rows of 128 bytes.
 #[derive(Clone, Copy)]
 pub(crate) struct Right {
     pub(crate) start: *const u8,
-    /// Bytes from one row of pairs to the next, from step to step and from part to part.
-    pub(crate) row: usize,
+    /// Bytes from step to step and from part to part.
     pub(crate) step: usize,
     pub(crate) part: usize,
 }
 
-/// Where results go.
+/// Where 32 columns of results go.
 #[derive(Clone, Copy)]
 pub(crate) struct Sums {
     pub(crate) start: *mut f32,
@@ -131,20 +135,19 @@ impl Drop for Registers {
 }
 
 impl Registers {
-    /// Products of the first `rows` rows with the first `columns` columns, of either of which sixteen or 32 are read and written: sums
-    /// over `steps` steps and the pairs of parts that `products` lists, best so that each has a part in common with the one before.
+    /// Products of the 32 columns with the first `rows` rows, of which sixteen or 32 are read and written: sums over `steps` steps and
+    /// the pairs of parts that `products` lists, best so that each has a part in common with the one before.
     ///
     /// # Safety
-    /// `left` is readable for sixteen rows, for 32 if `rows` is above sixteen, `right` for sixteen rows of pairs of sixteen columns, or
-    /// of 32 if `columns` is above sixteen; both for every step and for the parts that `products` names. `sums` is readable and
-    /// writable for as many rows and columns.
+    /// `left` is readable and `sums` readable and writable for sixteen rows, for 32 if `rows` is above sixteen; `right` is readable for
+    /// sixteen rows of 128 bytes; both for every step and for the parts that `products` names.
     #[inline(always)]
     pub(crate) unsafe fn multiply(
         &self,
         factors: Factors,
         products: &[(u8, u8)],
         steps: usize,
-        [rows, columns]: [usize; 2],
+        rows: usize,
         left: Left,
         right: Right,
         sums: Sums,
@@ -152,30 +155,22 @@ impl Registers {
         #[cfg(test)]
         if self.tiles.emulated {
             // SAFETY: the caller's promise.
-            return unsafe { emulated::multiply(factors, products, steps, [rows, columns], left, right, sums) };
+            return unsafe { emulated::multiply(factors, products, steps, rows, left, right, sums) };
         }
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         // SAFETY: the caller's promise; this value proves that the registers are ready.
         unsafe {
             use instructions::multiply;
-            macro_rules! run {
-                ($bytes:literal) => {
-                    match (rows > TILE, columns > TILE) {
-                        (false, false) => multiply::<$bytes, false, false>(products, steps, left, right, sums),
-                        (false, true) => multiply::<$bytes, false, true>(products, steps, left, right, sums),
-                        (true, false) => multiply::<$bytes, true, false>(products, steps, left, right, sums),
-                        (true, true) => multiply::<$bytes, true, true>(products, steps, left, right, sums),
-                    }
-                };
-            }
-            match factors {
-                Factors::Bf16 => run!(false),
-                Factors::Bytes => run!(true),
+            match (factors, rows > TILE) {
+                (Factors::Bf16, false) => multiply::<false, false>(products, steps, left, right, sums),
+                (Factors::Bf16, true) => multiply::<false, true>(products, steps, left, right, sums),
+                (Factors::Bytes, false) => multiply::<true, false>(products, steps, left, right, sums),
+                (Factors::Bytes, true) => multiply::<true, true>(products, steps, left, right, sums),
             }
         }
         #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
         {
-            let _ = (factors, products, steps, rows, columns, left, right, sums);
+            let _ = (factors, products, steps, rows, left, right, sums);
             unreachable!("no such registers on this machine");
         }
     }
@@ -193,11 +188,12 @@ mod instructions {
         const BYTES: u32 = 1 << 25;
         const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
         const XFEATURE_XTILEDATA: libc::c_long = 18;
-        let highest = std::arch::x86_64::__cpuid(0).eax;
-        if highest < 7 {
-            return false;
-        }
-        let features = std::arch::x86_64::__cpuid_count(7, 0).edx;
+        #[allow(unused_unsafe, reason = "older compilers want it")]
+        // SAFETY: every x86-64 CPU has the instruction; leaf 7 is asked for where it is there.
+        let features = unsafe {
+            let highest = std::arch::x86_64::__cpuid(0).eax;
+            if highest < 7 { 0 } else { std::arch::x86_64::__cpuid_count(7, 0).edx }
+        };
         let all = BF16 | TILES | BYTES;
         // SAFETY: the call takes two integers and changes no memory of ours.
         features & all == all
@@ -245,7 +241,7 @@ mod instructions {
     /// # Safety
     /// As there, and the registers are configured.
     #[inline(always)]
-    pub(super) unsafe fn multiply<const BYTES: bool, const TALL: bool, const WIDE: bool>(
+    pub(super) unsafe fn multiply<const BYTES: bool, const TALL: bool>(
         products: &[(u8, u8)],
         steps: usize,
         left: Left,
@@ -289,13 +285,9 @@ mod instructions {
         unsafe {
             if sums.add {
                 load!("tmm0", start, row);
-                if WIDE {
-                    load!("tmm1", start.wrapping_add(TILE), row);
-                }
+                load!("tmm1", start.wrapping_add(TILE), row);
                 if TALL {
                     load!("tmm2", lower, row);
-                }
-                if TALL && WIDE {
                     load!("tmm3", lower.wrapping_add(TILE), row);
                 }
             } else {
@@ -320,32 +312,22 @@ mod instructions {
                     }
                     if j != loaded.1 {
                         let b = b.wrapping_add(usize::from(j) * right.part);
-                        load!("tmm6", b, right.row);
-                        if WIDE {
-                            load!("tmm7", b.wrapping_add(TILE_BYTES), right.row);
-                        }
+                        load!("tmm6", b, 2 * TILE_BYTES);
+                        load!("tmm7", b.wrapping_add(TILE_BYTES), 2 * TILE_BYTES);
                     }
                     loaded = (i, j);
                     dot!("tmm0", "tmm4", "tmm6");
-                    if WIDE {
-                        dot!("tmm1", "tmm4", "tmm7");
-                    }
+                    dot!("tmm1", "tmm4", "tmm7");
                     if TALL {
                         dot!("tmm2", "tmm5", "tmm6");
-                    }
-                    if TALL && WIDE {
                         dot!("tmm3", "tmm5", "tmm7");
                     }
                 }
             }
             store!("tmm0", start, row);
-            if WIDE {
-                store!("tmm1", start.wrapping_add(TILE), row);
-            }
+            store!("tmm1", start.wrapping_add(TILE), row);
             if TALL {
                 store!("tmm2", lower, row);
-            }
-            if TALL && WIDE {
                 store!("tmm3", lower.wrapping_add(TILE), row);
             }
         }
@@ -355,7 +337,7 @@ mod instructions {
 /// The same products number by number.
 #[cfg(test)]
 mod emulated {
-    use super::{BLOCK, Factors, Left, Right, Sums, TILE};
+    use super::{BLOCK, Factors, Left, Right, Sums, TILE, TILE_BYTES};
     use half::bf16;
 
     /// # Safety
@@ -364,14 +346,14 @@ mod emulated {
         factors: Factors,
         products: &[(u8, u8)],
         steps: usize,
-        sizes: [usize; 2],
+        rows: usize,
         left: Left,
         right: Right,
         sums: Sums,
     ) {
-        let [rows, columns] = sizes.map(|n| if n > TILE { BLOCK } else { TILE });
+        let rows = if rows > TILE { BLOCK } else { TILE };
         for r in 0..rows {
-            for c in 0..columns {
+            for c in 0..BLOCK {
                 // SAFETY: the caller's promise.
                 unsafe {
                     let to = sums.start.add(r * sums.row + c);
@@ -385,7 +367,7 @@ mod emulated {
                             let a = a.add(step * left.step + usize::from(i) * left.part);
                             let b = right.start.add(step * right.step + usize::from(j) * right.part);
                             for word in 0..TILE {
-                                let (a, b) = (a.add(4 * word), b.add(right.row * word + 4 * c));
+                                let (a, b) = (a.add(4 * word), b.add(2 * TILE_BYTES * word + 4 * c));
                                 match factors {
                                     Factors::Bf16 => {
                                         let [a, b] = [a, b].map(|p| p.cast::<[bf16; 2]>().read_unaligned());
@@ -425,8 +407,7 @@ mod tests {
         let left_part = TILE * left_row + 24;
         let left_step = parts * left_part + 8;
         let left_tile = steps * left_step + 40;
-        let right_row = 2 * TILE_BYTES + 4;
-        let right_part = TILE * right_row + 32;
+        let right_part = TILE * 2 * TILE_BYTES + 32;
         let right_step = parts * right_part + 16;
         let noise = |n: usize, seed: usize| (0..n).map(move |i| (i * 2_654_435_761 + seed * 40_503) >> 7 & 0xff);
         let bytes = |n: usize, seed: usize| noise(n, seed).map(|x| x as u8).collect::<Vec<_>>();
@@ -436,14 +417,14 @@ mod tests {
         for factors in [Factors::Bf16, Factors::Bytes] {
             let make = |n, seed| if factors == Factors::Bytes { bytes(n, seed) } else { floats(n, seed) };
             let (a, b) = (make(2 * left_tile, 1), make(steps * right_step, 2));
-            for (rows, columns, add, products) in [
-                (1, 17, false, &[(0, 0)][..]),
-                (16, 16, true, &[(0, 1), (1, 0)]),
-                (17, 1, false, &[(1, 1)]),
-                (32, 32, true, &[(1, 0), (0, 0), (0, 1), (1, 1)]),
+            for (rows, add, products) in [
+                (1, false, &[(0, 0)][..]),
+                (16, true, &[(0, 1), (1, 0)]),
+                (17, false, &[(1, 1)]),
+                (32, true, &[(1, 0), (0, 0), (0, 1), (1, 1)]),
             ] {
                 let left = Left { start: a.as_ptr(), row: left_row, tile: left_tile, step: left_step, part: left_part };
-                let right = Right { start: b.as_ptr(), row: right_row, step: right_step, part: right_part };
+                let right = Right { start: b.as_ptr(), step: right_step, part: right_part };
                 let width = BLOCK + 5;
                 let before: Vec<f32> = noise(BLOCK * width, 3)
                     .map(|x| if factors == Factors::Bytes { f32::from_bits(x as u32) } else { x as f32 })
@@ -452,16 +433,16 @@ mod tests {
                     let mut to = before.clone();
                     let sums = Sums { start: to.as_mut_ptr(), row: width, add };
                     // SAFETY: the arrays hold what the strides reach.
-                    unsafe { tiles.registers().multiply(factors, products, steps, [rows, columns], left, right, sums) };
+                    unsafe { tiles.registers().multiply(factors, products, steps, rows, left, right, sums) };
                     to.into_iter().map(f32::to_bits).collect::<Vec<_>>()
                 };
                 let found = run(Tiles::detect().expect("emulated at least"));
                 // Whole numbers below 2^24: no rounding, in whatever order they are added.
-                assert_eq!(found, run(Tiles::EMULATED), "{factors:?} {rows} {columns} {add}");
-                let written = |n: usize| if n > TILE { BLOCK } else { TILE };
+                assert_eq!(found, run(Tiles::EMULATED), "{factors:?} {rows} {add}");
+                let written = if rows > TILE { BLOCK } else { TILE };
                 for (i, (found, before)) in found.iter().zip(&before).enumerate() {
-                    let inside = i / width < written(rows) && i % width < written(columns);
-                    assert!(inside || *found == before.to_bits(), "{factors:?} {rows} {columns} {i}");
+                    let inside = i / width < written && i % width < BLOCK;
+                    assert!(inside || *found == before.to_bits(), "{factors:?} {rows} {i}");
                 }
             }
         }

@@ -5,7 +5,7 @@ use crate::dense::keys::List;
 use crate::dense::micro::{multiply, panel};
 use crate::dense::packing::{pack_transposed, pack_values};
 use crate::dense::rows::{Strided, is_finite};
-use crate::dense::scores::{RowId, modify, modify_listed};
+use crate::dense::scores::{RowId, modify};
 use crate::dense::scratch::{Buffer, Scratch};
 use crate::dense::tile::KEYS;
 use crate::dense::{Problem, load_query};
@@ -394,10 +394,7 @@ impl<'a> Room<'a> {
                     softcap_slope(s, row, softcap, &mut self.slope[r * KEYS..r * KEYS + columns]);
                 }
                 if !plain {
-                    match keys.list {
-                        None => modify(s, problem, id, row, keys.keys.start),
-                        Some(list) => modify_listed(s, problem, id, row, list, keys.keys.clone()),
-                    }
+                    modify(s, problem, id, row, keys.list, keys.keys.clone());
                 }
             }
             weights(s, row, &(low..high), forward.lse.row::<f32>(id.batch, id.head, id.row)[0]);
