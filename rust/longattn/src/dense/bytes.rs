@@ -14,7 +14,7 @@ use super::Problem;
 use super::micro::Product;
 use super::rows::{Row, Rows, Strided, widen_row, with_rows};
 use super::scores::RowId;
-use super::tile::QUERY_ROWS;
+use super::tile::MAX_ITEM_ROWS;
 use crate::parallel::{Execution, map};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use crate::tensor::Result;
@@ -52,13 +52,13 @@ fn to_bytes(row: &[f32], levels: f32, to: &mut [i8]) -> (f32, i32) {
 
 /// What turns sums of byte products into the scores of a tile's rows.
 pub(crate) struct ByteRows {
-    factors: [f32; QUERY_ROWS],
-    constants: [f32; QUERY_ROWS],
+    factors: [f32; MAX_ITEM_ROWS],
+    constants: [f32; MAX_ITEM_ROWS],
 }
 
 impl ByteRows {
     pub(super) fn new() -> Self {
-        Self { factors: [0.0; QUERY_ROWS], constants: [0.0; QUERY_ROWS] }
+        Self { factors: [0.0; MAX_ITEM_ROWS], constants: [0.0; MAX_ITEM_ROWS] }
     }
 
     /// Row `r` of scaled queries, padded to the length of `rest`, as unsigned bytes, four to a float; less the mean query of its head

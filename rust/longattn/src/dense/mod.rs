@@ -71,7 +71,7 @@ use scores::{RowId, Running, exp_difference};
 use scratch::Scratch;
 use std::ops::Range;
 use stream::{MAX_QUERY_ROWS, RowState, Seen, scale_row};
-use tile::{Form, QUERY_ROWS, TileState};
+use tile::{Form, MAX_ITEM_ROWS, QUERY_ROWS, TileState};
 
 /// Checked inputs of one attention call.
 #[derive(Clone, Copy)]
@@ -163,6 +163,11 @@ impl<'a> Problem<'a> {
         if self.tiles.is_some() { tiles::BLOCK } else { MAX_ROWS }
     }
 
+    /// Query rows of an item over a range of keys.
+    pub(crate) fn item_rows(&self) -> usize {
+        if self.tiles.is_some() { MAX_ITEM_ROWS } else { QUERY_ROWS }
+    }
+
     /// Position of a query row among the keys; negative when there are more queries than keys.
     #[inline(always)]
     pub(crate) fn position(&self, row: usize) -> isize {
@@ -237,7 +242,7 @@ fn visible_keys(
 /// Some rows of one KV head and the keys that they attend to.
 pub(crate) struct Item<'a, 's> {
     pub(crate) problem: &'a Problem<'a>,
-    /// At most [`QUERY_ROWS`].
+    /// At most [`MAX_ITEM_ROWS`].
     pub(crate) ids: &'a [RowId],
     /// Keys of the problem, or of the list.
     pub(crate) keys: Range<usize>,
@@ -294,7 +299,7 @@ impl Kernel for Item<'_, '_> {
         }
         let outputs = scratch.outputs.take(padded_rows * vp);
         outputs[..padded_rows * vp].fill(0.0);
-        let mut running = [Running::EMPTY; QUERY_ROWS];
+        let mut running = [Running::EMPTY; MAX_ITEM_ROWS];
         let running = &mut running[..n];
         let of_bytes = byte_rows.zip(byte_keys).map(|(rows, all)| (rows, all.of(problem, ids[0])));
 

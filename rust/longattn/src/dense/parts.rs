@@ -13,7 +13,7 @@
 use super::Problem;
 use super::rows::{Row, Rows};
 use super::scores::{RowId, Weights};
-use crate::simd::tiles::{BLOCK, Left, Right, STEP, TILE, TILE_BYTES, Tiles};
+use crate::simd::tiles::{BLOCK, Left, Pairs, Right, STEP, TILE, TILE_BYTES, Tiles};
 use crate::simd::{Kernel, Simd};
 use crate::tensor::{DType, KvView, Storage, with_element};
 use half::bf16;
@@ -25,33 +25,19 @@ const LEFT: usize = TILE * TILE_BYTES / 4;
 /// Floats that a block of 32 columns takes on the right.
 pub(crate) const RIGHT: usize = 2 * LEFT;
 
-/// Products of parts, each with a factor in common with the one before.
-#[derive(Clone, Copy)]
-pub(crate) struct Products {
-    pairs: [(u8, u8); 6],
-    count: usize,
-}
-
-impl Products {
-    /// Those of factors in `left` and `right` parts, both numbers of which add up to `most` at most.
-    const fn new(left: usize, right: usize, most: usize) -> Self {
-        let all = [(2, 0), (1, 0), (0, 0), (0, 1), (1, 1), (0, 2)];
-        let (mut pairs, mut count, mut n) = ([(0, 0); 6], 0, 0);
-        while n < all.len() {
-            let (i, j) = (all[n].0 as usize, all[n].1 as usize);
-            if i < left && j < right && i + j <= most {
-                pairs[count] = all[n];
-                count += 1;
-            }
-            n += 1;
+/// Pairs of factors in `left` and `right` parts, both numbers of which add up to `most` at most.
+const fn pairs(left: usize, right: usize, most: usize) -> Pairs {
+    let all = [(2, 0), (1, 0), (0, 0), (0, 1), (1, 1), (0, 2)];
+    let (mut kept, mut count, mut n) = ([(0, 0); 6], 0, 0);
+    while n < all.len() {
+        let (i, j) = (all[n].0 as usize, all[n].1 as usize);
+        if i < left && j < right && i + j <= most {
+            kept[count] = all[n];
+            count += 1;
         }
-        Self { pairs, count }
+        n += 1;
     }
-
-    #[inline(always)]
-    pub(crate) fn pairs(&self) -> &[(u8, u8)] {
-        &self.pairs[..self.count]
-    }
+    Pairs::new(kept.split_at(count).0)
 }
 
 /// In how many parts the factors of a problem's products are.
@@ -64,8 +50,8 @@ pub(crate) struct Parts {
     values: usize,
     /// Whether queries are as they came, and their products are scaled.
     pub(crate) scales_products: bool,
-    pub(crate) of_scores: Products,
-    pub(crate) of_outputs: Products,
+    pub(crate) of_scores: Pairs,
+    pub(crate) of_outputs: Pairs,
 }
 
 const fn parts_of(dtype: DType) -> usize {
@@ -94,8 +80,8 @@ impl Parts {
         let queries = if scales_products { parts_of(dtype) } else { 3 };
         let weights = if queries == 1 && stored == 1 { 1 } else { parts_of(dtype).max(2) };
         let (weights, values) = if from_bytes { (weights.min(2), stored.min(2)) } else { (weights, stored) };
-        let of_scores = Products::new(queries, stored, 2);
-        let worth = from_bytes || 2 * of_scores.count * problem.dim.div_ceil(STEP) <= problem.dim;
+        let of_scores = pairs(queries, stored, 2);
+        let worth = from_bytes || 2 * of_scores.listed().len() * problem.dim.div_ceil(STEP) <= problem.dim;
         worth.then(|| Self {
             tiles,
             queries,
@@ -104,7 +90,7 @@ impl Parts {
             values,
             scales_products,
             of_scores,
-            of_outputs: Products::new(weights, values, if weights.max(values) == 3 { 2 } else { 1 }),
+            of_outputs: pairs(weights, values, if weights.max(values) == 3 { 2 } else { 1 }),
         })
     }
 

@@ -8,7 +8,9 @@
 //!         modify, mask, online softmax, row by row       (scores.rs)
 //!         O = O * factor + P V
 //! ```
-//! Scores and weights of 32 rows stay in the first cache, packed keys and values in the second.
+//! The registers work on their own: while 32 rows go through their softmax, the weights of those before are multiplied with V, and
+//! the scores of those after are computed, a little after each row. Scores and weights of two times 32 rows stay in the first caches,
+//! packed keys and values in the second.
 
 use super::Problem;
 use super::bytes::{ByteProduct, ByteRows, HeadBytes, words};
@@ -16,12 +18,12 @@ use super::keys::List;
 use super::packing::PackKeys;
 use super::parts::{PackKeyParts, PackValueParts, Parts, with_parts};
 use super::rows::{Indexed, with_rows};
-use super::scores::{RowId, Running, is_negligible, largest_logit, modify, weights_below};
+use super::scores::{RowId, Running, Weights, is_negligible, largest_logit, modify, weights_below};
 use super::scratch::Buffer;
 use super::stream::scale_row;
-use super::tile::{KEYS, QUERY_ROWS, ask_for, check_keys, run_end};
+use super::tile::{KEYS, MAX_ITEM_ROWS, ask_for, check_keys, run_end};
 use crate::simd::Simd;
-use crate::simd::tiles::{BLOCK, Factors, Left, Right, STEP, Sums, TILE, TILE_BYTES};
+use crate::simd::tiles::{BLOCK, Factors, Left, Pairs, Product, Queue, Right, STEP, Sums, TILE, TILE_BYTES};
 use std::ops::Range;
 
 /// In what form queries and keys are multiplied.
@@ -58,10 +60,10 @@ pub(crate) fn attend<S: Simd>(
     extra: &mut Buffer,
 ) {
     let BlockState { parts, form, queries, outputs, padded_value_dim: vp, running } = state;
-    let (parts, vp) = (*parts, *vp);
+    let (parts, form, vp) = (*parts, &*form, *vp);
     let index = list.map(|list| list.index);
     let packed = check_keys(problem, ids, &keys, list, BLOCK);
-    let visible: [Range<usize>; QUERY_ROWS] = std::array::from_fn(|r| match list {
+    let visible: [Range<usize>; MAX_ITEM_ROWS] = std::array::from_fn(|r| match list {
         _ if r >= ids.len() => 0..0,
         Some(list) => list.visible[r].clone(),
         None => problem.visible(ids[r].row),
@@ -69,8 +71,6 @@ pub(crate) fn attend<S: Simd>(
     let visible_of = |r: usize, start: usize, end: usize| {
         visible[r].start.clamp(start, end) - start..visible[r].end.clamp(start, end) - start
     };
-    // Scores and weights of 32 rows fit the first cache.
-    let block = if parts.weights == 1 { KEYS } else { KEYS / 2 };
     let padded_rows = ids.len().next_multiple_of(TILE);
     let (key_width, query_width) = match form {
         Form::Parts => (parts.key_width(problem.dim), parts.query_width(problem.dim)),
@@ -82,18 +82,23 @@ pub(crate) fn attend<S: Simd>(
     let plain = problem.options.is_plain() && list.is_none_or(|list| !list.changes_scores());
     let skips = problem.options.skip_threshold > 0.0;
     let scales = matches!(form, Form::Parts) && parts.scales_products;
-    let packed_keys = key_buffer.take(block * key_width);
-    let packed_values = value_buffer.take(block * (vp / BLOCK) * value_width);
-    let scores = score_buffer.take(BLOCK * block);
-    let [wide, weights] = extra.carve([BLOCK * key_width, BLOCK * parts.weight_width(block)]);
-    let registers = parts.tiles.registers();
+    let packed_keys = key_buffer.take(KEYS * key_width);
+    let packed_values = value_buffer.take(KEYS * (vp / BLOCK) * value_width);
+    let [even_scores, odd_scores] = score_buffer.carve([BLOCK * KEYS; 2]);
+    let weight_room = BLOCK * parts.weight_width(KEYS);
+    let [wide, even_weights, odd_weights] = extra.carve([BLOCK * key_width, weight_room, weight_room]);
+    // Those of every other 32 rows.
+    let (scores, weights) = ([even_scores, odd_scores], [even_weights, odd_weights]);
+    let mut queue = Queue::new(parts.tiles.registers());
     let (batch, head) = (ids[0].batch, ids[0].head / problem.group);
 
+    // Whether the weights of the last rows that went through their softmax wait to be multiplied with values.
+    let mut attended = false;
     let mut start = keys.start;
     while start < keys.end {
-        let end = (start + block).min(keys.end);
+        let end = (start + KEYS).min(keys.end);
         if packed.is_none() {
-            let (keys, dim, value_dim, between) = (start..end, problem.dim, problem.value_dim, block * value_width);
+            let (keys, dim, value_dim, between) = (start..end, problem.dim, problem.value_dim, KEYS * value_width);
             let (wide, to, to_values) = (wide.as_mut_ptr(), packed_keys.as_mut_ptr(), packed_values.as_mut_ptr());
             if let Form::Bytes { keys: bytes, .. } = form {
                 assert!(index.is_none());
@@ -119,22 +124,18 @@ pub(crate) fn attend<S: Simd>(
             });
         }
         let tiles = ids.len().div_ceil(BLOCK);
-        for t in 0..tiles {
-            let rows = t * BLOCK..((t + 1) * BLOCK).min(ids.len());
-            // Range of the block's columns that some row sees.
-            let (mut low, mut high) = (block, 0);
-            for r in rows.clone() {
-                let visible = visible_of(r, start, end);
-                if !visible.is_empty() {
-                    (low, high) = (low.min(visible.start), high.max(visible.end));
-                }
+        let rows_of = |t: usize| t * BLOCK..((t + 1) * BLOCK).min(ids.len());
+        // Whole panels around what some of the rows see.
+        let spans: [Range<usize>; MAX_ITEM_ROWS / BLOCK] = std::array::from_fn(|t| {
+            let (mut low, mut high) = (KEYS, 0);
+            for visible in rows_of(t).map(|r| visible_of(r, start, end)).filter(|visible| !visible.is_empty()) {
+                (low, high) = (low.min(visible.start), high.max(visible.end));
             }
-            if low >= high {
-                continue;
-            }
-            // Whole panels around what is seen.
-            let (low, high) = (low / BLOCK * BLOCK, high.next_multiple_of(BLOCK));
-            for p in low / BLOCK..high / BLOCK {
+            if low < high { low / BLOCK * BLOCK..high.next_multiple_of(BLOCK) } else { 0..0 }
+        });
+        let queue_scores = |queue: &mut Queue, t: usize, scores: &mut [f32]| {
+            assert!(scores.len() >= BLOCK * KEYS);
+            for p in spans[t].start / BLOCK..spans[t].end / BLOCK {
                 let b = match packed {
                     Some((heads, index)) => heads.keys(problem, batch, head, index[start + p * BLOCK] as usize),
                     None => &packed_keys[p * BLOCK * key_width..][..BLOCK * key_width],
@@ -145,28 +146,77 @@ pub(crate) fn attend<S: Simd>(
                         ask_for(heads.keys(problem, batch, head, index[next] as usize), t, tiles);
                     }
                 }
-                let (factors, products, steps, left, right) = match form {
+                let (factors, pairs, steps, left, right) = match form {
                     Form::Parts => (
                         Factors::Bf16,
-                        parts.of_scores.pairs(),
+                        parts.of_scores,
                         problem.dim.div_ceil(STEP),
                         parts.query_rows(queries, problem.dim, t * BLOCK),
                         parts.key_columns(b.as_ptr()),
                     ),
                     Form::Bytes { width, .. } => (
                         Factors::Bytes,
-                        &[(0, 0)][..],
+                        Pairs::new(&[(0, 0)]),
                         problem.dim.div_ceil(TILE_BYTES),
                         byte_rows(&queries[t * BLOCK * *width..], *width),
                         Right { start: b.as_ptr().cast(), step: 2 * TILE * TILE_BYTES, part: 0 },
                     ),
                 };
-                let sums = Sums { start: scores[p * BLOCK..].as_mut_ptr(), row: block, add: false };
+                let sums = Sums { start: scores[p * BLOCK..].as_mut_ptr(), row: KEYS, add: false };
                 // SAFETY: queries are padded to whole blocks of sixteen rows and of steps, the panel is one of the packed ones, and
                 // there is room for the scores of 32 rows.
-                unsafe { registers.multiply(factors, products, steps, rows.len(), left, right, sums) };
+                unsafe { queue.push(Product { factors, pairs, steps, rows: rows_of(t).len(), left, right, sums }) };
             }
-            let row_of = |r: usize| (r - t * BLOCK) * block + low..(r - t * BLOCK) * block + high;
+        };
+        // Keys that follow one another go together: all of them, but for packed ones, which lie where the head has them.
+        let queue_outputs = |queue: &mut Queue, t: usize, weights: &[f32], outputs: &mut [f32]| {
+            assert!(outputs.len() >= (t * BLOCK + rows_of(t).len().next_multiple_of(TILE)) * vp);
+            let mut from = start;
+            while from < end {
+                let (to, first_value) = match packed {
+                    Some((_, index)) => (run_end(index, from, end), index[from] as usize),
+                    None => (end, 0),
+                };
+                let (first, last) = (from - start, (to - start).next_multiple_of(BLOCK));
+                let (low, high) = (spans[t].start.max(first), spans[t].end.min(last));
+                from = to;
+                if low >= high {
+                    continue;
+                }
+                for p in 0..vp / BLOCK {
+                    let b = match packed {
+                        Some((heads, _)) => {
+                            heads.values(problem, batch, head, p, first_value..first_value + last - first)
+                        }
+                        None => &packed_values[p * KEYS * value_width..][..KEYS * value_width],
+                    };
+                    let b = &b[(low - first) * value_width..(high - first) * value_width];
+                    let left = parts.weight_rows(weights, KEYS, 0, low);
+                    let sums = Sums { start: outputs[t * BLOCK * vp + p * BLOCK..].as_mut_ptr(), row: vp, add: true };
+                    let (pairs, right) = (parts.of_outputs, parts.value_columns(b.as_ptr()));
+                    let (factors, steps) = (Factors::Bf16, (high - low) / STEP);
+                    // SAFETY: there are weights for every key from `low` to `high`, packed values for as many, and outputs are padded
+                    // to whole blocks of sixteen rows.
+                    unsafe { queue.push(Product { factors, pairs, steps, rows: rows_of(t).len(), left, right, sums }) };
+                }
+            }
+        };
+        queue_scores(&mut queue, 0, scores[0]);
+        for t in 0..tiles {
+            // The scores of these rows, and whatever reads the weights that the next ones take the place of.
+            queue.finish();
+            if t > 0 && attended {
+                queue_outputs(&mut queue, t - 1, weights[(t - 1) % 2], outputs);
+            }
+            if t + 1 < tiles {
+                queue_scores(&mut queue, t + 1, scores[(t + 1) % 2]);
+            }
+            attended = false;
+            let (rows, scores, Range { start: low, end: high }) = (rows_of(t), &mut *scores[t % 2], spans[t].clone());
+            if low >= high {
+                continue;
+            }
+            let row_of = |r: usize| (r - t * BLOCK) * KEYS + low..(r - t * BLOCK) * KEYS + high;
             let visible_of = |r: usize| visible_of(r, start + low, end.min(start + high));
             if let Form::Bytes { rows: of_rows, keys, .. } = form {
                 // Sums of byte products until here.
@@ -198,6 +248,10 @@ pub(crate) fn attend<S: Simd>(
                     continue;
                 }
             }
+            attended = true;
+            // Maxima take about an eighth of the time of weights.
+            let steps = (high - low) / STEP;
+            queue.pace(rows.len() * steps * 9 / 8);
             // All maxima first: a row's weights need not wait for its own.
             let mut largest = [f32::NEG_INFINITY; BLOCK];
             for (r, largest) in rows.clone().zip(&mut largest) {
@@ -207,10 +261,12 @@ pub(crate) fn attend<S: Simd>(
                 } else {
                     largest_logit::<S, false>(s, row, visible, 1.0, running[r])
                 };
+                queue.tick(steps / 8);
             }
             with_parts!(parts.weights, PARTS, {
                 for (r, &largest) in rows.clone().zip(&largest) {
-                    let mut to = parts.weight_row::<PARTS>(weights, block, r - t * BLOCK, low);
+                    let to = parts.weight_row::<PARTS>(weights[t % 2], KEYS, r - t * BLOCK, low);
+                    let mut to = Meanwhile { to, queue: &mut queue };
                     let (row, visible, old) = (&scores[row_of(r)], visible_of(r), running[r]);
                     let (p, n, rough) = (row.as_ptr(), row.len(), PARTS < 3);
                     // SAFETY: the row of scores; there is room for the weights of the keys from `low` to `high`.
@@ -228,38 +284,35 @@ pub(crate) fn attend<S: Simd>(
                     }
                 }
             });
-            // Keys that follow one another: all of them, but for packed ones, which lie where the head has them.
-            let mut from = start;
-            while from < end {
-                let (to, first_value) = match packed {
-                    Some((_, index)) => (run_end(index, from, end), index[from] as usize),
-                    None => (end, 0),
-                };
-                let (first, last) = (from - start, (to - start).next_multiple_of(BLOCK));
-                let (low, high) = (low.max(first), high.min(last));
-                from = to;
-                if low >= high {
-                    continue;
-                }
-                for p in 0..vp / BLOCK {
-                    let b = match packed {
-                        Some((heads, _)) => {
-                            heads.values(problem, batch, head, p, first_value..first_value + last - first)
-                        }
-                        None => &packed_values[p * block * value_width..][..block * value_width],
-                    };
-                    let b = &b[(low - first) * value_width..(high - first) * value_width];
-                    let left = parts.weight_rows(weights, block, 0, low);
-                    let sums = Sums { start: outputs[t * BLOCK * vp + p * BLOCK..].as_mut_ptr(), row: vp, add: true };
-                    let (products, right) = (parts.of_outputs.pairs(), parts.value_columns(b.as_ptr()));
-                    let steps = (high - low) / STEP;
-                    // SAFETY: there are weights for every key from `low` to `high`, packed values for as many, and outputs are padded
-                    // to whole blocks of sixteen rows.
-                    unsafe { registers.multiply(Factors::Bf16, products, steps, rows.len(), left, right, sums) };
-                }
-            }
+        }
+        queue.finish();
+        if attended {
+            queue_outputs(&mut queue, tiles - 1, weights[(tiles - 1) % 2], outputs);
+            queue.finish();
         }
         start = end;
+    }
+}
+
+/// Weights between which the registers go on.
+struct Meanwhile<'a, W> {
+    to: W,
+    queue: &'a mut Queue,
+}
+
+impl<S: Simd, W: Weights<S>> Weights<S> for Meanwhile<'_, W> {
+    #[inline(always)]
+    unsafe fn take(&mut self, s: S, j: usize, weights: S::F32) {
+        // SAFETY: the caller's promise.
+        unsafe { self.to.take(s, j, weights) };
+        self.queue.tick(1);
+    }
+
+    #[inline(always)]
+    unsafe fn take_two(&mut self, s: S, j: usize, weights: [S::F32; 2]) {
+        // SAFETY: the caller's promise.
+        unsafe { self.to.take_two(s, j, weights) };
+        self.queue.tick(1);
     }
 }
 

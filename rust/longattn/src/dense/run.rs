@@ -98,7 +98,7 @@ pub(crate) fn push_row_blocks<'a>(
     }
     let step = match rows {
         ..=MAX_QUERY_ROWS => rows,
-        _ if matches!(keys, Keys::Range(_)) => QUERY_ROWS,
+        _ if matches!(keys, Keys::Range(_)) => problem.item_rows(),
         // Lists are short and blocks of like length make the most of the keys that each has to pack.
         _ => rows.div_ceil(rows.div_ceil(QUERY_ROWS)).next_multiple_of(problem.row_step()),
     };
@@ -194,11 +194,8 @@ pub(crate) fn run_blocks(isa: Isa, jobs: &[Job], blocks: &[RowBlock], execution:
         let count = block.count.div_ceil(length).max(1);
         let finish = (count == 1).then_some((job, &block.keys));
         let problem = &job.problem;
-        let mut ids = [RowId { batch: 0, head: 0, row: 0 }; QUERY_ROWS];
-        for (r, id) in ids.iter_mut().enumerate().take(block.rows.len()) {
-            *id = block.id(r);
-        }
-        let ids = &ids[..block.rows.len()];
+        let ids: Vec<_> = (0..block.rows.len()).map(|r| block.id(r)).collect();
+        let ids = &ids[..];
         let (mut buffer, mut visible) = (Vec::new(), Vec::new());
         let list = block.keys.index(&mut buffer).map(|index| {
             visible.extend(ids.iter().map(|id| block.keys.visible(problem, index, id.row)));

@@ -31,6 +31,9 @@ pub(crate) const KEYS: usize = 256;
 /// Query rows per item, a multiple of every instruction set's `ROWS` and of the matrix registers' blocks.
 pub(crate) const QUERY_ROWS: usize = 192;
 
+/// The most query rows of an item: for matrix registers, beside which packing takes the more of the time.
+pub(crate) const MAX_ITEM_ROWS: usize = 2 * QUERY_ROWS;
+
 const _: () = assert!(
     QUERY_ROWS.is_multiple_of(12) && QUERY_ROWS.is_multiple_of(6) && QUERY_ROWS.is_multiple_of(4) && MAX_ROWS == 12
 );
@@ -178,7 +181,7 @@ pub(crate) fn attend<S: Simd>(
     let packed_values = value_buffer.take(KEYS * vp);
     let scores = score_buffer.take(tiles * S::ROWS * KEYS);
     let wide = extra.take((panel * dp).max(vp));
-    let mut ranges = [(0usize, 0usize); QUERY_ROWS.div_ceil(4)];
+    let mut ranges = [(0usize, 0usize); MAX_ITEM_ROWS.div_ceil(4)];
 
     let mut start = keys.start;
     while start < keys.end {

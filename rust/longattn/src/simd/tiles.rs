@@ -134,43 +134,153 @@ impl Drop for Registers {
     }
 }
 
-impl Registers {
-    /// Products of the 32 columns with the first `rows` rows, of which sixteen or 32 are read and written: sums over `steps` steps and
-    /// the pairs of parts that `products` lists, best so that each has a part in common with the one before.
+/// Parts of the left factor and of the right one that are multiplied with each other, in order; best so that each pair has a part in
+/// common with the one before.
+#[derive(Clone, Copy)]
+pub(crate) struct Pairs {
+    pairs: [(u8, u8); 6],
+    count: usize,
+}
+
+impl Pairs {
+    /// # Panics
+    /// Above six pairs.
+    pub(crate) const fn new(listed: &[(u8, u8)]) -> Self {
+        let (mut pairs, mut i) = ([(0, 0); 6], 0);
+        while i < listed.len() {
+            pairs[i] = listed[i];
+            i += 1;
+        }
+        Self { pairs, count: listed.len() }
+    }
+
+    #[inline(always)]
+    pub(crate) fn listed(&self) -> &[(u8, u8)] {
+        &self.pairs[..self.count]
+    }
+}
+
+/// A product of 32 columns with the first `rows` rows, of which sixteen or 32 are read and written: sums over `steps` steps and the pairs
+/// of parts in `pairs`.
+#[derive(Clone, Copy)]
+pub(crate) struct Product {
+    pub(crate) factors: Factors,
+    pub(crate) pairs: Pairs,
+    pub(crate) steps: usize,
+    pub(crate) rows: usize,
+    pub(crate) left: Left,
+    pub(crate) right: Right,
+    pub(crate) sums: Sums,
+}
+
+impl Product {
+    /// Steps with a pair of parts each: four (two) instructions, 64 (32) cycles.
+    fn strides(&self) -> usize {
+        self.steps * self.pairs.count
+    }
+}
+
+/// Products that are computed in order and a little at a time. The registers work on their own, and other instructions that are not
+/// too many meanwhile cost no time.
+pub(crate) struct Queue {
+    registers: Registers,
+    products: Vec<Product>,
+    /// Products that are done, and the strides of the one after them that are.
+    done: usize,
+    strides: usize,
+    /// Strides still to do.
+    left: usize,
+    /// What [`Self::tick`] adds to what is due, in 256ths of a stride.
+    rate: usize,
+    due: usize,
+}
+
+impl Queue {
+    pub(crate) fn new(registers: Registers) -> Self {
+        Self { registers, products: Vec::new(), done: 0, strides: 0, left: 0, rate: 0, due: 0 }
+    }
+
+    /// Adds a product.
     ///
     /// # Safety
-    /// `left` is readable and `sums` readable and writable for sixteen rows, for 32 if `rows` is above sixteen; `right` is readable for
-    /// sixteen rows of 128 bytes; both for every step and for the parts that `products` names.
+    /// Until [`Self::finish`], `left` is readable and `sums` readable and writable for sixteen rows, for 32 if `rows` is above sixteen;
+    /// `right` is readable for sixteen rows of 128 bytes; both for every step and for the parts that `pairs` lists.
     #[inline(always)]
-    pub(crate) unsafe fn multiply(
-        &self,
-        factors: Factors,
-        products: &[(u8, u8)],
-        steps: usize,
-        rows: usize,
-        left: Left,
-        right: Right,
-        sums: Sums,
-    ) {
+    pub(crate) unsafe fn push(&mut self, product: Product) {
+        self.left += product.strides();
+        self.products.push(product);
+    }
+
+    /// Spreads what is to do evenly over so many ticks.
+    #[inline(always)]
+    pub(crate) fn pace(&mut self, ticks: usize) {
+        (self.rate, self.due) = ((256 * self.left).div_ceil(ticks), 0);
+    }
+
+    /// Goes on. As the CPU looks some hundred instructions ahead, there should be no more than about a hundred between two ticks.
+    #[inline(always)]
+    pub(crate) fn tick(&mut self, ticks: usize) {
+        self.due += ticks * self.rate;
+        if self.due >= 2 * 256 {
+            self.advance(self.due / 256);
+            self.due %= 256;
+        }
+    }
+
+    /// Computes so many strides more, or as many as are left.
+    #[inline(never)]
+    fn advance(&mut self, strides: usize) {
+        let left = self.left.saturating_sub(strides);
+        while self.left > left {
+            let product = &self.products[self.done];
+            let (from, all) = (self.strides, product.strides());
+            let to = all.min(from + (self.left - left));
+            // SAFETY: whoever pushed the product vouched for its memory; the strides are the next ones.
+            unsafe { self.registers.multiply(product, from, to) };
+            self.left -= to - from;
+            (self.done, self.strides) = if to == all { (self.done + 1, 0) } else { (self.done, to) };
+        }
+    }
+
+    /// Computes what is left, and forgets the memory of all products.
+    #[inline(always)]
+    pub(crate) fn finish(&mut self) {
+        self.advance(self.left);
+        self.products.clear();
+        self.done = 0;
+    }
+}
+
+impl Registers {
+    /// The strides `from..to` of a product, where the registers hold what the ones before left there. Sums are read with the first
+    /// one and written with the last.
+    ///
+    /// # Safety
+    /// The memory is as [`Queue::push`] says, and the strides before `from` were the last that these registers computed.
+    #[inline(always)]
+    unsafe fn multiply(&self, product: &Product, from: usize, to: usize) {
         #[cfg(test)]
         if self.tiles.emulated {
-            // SAFETY: the caller's promise.
-            return unsafe { emulated::multiply(factors, products, steps, rows, left, right, sums) };
+            if to == product.strides() {
+                // SAFETY: the caller's promise.
+                unsafe { emulated::multiply(product) };
+            }
+            return;
         }
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         // SAFETY: the caller's promise; this value proves that the registers are ready.
         unsafe {
             use instructions::multiply;
-            match (factors, rows > TILE) {
-                (Factors::Bf16, false) => multiply::<false, false>(products, steps, left, right, sums),
-                (Factors::Bf16, true) => multiply::<false, true>(products, steps, left, right, sums),
-                (Factors::Bytes, false) => multiply::<true, false>(products, steps, left, right, sums),
-                (Factors::Bytes, true) => multiply::<true, true>(products, steps, left, right, sums),
+            match (product.factors, product.rows > TILE) {
+                (Factors::Bf16, false) => multiply::<false, false>(product, from, to),
+                (Factors::Bf16, true) => multiply::<false, true>(product, from, to),
+                (Factors::Bytes, false) => multiply::<true, false>(product, from, to),
+                (Factors::Bytes, true) => multiply::<true, true>(product, from, to),
             }
         }
         #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
         {
-            let _ = (factors, products, steps, rows, left, right, sums);
+            let _ = (product, from, to);
             unreachable!("no such registers on this machine");
         }
     }
@@ -178,7 +288,7 @@ impl Registers {
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod instructions {
-    use super::{Left, Right, Sums, TILE, TILE_BYTES};
+    use super::{Product, TILE, TILE_BYTES};
     use std::arch::asm;
 
     /// Whether the CPU has the registers with products of bytes and of bf16, and the kernel grants them to this process.
@@ -241,13 +351,7 @@ mod instructions {
     /// # Safety
     /// As there, and the registers are configured.
     #[inline(always)]
-    pub(super) unsafe fn multiply<const BYTES: bool, const TALL: bool>(
-        products: &[(u8, u8)],
-        steps: usize,
-        left: Left,
-        right: Right,
-        sums: Sums,
-    ) {
+    pub(super) unsafe fn multiply<const BYTES: bool, const TALL: bool>(product: &Product, from: usize, to: usize) {
         /// Loads a register from rows that are so many bytes apart.
         macro_rules! load {
             ($tile:literal, $from:expr, $row:expr) => {
@@ -279,18 +383,20 @@ mod instructions {
                 }
             };
         }
+        let &Product { ref pairs, steps, left, right, sums, .. } = product;
+        let pairs = pairs.listed();
         let (start, row) = (sums.start, 4 * sums.row);
         let lower = start.wrapping_add(TILE * sums.row);
         // SAFETY: the caller's promise.
         unsafe {
-            if sums.add {
+            if from == 0 && sums.add {
                 load!("tmm0", start, row);
                 load!("tmm1", start.wrapping_add(TILE), row);
                 if TALL {
                     load!("tmm2", lower, row);
                     load!("tmm3", lower.wrapping_add(TILE), row);
                 }
-            } else {
+            } else if from == 0 {
                 asm!(
                     "tilezero tmm0",
                     "tilezero tmm1",
@@ -299,36 +405,38 @@ mod instructions {
                     options(nostack, nomem, preserves_flags)
                 );
             }
-            for step in 0..steps {
-                let (a, b) = (left.start.wrapping_add(step * left.step), right.start.wrapping_add(step * right.step));
-                let mut loaded = (u8::MAX, u8::MAX);
-                for &(i, j) in products {
-                    if i != loaded.0 {
-                        let a = a.wrapping_add(usize::from(i) * left.part);
-                        load!("tmm4", a, left.row);
-                        if TALL {
-                            load!("tmm5", a.wrapping_add(left.tile), left.row);
-                        }
-                    }
-                    if j != loaded.1 {
-                        let b = b.wrapping_add(usize::from(j) * right.part);
-                        load!("tmm6", b, 2 * TILE_BYTES);
-                        load!("tmm7", b.wrapping_add(TILE_BYTES), 2 * TILE_BYTES);
-                    }
-                    loaded = (i, j);
-                    dot!("tmm0", "tmm4", "tmm6");
-                    dot!("tmm1", "tmm4", "tmm7");
+            let (mut step, mut pair) = if from == 0 { (0, 0) } else { (from / pairs.len(), from % pairs.len()) };
+            for _ in from..to {
+                let (i, j) = pairs[pair];
+                // Parts that the stride before has loaded.
+                let (loaded_i, loaded_j) = if pair == 0 { (u8::MAX, u8::MAX) } else { pairs[pair - 1] };
+                if i != loaded_i {
+                    let a = left.start.wrapping_add(step * left.step + usize::from(i) * left.part);
+                    load!("tmm4", a, left.row);
                     if TALL {
-                        dot!("tmm2", "tmm5", "tmm6");
-                        dot!("tmm3", "tmm5", "tmm7");
+                        load!("tmm5", a.wrapping_add(left.tile), left.row);
                     }
                 }
+                if j != loaded_j {
+                    let b = right.start.wrapping_add(step * right.step + usize::from(j) * right.part);
+                    load!("tmm6", b, 2 * TILE_BYTES);
+                    load!("tmm7", b.wrapping_add(TILE_BYTES), 2 * TILE_BYTES);
+                }
+                dot!("tmm0", "tmm4", "tmm6");
+                dot!("tmm1", "tmm4", "tmm7");
+                if TALL {
+                    dot!("tmm2", "tmm5", "tmm6");
+                    dot!("tmm3", "tmm5", "tmm7");
+                }
+                (step, pair) = if pair + 1 == pairs.len() { (step + 1, 0) } else { (step, pair + 1) };
             }
-            store!("tmm0", start, row);
-            store!("tmm1", start.wrapping_add(TILE), row);
-            if TALL {
-                store!("tmm2", lower, row);
-                store!("tmm3", lower.wrapping_add(TILE), row);
+            if to == steps * pairs.len() {
+                store!("tmm0", start, row);
+                store!("tmm1", start.wrapping_add(TILE), row);
+                if TALL {
+                    store!("tmm2", lower, row);
+                    store!("tmm3", lower.wrapping_add(TILE), row);
+                }
             }
         }
     }
@@ -337,20 +445,13 @@ mod instructions {
 /// The same products number by number.
 #[cfg(test)]
 mod emulated {
-    use super::{BLOCK, Factors, Left, Right, Sums, TILE, TILE_BYTES};
+    use super::{BLOCK, Factors, Product, TILE, TILE_BYTES};
     use half::bf16;
 
     /// # Safety
-    /// As [`super::Registers::multiply`].
-    pub(super) unsafe fn multiply(
-        factors: Factors,
-        products: &[(u8, u8)],
-        steps: usize,
-        rows: usize,
-        left: Left,
-        right: Right,
-        sums: Sums,
-    ) {
+    /// As [`super::Queue::push`].
+    pub(super) unsafe fn multiply(product: &Product) {
+        let &Product { factors, pairs, steps, rows, left, right, sums } = product;
         let rows = if rows > TILE { BLOCK } else { TILE };
         for r in 0..rows {
             for c in 0..BLOCK {
@@ -361,7 +462,7 @@ mod emulated {
                     if sums.add {
                         (float, integer) = (*to, to.cast::<i32>().read());
                     }
-                    for &(i, j) in products {
+                    for &(i, j) in pairs.listed() {
                         for step in 0..steps {
                             let a = left.start.add(r / TILE * left.tile + r % TILE * left.row);
                             let a = a.add(step * left.step + usize::from(i) * left.part);
@@ -417,7 +518,7 @@ mod tests {
         for factors in [Factors::Bf16, Factors::Bytes] {
             let make = |n, seed| if factors == Factors::Bytes { bytes(n, seed) } else { floats(n, seed) };
             let (a, b) = (make(2 * left_tile, 1), make(steps * right_step, 2));
-            for (rows, add, products) in [
+            for (rows, add, listed) in [
                 (1, false, &[(0, 0)][..]),
                 (16, true, &[(0, 1), (1, 0)]),
                 (17, false, &[(1, 1)]),
@@ -429,11 +530,20 @@ mod tests {
                 let before: Vec<f32> = noise(BLOCK * width, 3)
                     .map(|x| if factors == Factors::Bytes { f32::from_bits(x as u32) } else { x as f32 })
                     .collect();
+                let pairs = Pairs::new(listed);
                 let run = |tiles: Tiles| {
                     let mut to = before.clone();
                     let sums = Sums { start: to.as_mut_ptr(), row: width, add };
+                    let mut queue = Queue::new(tiles.registers());
                     // SAFETY: the arrays hold what the strides reach.
-                    unsafe { tiles.registers().multiply(factors, products, steps, rows, left, right, sums) };
+                    unsafe { queue.push(Product { factors, pairs, steps, rows, left, right, sums }) };
+                    // Two strides, and the rest.
+                    queue.pace(queue.left);
+                    queue.tick(1);
+                    assert_eq!(queue.strides, 0);
+                    queue.tick(1);
+                    assert_eq!(queue.strides, 2);
+                    queue.finish();
                     to.into_iter().map(f32::to_bits).collect::<Vec<_>>()
                 };
                 let found = run(Tiles::detect().expect("emulated at least"));
