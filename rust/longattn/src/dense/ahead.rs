@@ -2,20 +2,22 @@
 
 use super::rows::Rows;
 use super::stream::{KEYS, MAX_QUERY_ROWS};
-use crate::simd::prefetch;
+use crate::simd::{asks_second_cache, prefetch};
 use std::ops::Range;
 
 /// Bytes of rows asked for ahead of their use: what memory delivers while a request for more is on its way.
 const AHEAD_BYTES: usize = 8 << 10;
 
 /// Blocks of at most so many bytes are asked for as a whole while the block before them is computed with, which is faster by a quarter
-/// where a row takes two cache lines.
+/// where a row takes two cache lines; of more where they come into the second cache.
 const BLOCK_BYTES: usize = 16 << 10;
+const SECOND_CACHE_BLOCK_BYTES: usize = 128 << 10;
 
 /// Keys asked for ahead of their use.
 #[inline(always)]
 pub(super) fn ahead(row_bytes: usize) -> usize {
-    if KEYS * row_bytes <= BLOCK_BYTES { KEYS } else { (AHEAD_BYTES / row_bytes.max(1)).clamp(4, KEYS / 4) }
+    let whole = if asks_second_cache() { SECOND_CACHE_BLOCK_BYTES } else { BLOCK_BYTES };
+    if KEYS * row_bytes <= whole { KEYS } else { (AHEAD_BYTES / row_bytes.max(1)).clamp(4, KEYS / 4) }
 }
 
 /// Rows to come, of which memory is asked for line by line while others are computed with: a burst of requests would stall loads.

@@ -31,6 +31,7 @@ mod pairs;
 pub(crate) mod parts;
 mod ranks;
 mod reduce;
+mod register_scores;
 mod registers;
 pub(crate) mod rows;
 pub(crate) mod run;

@@ -18,6 +18,7 @@ use super::dots::BlockScores;
 use super::keys::List;
 use super::lanes::Words;
 use super::pairs::{PairQueries, PairScores, PairValues};
+use super::register_scores::{RegisterQueries, RegisterScores};
 use super::rows::{BareRows, Rows};
 use super::scores::{RowId, Running, is_negligible, modify, online_softmax};
 use super::values::BlockValues;
@@ -203,9 +204,11 @@ pub(crate) unsafe fn attend_watched<S: Simd, K: Rows, V: Rows, W: Watch>(
         let (queries, padded_dim, dim) = (state.queries, state.padded_dim, problem.dim);
         s.call(RoundQueries { queries, padded_dim, rows: n, dim, bits, bytes: dot_bytes })
     });
-    // CPUs with matrix registers multiply pairs no faster than floats, which cost no conversion of weights.
+    // Matrix registers take keys as they lie; where there are such, pairs are no faster than floats, which cost no conversion.
     let pairs = S::DOT2_BF16 && problem.tiles.is_none() && K::BF16 && problem.q.dtype() == DType::BF16;
     let pair_queries = pairs.then(|| PairQueries::new(problem, ids));
+    let by_registers = K::BF16 && !K::SCATTERED && !V::SCATTERED && problem.q.dtype() == DType::BF16;
+    let mut register_queries = if by_registers { RegisterQueries::new(problem, ids) } else { None };
     let (mut words, mut byte_weights) = (Words::NONE, ByteWeights::NONE);
     let mut start = keys.start;
     while start < keys.end {
@@ -214,6 +217,11 @@ pub(crate) unsafe fn attend_watched<S: Simd, K: Rows, V: Rows, W: Watch>(
         let keys = start..end;
         let (next, dim) = ((v, problem.value_dim), problem.dim);
         match (k.bare(), &byte_queries, &pair_queries) {
+            _ if keys.len() == KEYS
+                && let Some(queries) = &mut register_queries =>
+            {
+                s.call(RegisterScores { queries, rows: n, k, start, next, scores });
+            }
             (Some(k), Some(queries), _) => {
                 if dot_bytes {
                     let words = &mut words;

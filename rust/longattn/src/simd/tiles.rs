@@ -23,6 +23,9 @@ pub(crate) const TILE_BYTES: usize = 64;
 /// Rows, and columns, of the results of one [`Registers::multiply`].
 pub(crate) const BLOCK: usize = 2 * TILE;
 
+/// Registers that [`Registers::multiply_rows`] sums in.
+pub(crate) const SUMS: usize = 4;
+
 /// Numbers of bf16 that one step sums over.
 pub(crate) const STEP: usize = TILE_BYTES / 2;
 
@@ -252,6 +255,39 @@ impl Queue {
 }
 
 impl Registers {
+    /// Products of four times 32 rows of bf16, `row` bytes after one another and of `steps` steps, with columns: those of sixteen rows
+    /// with the first block of each step's columns plus those of the sixteen after them with the second one.
+    /// `columns` are `[steps][2][16 pairs][16 columns][2]`, `sums` `[4][16 rows][16 columns]`. `meanwhile` runs eight times a step.
+    ///
+    /// # Safety
+    /// All rows are readable for 64 bytes a step, `columns` for all steps, and `sums` is writable.
+    #[inline(always)]
+    pub(crate) unsafe fn multiply_rows(
+        &self,
+        rows: *const u8,
+        row: usize,
+        steps: usize,
+        columns: *const u8,
+        sums: *mut f32,
+        meanwhile: impl FnMut(),
+    ) {
+        #[cfg(test)]
+        if self.tiles.emulated {
+            // SAFETY: the caller's promise.
+            return unsafe { emulated::multiply_rows(rows, row, steps, columns, sums, meanwhile) };
+        }
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        // SAFETY: the caller's promise; this value proves that the registers are ready.
+        unsafe {
+            instructions::multiply_rows(rows, row, steps, columns, sums, meanwhile);
+        }
+        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+        {
+            let _ = (rows, row, steps, columns, sums, meanwhile);
+            unreachable!("no such registers on this machine");
+        }
+    }
+
     /// The strides `from..to` of a product, where the registers hold what the ones before left there. Sums are read with the first
     /// one and written with the last.
     ///
@@ -345,6 +381,35 @@ mod instructions {
         unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
     }
 
+    /// Loads a register from rows that are so many bytes apart.
+    macro_rules! load {
+        ($tile:literal, $from:expr, $row:expr) => {
+            asm!(
+                concat!("tileloadd ", $tile, ", [{from} + {row}]"),
+                from = in(reg) $from, row = in(reg) $row,
+                options(nostack, readonly, preserves_flags)
+            )
+        };
+    }
+    macro_rules! store {
+        ($tile:literal, $to:expr, $row:expr) => {
+            asm!(
+                concat!("tilestored [{to} + {row}], ", $tile),
+                to = in(reg) $to, row = in(reg) $row,
+                options(nostack, preserves_flags)
+            )
+        };
+    }
+    macro_rules! dot {
+        ($bytes:expr, $sum:literal, $left:literal, $right:literal) => {
+            if $bytes {
+                asm!(concat!("tdpbusd ", $sum, ", ", $left, ", ", $right), options(nostack, nomem, preserves_flags))
+            } else {
+                asm!(concat!("tdpbf16ps ", $sum, ", ", $left, ", ", $right), options(nostack, nomem, preserves_flags))
+            }
+        };
+    }
+
     /// See [`super::Registers::multiply`]; no Rust code uses these registers, so they keep their contents from one block of assembly
     /// to the next.
     ///
@@ -352,37 +417,6 @@ mod instructions {
     /// As there, and the registers are configured.
     #[inline(always)]
     pub(super) unsafe fn multiply<const BYTES: bool, const TALL: bool>(product: &Product, from: usize, to: usize) {
-        /// Loads a register from rows that are so many bytes apart.
-        macro_rules! load {
-            ($tile:literal, $from:expr, $row:expr) => {
-                asm!(
-                    concat!("tileloadd ", $tile, ", [{from} + {row}]"),
-                    from = in(reg) $from, row = in(reg) $row,
-                    options(nostack, readonly, preserves_flags)
-                )
-            };
-        }
-        macro_rules! store {
-            ($tile:literal, $to:expr, $row:expr) => {
-                asm!(
-                    concat!("tilestored [{to} + {row}], ", $tile),
-                    to = in(reg) $to, row = in(reg) $row,
-                    options(nostack, preserves_flags)
-                )
-            };
-        }
-        macro_rules! dot {
-            ($sum:literal, $left:literal, $right:literal) => {
-                if BYTES {
-                    asm!(concat!("tdpbusd ", $sum, ", ", $left, ", ", $right), options(nostack, nomem, preserves_flags))
-                } else {
-                    asm!(
-                        concat!("tdpbf16ps ", $sum, ", ", $left, ", ", $right),
-                        options(nostack, nomem, preserves_flags)
-                    )
-                }
-            };
-        }
         let &Product { ref pairs, steps, left, right, sums, .. } = product;
         let pairs = pairs.listed();
         let (start, row) = (sums.start, 4 * sums.row);
@@ -422,11 +456,11 @@ mod instructions {
                     load!("tmm6", b, 2 * TILE_BYTES);
                     load!("tmm7", b.wrapping_add(TILE_BYTES), 2 * TILE_BYTES);
                 }
-                dot!("tmm0", "tmm4", "tmm6");
-                dot!("tmm1", "tmm4", "tmm7");
+                dot!(BYTES, "tmm0", "tmm4", "tmm6");
+                dot!(BYTES, "tmm1", "tmm4", "tmm7");
                 if TALL {
-                    dot!("tmm2", "tmm5", "tmm6");
-                    dot!("tmm3", "tmm5", "tmm7");
+                    dot!(BYTES, "tmm2", "tmm5", "tmm6");
+                    dot!(BYTES, "tmm3", "tmm5", "tmm7");
                 }
                 (step, pair) = if pair + 1 == pairs.len() { (step + 1, 0) } else { (step, pair + 1) };
             }
@@ -440,12 +474,61 @@ mod instructions {
             }
         }
     }
+    /// See [`super::Registers::multiply_rows`].
+    ///
+    /// # Safety
+    /// As there, and the registers are configured.
+    #[inline(always)]
+    pub(super) unsafe fn multiply_rows(
+        rows: *const u8,
+        row: usize,
+        steps: usize,
+        columns: *const u8,
+        sums: *mut f32,
+        mut meanwhile: impl FnMut(),
+    ) {
+        const TILE_SIZE: usize = TILE * TILE_BYTES;
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                options(nostack, nomem, preserves_flags)
+            );
+            for step in 0..steps {
+                let (a, b) = (rows.wrapping_add(step * TILE_BYTES), columns.wrapping_add(step * 2 * TILE_SIZE));
+                load!("tmm6", b, TILE_BYTES);
+                load!("tmm7", b.wrapping_add(TILE_SIZE), TILE_BYTES);
+                macro_rules! sixteen {
+                    ($i:literal, $sum:literal, $left:literal, $right:literal) => {
+                        load!($left, a.wrapping_add(row.wrapping_mul($i * TILE)), row);
+                        dot!(false, $sum, $left, $right);
+                        meanwhile();
+                    };
+                }
+                sixteen!(0, "tmm0", "tmm4", "tmm6");
+                sixteen!(2, "tmm1", "tmm5", "tmm6");
+                sixteen!(4, "tmm2", "tmm4", "tmm6");
+                sixteen!(6, "tmm3", "tmm5", "tmm6");
+                sixteen!(1, "tmm0", "tmm4", "tmm7");
+                sixteen!(3, "tmm1", "tmm5", "tmm7");
+                sixteen!(5, "tmm2", "tmm4", "tmm7");
+                sixteen!(7, "tmm3", "tmm5", "tmm7");
+            }
+            store!("tmm0", sums, TILE_BYTES);
+            store!("tmm1", sums.wrapping_add(TILE * TILE), TILE_BYTES);
+            store!("tmm2", sums.wrapping_add(2 * TILE * TILE), TILE_BYTES);
+            store!("tmm3", sums.wrapping_add(3 * TILE * TILE), TILE_BYTES);
+        }
+    }
 }
 
 /// The same products number by number.
 #[cfg(test)]
 mod emulated {
-    use super::{BLOCK, Factors, Product, TILE, TILE_BYTES};
+    use super::{BLOCK, Factors, Product, SUMS, TILE, TILE_BYTES};
     use half::bf16;
 
     /// # Safety
@@ -491,6 +574,38 @@ mod emulated {
                 }
             }
         }
+    }
+    /// # Safety
+    /// As [`super::Registers::multiply_rows`].
+    pub(super) unsafe fn multiply_rows(
+        rows: *const u8,
+        row: usize,
+        steps: usize,
+        columns: *const u8,
+        sums: *mut f32,
+        mut meanwhile: impl FnMut(),
+    ) {
+        for i in 0..SUMS * TILE * TILE {
+            let (block, r, c) = (i / (TILE * TILE), i / TILE % TILE, i % TILE);
+            let mut sum = 0f32;
+            for step in 0..steps {
+                for half in 0..2 {
+                    for pair in 0..TILE {
+                        // SAFETY: the caller's promise.
+                        unsafe {
+                            let a = rows.wrapping_add(row.wrapping_mul((2 * block + half) * TILE + r));
+                            let a = a.wrapping_add(step * TILE_BYTES + 4 * pair);
+                            let b = columns.add((((2 * step + half) * TILE + pair) * TILE + c) * 4);
+                            let [a, b] = [a, b].map(|p| p.cast::<[bf16; 2]>().read_unaligned());
+                            sum += a[0].to_f32() * b[0].to_f32() + a[1].to_f32() * b[1].to_f32();
+                        }
+                    }
+                }
+            }
+            // SAFETY: the caller's promise.
+            unsafe { *sums.add(i) = sum };
+        }
+        (0..8 * steps).for_each(|_| meanwhile());
     }
 }
 
@@ -556,5 +671,26 @@ mod tests {
                 }
             }
         }
+    }
+    /// Rows with gaps between them, against the emulation.
+    #[test]
+    fn rows_are_multiplied_where_they_lie() {
+        let (steps, row) = (3, 3 * TILE_BYTES + 20);
+        let numbers = |n: usize, seed: usize| -> Vec<bf16> {
+            (0..n).map(|i| bf16::from_f32(((i * 2_654_435_761 + seed) >> 7 & 0xff) as f32 - 100.0)).collect()
+        };
+        let (a, b) = (numbers(SUMS * BLOCK * row / 2, 1), numbers(steps * 2 * TILE * BLOCK, 2));
+        let run = |tiles: Tiles| {
+            let (mut sums, mut turns) = (vec![f32::NAN; SUMS * TILE * TILE], 0);
+            // SAFETY: the arrays hold so many rows, columns and sums.
+            unsafe {
+                let (a, b) = (a.as_ptr().cast(), b.as_ptr().cast());
+                tiles.registers().multiply_rows(a, row, steps, b, sums.as_mut_ptr(), || turns += 1);
+            }
+            assert_eq!(turns, 8 * steps);
+            sums
+        };
+        // Whole numbers below 2^24: no rounding, in whatever order they are added.
+        assert_eq!(run(Tiles::detect().expect("emulated at least")), run(Tiles::EMULATED));
     }
 }
