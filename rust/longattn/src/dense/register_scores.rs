@@ -16,7 +16,7 @@ use half::bf16;
 const _: () = assert!(KEYS == SUMS * 2 * TILE && 2 * MAX_QUERY_ROWS == TILE);
 
 /// Fewer query rows take longer by registers than by vectors.
-pub(super) const LEAST_QUERY_ROWS: usize = 3;
+pub(super) const LEAST_QUERY_ROWS: usize = 5;
 
 /// Words of the two blocks of columns that a step multiplies with.
 const COLUMNS: usize = 2 * TILE * TILE;
