@@ -317,6 +317,18 @@ def test_masked_keys_do_not_leak(rng, isa, rows, dtype, poison):
     assert not np.isfinite(out[:, :, -1]).any()
 
 
+@pytest.mark.parametrize("group", [5, 8])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_masked_keys_do_not_leak_into_others_of_their_block(rng, isa, group, poison):
+    """Rows that go through whole blocks of keys together."""
+    q, k, v = qkv(rng, heads=2 * group, kv_heads=2, rows=1, keys=300, dim=64, q_dtype=BF16)
+    seen = rng.random(300) < 0.7
+    clean = la.attention(q, k, v, mask=seen, return_lse=True)
+    k[:, :, ~seen] = np.asarray(poison, BF16)
+    out, lse = la.attention(q, k, v, mask=seen, return_lse=True)
+    tolerances.same_storage(q, k, v).check(out, np.asarray(clean[0], np.float64), lse, clean[1])
+
+
 @pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_visible_nans_propagate(rng, isa, rows, dtype):

@@ -225,12 +225,12 @@ pub(crate) fn attend<S: Simd>(
                     product.finish_row(s, r, low, &mut scores[row_of(r)]);
                 }
             }
-            // Scaled with the softmax where nothing comes in between: by one factor, and 0 would turn what is hidden into NaN.
-            let scales_later =
-                scales && plain && !skips && problem.options.row_scales.is_none() && problem.scale != 0.0;
+            // Scaled with the softmax where nothing comes in between; a factor of 0 would turn what is hidden into NaN.
+            let scale_of = |r: usize| problem.row_scale(ids[r]);
+            let scales_later = scales && plain && !skips && rows.clone().all(|r| scale_of(r) != 0.0);
             if scales && !scales_later {
                 for r in rows.clone() {
-                    scale_row(s, &mut scores[row_of(r)], problem.row_scale(ids[r]));
+                    scale_row(s, &mut scores[row_of(r)], scale_of(r));
                 }
             }
             if !plain {
@@ -257,7 +257,7 @@ pub(crate) fn attend<S: Simd>(
             for (r, largest) in rows.clone().zip(&mut largest) {
                 let (row, visible) = (&mut scores[row_of(r)], visible_of(r));
                 *largest = if scales_later {
-                    largest_logit::<S, true>(s, row, visible, problem.scale, running[r])
+                    largest_logit::<S, true>(s, row, visible, scale_of(r), running[r])
                 } else {
                     largest_logit::<S, false>(s, row, visible, 1.0, running[r])
                 };
@@ -272,7 +272,7 @@ pub(crate) fn attend<S: Simd>(
                     // SAFETY: the row of scores; there is room for the weights of the keys from `low` to `high`.
                     let (new, factor) = unsafe {
                         if scales_later {
-                            let scale = problem.scale;
+                            let scale = scale_of(r);
                             weights_below::<S, _, true>(s, p, n, visible, scale, largest, old, rough, &mut to)
                         } else {
                             weights_below::<S, _, false>(s, p, n, visible, 1.0, largest, old, rough, &mut to)

@@ -3,7 +3,7 @@
 //! ```text
 //! for each block of keys:
 //!     S = Q K^T          dot products along contiguous rows, 16 accumulators (8 where registers are few): 4 query rows x 4 keys;
-//!                        of bytes with a key in each lane (codes.rs)
+//!                        of bytes with a key in each lane (codes.rs); of bf16 by matrix registers (register_scores.rs)
 //!     modify, mask, online softmax                       (scores.rs)
 //!     O = O * factor + P V                                16 accumulators: 4 query rows x 4 vectors of columns
 //! ```
@@ -207,7 +207,8 @@ pub(crate) unsafe fn attend_watched<S: Simd, K: Rows, V: Rows, W: Watch>(
     // Matrix registers take keys as they lie; where there are such, pairs are no faster than floats, which cost no conversion.
     let pairs = S::DOT2_BF16 && problem.tiles.is_none() && K::BF16 && problem.q.dtype() == DType::BF16;
     let pair_queries = pairs.then(|| PairQueries::new(problem, ids));
-    let by_registers = K::BF16 && !K::SCATTERED && !V::SCATTERED && problem.q.dtype() == DType::BF16;
+    // An infinite key would make another one's product NaN.
+    let by_registers = K::BF16 && !K::SCATTERED && !V::SCATTERED && problem.q.dtype() == DType::BF16 && !careful;
     let mut register_queries = if by_registers { RegisterQueries::new(problem, ids) } else { None };
     let (mut words, mut byte_weights) = (Words::NONE, ByteWeights::NONE);
     let mut start = keys.start;
@@ -216,13 +217,10 @@ pub(crate) unsafe fn attend_watched<S: Simd, K: Rows, V: Rows, W: Watch>(
         // The caller vouches for the rows of `keys`, which the parts of this kernel read.
         let keys = start..end;
         let (next, dim) = ((v, problem.value_dim), problem.dim);
-        match (k.bare(), &byte_queries, &pair_queries) {
-            _ if keys.len() == KEYS
-                && let Some(queries) = &mut register_queries =>
-            {
-                s.call(RegisterScores { queries, rows: n, k, start, next, scores });
-            }
-            (Some(k), Some(queries), _) => {
+        let whole = if keys.len() == KEYS { register_queries.as_mut() } else { None };
+        match (whole, k.bare(), &byte_queries, &pair_queries) {
+            (Some(queries), ..) => s.call(RegisterScores { queries, rows: n, k, start, next, scores }),
+            (_, Some(k), Some(queries), _) => {
                 if dot_bytes {
                     let words = &mut words;
                     s.call_bytes(ByteScores { queries, rows: n, k, keys: keys.clone(), next, words, scores });
@@ -231,7 +229,7 @@ pub(crate) unsafe fn attend_watched<S: Simd, K: Rows, V: Rows, W: Watch>(
                     s.call(ScaleScores { queries, rows: n, k, keys: keys.clone(), scores });
                 }
             }
-            (_, _, Some(queries)) => {
+            (_, _, _, Some(queries)) => {
                 let words = &mut words;
                 s.call_pairs(PairScores { queries, rows: n, dim, k, keys: keys.clone(), next, words, scores });
             }
