@@ -12,12 +12,10 @@ from random_arrays import BF16, DTYPES, F32, LAYOUTS, normal
 from random_stores import rows as random_rows
 from random_stores import store_of
 from running import on_threads
+from tolerances.exact import MULTIPLY_BYTES
 
 BITS = {"int8": 8, "int4": 4}
 KINDS = list(BITS)
-
-#: Instruction sets whose products are of integers, where a key has one scale.
-INTEGERS = ("scalar", "avx512vnni", "avx512bf16", "amx")
 
 
 def decoded(store):
@@ -27,7 +25,7 @@ def decoded(store):
 def integers(store):
     """Whether a kernel may multiply integers: the instruction set does, and a key is its codes and one scale."""
     one_scale = -(-store.head_dim // 32) * 32 * BITS[store.dtype] // 8 + 8
-    return _core.isa() in INTEGERS and store.keys.nbytes == store.kv_heads * len(store) * one_scale
+    return _core.isa() in MULTIPLY_BYTES and store.keys.nbytes == store.kv_heads * len(store) * one_scale
 
 
 def tolerance_of(q, store, scale=None, offset=0.0):

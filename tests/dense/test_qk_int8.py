@@ -8,9 +8,7 @@ import tolerances
 from longattn.reference import dense as reference
 from random_arrays import BF16, DTYPES, F32, qkv
 from running import on_threads
-
-#: Instruction sets that multiply bytes; others compute the logits in float32.
-BYTES = ("scalar", "avx512vnni", "avx512bf16", "amx")
+from tolerances.exact import MULTIPLY_BYTES
 
 
 def logit_error(q, k, scale):
@@ -49,7 +47,7 @@ def test_typical_error_is_small(isa, rng):
     exact = reference.attention(q, k, v)
     error = np.asarray(la.attention(q, k, v, qk_int8=True)) - exact
     assert np.sqrt((error**2).mean() / (exact**2).mean()) < 0.02
-    if isa in BYTES:
+    if isa in MULTIPLY_BYTES:
         assert np.abs(error).max() > 1e-4  # it was rounded
 
 
@@ -90,7 +88,7 @@ def test_few_rows_are_not_rounded(isa, rng):
 def test_sets_without_byte_products_do_not_round(isa, rng):
     q, k, v = qkv(rng, rows=50, keys=300, dim=64)
     same = np.array_equal(la.attention(q, k, v, qk_int8=True), la.attention(q, k, v))
-    assert same == (isa not in BYTES)
+    assert same == (isa not in MULTIPLY_BYTES)
 
 
 def test_keys_of_a_coded_store(isa, rng):

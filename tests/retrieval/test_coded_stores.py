@@ -9,6 +9,7 @@ import tolerances
 from longattn import _core
 from random_arrays import F32, normal
 from random_stores import queries, rows, store_of
+from tolerances.exact import MULTIPLY_BYTES
 
 #: Kinds of index that stores of codes may have, small enough to have several segments.
 INDEXES = {
@@ -35,7 +36,7 @@ def _tolerance(q, coded):
     k, v = np.asarray(coded.keys, np.float64), np.asarray(coded.values, np.float64)
     kind = coded.dtype
     one_scale = coded.keys.nbytes == coded.kv_heads * len(coded) * (-(-coded.head_dim // 32) * 4 * int(kind[3:]) + 8)
-    integers = one_scale and _core.isa() in ("scalar", "avx512vnni", "avx512bf16", "amx")
+    integers = one_scale and _core.isa() in MULTIPLY_BYTES
     mine = tolerances.coded_attention(q, k, v, channels=coded.channel_scales, integers=integers)
     other = tolerances.attention(q, k, v)
     return tolerances.Tolerance(

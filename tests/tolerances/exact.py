@@ -8,6 +8,9 @@ import numpy as np
 from longattn import _core
 from tolerances.arithmetic import ROUNDOFF, SAFETY, Tolerance, U, _largest, _row_norm, unit
 
+#: Instruction sets that multiply bytes; others compute with float32.
+MULTIPLY_BYTES = ("scalar", "avx512vnni", "avx512bf16", "amx")
+
 #: Rows of a KV head that go through its keys together: few, whose weights pairs round, and many.
 _FEW_TOGETHER, _MANY_TOGETHER = 8, 192
 
@@ -39,14 +42,14 @@ def _in_pairs(q, k, v, together):
     Pairs alone are used for just eight rows. Rows that share keys are cut into blocks of 192, the last of which may
     have eight. Matrix registers are used for more than eight.
     """
-    if not all(x.dtype == ml_dtypes.bfloat16 for x in (q, k, v)) or _core.isa() not in ("avx512bf16", "amx"):
+    isa = _core.isa()
+    if isa not in ("avx512bf16", "amx") or not all(x.dtype == ml_dtypes.bfloat16 for x in (q, k, v)):
         return False
+    least = _FEW_TOGETHER
     if together is None:
         heads, kv_heads = (x.shape[-3] if x.ndim > 2 else 1 for x in (q, k))
-        together = heads // kv_heads * q.shape[-2]
-        if _core.isa() == "amx":
-            return together > _FEW_TOGETHER
-    return together >= _FEW_TOGETHER if _core.isa() == "amx" else together % _MANY_TOGETHER == _FEW_TOGETHER
+        together, least = heads // kv_heads * q.shape[-2], _FEW_TOGETHER + 1
+    return together >= least if isa == "amx" else together % _MANY_TOGETHER == _FEW_TOGETHER
 
 
 def device_attention(q, k, v, *, scale=None, offset=0.0):

@@ -9,8 +9,10 @@ use std::ops::Range;
 const AHEAD_BYTES: usize = 8 << 10;
 
 /// Blocks of at most so many bytes are asked for as a whole while the block before them is computed with, which is faster by a quarter
-/// where a row takes two cache lines; of more where they come into the second cache.
+/// where a row takes two cache lines.
 const BLOCK_BYTES: usize = 16 << 10;
+
+/// The same where they come into the second cache.
 const SECOND_CACHE_BLOCK_BYTES: usize = 128 << 10;
 
 /// Keys asked for ahead of their use.

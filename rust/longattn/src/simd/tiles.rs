@@ -474,6 +474,7 @@ mod instructions {
             }
         }
     }
+
     /// See [`super::Registers::multiply_rows`].
     ///
     /// # Safety
@@ -575,6 +576,7 @@ mod emulated {
             }
         }
     }
+
     /// # Safety
     /// As [`super::Registers::multiply_rows`].
     pub(super) unsafe fn multiply_rows(
