@@ -19,14 +19,14 @@ use crate::tensor::{DType, KvView, Storage, with_element};
 use half::bf16;
 use std::ops::Range;
 
-/// Floats that a block of sixteen rows takes on the left.
-const LEFT: usize = TILE * TILE_BYTES / 4;
+/// Floats that a step of sixteen rows takes on the left.
+pub(crate) const LEFT: usize = TILE * TILE_BYTES / 4;
 
-/// Floats that a block of 32 columns takes on the right.
+/// Floats that a step of 32 columns takes on the right.
 pub(crate) const RIGHT: usize = 2 * LEFT;
 
 /// Pairs of factors in `left` and `right` parts, both numbers of which add up to `most` at most.
-const fn pairs(left: usize, right: usize, most: usize) -> Pairs {
+pub(crate) const fn pairs(left: usize, right: usize, most: usize) -> Pairs {
     let all = [(2, 0), (1, 0), (0, 0), (0, 1), (1, 1), (0, 2)];
     let (mut kept, mut count, mut n) = ([(0, 0); 6], 0, 0);
     while n < all.len() {
@@ -54,7 +54,8 @@ pub(crate) struct Parts {
     pub(crate) of_outputs: Pairs,
 }
 
-const fn parts_of(dtype: DType) -> usize {
+/// In how many parts numbers are that came as this.
+pub(crate) const fn parts_of(dtype: DType) -> usize {
     match dtype {
         DType::BF16 => 1,
         DType::F16 => 2,
@@ -235,14 +236,16 @@ macro_rules! with_parts {
 }
 pub(crate) use with_parts;
 
+/// Blocks of sixteen packed rows.
 #[inline(always)]
-fn left(from: &[f32], steps: usize, parts: usize) -> Left {
+pub(crate) fn left(from: &[f32], steps: usize, parts: usize) -> Left {
     let block = 4 * LEFT;
     Left { start: from.as_ptr().cast(), row: TILE_BYTES, tile: steps * parts * block, step: parts * block, part: block }
 }
 
+/// A panel of 32 packed columns.
 #[inline(always)]
-fn right(from: *const f32, parts: usize) -> Right {
+pub(crate) fn right(from: *const f32, parts: usize) -> Right {
     Right { start: from.cast(), step: parts * 4 * RIGHT, part: 4 * RIGHT }
 }
 
@@ -297,7 +300,7 @@ unsafe fn store_parts<S: Simd, const PARTS: usize>(s: S, numbers: [S::F32; 2], t
 /// # Safety
 /// The row has `dim` elements; `to` is writable for as many steps.
 #[inline(always)]
-unsafe fn store_row<S: Simd, R: Row>(s: S, row: R, dim: usize, parts: usize, r: usize, to: *mut f32) {
+pub(crate) unsafe fn store_row<S: Simd, R: Row>(s: S, row: R, dim: usize, parts: usize, r: usize, to: *mut f32) {
     with_parts!(parts, PARTS, {
         for d in (0..dim).step_by(STEP) {
             // SAFETY: the caller's promise.

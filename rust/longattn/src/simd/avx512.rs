@@ -514,6 +514,10 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
         })
     }
     #[inline(always)]
+    fn half_up_bf16(self, v: __m512) -> __m512 {
+        instructions!(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(0x8000))))
+    }
+    #[inline(always)]
     fn pair_bf16(self, a: __m512, b: __m512) -> __m512 {
         instructions!({
             let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));

@@ -331,6 +331,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn split_bf16(self, v: Self::F32) -> [Self::F32; 2] {
         [v, v]
     }
+    /// Numbers whose first eight bits are those of `v` rounded, halves up. Only where [`Self::DOT2_BF16`] says so.
+    #[inline(always)]
+    fn half_up_bf16(self, v: Self::F32) -> Self::F32 {
+        v
+    }
     /// Pairs of a bf16 of either vector, the first eight bits of each lane: those of `a` first.
     #[inline(always)]
     fn pair_bf16(self, a: Self::F32, b: Self::F32) -> Self::F32 {

@@ -1,18 +1,22 @@
 //! One state head of one sequence, chunk by chunk, for some of its value columns.
 
 use super::columns::Fade;
+use super::coming::Coming;
+use super::products::{COMPUTED, Factor, Multiplier, Part};
 use super::rows::{Mapped, forgotten, load, load_numbers, multiply_rows, scale_row};
-use super::scores::{BLOCK, Chunk, Pair, Sizes, add_up, dot, product};
+use super::scores::{BLOCK, Chunk, Pair, Parts, Sides, Sizes, add_up, dot};
 use super::{Decay, Job};
 use crate::dense::micro::panel;
 use crate::dense::packing::pack_values;
+use crate::dense::parts::parts_of;
 use crate::dense::rows::{Strided, is_finite};
 use crate::dense::scratch::Scratch;
 use crate::dense::tile::KEYS;
 use crate::kv::convert::narrow;
 use crate::parallel::Cancel;
+use crate::simd::tiles::{STEP, TILE, Tiles};
 use crate::simd::{Kernel, MAX_LANES, Simd};
-use crate::tensor::{Element, with_element};
+use crate::tensor::{DType, Element, with_element};
 use std::ops::Range;
 
 /// The value columns `columns` of the state of one head of one sequence, over all its rows.
@@ -30,12 +34,49 @@ impl Kernel for Item<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        s.call(Body(self));
+        match self.job.tiles {
+            Some(tiles) if S::DOT2_BF16 && self.fills_registers() => {
+                s.call_pairs(Body { item: self, tiles: Some(tiles) });
+            }
+            _ => s.call(Body { item: self, tiles: None }),
+        }
     }
 }
 
-/// [`Item`], compiled once for the base of an instruction set.
-struct Body<'a, 's>(Item<'a, 's>);
+impl Item<'_, '_> {
+    /// Whether matrix registers are worth it: for arrays of bf16 and f16, as three parts of floats take as long as vectors; where they,
+    /// 32 numbers wide, are filled to two thirds; without decays per value column, which vectors compute. The same for all items of a
+    /// sequence, so that the number of threads changes no bit.
+    fn fills_registers(&self) -> bool {
+        let of = &self.job.of;
+        let fills = |n: usize| 2 * n.next_multiple_of(STEP) <= 3 * n;
+        let chunk = of.chunk.min(self.job.sequence(self.sequence).1.len());
+        let mut arrays = of.k.iter().chain(of.pair.iter().flatten()).chain([&of.q, &of.v]);
+        arrays.all(|x| x.dtype() != DType::F32)
+            && of.decay.of_values().is_none()
+            && fills(self.job.dim)
+            && fills(self.job.value_dim)
+            && fills(chunk)
+    }
+
+    /// In how many parts registers multiply.
+    fn parts(&self) -> Parts {
+        let of = &self.job.of;
+        let came = |x: DType, as_it_is: bool| if as_it_is { parts_of(x) } else { COMPUTED };
+        let (plain, scales_keys) = (of.unit.is_none(), of.beta.is_some() && !of.delta);
+        Parts {
+            q: came(of.q.dtype(), plain && of.maps[0].is_none() && of.scale == 1.0),
+            k: of.k.map_or(COMPUTED, |k| came(k.dtype(), plain && of.maps[1].is_none() && !scales_keys)),
+            v: parts_of(of.v.dtype()),
+        }
+    }
+}
+
+/// [`Item`], compiled once for vectors of the base of an instruction set, and once for matrix registers where it has some.
+struct Body<'a, 's> {
+    item: Item<'a, 's>,
+    tiles: Option<Tiles>,
+}
 
 /// Packs columns of rows of values into panels of [`KEYS`] rows.
 struct Values<T> {
@@ -62,7 +103,9 @@ impl Kernel for Body<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Item { job, sequence, head, columns, cancel, scratch } = self.0;
+        let parts = self.item.parts();
+        let Item { job, sequence, head, columns, cancel, scratch } = self.item;
+        let mut m = Multiplier::new(self.tiles);
         let of = &job.of;
         let (batch, rows) = job.sequence(sequence);
         let readers = job.readers(head);
@@ -72,7 +115,7 @@ impl Kernel for Body<'_, '_> {
         let Sizes { dim, padded, rows: room, across, .. } = sizes;
         let width = columns.len().next_multiple_of(panel);
         let panels = width / panel;
-        let state_rows = dim.next_multiple_of(S::ROWS);
+        let state_rows = dim.next_multiple_of(S::ROWS).max(dim.next_multiple_of(TILE));
         let (by_channel, channel_room) = match of.decay {
             Decay::Channel(_) => (room * padded, sizes.channel_room()),
             _ => (0, 0),
@@ -80,6 +123,11 @@ impl Kernel for Body<'_, '_> {
         let solves = delta || of.pair.is_some();
         // Sizes of what only a pair of keys has.
         let second = |n: usize| if of.pair.is_some() { n } else { 0 };
+        // What registers multiply: rows by channels, channels by rows, rows by rows, and panels of the state and of rows.
+        let most = COMPUTED;
+        let (across_rows, across_channels) = (m.left_room(chunk, dim, most), m.left_room(dim, chunk, most));
+        let (square, state_panel) = (m.left_room(chunk, chunk, most), m.right_room(dim, panel, most));
+        let row_panel = m.right_room(chunk, panel, most);
         let fades = if matches!(of.decay, Decay::Value { .. }) { panels * KEYS * panel } else { 0 };
         let [
             q,
@@ -106,6 +154,18 @@ impl Kernel for Body<'_, '_> {
             gathered,
             fading,
             bonus,
+            q_side,
+            k_side,
+            turned_side,
+            keys_side,
+            scores_side,
+            own_side,
+            inverse_side,
+            b_turned_side,
+            b_scores_side,
+            state_side,
+            value_side,
+            update_side,
         ] = scratch.extra.carve([
             group * room * padded,
             room * padded,
@@ -131,6 +191,18 @@ impl Kernel for Body<'_, '_> {
             second(room * panel),
             fades,
             padded,
+            group * across_rows,
+            if solves { across_rows } else { 0 },
+            across_channels,
+            m.right_room(dim, chunk, most),
+            group * square,
+            second(square),
+            if solves { square } else { 0 },
+            second(across_channels),
+            second(group * square),
+            state_panel,
+            row_panel,
+            if solves { row_panel } else { 0 },
         ]);
         turned.fill(0.0);
         b_turned.fill(0.0);
@@ -163,6 +235,13 @@ impl Kernel for Body<'_, '_> {
             sums[..dim].copy_from_slice(&job.sums[first..first + dim]);
         }
 
+        let mut read: Vec<_> = readers.clone().map(|reader| (&of.q, [batch, reader])).collect();
+        read.extend(of.k.iter().chain(of.pair.iter().flatten()).map(|view| (view, [batch, job.key_head(head)])));
+        read.push((&of.v, [batch, head]));
+        if let Decay::Channel(view) = &of.decay {
+            read.push((view, [batch, head]));
+        }
+        let coming = Coming::new(read.into_iter(), rows.end);
         let mut at = rows.start;
         // Up to here, rows are taken one by one: some hold numbers that are not finite, which may reach no row before them.
         let mut one_by_one = at;
@@ -240,7 +319,15 @@ impl Kernel for Body<'_, '_> {
                 scores: &mut *b_scores,
                 own: &mut *b_own,
             });
-            let mut rows_of = Chunk { sizes, n, q, k, turned, scores, delta, inverse, own, beta, bonus, pair };
+            let sides = Sides {
+                multiplier: &mut m,
+                parts,
+                q: &mut *q_side,
+                k: &mut *k_side,
+                turned: &mut *keys_side,
+                apart: across_rows,
+            };
+            let mut rows_of = Chunk { sizes, n, q, k, turned, scores, delta, inverse, own, beta, bonus, pair, sides };
             let mut total = 1.0;
             match &of.decay {
                 Decay::None | Decay::Value { .. } => {
@@ -253,29 +340,61 @@ impl Kernel for Body<'_, '_> {
                     load_numbers(view, [batch, head], now.clone(), &mut decay[..n]);
                     total = rows_of.by_tokens(s, Some(&mut *decay));
                 }
-                Decay::Channel(_) => rows_of.by_channels(s, g, working),
+                Decay::Channel(_) => rows_of.by_channels(s, g, working, (&coming, at + n)),
             }
+            // Sides that stand left of all panels. Without decays queries and keys are as they were.
+            let as_they_were = matches!(of.decay, Decay::None | Decay::Value { .. });
+            let came = |parts: usize| if as_they_were { parts } else { most };
+            let (by_channels, by_rows) = ([n, dim], [n, n]);
+            for i in 0..group {
+                let (q, scores) = (&q[i * room * padded..], &scores[i * room * across..]);
+                m.left(s, Part::Whole, by_channels, (q, padded), came(parts.q), &mut q_side[i * across_rows..]);
+                m.left(s, Part::Lower, by_rows, (scores, across), most, &mut scores_side[i * square..]);
+                if of.pair.is_some() {
+                    let scores = &b_scores[i * room * across..];
+                    m.left(s, Part::Lower, by_rows, (scores, across), most, &mut b_scores_side[i * square..]);
+                }
+            }
+            let turned_of = m.left(s, Part::Whole, [dim, n], (turned, across), came(parts.k), turned_side);
+            let b_turned_of =
+                of.pair.map(|_| m.left(s, Part::Whole, [dim, n], (b_turned, across), most, b_turned_side));
+            let inverse_of = solves.then(|| m.left(s, Part::Lower, by_rows, (inverse, across), most, inverse_side));
+            // Rows that read the state before they write.
+            let reader = if of.pair.is_some() { &*reads } else { &*k };
+            let reader_of = solves.then(|| m.left(s, Part::Whole, by_channels, (reader, padded), most, k_side));
+            let own_of = of.pair.map(|_| m.left(s, Part::Lower, by_rows, (own, across), most, own_side));
+            let solving = reader_of.zip(inverse_of);
             for p in 0..panels {
                 let state = &mut states[p * state_rows * panel..][..state_rows * panel];
                 let value = &mut values[p * KEYS * panel..][..KEYS * panel];
-                if delta {
-                    // What the state does not hold of the values, rows one after another.
-                    product(s, [0, n], dim, false, k, padded, state, panel, value, panel, true);
-                    product(s, [0, n], n, true, inverse, across, value, panel, updates, panel, false);
-                }
                 if let Decay::Value { fills, .. } = of.decay {
                     let logs = &mut fading[p * KEYS * panel..][..KEYS * panel];
                     let fade = Fade { sizes, n, width, fills, q, scores, turned, logs };
                     fade.panel(s, value, state, &mut out[p * panel..]);
                     continue;
                 }
-                if of.pair.is_some() {
-                    // What is read of the state, by the state before the chunk, its own keys, and what is read for rows before.
-                    product(s, [0, n], dim, false, reads, padded, state, panel, gathered, panel, false);
-                    product(s, [0, n], n, true, own, across, value, panel, gathered, panel, true);
-                    product(s, [0, n], n, true, inverse, across, gathered, panel, updates, panel, false);
-                }
-                let value = if delta { &*updates } else { &*value };
+                let state_of = m.right(s, [dim, panel], (state, panel), most, state_side);
+                let (from_state, from_rows) = ([n, panel, dim], [n, panel, n]);
+                let size = [n, panel];
+                let (value_of, second_of) = match (solving, own_of) {
+                    (Some((reader, inverse)), None) => {
+                        // What the state does not hold of the values, rows one after another.
+                        m.multiply(s, Part::Whole, from_state, reader, state_of, (&mut *value, panel), true);
+                        let read = m.right(s, size, (value, panel), most, value_side);
+                        m.multiply(s, Part::Lower, from_rows, inverse, read, (&mut *updates, panel), false);
+                        (m.right(s, size, (updates, panel), most, value_side), None)
+                    }
+                    (Some((reader, inverse)), Some(own)) => {
+                        // What is read of the state, by the state before the chunk, its own keys, and what is read for rows before.
+                        let value_of = m.right(s, size, (value, panel), parts.v, value_side);
+                        m.multiply(s, Part::Whole, from_state, reader, state_of, (&mut *gathered, panel), false);
+                        m.multiply(s, Part::Lower, from_rows, own, value_of, (&mut *gathered, panel), true);
+                        let read = m.right(s, size, (gathered, panel), most, update_side);
+                        m.multiply(s, Part::Lower, from_rows, inverse, read, (&mut *updates, panel), false);
+                        (value_of, Some(m.right(s, size, (updates, panel), most, update_side)))
+                    }
+                    (None, _) => (m.right(s, size, (value, panel), parts.v, value_side), None),
+                };
                 for i in 0..group {
                     let out = &mut out[i * room * width + p * panel..];
                     if let Some(skip) = of.skip {
@@ -285,13 +404,15 @@ impl Kernel for Body<'_, '_> {
                             scale_row(s, to, skip[head]);
                         }
                     }
-                    let q = &q[i * room * padded..];
-                    product(s, [0, n], dim, false, q, padded, state, panel, out, width, of.skip.is_some());
-                    let scores = &scores[i * room * across..];
-                    product(s, [0, n], n, true, scores, across, value, panel, out, width, true);
-                    if of.pair.is_some() {
+                    let a =
+                        Factor::packed((&q[i * room * padded..], padded), &q_side[i * across_rows..], came(parts.q));
+                    m.multiply(s, Part::Whole, from_state, a, state_of, (&mut *out, width), of.skip.is_some());
+                    let a = Factor::packed((&scores[i * room * across..], across), &scores_side[i * square..], most);
+                    m.multiply(s, Part::Lower, from_rows, a, value_of, (&mut *out, width), true);
+                    if let Some(update_of) = second_of {
                         let scores = &b_scores[i * room * across..];
-                        product(s, [0, n], n, true, scores, across, updates, panel, out, width, true);
+                        let a = Factor::packed((scores, across), &b_scores_side[i * square..], most);
+                        m.multiply(s, Part::Lower, from_rows, a, update_of, (&mut *out, width), true);
                     }
                 }
                 match of.decay {
@@ -303,9 +424,10 @@ impl Kernel for Body<'_, '_> {
                         }
                     }
                 }
-                product(s, [0, dim], n, false, turned, across, value, panel, state, panel, true);
-                if of.pair.is_some() {
-                    product(s, [0, dim], n, false, b_turned, across, updates, panel, state, panel, true);
+                let to_state = [dim, panel, n];
+                m.multiply(s, Part::Whole, to_state, turned_of, value_of, (&mut *state, panel), true);
+                if let Some((b, update_of)) = b_turned_of.zip(second_of) {
+                    m.multiply(s, Part::Whole, to_state, b, update_of, (&mut *state, panel), true);
                 }
             }
             if let Some(eps) = of.normaliser {

@@ -14,8 +14,10 @@
 //! chunk are f64. No exponential of a positive number is ever formed: decays between rows are products of numbers of at most 1.
 
 mod backward;
+mod block;
 mod chunk;
 mod columns;
+mod coming;
 mod decays;
 pub mod double;
 mod gradient;
@@ -32,6 +34,7 @@ pub(super) use scores::{add_up, dot, product, turn};
 use super::features::{FeatureMap, Map};
 use crate::dense::scratch::with_scratch;
 use crate::parallel::{Execution, for_each, num_threads};
+use crate::simd::tiles::Tiles;
 use crate::simd::{self, Isa, dispatch};
 use crate::tensor::{DType, Error, Result, TensorView, TensorViewMut, with_element};
 use std::ops::{Deref, Range};
@@ -158,6 +161,8 @@ struct Job<'a> {
     first: Option<TensorView<'a>>,
     /// Sums of keys that they come with, `[sequences, heads, dim]`; empty without normaliser.
     sums: Vec<f32>,
+    /// Matrix registers, where the instruction set has them.
+    tiles: Option<Tiles>,
 }
 
 impl<'a> Deref for Job<'a> {
@@ -300,7 +305,7 @@ fn check_inputs<'a, V: Shaped, F>(of: Recurrence<'a, V, F>) -> Result<Inputs<'a,
     Ok(Inputs { of, sequences, heads, query_heads, key_heads, dim, value_dim })
 }
 
-fn check<'a>(of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMut) -> Result<Job<'a>> {
+fn check<'a>(isa: Isa, of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMut) -> Result<Job<'a>> {
     let inputs = check_inputs(of)?;
     let Inputs { sequences, heads, query_heads, dim, value_dim, .. } = inputs;
     let [batch, _, length, _] = of.v.shape();
@@ -329,7 +334,7 @@ fn check<'a>(of: Recurrence<'a>, out: &'a TensorViewMut, state: &'a TensorViewMu
             }
         }
     }
-    Ok(Job { inputs, out, state, first, sums })
+    Ok(Job { inputs, out, state, first, sums, tiles: isa.tiles() })
 }
 
 /// An error where a number of a gate is above 0 or NaN, or not finite where it is `signed`.
@@ -398,7 +403,7 @@ fn run(
     state: &mut TensorViewMut,
     execution: &Execution,
 ) -> Result<()> {
-    let job = check(of, out, state)?;
+    let job = check(isa, of, out, state)?;
     check_gates(isa, &of, execution)?;
     let [sequences, heads, dim, value_dim] = job.state.shape();
     let pairs = sequences * heads;

@@ -1,9 +1,10 @@
 //! What a chunk's gradients start from: its rows as they are, and times decays; scores; what is written; the next state.
 
 use super::Decay;
-use super::products::{Multiply, Part};
+use super::coming::Coming;
+use super::products::{Multiplier, Multiply, Part};
 use super::rows::{load, load_numbers, scale_row};
-use super::scores::{Chunk, Pair, Sizes, dot};
+use super::scores::{Chunk, Pair, Sides, Sizes, dot};
 use super::work::Work;
 use crate::simd::{Kernel, MAX_LANES, Simd};
 use crate::tensor::TensorView;
@@ -99,8 +100,9 @@ impl Kernel for Prepare<'_, '_, '_> {
             own: b_own,
         });
         let (q, k, inverse) = (&mut *work.q, &mut *work.k, &mut *work.inverse);
-        let mut rows_of =
-            Chunk { sizes, n, q, k, turned, scores, delta: of.delta, inverse, own, beta, bonus: None, pair };
+        let (mut vectors, delta) = (Multiplier::new(None), of.delta);
+        let sides = Sides::none(&mut vectors);
+        let mut rows_of = Chunk { sizes, n, q, k, turned, scores, delta, inverse, own, beta, bonus: None, pair, sides };
         let total = match &of.decay {
             Decay::None | Decay::Value { .. } => rows_of.by_tokens(s, None),
             Decay::Token(view) => {
@@ -108,7 +110,7 @@ impl Kernel for Prepare<'_, '_, '_> {
                 rows_of.by_tokens(s, Some(&mut *work.decay))
             }
             Decay::Channel(_) => {
-                rows_of.by_channels(s, work.g, work.working);
+                rows_of.by_channels(s, work.g, work.working, (&Coming::default(), 0));
                 1.0
             }
         };

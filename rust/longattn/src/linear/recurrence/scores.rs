@@ -1,10 +1,12 @@
 //! What the rows of a chunk have to do with each other: products of queries and keys times the decay between them, and the inverse
 //! that the delta rule takes.
 
+use super::block::Block;
+use super::coming::Coming;
+use super::products::{Multiplier, Part};
 use super::rows::{exp_row, multiply_rows, scale_row};
 use crate::dense::micro::{multiply_strided, panel};
 use crate::simd::{MAX_LANES, PANEL_VECTORS, Simd};
-use std::ops::Range;
 
 /// Rows of a chunk between which decays of channels are multiplied row by row; between others, sums of products of rows times decays
 /// up to the borders of these blocks. A multiple of every instruction set's `ROWS`.
@@ -36,7 +38,7 @@ impl Sizes {
     /// Floats that [`Chunk::by_channels`] works in.
     #[inline(always)]
     pub(super) fn channel_room(&self) -> usize {
-        (4 + TAIL) * self.padded + 2 * (self.group + 1) * BLOCK * BLOCK
+        (4 + 2 * TAIL) * self.padded + 2 * (self.group + 1) * BLOCK * BLOCK
     }
 
     /// Rows of transposed keys.
@@ -71,6 +73,34 @@ pub(super) struct Chunk<'a> {
     pub(super) bonus: Option<&'a [f32]>,
     /// Second keys, written with what is read of the state.
     pub(super) pair: Option<Pair<'a>>,
+    /// What multiplies rows with one another.
+    pub(super) sides: Sides<'a>,
+}
+
+/// What multiplies queries and keys, and what it packs of them.
+pub(super) struct Sides<'a> {
+    pub(super) multiplier: &'a mut Multiplier,
+    pub(super) parts: Parts,
+    /// Of each query head, as far apart as [`Self::apart`] says; of keys as rows and as columns.
+    pub(super) q: &'a mut [f32],
+    pub(super) k: &'a mut [f32],
+    pub(super) turned: &'a mut [f32],
+    pub(super) apart: usize,
+}
+
+impl<'a> Sides<'a> {
+    /// Those of vectors, which pack nothing.
+    pub(super) fn none(multiplier: &'a mut Multiplier) -> Self {
+        Self { multiplier, parts: Parts::default(), q: &mut [], k: &mut [], turned: &mut [], apart: 0 }
+    }
+}
+
+/// In how many parts queries, keys and values are, as they come, that matrix registers multiply.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Parts {
+    pub(super) q: usize,
+    pub(super) k: usize,
+    pub(super) v: usize,
 }
 
 /// Rows `a` that read the state before each row, and the keys `b` with which that is written.
@@ -143,17 +173,6 @@ pub(in crate::linear) fn turn<S: Simd>(
     }
 }
 
-/// Products of the first `depth` channels of rows `a` with all transposed keys that rows up to their own tile's end see.
-#[inline(always)]
-fn dots<S: Simd>(s: S, sizes: Sizes, n: usize, a: &[f32], turned: &[f32], to: &mut [f32]) {
-    let across = sizes.across;
-    for column in (0..n).step_by(panel::<S>()) {
-        let (b, c) = (&turned[column..], &mut to[column..]);
-        let rows = [column / S::ROWS, n];
-        product(s, rows, sizes.dim, false, a, sizes.padded, b, across, c, across, false);
-    }
-}
-
 /// Decays of whole states along a chunk.
 struct TokenDecays<'a> {
     /// Of each row.
@@ -198,15 +217,23 @@ impl Chunk<'_> {
         let Self { sizes, n, .. } = *self;
         let Sizes { padded, across, rows, group, .. } = sizes;
         turn(s, [padded, across], self.k, n, self.turned, 0);
+        // Products with all transposed keys that rows up to their own tile's end see.
+        let Sides { multiplier, parts, q, k, turned, apart } = &mut self.sides;
+        let (size, whole_tile) = ([n, sizes.dim], multiplier.tile::<S>());
+        let b = multiplier.right(s, [sizes.dim, n], (self.turned, across), parts.k, turned);
         for g in 0..group {
-            dots(s, sizes, n, &self.q[g * rows * padded..], self.turned, &mut self.scores[g * rows * across..]);
+            let rows_of = (&self.q[g * rows * padded..], padded);
+            let a = multiplier.left(s, Part::Whole, size, rows_of, parts.q, &mut q[g * *apart..]);
+            let to = (&mut self.scores[g * rows * across..], across);
+            multiplier.multiply(s, Part::Below, [n, n, sizes.dim], a, b, to, false);
         }
         if self.delta {
-            dots(s, sizes, n, self.k, self.turned, self.own);
+            let a = multiplier.left(s, Part::Whole, size, (self.k, padded), parts.k, k);
+            multiplier.multiply(s, Part::Below, [n, n, sizes.dim], a, b, (self.own, across), false);
         }
         let mut factors = decay.map(|decay| TokenDecays::new(s, n, across, decay));
         for i in 0..n {
-            let tile = ((i / S::ROWS + 1) * S::ROWS).min(across);
+            let tile = ((i / whole_tile + 1) * whole_tile).min(across);
             let seen = (i + 1).next_multiple_of(S::LANES);
             if let Some(TokenDecays { each, between, .. }) = &mut factors {
                 scale_row(s, &mut between[..seen], each[i]);
@@ -268,10 +295,18 @@ impl Chunk<'_> {
     }
 
     /// Scores and inverse where each channel decays by itself. `g` holds the log decays `[rows, padded]`, `room` is of
-    /// [`Sizes::channel_room`]. Leaves the decays of the state's rows at the start of `room`.
+    /// [`Sizes::channel_room`]. Leaves the decays of the state's rows at the start of `room`. Memory is asked for as many rows from
+    /// `next` on.
     #[inline(always)]
-    pub(super) fn by_channels<S: Simd>(&mut self, s: S, g: &mut [f32], room: &mut [f32]) {
+    pub(super) fn by_channels<S: Simd>(
+        &mut self,
+        s: S,
+        g: &mut [f32],
+        room: &mut [f32],
+        (coming, next): (&Coming, usize),
+    ) {
         let Self { sizes, n, delta, bonus, .. } = *self;
+        let whole_tile = self.sides.multiplier.tile::<S>();
         let Self { q, k, turned, scores, own, pair, .. } = self;
         let Sizes { dim, padded, across, rows, group } = sizes;
         // Decay from before the chunk to the block; its logarithm; a product along the block; the block's decay.
@@ -279,7 +314,7 @@ impl Chunk<'_> {
         let (sum, rest) = rest.split_at_mut(padded);
         let (along, rest) = rest.split_at_mut(padded);
         let (whole, rest) = rest.split_at_mut(padded);
-        let (tail, pairs) = rest.split_at_mut(TAIL * padded);
+        let (tails, pairs) = rest.split_at_mut(2 * TAIL * padded);
         let sets = 1 + usize::from(pair.is_some());
         before.fill(1.0);
         sum.fill(0.0);
@@ -293,45 +328,27 @@ impl Chunk<'_> {
             }
             add_row(s, sum, whole);
             exp_row(s, whole);
-            // Pairs of rows of the block: a key's row is multiplied by the decays of one row after the other. Who reads the state
-            // before a row does so before that row's decay.
             for set in 0..sets {
-                let pairs = &mut pairs[set * (group + 1) * BLOCK * BLOCK..];
                 let keys = pair.as_ref().filter(|_| set == 1).map_or(&**k, |pair| &*pair.b);
-                for j in start..end {
-                    along.copy_from_slice(&keys[j * padded..][..padded]);
-                    for i in j..end {
-                        let at = |reader: usize| (reader * BLOCK + i - start) * BLOCK + j - start;
-                        if i > j {
-                            if let Some(pair) = &*pair {
-                                pairs[at(group)] = dot(s, &pair.reads[i * padded..][..padded], along);
-                            }
-                            if bonus.is_some() {
-                                for head in 0..group {
-                                    pairs[at(head)] = dot(s, &q[(head * rows + i) * padded..][..padded], along);
-                                }
-                            }
-                            multiply_rows(s, along, &g[i * padded..][..padded]);
-                        }
-                        for head in 0..group {
-                            let q = &q[(head * rows + i) * padded..][..padded];
-                            match bonus {
-                                None => pairs[at(head)] = dot(s, q, along),
-                                Some(bonus) if i == j => pairs[at(head)] = dot3(s, q, along, &bonus[..padded]),
-                                Some(_) => {}
-                            }
-                        }
-                        if delta && i > j {
-                            pairs[at(group)] = dot(s, &k[i * padded..][..padded], along);
-                        }
-                    }
-                }
+                let own = pair.as_ref().map(|pair| (&*pair.reads, true)).or(delta.then_some((&**k, false)));
+                s.call(Block {
+                    n: end - start,
+                    padded,
+                    decays: &g[start * padded..],
+                    keys: &keys[start * padded..],
+                    queries: &q[start * padded..],
+                    group,
+                    apart: rows * padded,
+                    bonus,
+                    own: own.map(|(rows, early)| (&rows[start * padded..], early)),
+                    tail: &mut tails[set * TAIL * padded..],
+                    pairs: &mut pairs[set * (group + 1) * BLOCK * BLOCK..],
+                });
             }
-            // Keys times the decay to the block's end.
-            to_end(s, padded, start..end, k, g, along, tail);
             // Rows times the decay since the block's start, with the keys before it times the decay up to there.
             along.fill(1.0);
             for i in start..end {
+                coming.ask(next + i);
                 let here = &g[i * padded..][..padded];
                 if let Some(pair) = pair {
                     multiply_rows(s, &mut pair.reads[i * padded..][..padded], along);
@@ -369,7 +386,7 @@ impl Chunk<'_> {
                 }
                 let pairs = &pairs[set * (group + 1) * BLOCK * BLOCK..];
                 for i in start..end {
-                    let tile = ((i / S::ROWS + 1) * S::ROWS).min(across);
+                    let tile = ((i / whole_tile + 1) * whole_tile).min(across);
                     for head in 0..group {
                         let row = &mut scores[(head * rows + i) * across..][..across];
                         let from = &pairs[(head * BLOCK + i - start) * BLOCK..];
@@ -403,16 +420,13 @@ impl Chunk<'_> {
             let columns = start.next_multiple_of(S::LANES);
             for set in 0..sets {
                 let turned = match pair {
-                    Some(pair) if set == 1 => {
-                        to_end(s, padded, start..end, pair.b, g, along, tail);
-                        &mut *pair.turned
-                    }
+                    Some(pair) if set == 1 => &mut *pair.turned,
                     _ => &mut **turned,
                 };
                 for (d, &factor) in whole.iter().enumerate().take(dim) {
                     scale_row(s, &mut turned[d * across..][..columns], factor);
                 }
-                turn(s, [padded, across], tail, end - start, turned, start);
+                turn(s, [padded, across], &tails[set * TAIL * padded..], end - start, turned, start);
             }
             before.copy_from_slice(sum);
             exp_row(s, before);
@@ -422,26 +436,6 @@ impl Chunk<'_> {
             None if delta => invert(s, sizes, n, self.own, self.inverse, self.beta),
             None => {}
         }
-    }
-}
-
-/// Rows of a block times the decay from each to the block's end.
-#[inline(always)]
-fn to_end<S: Simd>(
-    s: S,
-    padded: usize,
-    block: Range<usize>,
-    keys: &[f32],
-    g: &[f32],
-    along: &mut [f32],
-    to: &mut [f32],
-) {
-    along.fill(1.0);
-    for i in block.clone().rev() {
-        let to = &mut to[(i - block.start) * padded..][..padded];
-        to.copy_from_slice(&keys[i * padded..][..padded]);
-        multiply_rows(s, to, along);
-        multiply_rows(s, along, &g[i * padded..][..padded]);
     }
 }
 

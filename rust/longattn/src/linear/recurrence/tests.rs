@@ -131,6 +131,77 @@ fn chunks_and_steps_are_the_recurrence() {
     }
 }
 
+/// What matrix registers compute from bf16 and f16, or the emulation of them, is what vectors compute but for the rounding of numbers
+/// to two parts: every rule of update, heads that share keys, columns and rows beyond whole blocks.
+#[test]
+fn registers_compute_what_vectors_do() {
+    if !Isa::Amx.is_available() {
+        return;
+    }
+    let kinds = [Kind::Plain, Kind::Token, Kind::Channel];
+    let cases = kinds
+        .into_iter()
+        .flat_map(|kind| ["plain", "delta", "normaliser", "skip", "bonus", "pair"].map(|of| (kind, of)));
+    for (kind, of_what) in cases.filter(|&(kind, of)| kind == Kind::Channel || !["bonus", "pair"].contains(&of)) {
+        for (length, chunk, dim, value_dim) in [(100, 48, 64, 40), (150, 64, 33, 70), (40, 32, 128, 32)] {
+            let rows = Rows::new(length, dim, value_dim, kind);
+            let (k, v) = (halved::<half::bf16>(&rows.k), halved::<half::f16>(&rows.v));
+            // Two query heads to each of two heads of values, which share keys.
+            let q: Vec<_> = (0..4).flat_map(|head| halved::<half::bf16>(&numbers(length * dim, 10 + head))).collect();
+            let v: Vec<_> = v.iter().chain(v.iter().rev()).copied().collect();
+            let twice = |x: &[f32]| [x, x].concat();
+            let (g, beta) = (twice(&rows.g), twice(&rows.beta));
+            let (a, b) =
+                (halved::<half::bf16>(&numbers(length * dim, 20)), halved::<half::bf16>(&numbers(length * dim, 21)));
+            let a: Vec<_> = a.iter().map(|x| half::bf16::from_f32(0.05 * x.to_f32())).collect();
+            let bonus = numbers(2 * dim, 22);
+            let width = g.len() / (2 * length);
+            let columns = value_dim + usize::from(of_what == "normaliser");
+            let compute = |isa: Isa| {
+                let (mut out, mut state) = (vec![0f32; 4 * length * value_dim], vec![0f32; 2 * dim * columns]);
+                let decays = TensorView::new(&g, [1, 2, length, width]).unwrap();
+                let of = Recurrence {
+                    q: TensorView::new(&q, [1, 4, length, dim]).unwrap(),
+                    k: Some(TensorView::new(&k, [1, 1, length, dim]).unwrap()),
+                    v: TensorView::new(&v, [1, 2, length, value_dim]).unwrap(),
+                    decay: match kind {
+                        Kind::Plain => Decay::None,
+                        Kind::Token => Decay::Token(decays),
+                        Kind::Channel => Decay::Channel(decays),
+                    },
+                    beta: Some(TensorView::new(&beta, [1, 2, length, 1]).unwrap()).filter(|_| of_what == "delta"),
+                    delta: of_what == "delta",
+                    scale: 0.125,
+                    unit: None,
+                    normaliser: (of_what == "normaliser").then_some(2.0 * length as f32),
+                    skip: (of_what == "skip").then_some(&[0.5, -0.25]),
+                    bonus: (of_what == "bonus").then_some(&bonus),
+                    pair: (of_what == "pair")
+                        .then(|| [&a, &b].map(|x| TensorView::new(x, [1, 1, length, dim]).unwrap())),
+                    squares: false,
+                    maps: [None; 2],
+                    start: Start::Zero,
+                    ends: None,
+                    chunk,
+                };
+                let mut to = TensorViewMut::new(&mut out, [1, 4, length, value_dim]).unwrap();
+                let mut last = TensorViewMut::new(&mut state, [1, 2, dim, columns]).unwrap();
+                run(isa, of, &mut to, &mut last, &Execution::default()).unwrap();
+                [out, state].concat()
+            };
+            let (found, expected) = (compute(Isa::Amx), compute(Isa::Scalar));
+            let largest = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+            for (x, y) in found.iter().zip(&expected) {
+                assert!((x - y).abs() < 1e-4 * largest, "{kind:?} {of_what} {length} {chunk} {dim}: {x} {y}");
+            }
+        }
+    }
+}
+
+fn halved<T: crate::tensor::Element>(x: &[f32]) -> Vec<T> {
+    x.iter().map(|&x| T::from_f32(x)).collect()
+}
+
 #[test]
 fn gates_outside_their_range_are_refused() {
     let mut rows = Rows::new(20, 8, 8, Kind::Channel);
