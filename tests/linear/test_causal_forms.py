@@ -166,6 +166,25 @@ def test_rows_after_a_million_count(rng):
     np.testing.assert_allclose(state.logs, np.log(1_002_000), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("offset", [0.0, -300.0, 300.0])
+def test_a_million_rows_far_from_zero(rng, offset):
+    """Sums of logarithms are as in float64, in one call and in calls that hand them on."""
+    k = (offset + 3 * rng.standard_normal((1, 1, 1_000_000, 4))).astype(F32)
+    v = rng.standard_normal((1, 1, 1_000_000, 2)).astype(F32)
+    exact = k[0, 0].astype(np.float64)
+    logs = np.log(np.exp(exact - offset).sum(0)) + offset
+    means = np.exp(exact - logs).T @ v[0, 0]
+    for lengths in ([1_000_000], [400_000, *[1] * 1000, *[1000] * 599]):
+        state, at = None, 0
+        for length in lengths:
+            rows = k[:, :, at : at + length], v[:, :, at : at + length]
+            _, state = linear.causal_efficient_attention(np.zeros_like(rows[0]), *rows, initial_state=state)
+            at += length
+        assert at == 1_000_000
+        np.testing.assert_allclose(state.logs[0, 0], logs, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(state.means[0, 0], means, rtol=0, atol=2e-6)
+
+
 def test_no_rows(rng):
     for name in CASES:
         rows, options, _ = arguments(rng, name, length=3)

@@ -78,27 +78,23 @@ def causal_efficient_attention(
         return attend(q, k, v, None, ("plain_means", 1.0, 0.0), initial_state, chunk_size, out)
     rows = rows_of(q, k, v)
     batch, heads, _, dim = rows[1].shape
-    means, keys, begin = None, rows[1], np.zeros((batch, heads, dim), np.float32)
-    logs = np.full(begin.shape, -np.inf, np.float32)
+    means, logs = None, np.full((batch, heads, dim), -np.inf)
     if initial_state is not None:
         check_state(initial_state, RunningSoftmax, means=(batch, heads, dim, rows[2].shape[3]))
         assert isinstance(initial_state, RunningSoftmax)
         means, so_far = initial_state.means, initial_state.logs
-        if so_far.shape != begin.shape or so_far.dtype != np.float64:
-            raise ValueError(f"initial_state: got logs {so_far.dtype} {so_far.shape}, expected float64 {begin.shape}")
-        # A row of a million adds less to a logarithm than the last bit of a float32: sums count from where they are.
-        begin[...] = np.where(np.isfinite(so_far), so_far, 0)
-        logs[...] = so_far - begin
-        keys = keys.astype(np.float32, copy=False) - begin[:, :, None]
-    kept = np.empty(keys.shape, np.float32)
-    _core.running_softmax(keys, logs, kept)
+        if so_far.shape != logs.shape or so_far.dtype != np.float64:
+            raise ValueError(f"initial_state: got logs {so_far.dtype} {so_far.shape}, expected float64 {logs.shape}")
+        logs[...] = so_far
+    kept = np.empty(rows[1].shape, np.float32)
+    _core.running_softmax(rows[1], logs, kept)
     result = result_of(q, rows, out)
     maps = (FeatureMap(kind="softmax"), None)
     _, after = recurrence(
         rows[0], TIED, rows[2], Common(1.0, means, None, chunk_size, None, batched(result, 4)), g=kept, channels=True,
         maps=maps,
     )  # fmt: skip
-    last = RunningSoftmax(means=np.asarray(after, np.float32), logs=begin.astype(np.float64) + logs)
+    last = RunningSoftmax(means=np.asarray(after, np.float32), logs=logs)
     return returned(out, q, result, None), last
 
 

@@ -157,7 +157,7 @@ fn read_out_of<'a>((kind, one, two): &(String, f32, f32), factors: &'a [f32]) ->
 pub(crate) fn running_softmax(
     py: Python<'_>,
     x: &Bound<'_, PyUntypedArray>,
-    mut logs: PyReadwriteArray3<'_, f32>,
+    mut logs: PyReadwriteArray3<'_, f64>,
     out: &Bound<'_, PyUntypedArray>,
 ) -> PyResult<()> {
     let (x, mut out, logs) = (view("x", x)?, view_mut("out", out)?, logs.as_slice_mut()?);

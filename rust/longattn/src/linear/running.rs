@@ -17,8 +17,8 @@ const ROWS: usize = 64;
 /// `ln(Z_(t-1) / Z_t)` with `Z_t = sum_(j <= t) e^(x_j)`: what a state of running means decays by.
 ///
 /// `logs`, `[batch, heads, channels]`, holds `ln Z` before the first row, minus infinity where there is none, and receives it after the
-/// last. It is kept in two floats on the way. `out` is f32 in the shape of `x`.
-pub fn running_softmax(x: TensorView, logs: &mut [f32], out: &mut TensorViewMut, execution: &Execution) -> Result<()> {
+/// last. On the way it is a sum of two floats. `out` is f32 in the shape of `x`.
+pub fn running_softmax(x: TensorView, logs: &mut [f64], out: &mut TensorViewMut, execution: &Execution) -> Result<()> {
     let [batch, heads, rows, channels] = x.shape();
     check_shape("out", out.shape(), x.shape())?;
     if out.dtype() != DType::F32 {
@@ -31,7 +31,7 @@ pub fn running_softmax(x: TensorView, logs: &mut [f32], out: &mut TensorViewMut,
         let (head, block) = (i / blocks, block_channels(i % blocks, channels));
         // SAFETY: each item has the channels of its own head, in an array that this call borrows.
         let logs =
-            unsafe { std::slice::from_raw_parts_mut((logs as *mut f32).add(head * channels + block.0), block.1) };
+            unsafe { std::slice::from_raw_parts_mut((logs as *mut f64).add(head * channels + block.0), block.1) };
         let place = Place { batch: head / heads, head: head % heads, channel: block.0, channels: block.1 };
         with_scratch(|scratch| {
             let [buffer, sums] = scratch.extra.carve([ROWS * WIDTH, 2 * WIDTH]);
@@ -40,14 +40,22 @@ pub fn running_softmax(x: TensorView, logs: &mut [f32], out: &mut TensorViewMut,
     })
 }
 
+/// A sum as it is rounded, and what rounding took from it.
+#[inline(always)]
+fn exact_sum<S: Simd>(s: S, a: S::F32, b: S::F32) -> (S::F32, S::F32) {
+    let sum = s.add(a, b);
+    let back = s.sub(sum, a);
+    (sum, s.add(s.sub(a, s.sub(sum, back)), s.sub(b, back)))
+}
+
 struct Softmax<'a> {
     x: &'a TensorView<'a>,
     place: Place,
     rows: usize,
-    logs: &'a mut [f32],
+    logs: &'a mut [f64],
     out: &'a TensorViewMut<'a>,
     buffer: &'a mut [f32],
-    /// Logarithms of sums, and what they lost to rounding.
+    /// Logarithms of sums, and what rounding took from them.
     sums: &'a mut [f32],
 }
 
@@ -60,8 +68,13 @@ impl Kernel for Softmax<'_> {
         let (high, low) = sums.split_at_mut(WIDTH);
         high.fill(0.0);
         low.fill(0.0);
-        high[..logs.len()].copy_from_slice(logs);
-        let none = s.splat(f32::MIN);
+        for ((log, high), low) in logs.iter().zip(&mut *high).zip(&mut *low) {
+            *high = *log as f32;
+            if high.is_finite() {
+                *low = (log - f64::from(*high)) as f32;
+            }
+        }
+        let (none, one) = (s.splat(f32::MIN), s.splat(1.0));
         for start in (0..rows).step_by(ROWS) {
             let part = start..rows.min(start + ROWS);
             load(s, x, place, part.clone(), buffer, WIDTH);
@@ -72,14 +85,16 @@ impl Kernel for Softmax<'_> {
                     for t in 0..part.len() {
                         let p = buffer.as_mut_ptr().add(t * WIDTH + at);
                         let value = s.load(p);
-                        let grown = softplus(s, s.sub(s.sub(value, sum), rest));
-                        s.store(p, s.sub(s.zero(), grown));
-                        // The sum of two floats, and what rounding took from it.
-                        let next = s.add(sum, grown);
-                        let back = s.sub(next, sum);
-                        let lost = s.add(s.sub(sum, s.sub(next, back)), s.sub(grown, back));
+                        let (above, lost) = exact_sum(s, value, s.sub(s.zero(), sum));
+                        let (above, further) = exact_sum(s, above, s.sub(s.zero(), rest));
+                        let lost = s.select_less(above, none, s.zero(), s.add(lost, further));
+                        // The slope is the lesser of softplus and 1 where `above` is far from 0; near it next to nothing is lost.
+                        let grown = softplus(s, above);
+                        let grown = s.fma(lost, s.min(grown, one), grown);
                         let is_first = sum;
-                        rest = s.select_less(is_first, none, s.zero(), s.add(rest, lost));
+                        let (next, left) = exact_sum(s, sum, s.add(rest, grown));
+                        s.store(p, s.sub(s.zero(), s.select_less(is_first, none, s.sub(value, sum), grown)));
+                        rest = s.select_less(is_first, none, s.zero(), left);
                         sum = s.select_less(is_first, none, value, next);
                     }
                     s.store(high.as_mut_ptr().add(at), sum);
@@ -89,7 +104,7 @@ impl Kernel for Softmax<'_> {
             store(out, place, part, buffer, WIDTH);
         }
         for (log, (high, low)) in logs.iter_mut().zip(high.iter().zip(low.iter())) {
-            *log = high + low;
+            *log = f64::from(*high) + f64::from(*low);
         }
     }
 }
