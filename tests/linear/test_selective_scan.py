@@ -191,7 +191,7 @@ def test_long_runs_stay_where_they_are(rng):
         ({"x": np.zeros((37, 70), F32)}, ValueError, r"x: got shape \(37, 70\), expected \[B, L, E\]"),
         ({"x": np.zeros((2, 37, 70))}, TypeError, "x: got dtype float64, expected float32, float16 or bfloat16"),
         ({"dt": np.zeros((2, 37, 7), F32)}, ValueError, r"dt: got shape \(2, 37, 7\)"),
-        ({"dt": np.full((2, 37, 70), -1, BF16)}, ValueError, "dt: got a step of -1, expected steps of at least 0"),
+        ({"dt": np.full((2, 37, 70), -1, BF16)}, ValueError, "dt: got a step of -1, expected finite steps of at"),
         ({"dt_bias": np.full(70, -9, F32)}, ValueError, "dt: got a step of -"),
         ({"a": np.full((70, 16), 0.1, F32)}, ValueError, "a: got a rate that is above 0 or not finite"),
         ({"a": np.full((70, 16), np.nan, F32)}, ValueError, "a: got a rate that is above 0 or not finite"),
@@ -210,3 +210,34 @@ def test_long_runs_stay_where_they_are(rng):
 def test_bad_arguments(rng, change, error, message):
     with pytest.raises(error, match=message):
         selective_scan(**(inputs(rng) | change))
+
+
+@pytest.mark.parametrize("softplus", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 300])
+def test_steps_that_are_not_finite(rng, length, dtype, softplus):
+    """Wherever they stand, and before anything is written."""
+    given = inputs(rng, length=length, dtype=dtype) | {"softplus": softplus}
+    state = normal(rng, (2, 70, 16))
+    out, last = np.zeros_like(given["x"]), state.copy()
+    for value, at in ((np.nan, (0, 0, 0)), (np.inf, (1, length - 1, 69)), (-np.inf, (1, 0, 3))):
+        if softplus and value == -np.inf:
+            continue
+        dt = given["dt"].copy()
+        dt[at] = value
+        with pytest.raises(ValueError, match=f"dt: got a step of {str(value).replace('nan', 'NaN')}, expected"):
+            selective_scan(**(given | {"dt": dt}), initial_state=last, out=out, out_state=last)
+        assert not out.any()
+        np.testing.assert_array_equal(last, state)
+
+
+def test_biases_that_make_steps_infinite(rng):
+    for bias in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="dt: got a step of"):
+            selective_scan(**(whole(rng) | {"dt_bias": np.full(70, bias, F32)}))
+
+
+def test_a_softplus_of_minus_infinity_is_a_step_of_0(rng):
+    given = whole(rng)
+    given["dt"][:, 5:9] = -np.inf
+    check(given)

@@ -120,5 +120,6 @@ def test_wrong_arguments(rng):
     bad("d_state: got shape", d_state=np.zeros((1, 20, 6), F32))
     bad("a: got a rate that is above 0", a=-found["a"])
     bad("dt: got a step of", dt=-found["dt"])
+    bad("dt: got a step of NaN", dt=np.nan * found["dt"])
     bad("softplus: got 1", TypeError, softplus=1)
     bad("b: got shape", b=found["b"][:, :, 1:])

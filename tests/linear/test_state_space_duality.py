@@ -43,3 +43,6 @@ def test_wrong_signs(rng):
         state_space_duality(**{**arguments, "a": -arguments["a"]})
     with pytest.raises(ValueError, match="dt: got a number below 0"):
         state_space_duality(**{**arguments, "dt": -arguments["dt"]})
+    for value in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="dt: got a number below 0 or not finite"):
+            state_space_duality(**{**arguments, "dt": np.full_like(arguments["dt"], value)})

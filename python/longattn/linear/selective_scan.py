@@ -42,7 +42,7 @@ def selective_scan(
 
     Args:
         x: inputs `[B, L, E]`; float32, float16 or bfloat16.
-        dt: step sizes `[B, L, E]`, at least 0 (after `dt_bias`); with `softplus` any numbers.
+        dt: step sizes `[B, L, E]`, finite and at least 0 (after `dt_bias`); with `softplus` of any sign.
         a: rates `[E, N]`, finite and at most 0; floating.
         b: input weights `[B, L, N]`; any of the three dtypes.
         c: output weights `[B, L, N]`.
@@ -62,7 +62,8 @@ def selective_scan(
 
     Raises:
         TypeError: an argument of another kind or dtype.
-        ValueError: shapes that do not fit, a rate above 0 or not finite, or a negative step size.
+        ValueError: shapes that do not fit, a rate above 0 or not finite, a step size that is negative, NaN or
+            infinite.
 
     Cost:
         `B * L * E * N` exponentials and three multiply-adds each; memory is the state's.

@@ -83,7 +83,8 @@ def selective_scan_backward(
 
     Raises:
         TypeError: an argument of another kind or dtype.
-        ValueError: shapes that do not fit, a rate above 0 or not finite, or a negative step size.
+        ValueError: shapes that do not fit, a rate above 0 or not finite, a step size that is negative, NaN or
+            infinite.
 
     Cost:
         About four times the forward call: three exponentials per state and token. Memory beyond the gradients, which

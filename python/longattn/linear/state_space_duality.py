@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import check_floating, per_head, shape_of
+from longattn._checks import all_within, check_floating, per_head, shape_of
 from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, Common, recurrence
 from longattn.methods import Method
@@ -33,7 +33,7 @@ def state_space_duality(
 
     Args:
         x: inputs `[B, H, L, P]`, or `[H, L, P]`; float32, float16 or bfloat16.
-        dt: step sizes, at least 0 (after softplus and bias), floating `[B, H, L]`.
+        dt: step sizes, finite and at least 0 (after softplus and bias), floating `[B, H, L]`.
         a: negative rate of each head, at most 0, floating `[H]`.
         b: input projections `[B, groups, L, N]`, `H` a multiple of `groups`; any of the three dtypes.
         c: output projections, as `b`.
@@ -75,8 +75,8 @@ def state_space_duality(
     if not (rates <= 0).all():
         raise ValueError("a: got a number above 0 or NaN, expected rates of at most 0")
     steps = steps.astype(np.float32, copy=False)
-    if not (steps >= 0).all():
-        raise ValueError("dt: got a number below 0 or NaN, expected steps of at least 0")
+    if not all_within(steps, 0, float(np.finfo(np.float32).max)):
+        raise ValueError("dt: got a number below 0 or not finite, expected finite steps of at least 0")
     decays = steps * rates[:, None]
     common = Common(1.0, initial_state, out_state, chunk_size, cu_seqlens, out)
     return recurrence(

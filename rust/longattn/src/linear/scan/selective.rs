@@ -8,6 +8,7 @@ use crate::dense::scratch::with_scratch;
 use crate::parallel::{Execution, for_each};
 use crate::simd::{self, Kernel, Simd, dispatch};
 use crate::tensor::{Element, Error, Result, TensorView, TensorViewMut, with_element};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Tokens of one tile: inputs, outputs and states of a block of channels stay in the first cache.
 pub(super) const TOKENS: usize = 16;
@@ -69,7 +70,7 @@ pub fn selective_scan(
     })
 }
 
-/// Shapes that agree, and step sizes that do.
+/// Shapes that agree, and steps that are steps.
 pub(super) fn check_scan(given: &SelectiveScan, execution: &Execution) -> Result<()> {
     let [one, entries, len, channels] = given.x.shape();
     let states = given.b.shape()[3];
@@ -84,33 +85,46 @@ pub(super) fn check_scan(given: &SelectiveScan, execution: &Execution) -> Result
     for (name, values) in [("skip", given.skip), ("dt_bias", given.dt_bias)] {
         check_len(name, values.map_or(channels, <[f32]>::len), channels)?;
     }
-    if given.softplus { Ok(()) } else { check_steps(given, execution) }
+    check_steps(given, execution)
 }
 
-/// Steps of at least 0, or NaN, which goes where it goes.
+/// Rows of `dt` that are checked as one item.
+const CHECKED: usize = 256;
+
+/// Steps of at least 0, or any with a softplus, that are neither NaN nor infinite.
 fn check_steps(given: &SelectiveScan, execution: &Execution) -> Result<()> {
     let [_, entries, len, channels] = given.dt.shape();
-    let least = std::sync::Mutex::new(0f32);
-    for_each(execution, entries * len.div_ceil(256), |i| {
-        let (entry, first) = (i % entries, i / entries * 256);
-        let mut low = 0f32;
-        for row in first..(first + 256).min(len) {
-            with_element!(given.dt.dtype(), T => {
+    let least = if given.softplus { f32::NEG_INFINITY } else { 0.0 };
+    let step = |entry: usize, row: usize, channel: usize| {
+        let x = with_element!(given.dt.dtype(), T => given.dt.row::<T>(0, entry, row)[channel].to_f32());
+        x + given.dt_bias.map_or(0.0, |bias| bias[channel])
+    };
+    let bad = AtomicBool::new(false);
+    for_each(execution, entries * len.div_ceil(CHECKED), |i| {
+        let (entry, first) = (i % entries, i / entries * CHECKED);
+        for row in first..(first + CHECKED).min(len) {
+            // Without branches, so that the compiler vectorises it.
+            let good = with_element!(given.dt.dtype(), T => {
                 let steps = given.dt.row::<T>(0, entry, row).iter().map(|x| x.to_f32());
+                let fits = |good: bool, x: f32| good & (x >= least) & (x <= f32::MAX);
                 match given.dt_bias {
-                    Some(bias) => low = steps.zip(bias).fold(low, |low, (x, bias)| low.min(x + bias)),
-                    None => low = steps.fold(low, f32::min),
+                    Some(bias) => steps.zip(bias).fold(true, |good, (x, bias)| fits(good, x + bias)),
+                    None => steps.fold(true, fits),
                 }
             });
+            if !good {
+                bad.store(true, Ordering::Relaxed);
+            }
         }
-        let mut least = least.lock().unwrap_or_else(|e| e.into_inner());
-        *least = least.min(low);
     })?;
-    let least = least.into_inner().unwrap_or_else(|e| e.into_inner());
-    if least < 0.0 && channels > 0 {
-        return Err(Error::value("dt", format!("a step of {least}"), "steps of at least 0 (or softplus)"));
+    if !bad.into_inner() {
+        return Ok(());
     }
-    Ok(())
+    let first = (0..entries * len * channels)
+        .map(|i| step(i / channels / len, i / channels % len, i % channels))
+        .find(|x| !(least..=f32::MAX).contains(x));
+    let expected = if given.softplus { "a finite one" } else { "finite steps of at least 0 (or softplus)" };
+    Err(Error::value("dt", format!("a step of {}", first.unwrap_or(f32::NAN)), expected))
 }
 
 struct Item<'a> {
