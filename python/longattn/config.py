@@ -13,7 +13,8 @@ from longattn import _core
 def set_num_threads(n: int) -> None:
     """Sets the number of threads of all later calls in this process. Results do not depend on it.
 
-    The default is `LONGATTN_NUM_THREADS`, else `OMP_NUM_THREADS`, else the processors this process may run on.
+    The default is `LONGATTN_NUM_THREADS`, else `OMP_NUM_THREADS`, else the processors this process may run on. A
+    `LONGATTN_NUM_THREADS` that is no such number is passed over, with a RuntimeWarning at import.
 
     Raises:
         TypeError: `n` is no integer.

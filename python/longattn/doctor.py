@@ -203,7 +203,7 @@ def _version(package: str) -> str | None:
 
 
 def _is_count(text: str) -> bool:
-    return text.strip().isdecimal() and int(text) > 0
+    return text.strip().isdecimal() and 1 <= int(text) <= 4096
 
 
 def _gib(size: int | None) -> str:

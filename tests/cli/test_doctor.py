@@ -82,6 +82,7 @@ def test_nothing_to_improve(healthy):
         ("threads", {"used": 2}, "2 of 4 CPUs are used: set LONGATTN_NUM_THREADS"),
         ("threads", {"used": 8}, "8 threads share 4 CPUs"),
         ("threads", {"LONGATTN_NUM_THREADS": "two"}, "LONGATTN_NUM_THREADS is 'two', which is no number of threads"),
+        ("threads", {"LONGATTN_NUM_THREADS": "4097"}, "LONGATTN_NUM_THREADS is '4097', which is no number of threads"),
         ("threads", {"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS is '0', which is no number of threads"),
         (
             "memory",

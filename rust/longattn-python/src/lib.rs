@@ -104,7 +104,7 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_init]
-    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
-        longattn::simd::check_environment().map_err(super::errors::to_py)
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::system::check_environment(module.py())
     }
 }

@@ -2,8 +2,21 @@
 
 use crate::errors::to_py;
 use longattn::{limits, parallel, simd};
+use pyo3::exceptions::PyRuntimeWarning;
 use pyo3::prelude::*;
 use std::collections::BTreeMap;
+use std::ffi::CString;
+
+/// What variables of the environment say: an error where no instruction set of this CPU is named, a warning about a number of threads
+/// that is none.
+pub(crate) fn check_environment(py: Python<'_>) -> PyResult<()> {
+    simd::check_environment().map_err(to_py)?;
+    if let Err(error) = parallel::check_environment() {
+        let text = CString::new(format!("{error}; it is passed over"))?;
+        PyErr::warn(py, &py.get_type::<PyRuntimeWarning>(), &text, 1)?;
+    }
+    Ok(())
+}
 
 #[pyfunction]
 pub(crate) fn isa() -> &'static str {

@@ -186,11 +186,30 @@ pub fn default_num_threads() -> usize {
     static DEFAULT: OnceLock<usize> = OnceLock::new();
     *DEFAULT.get_or_init(|| {
         let available = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let asked = |name| std::env::var(name).ok()?.trim().parse::<usize>().ok().filter(|&n| n > 0);
-        asked("LONGATTN_NUM_THREADS")
-            .or_else(|| asked("OMP_NUM_THREADS").map(|n| n.min(available)))
-            .unwrap_or(available)
+        let asked = |name| threads_of(&std::env::var(name).ok()?);
+        asked(VARIABLE).or_else(|| asked("OMP_NUM_THREADS").map(|n| n.min(available))).unwrap_or(available)
     })
+}
+
+/// The environment variable that says how many threads there shall be.
+const VARIABLE: &str = "LONGATTN_NUM_THREADS";
+
+/// The most threads of a pool.
+const MOST: usize = 4096;
+
+/// A number of threads as variables of the environment write it.
+fn threads_of(text: &str) -> Option<usize> {
+    text.trim().parse().ok().filter(|n| (1..=MOST).contains(n))
+}
+
+/// An error when `LONGATTN_NUM_THREADS` is no number of threads, which [`default_num_threads`] passes over.
+pub fn check_environment() -> Result<()> {
+    let Some(given) = std::env::var_os(VARIABLE) else { return Ok(()) };
+    let given = given.to_string_lossy();
+    if given.trim().is_empty() || threads_of(&given).is_some() {
+        return Ok(());
+    }
+    Err(Error::value(VARIABLE, format!("{given:?}"), format!("a number of threads, 1 to {MOST}")))
 }
 
 fn build(threads: usize) -> Result<Arc<Workers>> {
@@ -206,8 +225,8 @@ fn build(threads: usize) -> Result<Arc<Workers>> {
 
 /// Sets the number of threads of this process's pool.
 pub fn set_num_threads(threads: usize) -> Result<()> {
-    if threads == 0 || threads > 4096 {
-        return Err(Error::value("num_threads", threads, "1 to 4096"));
+    if threads == 0 || threads > MOST {
+        return Err(Error::value("num_threads", threads, format!("1 to {MOST}")));
     }
     let workers = build(threads)?;
     *locked(&POOL) = Some(Pool { pid: std::process::id(), threads, workers });
@@ -309,6 +328,15 @@ mod tests {
         execution.cancel.cancel();
         assert!(matches!(map(&execution, 100, |i| i), Err(Error::Cancelled)));
     }
+    #[test]
+    fn numbers_of_threads_as_the_environment_writes_them() {
+        for (text, expected) in
+            [("3", Some(3)), (" 4096\n", Some(4096)), ("0", None), ("-1", None), ("4097", None), ("abc", None)]
+        {
+            assert_eq!(threads_of(text), expected, "{text}");
+        }
+    }
+
     #[test]
     fn every_item_runs_once_whoever_joins() {
         let pool = build(4).unwrap();

@@ -545,10 +545,15 @@ impl Isa {
 
     /// The instruction set of that name, if this CPU has it.
     pub fn from_name(name: &str) -> Result<Self> {
+        Self::named(name, "isa")
+    }
+
+    /// The same of an `argument` that named it.
+    fn named(name: &str, argument: &'static str) -> Result<Self> {
         let available = Self::available();
         available.iter().copied().find(|isa| isa.name() == name).ok_or_else(|| {
             let names: Vec<_> = available.iter().map(|isa| isa.name()).collect();
-            Error::value("isa", format!("{name:?}"), format!("one that this CPU has: {}", names.join(", ")))
+            Error::value(argument, format!("{name:?}"), format!("one that this CPU has: {}", names.join(", ")))
         })
     }
 }
@@ -580,6 +585,9 @@ pub(crate) fn prefetch<T>(p: *const T) {
     let _ = p;
 }
 
+/// The environment variable that names an instruction set.
+const VARIABLE: &str = "LONGATTN_ISA";
+
 static CURRENT: AtomicU8 = AtomicU8::new(0);
 
 /// The instruction set that kernels run on: the one set last, else `LONGATTN_ISA`, else the best of this CPU.
@@ -590,7 +598,7 @@ pub fn current() -> Isa {
     if let Some(isa) = Isa::ALL.into_iter().find(|&isa| isa as u8 == code) {
         return isa;
     }
-    let asked = std::env::var("LONGATTN_ISA").ok().and_then(|name| Isa::from_name(name.trim()).ok());
+    let asked = std::env::var(VARIABLE).ok().and_then(|name| Isa::from_name(name.trim()).ok());
     let isa = asked.unwrap_or_else(|| *Isa::available().last().expect("scalar is always there"));
     run_on(isa);
     isa
@@ -616,8 +624,10 @@ fn is_intel() -> bool {
 
 /// An error when `LONGATTN_ISA` names something that this CPU has not.
 pub fn check_environment() -> Result<()> {
-    match std::env::var("LONGATTN_ISA") {
-        Ok(name) if !name.trim().is_empty() => Isa::from_name(name.trim()).map(drop),
+    match std::env::var_os(VARIABLE) {
+        Some(name) if !name.to_string_lossy().trim().is_empty() => {
+            Isa::named(name.to_string_lossy().trim(), VARIABLE).map(drop)
+        }
         _ => Ok(()),
     }
 }
