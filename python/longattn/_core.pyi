@@ -818,7 +818,17 @@ def normalised_rows(
     eps: float,
     gain: NDArray[np.float32],
     shift: NDArray[np.float32],
+    logs: NDArray[np.float64],
     out: NDArray[Any],
+) -> None: ...
+def scaled_rows(x: NDArray[Any], logs: NDArray[np.float64], out: NDArray[Any]) -> None: ...
+def key_scales(
+    k: NDArray[Any],
+    g: NDArray[np.float32],
+    cu_seqlens: NDArray[np.int64] | None,
+    scales: NDArray[np.float64],
+    beta: NDArray[np.float32],
+    logs: NDArray[np.float64],
 ) -> None: ...
 def fast_weight(
     q: NDArray[Any],

@@ -68,7 +68,7 @@ mod _core {
     #[pymodule_export]
     use super::linear::recurrence::{recurrence, recurrence_backward, recurrence_double};
     #[pymodule_export]
-    use super::linear::row_maps::{decay_gates, normalised_rows, refined_gates};
+    use super::linear::row_maps::{decay_gates, key_scales, normalised_rows, refined_gates, scaled_rows};
     #[pymodule_export]
     use super::linear::scan::{diagonal_scan, diagonal_scan_backward, selective_scan, selective_scan_backward};
     #[pymodule_export]

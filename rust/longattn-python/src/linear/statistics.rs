@@ -95,6 +95,7 @@ impl<'py> Given<'py> {
         let norm = match self.norm.as_str() {
             "length" => RowNorm::Length,
             "standard" => RowNorm::Standard,
+            "largest" => RowNorm::Largest,
             _ => RowNorm::None,
         };
         let projection = match &self.projection {

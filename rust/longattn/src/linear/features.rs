@@ -62,6 +62,8 @@ pub enum RowNorm {
     Length,
     /// Less their mean, divided by their standard deviation.
     Standard,
+    /// Less their largest number, where it is finite.
+    Largest,
 }
 
 /// Powers of positive features.
@@ -261,6 +263,15 @@ impl<'a> Mapper<'a> {
                 to[dim..].fill(0.0);
                 let deviation = (dot(s, to, to) / dim as f32).sqrt();
                 multiply_row(s, to, 1.0 / deviation.max(1e-12));
+            }
+            RowNorm::Largest => {
+                to[dim..].fill(f32::NEG_INFINITY);
+                let most = largest(s, to);
+                if most.is_finite() {
+                    let most = s.splat(most);
+                    each!(s, to, x => s.sub(x, most));
+                }
+                to[dim..].fill(0.0);
             }
         }
     }

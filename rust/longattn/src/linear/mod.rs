@@ -5,6 +5,7 @@ pub mod dynamic;
 pub mod fast_weight;
 mod feature_rows;
 mod features;
+mod key_scales;
 pub mod neighbours;
 pub mod pointwise;
 pub mod recurrence;
@@ -18,5 +19,6 @@ pub mod toeplitz;
 
 pub use feature_rows::{feature_norms, write_features};
 pub use features::{FeatureMap, Map, Power, RowNorm};
+pub use key_scales::key_scales;
 pub use running::{running_read, running_softmax};
 pub use statistics::{ReadOut, Statistics, Sums, accumulate, read};

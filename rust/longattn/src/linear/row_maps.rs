@@ -26,8 +26,8 @@ pub enum RowMap<'a> {
         /// At most 0.
         bound: Option<f32>,
     },
-    /// `x / sqrt(mean of squares + eps)`, of `x` less its mean where it is `centred`, times `gain` plus `shift`. A row of zeros stays
-    /// one.
+    /// `y / sqrt(mean of squares + eps)` of `y = e^log x`, less its mean where it is `centred`, times `gain` plus `shift`. A row of
+    /// zeros stays one.
     Norm {
         /// Whether the mean is taken away.
         centred: bool,
@@ -37,6 +37,13 @@ pub enum RowMap<'a> {
         gain: &'a [f32],
         /// Likewise.
         shift: &'a [f32],
+        /// Of rows, `[batch, heads or a divisor of them, length]`.
+        logs: &'a [f64],
+    },
+    /// `e^log x`.
+    Scale {
+        /// Of rows, likewise.
+        logs: &'a [f64],
     },
 }
 
@@ -66,10 +73,12 @@ pub fn map_rows(map: RowMap, x: TensorView, out: &mut TensorViewMut, execution: 
             expect("rates", rates.len(), heads, false)?;
             expect("bias", bias.len(), heads * dim, true)?;
         }
-        RowMap::Norm { gain, shift, .. } => {
+        RowMap::Norm { gain, shift, logs, .. } => {
             expect("gain", gain.len(), heads * dim, true)?;
             expect("shift", shift.len(), heads * dim, true)?;
+            check_logs(logs, x)?;
         }
+        RowMap::Scale { logs } => check_logs(logs, x)?,
     }
     let bad = [AtomicBool::new(false), AtomicBool::new(false)];
     let (isa, pieces, out) = (simd::current(), length.div_ceil(ROWS), &*out);
@@ -84,6 +93,21 @@ pub fn map_rows(map: RowMap, x: TensorView, out: &mut TensorViewMut, execution: 
         }
     }
     Ok(())
+}
+
+/// Heads that logarithms of rows are of.
+fn log_heads(logs: &[f64], x: TensorView) -> usize {
+    let [batch, _, length, _] = x.shape();
+    logs.len().checked_div(batch * length).unwrap_or(0)
+}
+
+fn check_logs(logs: &[f64], x: TensorView) -> Result<()> {
+    let [batch, heads, length, _] = x.shape();
+    let of = log_heads(logs, x);
+    if batch * heads * length == 0 || (of > 0 && heads % of == 0 && logs.len() == batch * of * length) {
+        return Ok(());
+    }
+    Err(Error::value("logs", format!("{} numbers", logs.len()), format!("{} or a divisor", batch * heads * length)))
 }
 
 struct Part<'a> {
@@ -111,9 +135,13 @@ impl Kernel for Part<'_> {
                 to[..dim].copy_from_slice(&x[head * dim..][..dim]);
             }
         };
+        let log_of = |logs: &[f64], at: usize| {
+            let of = log_heads(logs, x);
+            logs[(batch * of + head / (x.shape()[1] / of)) * length + at]
+        };
         let mut shifts = vec![0f32; width];
         match map {
-            RowMap::Refine { .. } => {}
+            RowMap::Refine { .. } | RowMap::Scale { .. } => {}
             RowMap::Decay { bias, .. } => of_head(bias, &mut shifts, 0.0),
             RowMap::Norm { gain, shift, .. } => {
                 of_head(gain, &mut other, 1.0);
@@ -149,7 +177,14 @@ impl Kernel for Part<'_> {
                         }
                     }
                 }
-                RowMap::Norm { centred, eps, .. } => {
+                RowMap::Scale { logs } => {
+                    // In two steps, as the factor may be out of a float's range where the product is not.
+                    let factor = (0.5 * log_of(logs, at)).exp() as f32;
+                    for x in &mut row[..dim] {
+                        *x = *x * factor * factor;
+                    }
+                }
+                RowMap::Norm { centred, eps, logs, .. } => {
                     if centred {
                         let mean = row[..dim].iter().sum::<f32>() / dim as f32;
                         for x in &mut row[..dim] {
@@ -162,8 +197,14 @@ impl Kernel for Part<'_> {
                         let x = unsafe { s.load(x.as_ptr()) };
                         squares = s.fma(x, x, squares);
                     }
-                    let mean = s.sum(squares) / dim as f32 + eps;
-                    let factor = if mean == 0.0 { 0.0 } else { 1.0 / mean.sqrt() };
+                    let mut sum = f64::from(s.sum(squares));
+                    if !(1e-30..=f64::from(f32::MAX)).contains(&sum) {
+                        // Squares that a float may not hold.
+                        sum = row[..dim].iter().map(|x| f64::from(*x).powi(2)).sum();
+                    }
+                    let added = if eps == 0.0 { 0.0 } else { f64::from(eps) * (-2.0 * log_of(logs, at)).exp() };
+                    let mean = sum / dim as f64 + added;
+                    let factor = if mean == 0.0 { 0.0 } else { 1.0 / mean.sqrt() } as f32;
                     for ((x, gain), shift) in row.iter_mut().zip(&other).zip(&shifts) {
                         *x = *x * factor * gain + shift;
                     }
@@ -196,10 +237,26 @@ mod tests {
                 let expected = ((1.0 - r) * x * x + r * (1.0 - (1.0 - x) * (1.0 - x))).max(1e-6).ln();
                 assert!((f64::from(*y) - expected).abs() < 1e-5 * (1.0 - expected), "{y} {expected}");
             }
-            run(RowMap::Norm { centred: false, eps: 0.0, gain: &[], shift: &[] }, &mut out);
+            let norm = |eps, logs| RowMap::Norm { centred: false, eps, gain: &[], shift: &[], logs };
+            run(norm(0.0, &[0.0; 3]), &mut out);
             for row in out.chunks(dim) {
                 let mean = row.iter().map(|x| x * x).sum::<f32>() / dim as f32;
                 assert!((mean - 1.0).abs() < 1e-4, "{mean}");
+            }
+            // Rows of another size beside the same eps.
+            let logs = [-4.0f64, 0.0, 4.0];
+            run(norm(0.5, &logs), &mut out);
+            for ((x, y), log) in x.chunks(dim).zip(out.chunks(dim)).zip(logs) {
+                let mean = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / dim as f64;
+                let factor = log.exp() / (mean * (2.0 * log).exp() + 0.5).sqrt();
+                for (x, y) in x.iter().zip(y) {
+                    assert!((f64::from(*y) - f64::from(*x) * factor).abs() < 1e-5, "{y}");
+                }
+            }
+            run(RowMap::Scale { logs: &logs }, &mut out);
+            for (i, (x, y)) in x.iter().zip(&out).enumerate() {
+                let expected = f64::from(*x) * logs[i / dim].exp();
+                assert!((f64::from(*y) - expected).abs() < 1e-6 * expected.abs() + 1e-9, "{y} {expected}");
             }
             run(RowMap::Decay { rates: &[2.0], bias: &[], bound: Some(-5.0) }, &mut out);
             for (x, y) in x.iter().zip(&out) {
