@@ -157,6 +157,21 @@ def test_large_keys_of_packed_sequences(rng):
     check_large(arguments, initial_state=state, log_scale=scale, cu_seqlens=bounds)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_scale_of_minus_infinity_is_a_state_of_zeros(rng, in_place):
+    """Whatever numbers stand there."""
+    arguments = large(rng, "key", spread=150.0)
+    state, scale = rng.standard_normal((1, 2, 8, 12)).astype(np.float32), np.array([[-np.inf, 1.0]])
+    state[0, 0, 0, 0] = np.nan
+    before = state.copy()
+    before[:, 0] = 0
+    expected = regla(**arguments, initial_state=before, log_scale=(other := scale.copy()))
+    found = regla(**arguments, initial_state=state, log_scale=scale, **({"out_state": state} if in_place else {}))
+    for ours, theirs in zip((*found, scale), (*expected, other), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not in_place or found[1] is state
+
+
 def test_eps_is_of_outputs_as_they_are(rng):
     for offset in (-6.0, 0.0, 6.0):
         arguments = large(rng, "key", offset=offset)

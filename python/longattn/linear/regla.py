@@ -12,7 +12,7 @@ from longattn import _core
 from longattn._arrays import FLOAT64, FLOATS, Array, as_numpy, as_output, like
 from longattn._checks import batched, check_floating, finite, result_array
 from longattn.linear._documented import documented
-from longattn.linear._recurrence import CHUNK, Common, checked, recurrence
+from longattn.linear._recurrence import CHUNK, Common, checked, recurrence, states_before
 from longattn.linear.feature_map import FeatureMap
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -68,8 +68,8 @@ def regla(
         initial_state: {initial_state}
         out_state: {out_state}
         log_scale: float64 `[N, H]`, logarithms of what states are to be multiplied by: holds those of `initial_state`,
-            and receives those of the final states. `None`: states are as they are, and `k` may not leave them above
-            `e^80`.
+            and receives those of the final states. -inf is a state of zeros. `None`: states are as they are, and `k`
+            may not leave them above `e^80`.
         chunk_size: {chunk_size}
         cu_seqlens: {cu_seqlens}
         out: array for the output.
@@ -85,7 +85,8 @@ def regla(
 
     Cost:
         `2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other `Hq * L * C * (D +
-        Dv) / 2`; memory beyond inputs and outputs are the logarithms of `F` and, before it is scaled, the output.
+        Dv) / 2`; memory beyond inputs and outputs are the logarithms of `F`, three numbers per row and state and,
+        before it is scaled, the output.
 
     References:
         P. Lu et al., "ReGLA: Refining Gated Linear Attention", 2025, arXiv:2502.01578.
@@ -116,14 +117,20 @@ def regla(
     inputs = checked(qn, k, v, common, g=logs, g_name="gate", channels=by_key, columns=not by_key)
     assert inputs.k is not None
     given, scales = _scales(log_scale, q, inputs.states[:-2], initial_state)
+    if given is not None and np.isneginf(scales).any():
+        first = states_before(initial_state, inputs.states)
+        if first is not None:
+            # The core forgets the scale of such a state, not the numbers that stand there.
+            first = np.where(np.isneginf(scales)[..., None, None], np.float32(0), first)
+            common = common._replace(initial_state=first)
+    made = result_array(out, q, inputs.outputs, qn.dtype, {"q": qn})
+    factors, summands = (_of_heads(x, name, inputs.outputs) for x, name in ((gain, "gain"), (shift, "shift")))
     rows, beta = np.empty(shape[:-1]), np.empty(shape[:-1], np.float32)
     _core.key_scales(batched(inputs.k, 4), batched(logs, 4), inputs.bounds, scales.ravel(), beta.ravel(), rows.ravel())
     if given is None:
         _check_size(scales, "states", "log_scale")
     if not normed:
         _check_size(rows, "outputs", "a norm")
-    made = result_array(out, q, inputs.outputs, qn.dtype, {"q": qn})
-    factors, summands = (_of_heads(x, name, inputs.outputs) for x, name in ((gain, "gain"), (shift, "shift")))
     result, states = recurrence(
         q, k, v, common, g=logs, g_name="gate", channels=by_key, columns=None if by_key else False, beta=beta,
         dtype=np.dtype(np.float32), maps=(FeatureMap(kind="softmax"), KEYS),
@@ -200,6 +207,6 @@ METHOD = Method(
     ),
     tests="tests/linear/test_regla.py",
     cost="`2 * Hq * L * D * Dv` multiply-adds of states, and of rows of a chunk `C` with each other "
-    "`Hq * L * C * (D + Dv) / 2`; memory beyond inputs and outputs are the logarithms of `F` and, before it is "
-    "scaled, the output.",
+    "`Hq * L * C * (D + Dv) / 2`; memory beyond inputs and outputs are the logarithms of `F`, three numbers per row "
+    "and state and, before it is scaled, the output.",
 )
