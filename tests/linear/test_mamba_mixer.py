@@ -173,6 +173,14 @@ def test_bad_blocks(rng):
         mamba_mixer(x, weights, initial_state=MambaState(np.zeros((2, 2, 9), F32), np.zeros((2, 10, 4), F32)))
 
 
+def test_rows_that_make_no_steps(rng):
+    weights, x = mamba(rng), normal(rng, (2, 9, 6))
+    x[1, 3, 2] = np.nan
+    for call in (mamba_mixer, lambda x, weights: bidirectional_mamba(x, weights, weights)):
+        with pytest.raises(ValueError, match="x: got rows whose step sizes are NaN or infinite"):
+            call(x, weights)
+
+
 def test_bad_directions(rng):
     one, two, x = mamba(rng), mamba(rng, inner=12), normal(rng, (2, 9, 6))
     for arguments, options, message in (

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, like
+from longattn._checks import all_within
 from longattn.linear._channels import Float32, optional, parameter, product, storage_rows
 from longattn.linear.convolution import causal_conv1d
 from longattn.linear.selective_scan import selective_scan
@@ -148,6 +149,9 @@ def scanned(
 ) -> tuple[Float32, Float32]:
     """The scan of rows `[B, L, E]` with weights that are projections of them."""
     dt = product(h, layer.w_dt[0]) @ layer.w_dt[1] if isinstance(layer.w_dt, tuple) else product(h, layer.w_dt)
+    if not all_within(dt, -np.inf, float(np.finfo(np.float32).max)):
+        # The scan would name an argument of its own.
+        raise ValueError("x: got rows whose step sizes are NaN or infinite, expected rows that make them finite")
     out, state = selective_scan(
         h, dt, layer.a, product(h, layer.w_b), product(h, layer.w_c), skip=layer.skip, dt_bias=layer.dt_bias,
         softplus=True, z=gate, initial_state=before,
