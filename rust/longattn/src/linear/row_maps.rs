@@ -204,9 +204,10 @@ impl Kernel for Part<'_> {
                     }
                     let added = if eps == 0.0 { 0.0 } else { f64::from(eps) * (-2.0 * log_of(logs, at)).exp() };
                     let mean = sum / dim as f64 + added;
-                    let factor = if mean == 0.0 { 0.0 } else { 1.0 / mean.sqrt() } as f32;
+                    // In f64: the factor of a row of tiny numbers is no float.
+                    let factor = if mean == 0.0 { 0.0 } else { 1.0 / mean.sqrt() };
                     for ((x, gain), shift) in row.iter_mut().zip(&other).zip(&shifts) {
-                        *x = *x * factor * gain + shift;
+                        *x = (f64::from(*x) * factor) as f32 * gain + shift;
                     }
                 }
             }
