@@ -505,7 +505,13 @@ def windowed(
     ranges: _Ranges,
     options: Options,
 ) -> None: ...
-def windowed_backward(arrays: _Forward, results: _Gradients, ranges: _Ranges, options: Options) -> None: ...
+def windowed_backward(
+    arrays: _Forward,
+    results: _Gradients,
+    d_sinks: NDArray[np.float32] | None,
+    ranges: _Ranges,
+    options: Options,
+) -> None: ...
 def neighbourhood_scores(
     q: NDArray[Any],
     k: NDArray[Any],
@@ -521,6 +527,7 @@ def neighbourhood_values(
 def neighbourhood_backward(
     arrays: _Forward,
     results: _Gradients,
+    d_sinks: NDArray[np.float32] | None,
     d_bias: NDArray[np.float32] | None,
     axes: _GridAxes,
     bias: _GridBias,

@@ -35,8 +35,9 @@ def neighborhood_attention(
     extra_k: torch.Tensor | None = None,
     extra_v: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
     """`longattn.sparse.generalized_neighborhood_attention` for torch's autograd and `torch.compile`.
@@ -52,8 +53,10 @@ def neighborhood_attention(
         extra_k: keys `[B, Hkv, Lx, D]` that every token sees besides. May require grad.
         extra_v: their values `[B, Hkv, Lx, Dv]`. May require grad.
         bias: floating `[Hq, 2 w1 - 1, ..]`, added to the logits by distance. May require grad.
-        scale: factor on the dot products; `None` is `D ** -0.5`.
+        scale: factor on the dot products; `None` is `D ** -0.5`; a tensor `[Hq]`, or `[B, Hq, L]` with the tokens of
+            the grid one after another, has one per head or query; a constant.
         softcap: `c > 0` turns each scaled logit `s` into `c * tanh(s / c)`; 0 is off.
+        sinks: floating `[Hq]`: a logit per head without a value. May require grad.
         return_lse: also return the log-sum-exp of the logits, differentiable as well.
 
     Returns:
@@ -62,18 +65,19 @@ def neighborhood_attention(
 
     Raises:
         TypeError: an argument of another kind or dtype.
-        ValueError: shapes or values that do not fit, or a tensor outside CPU memory.
+        ValueError: shapes or values that do not fit, a tensor outside CPU memory, or a scale that requires grad.
         RuntimeError: from a second backward pass: gradients of gradients are not computed.
 
     Cost:
         Forward and backward as the functions of `longattn.sparse`; what a window sees is computed anew.
     """
-    check_tensors({"q": q, "k": k, "v": v, "extra_k": extra_k, "extra_v": extra_v, "bias": bias})
+    number, factors = (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
+    more = {"extra_k": extra_k, "extra_v": extra_v, "bias": bias, "sinks": sinks}
+    check_constants({"q": q, "k": k, "v": v, **more}, {"scale": factors})
     axes = max(q.dim() - 3, 1)
     values = (window, stride, dilation, causal)
     rule = {name: _per_axis(x, name, axes) for name, x in zip(RULE, values, strict=True)}
-    more = {"extra_k": extra_k, "extra_v": extra_v, "bias": bias}
-    out, lse = _neighborhood(q=q, k=k, v=v, **rule, **more, scale=scale, softcap=softcap)
+    out, lse = _neighborhood(q=q, k=k, v=v, **rule, **more, scale=number, row_scales=factors, softcap=softcap)
     return (out, lse) if flag(return_lse, "return_lse") else out
 
 
@@ -184,14 +188,16 @@ def windowed_attention(
     causal: bool = False,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
     """`longattn.sparse.windowed_attention` for torch's autograd and `torch.compile`.
 
     Args:
-        q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16. May require grad.
+        q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16, or all of `q`, `k` and `v`
+            float64 (slowly). May require grad.
         k: keys `[B, Hkv, Lk, D]`, or `[Hkv, Lk, D]`; any of the three dtypes. May require grad.
         v: values `[B, Hkv, Lk, Dv]`, or `[Hkv, Lk, Dv]`; dtype of `k`. May require grad.
         radius: keys seen on both sides of the centre: a number, a pair `(left, right)`, or integers `[Hq]` or
@@ -200,8 +206,9 @@ def windowed_attention(
         causal: a query sees no key behind its own position.
         cu_seqlens_q: bounds `[S + 1]` of sequences that a batch of 1 holds one after another.
         cu_seqlens_k: bounds of their keys; `None` are those of the queries.
-        scale: factor on the dot products; `None` is `D ** -0.5`.
+        scale: factor on the dot products; `None` is `D ** -0.5`; a tensor as in `longattn.torch.attention`.
         softcap: `c > 0` turns each scaled logit `s` into `c * tanh(s / c)`; 0 is off.
+        sinks: floating `[Hq]`: a logit per head without a value. May require grad.
         return_lse: also return the log-sum-exp of the logits, differentiable as well.
 
     Returns:
@@ -210,19 +217,20 @@ def windowed_attention(
 
     Raises:
         TypeError: an argument of another kind or dtype.
-        ValueError: shapes or values that do not fit, or a tensor outside CPU memory.
+        ValueError: shapes or values that do not fit, a tensor outside CPU memory, or a scale that requires grad.
         RuntimeError: from a second backward pass: gradients of gradients are not computed.
 
     Cost:
         Forward and backward as the functions of `longattn.sparse`; what a query sees is computed anew.
     """
-    given = {"centre": centre, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    check_tensors({"q": q, "k": k, "v": v, **given})
+    number, factors = (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
+    given = {"centre": centre, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "sinks": sinks}
+    check_constants({"q": q, "k": k, "v": v, **given}, {"scale": factors})
     if isinstance(radius, torch.Tensor):
         check_tensors({"radius": radius})
     sides = radius if isinstance(radius, torch.Tensor) else torch.tensor(_pair(radius)).expand(q.shape[-3], 2)
-    radii = sides.contiguous()
-    out, lse = _windowed(q=q, k=k, v=v, radius=radii, **given, causal=causal, scale=scale, softcap=softcap)
+    options = {"causal": causal, "scale": number, "row_scales": factors, "softcap": softcap}
+    out, lse = _windowed(q=q, k=k, v=v, radius=sides.contiguous(), **given, **options)
     return (out, lse) if flag(return_lse, "return_lse") else out
 
 
@@ -240,7 +248,14 @@ def _per_axis(value: Any, name: str, axes: int) -> list[Any]:
 
 def _lse_shapes(x: Given) -> Pair:
     q, v = x["q"], x["v"]
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=sums)
+
+
+def _scaled(x: Given) -> Given:
+    """Arguments with one scale."""
+    factors = x.pop("row_scales")
+    return x if factors is None else {**x, "scale": factors}
 
 
 #: The rule of a window.
@@ -248,23 +263,23 @@ RULE = ("window", "stride", "dilation", "causal")
 
 
 def _near(x: Given) -> Given:
-    return {name: tuple(value) if name in RULE else value for name, value in x.items()}
+    return {name: tuple(value) if name in RULE else value for name, value in _scaled(x).items()}
 
 
 def _near_back(d_out: torch.Tensor, d_lse: torch.Tensor, x: Given, results: Any) -> tuple[Any, ...]:
     q, k, v = (x.pop(name) for name in "qkv")
     found = la.sparse.neighborhood_attention_backward(d_out, q, k, v, *results, d_lse=d_lse, **_near(x))
-    return found.dq, found.dk, found.dv, found.d_extra_k, found.d_extra_v, found.d_bias
+    return found.dq, found.dk, found.dv, found.d_extra_k, found.d_extra_v, found.d_bias, found.d_sinks
 
 
 _neighborhood = operator(
     "neighborhood_attention",
     "Tensor q, Tensor k, Tensor v, SymInt[] window, SymInt[] stride, SymInt[] dilation, bool[] causal, "
-    "Tensor? extra_k, Tensor? extra_v, Tensor? bias, float? scale, float softcap",
+    "Tensor? extra_k, Tensor? extra_v, Tensor? bias, float? scale, Tensor? row_scales, float softcap, Tensor? sinks",
     lambda x: la.sparse.generalized_neighborhood_attention(**_near(x), return_lse=True),
     _near_back,
     _lse_shapes,
-    gradients=("q", "k", "v", "extra_k", "extra_v", "bias"),
+    gradients=("q", "k", "v", "extra_k", "extra_v", "bias", "sinks"),
 )
 
 
@@ -310,17 +325,19 @@ _block_sparse = operator(
 )
 
 
-def _in_windows_back(d_out: torch.Tensor, d_lse: torch.Tensor, x: Given, results: Any) -> tuple[Any, ...]:
-    qkv = (x.pop(name) for name in "qkv")
-    return la.sparse.windowed_attention_backward(d_out, *qkv, *results, d_lse=d_lse, **x)
+def _in_windows_back(d_out: torch.Tensor, d_lse: torch.Tensor, x: Given, results: Any) -> list[Any]:
+    qkv, options = [x.pop(name) for name in "qkv"], _scaled(x)
+    has = options["sinks"] is not None
+    found = la.sparse.windowed_attention_backward(d_out, *qkv, *results, d_lse=d_lse, return_d_sinks=has, **options)
+    return [*found[:3], found[3] if has else None]
 
 
 _windowed = operator(
     "windowed_attention",
     "Tensor q, Tensor k, Tensor v, Tensor radius, Tensor? centre, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "bool causal, float? scale, float softcap",
-    lambda x: la.sparse.windowed_attention(**x, return_lse=True),
+    "bool causal, float? scale, Tensor? row_scales, float softcap, Tensor? sinks",
+    lambda x: la.sparse.windowed_attention(**_scaled(x), return_lse=True),
     _in_windows_back,
     _lse_shapes,
-    gradients=("q", "k", "v"),
+    gradients=("q", "k", "v", "sinks"),
 )

@@ -12,8 +12,8 @@ With states of fixed size there are `linear_attention`, `lightning_attention`, `
 as in `longattn.linear`.
 
 The operators behind the functions are `torch.ops.longattn.attention`, `.attention_varlen`, `.merge`,
-`.neighborhood_attention`, `.block_sparse_attention`, `.recurrence` and `.selective_scan`, each with its gradient and
-the shapes of its results, so that `torch.compile(fullgraph=True)` keeps them whole.
+`.neighborhood_attention`, `.block_sparse_attention`, `.windowed_attention`, `.recurrence` and `.selective_scan`, each
+with its gradient and the shapes of its results, so that `torch.compile(fullgraph=True)` keeps them whole.
 """
 
 from __future__ import annotations

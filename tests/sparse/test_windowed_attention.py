@@ -126,17 +126,21 @@ def test_packed_sequences_are_sequences_by_themselves(rng):
             tolerances.same_storage(q, k, v).check(out[:, first:last], windowed(*own, radius=(9, 4)))
 
 
-def check_gradients(rng, q, k, v, mask, *, scale=None, softcap=0.0, with_lse=True, **given):
-    out, lse = windowed(q, k, v, scale=scale, softcap=softcap, return_lse=True, **given)
+def check_gradients(rng, q, k, v, mask, *, scale=None, softcap=0.0, sinks=None, with_lse=True, **given):
+    scores = {"scale": scale, "softcap": softcap, "sinks": sinks}
+    out, lse = windowed(q, k, v, return_lse=True, **scores, **given)
     d_out = normal(rng, out.shape, out.dtype)
-    options = {"scale": scale, "softcap": softcap, "d_lse": normal(rng, lse.shape) if with_lse else None}
+    d_lse = normal(rng, lse.shape) if with_lse else None
+    options = {**scores, "d_lse": d_lse, "return_d_sinks": sinks is not None}
     found = la.sparse.windowed_attention_backward(d_out, q, k, v, out, lse, **options, **given)
-    expected = reference.attention(q, k, v, mask=mask, scale=scale, softcap=softcap, return_lse=True)
+    expected = reference.attention(q, k, v, mask=mask, return_lse=True, **scores)
     theirs = reference.attention_backward(d_out, q, k, v, *expected, mask=mask, **options)
     eyes = np.broadcast_to(np.eye(k.shape[-2]), (*k.shape[:-1], k.shape[-2]))
-    weights = reference.attention(q, k, eyes, mask=mask, scale=scale, softcap=softcap)
-    allowed = tolerances.attention_backward(q, k, v, d_out, weights=weights, d_lse=options["d_lse"], scale=scale)
-    assert [x.dtype for x in found] == [x.dtype for x in (q, k, v)]
+    given = {} if sinks is None else {"sink_weights": np.exp(sinks[:, None] - expected[1]), "offset": abs(sinks).max()}
+    weights = reference.attention(q, k, eyes, mask=mask, **scores)
+    factor = float(np.max(scale)) if isinstance(scale, np.ndarray) else scale
+    allowed = tolerances.attention_backward(q, k, v, d_out, weights=weights, d_lse=d_lse, scale=factor, **given)
+    assert [x.dtype for x in found[:3]] == [x.dtype for x in (q, k, v)]
     allowed.check(found, theirs)
 
 
@@ -166,6 +170,44 @@ def test_gradients_of_packed_sequences(rng, isa):
     mask = sequences_mask(q, k, BOUNDS_Q, BOUNDS_K, radius)
     given = {"radius": radius, "cu_seqlens_q": BOUNDS_Q, "cu_seqlens_k": BOUNDS_K}
     check_gradients(rng, q, k, v, mask, scale=0.3, softcap=1.5, **given)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_gradients_of_sinks(rng, isa, kv_heads):
+    q, k, v = qkv(rng, batch=2, heads=4, kv_heads=kv_heads, rows=60, keys=75, dim=24)
+    given = {"radius": np.array([[9, 12], [0, 0], [20, 7], [9, 30]]), "sinks": normal(rng, (4,)).astype(float)}
+    mask = mask_of(q, k, given["radius"])
+    check_gradients(rng, q, k, v, mask, scale=0.3, softcap=2.0, **given)
+    check_gradients(rng, q, k, v, mask, scale=rng.random((4, 60)).astype(np.float32), **given)
+    # Rows without keys have a log-sum-exp that is the sink's, and a gradient of that alone.
+    centre = np.where(np.arange(60) % 3 == 0, 1000, np.arange(60))
+    given |= {"radius": 2, "centre": centre}
+    check_gradients(rng, q, k, v, mask_of(q, k, 2, centre), **given)
+
+
+def test_gradients_of_sinks_over_packed_sequences(rng, isa):
+    q, k, v = qkv(rng, rows=150, keys=170)
+    radius = np.array([0, 7, 3, 40])
+    given = {"radius": radius, "cu_seqlens_q": BOUNDS_Q, "cu_seqlens_k": BOUNDS_K, "sinks": rng.standard_normal(4)}
+    check_gradients(rng, q, k, v, sequences_mask(q, k, BOUNDS_Q, BOUNDS_K, radius), **given)
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+def test_float64(rng, rank):
+    q, k, v = (x.astype(float).reshape(x.shape[-rank:]) for x in qkv(rng, rows=60, keys=75))
+    given = {"radius": np.array([0, 7, 3, 40]), "causal": True, "softcap": 3.0, "sinks": rng.standard_normal(4)}
+    given["centre"] = np.where(np.arange(60) % 3 == 0, 1000, np.arange(60))
+    out, lse = windowed(q, k, v, **given, return_lse=True)
+    expected, expected_lse = METHOD.reference(q, k, v, **given, return_lse=True)
+    assert out.dtype == lse.dtype == np.float64
+    np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-12, atol=1e-12)
+    found = la.sparse.windowed_attention_backward(out, q, k, v, out, lse, **given, return_d_sinks=True)
+    single = (x.astype(np.float32) for x in (out, q, k, v, out, lse))
+    close = la.sparse.windowed_attention_backward(*single, **given, return_d_sinks=True)
+    for ours, theirs in zip(close, found, strict=True):
+        assert theirs.dtype == np.float64
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_without_keys_are_zeros(rng, isa):
@@ -208,6 +250,23 @@ def test_gradients_on_any_number_of_threads(rng):
 def test_bad_input(rng, given, error, words):
     with pytest.raises(error, match=words):
         windowed(*qkv(rng), **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"return_d_sinks": True}, ValueError, "return_d_sinks: got True without sinks"),
+        ({"sinks": np.zeros(3)}, ValueError, "sinks: got shape"),
+        ({"sinks": np.zeros(4, int)}, TypeError, "sinks: got dtype int64"),
+        ({"q": np.zeros((1, 4, 5, 16))}, TypeError, "q: got dtype float64"),
+    ],
+)
+def test_bad_input_of_gradients(rng, given, error, words):
+    q, k, v = qkv(rng)
+    out, lse = windowed(q, k, v, radius=1, return_lse=True)
+    arrays = {"d_out": out, "q": q, "k": k, "v": v, "out": out, "lse": lse, "radius": 1}
+    with pytest.raises(error, match=words):
+        la.sparse.windowed_attention_backward(**(arrays | given))
 
 
 def test_a_batch_of_packed_sequences(rng):

@@ -22,9 +22,10 @@ block_sparse = longattn.torch.block_sparse_attention
 windowed = longattn.torch.windowed_attention
 
 
-def dense(q, k, v, mask, *, bias=None, scale=None, softcap=0.0):
+def dense(q, k, v, mask, *, bias=None, scale=None, softcap=0.0, sinks=None):
     """Output and lse by torch's own operations in float64; q, k and v `[B, H, L, D]`."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scale = scale[..., None].double() if isinstance(scale, torch.Tensor) else scale
     logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -32,6 +33,8 @@ def dense(q, k, v, mask, *, bias=None, scale=None, softcap=0.0):
         logits = logits + bias
     logits = logits.masked_fill(~mask, -torch.inf)
     lse = logits.logsumexp(-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks[:, None])
     return (logits - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp() @ v, lse
 
 
@@ -233,6 +236,77 @@ def test_gradients_of_windows(rng, isa, radius, causal):
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"scale": 0.4, "softcap": 1.5}, {"scale": torch.linspace(0.2, 1.5, 360)}])
+def test_gradients_of_sinks_beside_neighborhoods(rng, isa, options):
+    shape, rule = (9, 10), {"window": 3}
+    arrays = grid_tensors(rng, shape, extra=5, window=3)
+    arrays.append(torch.from_numpy(normal(rng, (4,))))
+    if isinstance(options.get("scale"), torch.Tensor):
+        options = {"scale": options["scale"].reshape(1, 4, 90).expand(2, 4, 90)}
+
+    def ours(q, k, v, extra_k, extra_v, bias, sinks):
+        given = {"extra_k": extra_k, "extra_v": extra_v, "bias": bias, "sinks": sinks}
+        return neighborhood(q, k, v, return_lse=True, **given, **options, **rule)
+
+    def theirs(q, k, v, extra_k, extra_v, bias, sinks):
+        return oracle_of(shape, rule, sinks=sinks, **options)(q, k, v, extra_k, extra_v, bias)
+
+    compare(ours, theirs, arrays, 2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3, "softcap": 2.0}, {"scale": torch.linspace(0.2, 1.5, 4)}])
+def test_gradients_of_sinks_beside_windows(rng, isa, options):
+    q, k, v = (torch.from_numpy(x) for x in qkv(rng, batch=2, rows=50, keys=60, dim=12, value_dim=9))
+    distance = (torch.arange(60) - torch.arange(10, 60)[:, None]).abs()
+    theirs = options
+    if isinstance(options.get("scale"), torch.Tensor):
+        theirs = {"scale": options["scale"][:, None]}
+    compare(
+        lambda q, k, v, sinks: windowed(q, k, v, radius=6, sinks=sinks, return_lse=True, **options),
+        lambda q, k, v, sinks: dense(q, k, v, distance <= 6, sinks=sinks, **theirs),
+        (q, k, v, torch.from_numpy(normal(rng, (4,)))),
+        2e-5,
+    )
+
+
+#: Options of windows of 5 queries and 9 keys, for 4 heads.
+WINDOWS = {
+    "one radius": {"radius": 2},
+    "causal, by head": {"radius": torch.tensor([[0, 1], [9, 2], [5, 5], [1, 0]]), "causal": True},
+    "centres, some without keys": {"radius": (1, 2), "centre": torch.tensor([0, 40, 3, 8, -9])},
+    "scale and softcap": {"radius": 2, "scale": 0.8, "softcap": 1.5},
+    "scales of rows": {"radius": 2, "scale": torch.linspace(0.2, 1.5, 20, dtype=torch.float64).reshape(4, 5)},
+    "packed": {"radius": 3, "cu_seqlens_q": torch.tensor([0, 2, 2, 5]), "cu_seqlens_k": torch.tensor([0, 4, 6, 9])},
+}
+
+
+@pytest.mark.parametrize("options", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_gradcheck_of_windows(rng, options, kv_heads):
+    arrays = qkv(rng, heads=4, kv_heads=kv_heads, rows=5, keys=9, dim=4, value_dim=3)
+    q, k, v = (torch.from_numpy(x).double().requires_grad_() for x in arrays)
+    sinks = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, k, v: windowed(q, k, v, **options), (q, k, v))
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, sinks: windowed(q, k, v, sinks=sinks, return_lse=True, **options), (q, k, v, sinks)
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "causal": True}, {"softcap": 1.5, "scale": 0.8}], ids=str)
+def test_gradients_of_neighborhoods_by_differences(rng, options):
+    """Beside differences of the results; in float32, so over wide steps."""
+    arrays = grid_tensors(rng, (8,), heads=2, kv_heads=1, dim=4, value_dim=3, extra=2, window=3)
+    inputs = [x.requires_grad_() for x in (*arrays, torch.tensor([0.3, -0.5]))]
+
+    def function(q, k, v, extra_k, extra_v, bias, sinks):
+        given = {"extra_k": extra_k, "extra_v": extra_v, "bias": bias, "sinks": sinks}
+        return neighborhood(q, k, v, window=3, return_lse=True, **given, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.autograd.gradcheck(function, inputs, eps=3e-2, atol=4e-3, rtol=2e-2, nondet_tol=0.0)
+
+
 def test_gradients_of_packed_windows(rng):
     q, k, v = (torch.from_numpy(x) for x in qkv(rng, rows=50, keys=50))
     bounds, centre = torch.tensor([0, 20, 50]), torch.arange(50) % 20
@@ -257,11 +331,12 @@ def test_same_numbers_as_without_autograd(rng):
 def test_opcheck(rng):
     q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (4, 5), dim=3, value_dim=2)[:3])
     rule = [3, 3], [1, 1], [1, 1], [False, False]
+    sinks = torch.zeros(4, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     operator = torch.ops.longattn.neighborhood_attention.default
-    torch.library.opcheck(operator, (q, k, v, *rule, None, None, None, None, 0.0), test_utils=checks)
+    torch.library.opcheck(operator, (q, k, v, *rule, None, None, None, None, None, 0.0, sinks), test_utils=checks)
     q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (9,), dim=3, value_dim=2)[:3])
-    given = (torch.ones(4, 2, dtype=torch.int64), None, None, None, True, None, 0.0)
+    given = (torch.ones(4, 2, dtype=torch.int64), None, None, None, True, None, None, 0.0, sinks)
     torch.library.opcheck(torch.ops.longattn.windowed_attention.default, (q, k, v, *given), test_utils=checks)
 
 
@@ -321,6 +396,13 @@ def test_nan_reaches_only_what_sees_it(rng):
         (lambda x: block_sparse(x, x, x, None), TypeError, "block_mask: got NoneType"),
         (lambda x: windowed(x, x, x, radius=-1), ValueError, "radius: got -1"),
         (lambda x: windowed(x, x, x, radius=1, centre=3), TypeError, "centre: got int"),
+        (lambda x: windowed(x, x, x, radius=1, sinks=torch.zeros(3)), ValueError, "sinks: got shape"),
+        (
+            lambda x: windowed(x, x, x, radius=1, scale=torch.ones(2, requires_grad=True)),
+            ValueError,
+            "scale: got a tensor that requires grad",
+        ),
+        (lambda x: neighborhood(x, x, x, window=3, sinks=torch.zeros(3)), ValueError, "sinks: got shape"),
     ],
 )
 def test_bad_input(call, error, words):

@@ -41,6 +41,14 @@ def window_ranges(
     return [table for _, table in found.values()], np.array(of_heads, np.uint32)
 
 
+def ranges_mask(ranges: Ranges, shape: tuple[int, ...], keys: int) -> NDArray[np.bool_]:
+    """What queries of `shape` `[.., D]` see, `[.., Lk]`."""
+    tables, of_heads = ranges
+    key = np.arange(keys)
+    seen = np.array([(key >= table[:, 1:2]) & (key < table[:, 2:3]) for table in tables], bool)
+    return seen[of_heads].reshape(*shape[:-1], keys)
+
+
 def _sequences(
     batch: int, rows: int, keys: int, cu_seqlens_q: Array | None, cu_seqlens_k: Array | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

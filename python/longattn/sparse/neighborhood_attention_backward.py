@@ -32,6 +32,7 @@ class NeighborhoodGradients(NamedTuple):
         d_extra_k: as `extra_k`.
         d_extra_v: as `extra_v`.
         d_bias: float32, as `bias`.
+        d_sinks: float32, as `sinks`.
     """
 
     dq: Array
@@ -40,6 +41,7 @@ class NeighborhoodGradients(NamedTuple):
     d_extra_k: Array | None
     d_extra_v: Array | None
     d_bias: Array | None
+    d_sinks: Array | None
 
 
 def neighborhood_attention_backward(
@@ -60,6 +62,7 @@ def neighborhood_attention_backward(
     bias: Array | None = None,
     scale: float | Array | None = None,
     softcap: float = 0.0,
+    sinks: Array | None = None,
 ) -> NeighborhoodGradients:
     """Gradients of `generalized_neighborhood_attention` by everything but its scale.
 
@@ -84,9 +87,10 @@ def neighborhood_attention_backward(
         bias: as in the forward call.
         scale: as in the forward call.
         softcap: as in the forward call.
+        sinks: as in the forward call.
 
     Returns:
-        The gradients, in the kinds and dtypes of what they are of, that of the bias float32.
+        The gradients, in the kinds and dtypes of what they are of, those of the bias and the sinks float32.
 
     Raises:
         TypeError: an argument of another kind or dtype.
@@ -108,7 +112,7 @@ def neighborhood_attention_backward(
     axes = window_axes(own_grid(qn, kn), window, stride, dilation, causal)
     table = table_bias(bias, qn.shape[1], per_axis(window, "window", len(axes), 1))
     extra = extra_inputs(extra_k, extra_v, qn, kn, vn)
-    options = grid_options(qn.shape, scale, softcap, None)
+    options = grid_options(qn.shape, scale, softcap, sinks)
     output = (*qn.shape[:-1], vn.shape[-1])
     out_n, d_out_n = saved_output(out, "out", output, qn.dtype), saved_output(d_out, "d_out", output, qn.dtype)
     lse3, d_lse3 = (
@@ -120,6 +124,7 @@ def neighborhood_attention_backward(
 
     dq, dk, dv = (np.zeros(x.shape, x.dtype) for x in (qn, kn, vn))
     d_bias = None if table is None or table.table is None else np.zeros_like(table.table)
+    d_sinks = None if sinks is None else np.zeros(qn.shape[1], np.float32)
     d_extra_k: Array | None = None
     d_extra_v: Array | None = None
     d4, q4, k4, v4, o4 = (flat(x) for x in (d_out_n, qn, kn, vn, out_n))
@@ -127,6 +132,7 @@ def neighborhood_attention_backward(
         _core.neighbourhood_backward(
             (d4, q4, k4, v4, o4, lse3, d_lse3),
             (flat(dq), flat(dk), flat(dv)),
+            d_sinks,
             None if d_bias is None else d_bias.reshape(-1),
             kernel_axes(axes),
             None if table is None else table._for_kernel(),
@@ -149,4 +155,5 @@ def neighborhood_attention_backward(
         None if d_extra_k is None else like(k, d_extra_k),
         None if d_extra_v is None else like(v, d_extra_v),
         None if d_bias is None else like(q, d_bias),
+        None if d_sinks is None else like(q, d_sinks),
     )

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from longattn import _core
-from longattn._arrays import Array
+from longattn._arrays import FLOAT64, Array
 from longattn._checks import batched, dense_inputs, flag, returned
 from longattn.dense._options import score_options
+from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
-from longattn.sparse._windows import window_ranges
+from longattn.sparse._windows import ranges_mask, window_ranges
 
 
 def windowed_attention(
@@ -38,7 +39,8 @@ def windowed_attention(
     without keys gives zeros and an lse of -inf.
 
     Args:
-        q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16.
+        q: queries `[B, Hq, Lq, D]`, or `[Hq, Lq, D]`; float32, float16 or bfloat16, or all of `q`, `k` and `v`
+            float64: slowly, with a mask of all pairs.
         k: keys `[B, Hkv, Lk, D]`, or `[Hkv, Lk, D]`; any of the three dtypes.
         v: values `[B, Hkv, Lk, Dv]`, or `[Hkv, Lk, Dv]`; dtype of `k`.
         radius: keys seen on both sides of the centre: a number, a pair `(left, right)`, or integers `[Hq]` or
@@ -56,7 +58,7 @@ def windowed_attention(
 
     Returns:
         The output `[B, Hq, Lq, Dv]` (or `[Hq, Lq, Dv]`), in the kind and dtype of `q`. With `return_lse`, the pair with
-        the lse, float32 without the last axis.
+        the lse, float32 (float64 for float64) without the last axis.
 
     Raises:
         TypeError: an argument of another kind or dtype.
@@ -78,10 +80,13 @@ def windowed_attention(
         >>> np.allclose(out[:1], la.attention(q[:1], k[:1], v[:1], window=(4, 4)), atol=1e-5)
         True
     """
-    qn, kn, vn = dense_inputs(q, k, v, double=False)
+    qn, kn, vn = dense_inputs(q, k, v)
     rows, keys = qn.shape[-2], kn.shape[-2]
     ranges = window_ranges(qn.shape, keys, radius, centre, causal, cu_seqlens_q, cu_seqlens_k)
     return_lse = flag(return_lse, "return_lse")
+    if qn.dtype == FLOAT64:
+        mask = ranges_mask(ranges, qn.shape, keys)
+        return attention(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse)
     options = score_options(qn.shape, keys, span=rows + keys, scale=scale, softcap=softcap, sinks=sinks)
     result, lse = np.empty((*qn.shape[:-1], vn.shape[-1]), qn.dtype), np.empty(qn.shape[:-1], np.float32)
     if lse.size:
@@ -101,6 +106,7 @@ METHOD = Method(
     exact=True,
     modes=frozenset({"causal", "non-causal", "self", "cross"}),
     gqa=True,
+    dtypes=("float32", "float16", "bfloat16", "float64"),
     checks=(
         "One radius at the queries' own positions is dense attention with a window.",
         "A radius as large as the length is dense attention.",

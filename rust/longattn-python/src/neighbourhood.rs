@@ -138,6 +138,7 @@ pub(crate) fn neighbourhood_backward<'py>(
     py: Python<'py>,
     arrays: GivenForward<'py>,
     results: GivenGradients<'py>,
+    mut d_sinks: Option<PyReadwriteArray1<'py, f32>>,
     mut d_bias: Option<PyReadwriteArray1<'py, f32>>,
     axes: [GivenAxis<'py>; 3],
     bias: Option<GivenBias<'py>>,
@@ -145,7 +146,7 @@ pub(crate) fn neighbourhood_backward<'py>(
 ) -> PyResult<()> {
     let given = Given::<f32>::new(options)?;
     let forward = forward(&arrays, given.options()?)?;
-    let mut gradients = gradients(&results, None)?;
+    let mut gradients = gradients(&results, d_sinks.as_mut().map(|a| a.as_slice_mut()).transpose()?)?;
     let d_bias = d_bias.as_mut().map(|a| a.as_slice_mut()).transpose()?;
     let tables = Tables::new(axes, bias)?;
     let grid = [tables.grid()?];
@@ -204,12 +205,13 @@ pub(crate) fn windowed_backward<'py>(
     py: Python<'py>,
     arrays: GivenForward<'py>,
     results: GivenGradients<'py>,
+    mut d_sinks: Option<PyReadwriteArray1<'py, f32>>,
     ranges: GivenRanges<'py>,
     options: &Bound<'py, PyDict>,
 ) -> PyResult<()> {
     let given = Given::<f32>::new(options)?;
     let forward = forward(&arrays, given.options()?)?;
-    let mut gradients = gradients(&results, None)?;
+    let mut gradients = gradients(&results, d_sinks.as_mut().map(|a| a.as_slice_mut()).transpose()?)?;
     let (q, keys, dims) = (forward.q, forward.k.shape()[2], forward.k.shape()[3] + forward.v.shape()[3]);
     with_ranges(&ranges, &q, keys, dims, |grids, of_heads, operations| {
         running::run(py, BACKWARD * operations, |execution| {
