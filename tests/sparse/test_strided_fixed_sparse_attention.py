@@ -6,7 +6,7 @@ import pytest
 import longattn as la
 import tolerances
 from longattn.reference import sparse as reference
-from longattn.sparse import strided_fixed_sparse_attention
+from longattn.sparse import fixed_lists, strided_fixed_sparse_attention
 from longattn.sparse.strided_fixed_sparse_attention import PATTERNS
 from random_arrays import DTYPES, LAYOUTS, qkv
 
@@ -87,6 +87,23 @@ def test_steps_are_the_prefill(rng, isa, pattern):
     for n in (1, 8, 9, 33, 50):
         step = strided_fixed_sparse_attention(q[:, :, n - 1 : n], k[:, :, :n], v[:, :, :n], **options)
         tolerance.check(step, whole[:, :, n - 1 : n])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_stride_may_be_any_integer(rng, pattern):
+    """Beyond the length it does not matter how large it is."""
+    q, k, v = qkv(rng, rows=50, keys=70)
+    options = {"pattern": pattern, "summary": 1, "window": 3}
+    out, expected = (strided_fixed_sparse_attention(q, k, v, stride=n, **options) for n in (2**62, 71))
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("pattern", ["fixed", "fixed_summary"])
+def test_lists_of_slots_that_do_not_fit_are_refused(pattern):
+    with pytest.raises(ValueError, match=r"summary: got 1 slots of 9 keys, expected at most 8 keys together"):
+        fixed_lists((50, 50), 8, summary=9, pattern=pattern)
+    with pytest.raises(ValueError, match=r"summary: got 3 slots of 4 keys, expected at most 8 keys together"):
+        fixed_lists((50, 50), 8, summary=4, slots=3, heads=3, pattern=pattern)
 
 
 @pytest.mark.parametrize(

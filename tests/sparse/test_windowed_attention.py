@@ -97,6 +97,23 @@ def test_queries_without_keys(rng, isa):
     assert (out[:, :, ::3] == 0).all() and np.isneginf(lse[:, :, ::3]).all()
 
 
+@pytest.mark.parametrize(
+    "radius",
+    [2**63 - 1, (2**63 - 1, 2**62), np.full(4, 2**63 - 1), np.full(4, 2**64 - 1, np.uint64), np.full(4, 255, np.uint8)],
+    ids=str,
+)
+def test_a_radius_may_be_any_integer(rng, radius):
+    q, k, v = qkv(rng, rows=60, keys=80)
+    tolerances.same_storage(q, k, v).check(windowed(q, k, v, radius=radius), la.attention(q, k, v))
+
+
+@pytest.mark.parametrize("centre", [2**63 - 1, -(2**63), np.uint64(2**64 - 1)], ids=str)
+def test_a_centre_may_be_any_integer(rng, centre):
+    q, k, v = qkv(rng, rows=60, keys=60)
+    for bounds in (None, np.array([0, 30, 60])):
+        assert not windowed(q, k, v, radius=9, centre=np.full(60, centre), cu_seqlens_q=bounds).any()
+
+
 def test_one_query(rng, isa):
     q, k, v = qkv(rng, rows=1, keys=300)
     check(q, k, v, radius=np.array([1, 20, 300, 5]), centre=np.array([150]))

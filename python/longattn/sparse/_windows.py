@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +13,9 @@ from longattn.sparse._lengths import packed_bounds
 
 #: Tables `[0, start, end, 0]` of each query, and which of them each batch entry and head has.
 Ranges = tuple[list[NDArray[np.uint32]], NDArray[np.uint32]]
+
+#: Farther than any key; larger numbers count as this, so that sums of them do not wrap around.
+_FAR = 2**61
 
 
 def window_ranges(
@@ -66,9 +71,9 @@ def _sequences(
 def _sides(radius: object, heads: int) -> NDArray[np.int64]:
     """Keys to the left and to the right, `[Hq, 2]`."""
     if isinstance(radius, tuple) and len(radius) == 2:
-        return np.tile([integer(side, "radius", 0) for side in radius], (heads, 1))
+        return np.tile([min(integer(side, "radius", 0), _FAR) for side in radius], (heads, 1))
     if not hasattr(radius, "shape"):
-        return np.full((heads, 2), integer(radius, "radius", 0))
+        return np.full((heads, 2), min(integer(radius, "radius", 0), _FAR))
     x = as_numpy(radius, "radius", any_strides=True)
     if x.dtype.kind not in "iu":
         raise TypeError(f"radius: got dtype {x.dtype}, expected integers")
@@ -76,7 +81,7 @@ def _sides(radius: object, heads: int) -> NDArray[np.int64]:
         raise ValueError(f"radius: got shape {x.shape}, expected {(heads,)} or {(heads, 2)}")
     if x.size and x.min() < 0:
         raise ValueError(f"radius: got {x.min()}, expected numbers of at least 0")
-    return np.broadcast_to(x.reshape(heads, -1), (heads, 2)).astype(np.int64)
+    return np.broadcast_to(_no_farther(x).reshape(heads, -1), (heads, 2))
 
 
 def _centres(centre: Array, batch: int, heads: int, rows: int) -> NDArray[np.int64]:
@@ -86,4 +91,9 @@ def _centres(centre: Array, batch: int, heads: int, rows: int) -> NDArray[np.int
     shapes = (rows,), (heads, rows), (batch, heads, rows)
     if x.shape not in shapes:
         raise ValueError(f"centre: got shape {x.shape}, expected {shapes[0]}, {shapes[1]} or {shapes[2]}")
-    return x.astype(np.int64)
+    return _no_farther(x)
+
+
+def _no_farther(x: NDArray[Any]) -> NDArray[np.int64]:
+    signed = np.minimum(x, np.uint64(_FAR)) if x.dtype == np.uint64 else x
+    return np.clip(signed.astype(np.int64), -_FAR, _FAR)

@@ -51,6 +51,8 @@ def fixed_lists(
     (rows, keys), stride = given, integer(stride, "stride", 1)
     summary, slots, heads = integer(summary, "summary", 1), integer(slots, "slots", 1), integer(heads, "heads", 1)
     one_of(pattern, "pattern", ("fixed", "fixed_local", "fixed_summary"))
+    if pattern != "fixed_local":
+        _check_slots(slots, summary, stride)
     first = aligned_first((rows, keys), stride)
     bounds = np.clip(block_bounds(rows, stride, first) + (keys - rows), 0, keys)
     own = bounds[:-1] // stride * stride
@@ -75,6 +77,11 @@ def fixed_lists(
         block_q=stride,
         first_q=first,
     )
+
+
+def _check_slots(slots: int, summary: int, stride: int) -> None:
+    if slots * summary > stride:
+        raise ValueError(f"summary: got {slots} slots of {summary} keys, expected at most {stride} keys together")
 
 
 def strided_fixed_sparse_attention(
@@ -149,8 +156,8 @@ def strided_fixed_sparse_attention(
     unknown = [x for x in of_heads if x not in PATTERNS]
     if unknown or len(of_heads) != heads:
         raise ValueError(f"pattern: got {pattern!r}, expected one of {PATTERNS}, or {heads} of them")
-    if slots * summary > stride and not {"fixed", "fixed_summary"}.isdisjoint(of_heads):
-        raise ValueError(f"summary: got {slots} slots of {summary} keys, expected at most {stride} keys together")
+    if not {"fixed", "fixed_summary"}.isdisjoint(of_heads):
+        _check_slots(slots, summary, stride)
     factor = scale_factor(scale, dim)
     out = np.zeros((*qn.shape[:3], vn.shape[3]), q3.dtype)
     lse = np.full(qn.shape[:3], -np.inf, np.float32)
@@ -219,6 +226,7 @@ def _strided(
 ) -> Parts:
     """Attention along the stride without the `skipped` nearest keys of it, a sequence for each residue."""
     rows, keys = q.shape[2], k.shape[2]
+    stride = min(stride, max(keys, 1))  # beyond that every key is by itself
     positions = np.arange(rows) + (keys - rows)
     of_q, of_k = positions % stride, np.arange(keys) % stride
     counts_q, counts_k = (np.bincount(x, minlength=stride) for x in (of_q, of_k))
