@@ -6,7 +6,7 @@ import pytest
 import longattn as la
 import tolerances
 from longattn.reference import sparse as reference
-from longattn.sparse import fixed_lists, strided_fixed_sparse_attention
+from longattn.sparse import DynamicBlocks, StridedFixed, fixed_lists, strided_fixed_sparse_attention
 from longattn.sparse.strided_fixed_sparse_attention import PATTERNS
 from random_arrays import DTYPES, LAYOUTS, qkv
 
@@ -87,6 +87,61 @@ def test_steps_are_the_prefill(rng, isa, pattern):
     for n in (1, 8, 9, 33, 50):
         step = strided_fixed_sparse_attention(q[:, :, n - 1 : n], k[:, :, :n], v[:, :, :n], **options)
         tolerance.check(step, whole[:, :, n - 1 : n])
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, ("fixed", "local", "fixed", "strided", "fixed_summary", "fixed")])
+@pytest.mark.parametrize(("rows", "keys"), [(90, 90), (50, 131), (1, 90), (7, 3)])
+def test_a_selector_of_the_same(rng, isa, pattern, rows, keys):
+    q, k, v = qkv(rng, batch=2, heads=6, kv_heads=2, rows=rows, keys=keys)
+    for options in ({"stride": 12, "summary": 3}, {"stride": 10, "window": 13, "summary": 2, "slots": 3}):
+        out, stats = la.sparse_attention(
+            q, k, v, StridedFixed(pattern=pattern, **options), causal=True, return_stats=True
+        )
+        expected = strided_fixed_sparse_attention(q, k, v, pattern=pattern, **options)
+        tolerances.same_storage(q, k, v).check(out, expected)
+        mask = [
+            reference.strided_fixed_mask(rows, keys, name, **({"window": None, "slots": 1} | options), head=h)
+            for h, name in enumerate([pattern] * 6 if isinstance(pattern, str) else pattern)
+        ]
+        chosen = StridedFixed(pattern=pattern, **options)(q, k).to_dense_mask()
+        causal = np.arange(keys) <= np.arange(keys - rows, keys)[:, None]
+        np.testing.assert_array_equal(np.broadcast_to(chosen, (1, 6, rows, keys))[0] & causal, mask)
+        visible = max(int(causal.sum()), 1)
+        assert stats.density == pytest.approx((chosen & causal).sum() / chosen.shape[1] / visible)
+
+
+def test_the_selector_goes_together_with_others(rng):
+    q, k, v = qkv(rng, rows=96, keys=96)
+    strided, blocks = StridedFixed(stride=10, pattern="strided"), DynamicBlocks(top_k=1, block=16)
+    one, other = (x(q, k, causal=True).to_dense_mask() for x in (strided, blocks))
+    for made, expected in ((strided | blocks, one | other), (strided & blocks, one & other)):
+        np.testing.assert_array_equal(made(q, k, causal=True).to_dense_mask(), expected)
+        out = la.sparse_attention(q, k, v, made, causal=True)
+        tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, mask=expected, causal=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"stride": 0}, ValueError, r"stride: got 0"),
+        ({"window": 0}, ValueError, r"window: got 0"),
+        ({"pattern": "dense"}, ValueError, r"pattern: got 'dense'"),
+        ({"pattern": ("local", 3)}, ValueError, r"pattern: got 3"),
+        ({"pattern": 3}, TypeError, r"pattern: got int, expected a sequence"),
+        ({"summary": 9, "pattern": "fixed"}, ValueError, r"summary: got 1 slots of 9 keys"),
+    ],
+)
+def test_bad_selectors(options, error, message):
+    with pytest.raises(error, match=message):
+        StridedFixed(**{"stride": 8, "summary": 2} | options)
+
+
+def test_a_selector_for_other_heads(rng):
+    q, k, _ = qkv(rng, rows=9, keys=9)
+    with pytest.raises(ValueError, match=r"pattern: got 2 names, expected one, or 4 of them"):
+        StridedFixed(stride=4, summary=1, pattern=("local", "fixed"))(q, k)
+    with pytest.raises(ValueError, match=r"causal: got False"):
+        StridedFixed(stride=4)(q, k, causal=False)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

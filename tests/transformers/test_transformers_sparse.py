@@ -117,8 +117,9 @@ def test_selectors_by_name(build_model: Any) -> None:
     named, stats = logits(model, text, SparsePrefill("dynamic_block_topk", 0, parameters))
     made, _ = logits(model, text, SparsePrefill(DynamicBlocks(**parameters), min_length=0))
     assert torch.equal(named, made) and stats.layers[0].prompt_density < 0.3
+    needed: dict[str, Any] = {"dhsa_select": {"budget": 64}, "strided_fixed_sparse_attention": {"stride": 16}}
     for name, kind in by_name.SELECTORS.items():
-        how = {"budget": 64} if name == "dhsa_select" else {}
+        how = needed.get(name, {})
         assert SparsePrefill(name, parameters=how).made == kind(**how)
         assert name in {method.name for method in la.methods("sparse")}
 

@@ -51,7 +51,11 @@ from longattn.sparse.row_lists import RowLists
 from longattn.sparse.sale_select import Sale, sale_select
 from longattn.sparse.sparge_attention import Sparge, sparge_attention
 from longattn.sparse.sparse_attention import Selector, SparseStats, sparse_attention
-from longattn.sparse.strided_fixed_sparse_attention import fixed_lists, strided_fixed_sparse_attention
+from longattn.sparse.strided_fixed_sparse_attention import (
+    StridedFixed,
+    fixed_lists,
+    strided_fixed_sparse_attention,
+)
 from longattn.sparse.transient_global_attention import (
     local_global_attention,
     t5_relative_table,
@@ -81,6 +85,7 @@ __all__ = [
     "Selector",
     "Sparge",
     "SparseStats",
+    "StridedFixed",
     "TileStats",
     "Union",
     "VerticalSlash",

@@ -16,6 +16,7 @@ from longattn.sparse.power_of_two_attention import PowerOfTwo
 from longattn.sparse.sale_select import Sale
 from longattn.sparse.sparge_attention import Sparge
 from longattn.sparse.sparse_attention import Selector
+from longattn.sparse.strided_fixed_sparse_attention import StridedFixed
 from longattn.sparse.xattention import Antidiagonal
 
 #: Selectors that know all they need from queries, keys and their parameters, by the names of their methods.
@@ -29,6 +30,7 @@ SELECTORS: Mapping[str, Callable[..., Selector]] = {
     "power_of_two_attention": PowerOfTwo,
     "sale_select": Sale,
     "sparge_attention": Sparge,
+    "strided_fixed_sparse_attention": StridedFixed,
     "xattention": Antidiagonal,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from longattn.dense.attention_varlen import attention_varlen
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
-from longattn.sparse._selecting import aligned_first, block_bounds, selector_inputs
+from longattn.sparse._aligning import aligned
+from longattn.sparse._selecting import aligned_first, block_bounds, keep_integers, only_causal, selector_inputs
+from longattn.sparse.composed import Composable
 from longattn.sparse.index_sparse_attention import index_sparse_attention
 from longattn.sparse.row_lists import RowLists
 
@@ -68,15 +71,92 @@ def fixed_lists(
             if pattern != "fixed_summary":
                 parts.append(np.arange(start, last))
             lists.append(np.concatenate(parts))
+    return _of_lists(lists, heads, (rows, keys), stride, first)
+
+
+def _of_lists(
+    lists: Sequence[NDArray[Any]], heads: int, lengths: tuple[int, int], block_q: int, first_q: int | None = None
+) -> RowLists:
+    """Lists of one head after another."""
     ends = np.cumsum([0, *(len(x) for x in lists)])
-    count = len(bounds) - 1
+    count = len(lists) // heads
     return RowLists(
         indptr=ends[np.arange(heads)[:, None] * count + np.arange(count + 1)].reshape(1, heads, count + 1),
-        indices=np.concatenate([np.zeros(0, np.int64), *lists]),
-        lengths=(rows, keys),
-        block_q=stride,
-        first_q=first,
+        indices=np.concatenate([np.zeros(0, np.uint32), *lists]),
+        lengths=lengths,
+        block_q=block_q,
+        first_q=first_q,
     )
+
+
+def _near_and_far(lengths: tuple[int, int], pattern: str, stride: int, window: int) -> RowLists:
+    """The lists of "local", "strided" or "local_strided", one for each query."""
+    rows, keys = lengths
+    lists = []
+    for own in range(keys - rows, keys):
+        # Keys along the stride that the window has not, then those of the window.
+        first = own + 1 if pattern == "strided" else max(own - window + 1, 0)
+        far = np.zeros(0, np.int64) if pattern == "local" else np.arange(own % stride, first, stride)
+        lists.append(np.concatenate([far, np.arange(first, own + 1)]).astype(np.uint32))
+    return _of_lists(lists, 1, lengths, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StridedFixed(Composable):
+    """The patterns of `strided_fixed_sparse_attention` as lists, to be looked at and put together with others.
+
+    Attention over the lists of "strided" and "local_strided", one for each query, takes longer than that function.
+
+    Args:
+        stride: the stride, or the positions of a block.
+        pattern: one of the six, or one for each query head.
+        window: keys of "local", the own one included; `None` is `stride`.
+        summary: keys of a slot, for "fixed" and "fixed_summary".
+        slots: slots of a block that heads share out; together they have at most `stride` keys.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: a size below 1, an unknown pattern, or slots that are wider than a block.
+    """
+
+    stride: int
+    pattern: str | Sequence[str] = "local_strided"
+    window: int | None = None
+    summary: int = 8
+    slots: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks sizes and names."""
+        keep_integers(self, stride=1, summary=1, slots=1)
+        if self.window is not None:
+            keep_integers(self, window=1)
+        names = (self.pattern,) if isinstance(self.pattern, str) else items_of(self.pattern, "pattern", "names")
+        object.__setattr__(self, "pattern", self.pattern if isinstance(self.pattern, str) else names)
+        for name in names:
+            one_of(name, "pattern", PATTERNS)
+        if not {"fixed", "fixed_summary"}.isdisjoint(names):
+            _check_slots(self.slots, self.summary, self.stride)
+
+    def __call__(self, q: Array, k: Array, *, causal: bool = True, scale: float | None = None) -> RowLists:
+        """The lists for these lengths; numbers in `q` and `k` do not matter."""
+        del scale
+        only_causal(causal)
+        qn, kn = selector_inputs(q, k)
+        lengths, heads = (qn.shape[2], kn.shape[2]), qn.shape[1]
+        if isinstance(self.pattern, str):
+            return self._of_pattern(self.pattern, lengths, heads)
+        if len(self.pattern) != heads:
+            raise ValueError(f"pattern: got {len(self.pattern)} names, expected one, or {heads} of them")
+        names = list(dict.fromkeys(self.pattern))
+        tables = aligned([self._of_pattern(name, lengths, heads) for name in names], "pattern")
+        return RowLists.per_head(tables, [names.index(name) for name in self.pattern])
+
+    def _of_pattern(self, pattern: str, lengths: tuple[int, int], heads: int) -> RowLists:
+        if not pattern.startswith("fixed"):
+            near = self.stride if self.window is None else self.window
+            return _near_and_far(lengths, pattern, self.stride, near)
+        own = heads if self.slots > 1 and pattern != "fixed_local" else 1
+        return fixed_lists(lengths, self.stride, summary=self.summary, slots=self.slots, heads=own, pattern=pattern)
 
 
 def _check_slots(slots: int, summary: int, stride: int) -> None:
@@ -267,6 +347,7 @@ METHOD = Method(
         "The strided pattern is causal attention of the sequences of each residue.",
         "Every earlier position is reached in two hops, strided after local and summary after own block.",
         "Steps give the rows of the prefill.",
+        "Attention over the selector's lists is the same.",
     ),
     tests="tests/sparse/test_strided_fixed_sparse_attention.py",
     cost="`Lq * (window + Lk / stride) * (D + Dv)`, or `Lq * (stride + summary * Lk / stride) * (D + Dv)`.",
