@@ -524,6 +524,16 @@ def neighbourhood_scores(
 def neighbourhood_values(
     weights: NDArray[Any], v: NDArray[Any], out: NDArray[Any], axes: _GridAxes, sizes: list[int]
 ) -> None: ...
+def neighbourhood_spread(
+    weights: NDArray[Any],
+    rows: NDArray[Any],
+    out: NDArray[Any],
+    d_bias: NDArray[np.float32] | None,
+    axes: _GridAxes,
+    bias: _GridBias,
+    sizes: list[int],
+    factor: float,
+) -> None: ...
 def neighbourhood_backward(
     arrays: _Forward,
     results: _Gradients,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,6 +80,76 @@ def neighborhood_attention(
     rule = {name: _per_axis(x, name, axes) for name, x in zip(RULE, values, strict=True)}
     out, lse = _neighborhood(q=q, k=k, v=v, **rule, **more, scale=number, row_scales=factors, softcap=softcap)
     return (out, lse) if flag(return_lse, "return_lse") else out
+
+
+def na_qk(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    window: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    causal: bool | Sequence[bool] = False,
+    bias: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """`longattn.sparse.na_qk` for torch's autograd and `torch.compile`.
+
+    Args:
+        q: queries `[B, Hq, X1.., D]`, one to three axes; float32, float16 or bfloat16. May require grad.
+        k: keys `[B, Hkv, X1.., D]`; any of the three dtypes. May require grad.
+        window: tokens of a window, one number or one per axis.
+        dilation: distance between neighbouring tokens of a window.
+        causal: whether tokens behind a token's own are hidden, along each axis.
+        bias: floating `[Hq, 2 w1 - 1, ..]`, added to the logits by distance. May require grad.
+        scale: factor on the dot products; `None` is `D ** -0.5`.
+
+    Returns:
+        Logits `[B, Hq, X1.., prod(window)]`, float32; -inf at places behind the token itself on a causal axis.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes or values that do not fit, or a tensor outside CPU memory.
+        RuntimeError: from a second backward pass: gradients of gradients are not computed.
+
+    Cost:
+        Forward and backward as the functions of `longattn.sparse`.
+    """
+    check_tensors({"q": q, "k": k, "bias": bias})
+    logits, _ = _na_qk(q=q, k=k, **_rule_of(q, window, dilation, causal), bias=bias, scale=scale)
+    return logits
+
+
+def na_av(
+    weights: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    causal: bool | Sequence[bool] = False,
+) -> torch.Tensor:
+    """`longattn.sparse.na_av` for torch's autograd and `torch.compile`.
+
+    Args:
+        weights: `[B, Hq, X1.., prod(window)]`; float32, float16 or bfloat16. May require grad.
+        v: values `[B, Hkv, X1.., Dv]`; any of the three dtypes. May require grad.
+        window: as in `na_qk`.
+        dilation: as in `na_qk`.
+        causal: as in `na_qk`.
+
+    Returns:
+        `[B, Hq, X1.., Dv]`, in the dtype of `weights`.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes or values that do not fit, or a tensor outside CPU memory.
+        RuntimeError: from a second backward pass: gradients of gradients are not computed.
+
+    Cost:
+        Forward and backward as the functions of `longattn.sparse`.
+    """
+    check_tensors({"weights": weights, "v": v}, required=("weights", "v"))
+    out, _ = _na_av(weights=weights, v=v, **_rule_of(weights, window, dilation, causal))
+    return out
 
 
 def block_sparse_attention(
@@ -246,6 +317,13 @@ def _per_axis(value: Any, name: str, axes: int) -> list[Any]:
     return values
 
 
+def _rule_of(x: torch.Tensor, window: Any, dilation: Any, causal: Any) -> Given:
+    """The rule of a window without strides, one value per axis of the grid that `x` lies on."""
+    axes = max(x.dim() - 3, 1)
+    given = {"window": window, "dilation": dilation, "causal": causal}
+    return {name: _per_axis(value, name, axes) for name, value in given.items()}
+
+
 def _lse_shapes(x: Given) -> Pair:
     q, v = x["q"], x["v"]
     sums = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -263,12 +341,12 @@ RULE = ("window", "stride", "dilation", "causal")
 
 
 def _near(x: Given) -> Given:
-    return {name: tuple(value) if name in RULE else value for name, value in _scaled(x).items()}
+    return {name: tuple(value) if name in RULE else value for name, value in x.items()}
 
 
 def _near_back(d_out: torch.Tensor, d_lse: torch.Tensor, x: Given, results: Any) -> tuple[Any, ...]:
     q, k, v = (x.pop(name) for name in "qkv")
-    found = la.sparse.neighborhood_attention_backward(d_out, q, k, v, *results, d_lse=d_lse, **_near(x))
+    found = la.sparse.neighborhood_attention_backward(d_out, q, k, v, *results, d_lse=d_lse, **_near(_scaled(x)))
     return found.dq, found.dk, found.dv, found.d_extra_k, found.d_extra_v, found.d_bias, found.d_sinks
 
 
@@ -276,10 +354,53 @@ _neighborhood = operator(
     "neighborhood_attention",
     "Tensor q, Tensor k, Tensor v, SymInt[] window, SymInt[] stride, SymInt[] dilation, bool[] causal, "
     "Tensor? extra_k, Tensor? extra_v, Tensor? bias, float? scale, Tensor? row_scales, float softcap, Tensor? sinks",
-    lambda x: la.sparse.generalized_neighborhood_attention(**_near(x), return_lse=True),
+    lambda x: la.sparse.generalized_neighborhood_attention(**_near(_scaled(x)), return_lse=True),
     _near_back,
     _lse_shapes,
     gradients=("q", "k", "v", "extra_k", "extra_v", "bias", "sinks"),
+)
+
+
+def _with_none(result: torch.Tensor) -> Pair:
+    """A result as a pair: operators have two."""
+    return result, result.new_empty(0)
+
+
+def _logit_shapes(x: Given) -> Pair:
+    q = x["q"]
+    return _with_none(q.new_empty(*q.shape[:-1], math.prod(x["window"]), dtype=torch.float32))
+
+
+def _logits_back(d_scores: torch.Tensor, _: torch.Tensor, x: Given, results: Any) -> list[Any]:
+    q, k, has = x.pop("q"), x.pop("k"), x.pop("bias") is not None
+    found = la.sparse.na_qk_backward(d_scores, q, k, **_near(x), return_d_bias=has)
+    return [*found[:2], found[2] if has else None]
+
+
+_na_qk = operator(
+    "na_qk",
+    "Tensor q, Tensor k, SymInt[] window, SymInt[] dilation, bool[] causal, Tensor? bias, float? scale",
+    lambda x: _with_none(la.sparse.na_qk(**_near(x))),
+    _logits_back,
+    _logit_shapes,
+    gradients=("q", "k", "bias"),
+    reads=lambda x: False,
+)
+
+
+def _sum_shapes(x: Given) -> Pair:
+    weights = x["weights"]
+    return _with_none(weights.new_empty(*weights.shape[:-1], x["v"].shape[-1]))
+
+
+_na_av = operator(
+    "na_av",
+    "Tensor weights, Tensor v, SymInt[] window, SymInt[] dilation, bool[] causal",
+    lambda x: _with_none(la.sparse.na_av(**_near(x))),
+    lambda d_out, _, x, results: la.sparse.na_av_backward(d_out, **_near(x)),
+    _sum_shapes,
+    gradients=("weights", "v"),
+    reads=lambda x: False,
 )
 
 

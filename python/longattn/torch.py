@@ -12,8 +12,9 @@ With states of fixed size there are `linear_attention`, `lightning_attention`, `
 as in `longattn.linear`.
 
 The operators behind the functions are `torch.ops.longattn.attention`, `.attention_varlen`, `.merge`,
-`.neighborhood_attention`, `.block_sparse_attention`, `.windowed_attention`, `.recurrence` and `.selective_scan`, each
-with its gradient and the shapes of its results, so that `torch.compile(fullgraph=True)` keeps them whole.
+`.neighborhood_attention`, `.na_qk`, `.na_av`, `.block_sparse_attention`, `.windowed_attention`, `.recurrence` and
+`.selective_scan`, each with its gradient and the shapes of its results, so that `torch.compile(fullgraph=True)` keeps
+them whole.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ from longattn._torch_operators import (
 )
 from longattn._torch_sparse import (
     block_sparse_attention,
+    na_av,
+    na_qk,
     neighborhood_attention,
     windowed_attention,
 )
@@ -71,6 +74,8 @@ __all__ = [
     "lightning_attention",
     "linear_attention",
     "merge",
+    "na_av",
+    "na_qk",
     "neighborhood_attention",
     "retention",
     "rwkv6",

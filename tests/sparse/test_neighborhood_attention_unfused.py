@@ -7,6 +7,7 @@ import longattn as la
 import tolerances
 from longattn.reference import sparse as reference
 from random_arrays import DTYPES, F32, normal
+from running import on_threads
 
 unfused = la.sparse.neighborhood_attention_unfused
 fused = la.sparse.generalized_neighborhood_attention
@@ -116,6 +117,152 @@ def test_nan_reaches_only_those_that_see_it(rng, isa):
     out = la.sparse.na_av(np.ones((2, 2, 12, 3), np.float32), v, window=3)
     bad = np.isnan(out).any(axis=(0, 1, 3))
     assert bad.tolist() == [abs(x - 6) <= 1 for x in range(12)]
+
+
+def check_gradients(found, expected, arrays, function, terms, **options):
+    """Beside the formula; sizes are the formula's of magnitudes."""
+    sizes = function(*(np.abs(np.asarray(x, np.float64)) for x in arrays), **options)
+    for ours, theirs, size in zip(found, expected, sizes, strict=True):
+        tolerances.check_linear(ours, theirs, size, terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "rule"), CASES)
+def test_gradients_of_scores(rng, isa, dtype, shape, rule):
+    q, k, _ = grid_qkv(rng, shape, dtype=dtype)
+    # Of places that do not count, too: they must not count.
+    d_scores = normal(rng, la.sparse.na_qk(q, k, **rule).shape)
+    for scale in (None, 0.7):
+        options = {"scale": scale, "return_d_bias": True, **rule}
+        found = la.sparse.na_qk_backward(d_scores, q, k, **options)
+        assert [x.dtype for x in found] == [q.dtype, k.dtype, np.float32]
+        expected = reference.na_qk_backward(d_scores, q, k, **options)
+        check_gradients(found, expected, (d_scores, q, k), reference.na_qk_backward, 2 * np.prod(shape), **options)
+    without = la.sparse.na_qk_backward(d_scores, q, k, scale=0.7, **rule)
+    assert len(without) == 2 and all(np.array_equal(x, y) for x, y in zip(without, found, strict=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "rule"), CASES)
+def test_gradients_of_values(rng, isa, dtype, shape, rule):
+    _, _, v = grid_qkv(rng, shape, dtype=dtype)
+    places = int(np.prod(reference.spread(rule["window"], len(shape))))
+    weights, d_out = normal(rng, (2, 4, *shape, places), dtype), normal(rng, (2, 4, *shape, 12), dtype)
+    found = la.sparse.na_av_backward(d_out, weights, v, **rule)
+    assert [x.dtype for x in found] == [dtype, dtype]
+    expected = reference.na_av_backward(d_out, weights, v, **rule)
+    check_gradients(found, expected, (d_out, weights, v), reference.na_av_backward, 2 * np.prod(shape), **rule)
+
+
+@pytest.mark.parametrize("heads", [(8, 1), (3, 3), (200, 1)])
+def test_gradients_over_many_tiles(rng, isa, heads):
+    """Each half's gradient is the other way of the half: both give one number with it."""
+    rule = {"window": (5, 7), "dilation": (2, 1)}
+    q, k, _ = grid_qkv(rng, (17, 18), heads=heads[0], kv_heads=heads[1], dim=20)
+    scores = la.sparse.na_qk(q, k, scale=1.0, **rule)
+    d_scores = normal(rng, scores.shape)
+    dq, dk, d_bias = la.sparse.na_qk_backward(d_scores, q, k, scale=1.0, return_d_bias=True, **rule)
+    sums = [np.sum(a.astype(float) * b) for a, b in ((d_scores, scores), (q, dq), (k, dk))]
+    size = float(np.sum(np.abs(d_scores.astype(float) * scores)))
+    assert max(sums) - min(sums) < 1e-6 * size
+    np.testing.assert_allclose(d_bias.sum(), d_scores.sum(dtype=float), atol=1e-4 * size**0.5)
+    out = la.sparse.na_av(d_scores, k, **rule)
+    d_out = normal(rng, out.shape)
+    d_weights, dv = la.sparse.na_av_backward(d_out, d_scores, k, **rule)
+    sums = [np.sum(a.astype(float) * b) for a, b in ((d_out, out), (d_scores, d_weights), (k, dv))]
+    assert max(sums) - min(sums) < 1e-6 * float(np.sum(np.abs(d_out.astype(float) * out)))
+
+
+def both_gradients(d_scores, q, k, d_out, v):
+    of_scores = la.sparse.na_qk_backward(d_scores, q, k, window=3)
+    return *of_scores, *la.sparse.na_av_backward(d_out, d_scores, v, window=3)
+
+
+@pytest.mark.parametrize(
+    "lay",
+    [
+        lambda x: np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -2)), -2, 1),
+        lambda x: np.repeat(x, 2, axis=-1)[..., ::2],
+        lambda x: np.pad(x, ((0, 0), (0, 0), (1, 2), (2, 1), (0, 0)))[:, :, 1:-2, 2:-1],
+    ],
+    ids=["heads last", "stepped", "cropped"],
+)
+def test_gradients_of_layouts(rng, lay):
+    q, k, v = grid_qkv(rng, (6, 7), dim=12)
+    arrays = normal(rng, (2, 4, 6, 7, 9)), q, k, normal(rng, (2, 4, 6, 7, 12)), v
+    found, expected = both_gradients(*map(lay, arrays)), both_gradients(*arrays)
+    assert all(np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_gradients_on_any_number_of_threads(rng):
+    q, k, v = grid_qkv(rng, (20, 21))
+    d_scores, d_out = normal(rng, (2, 4, 20, 21, 25)), normal(rng, (2, 4, 20, 21, 12))
+    found = on_threads(
+        lambda: (
+            *la.sparse.na_qk_backward(d_scores, q, k, window=5, return_d_bias=True),
+            *la.sparse.na_av_backward(d_out, d_scores, v, window=5),
+        )
+    )
+    for other in found[1:]:
+        assert all(np.array_equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+def test_gradients_of_nan_reach_only_what_they_are_of(rng, isa):
+    q, k, v = grid_qkv(rng, (12,), heads=2)
+    d_scores, d_out = normal(rng, (2, 2, 12, 3)), normal(rng, (2, 2, 12, 12))
+    near = [abs(x - 6) <= 1 for x in range(12)]
+    bad = q.copy()
+    bad[:, :, 6] = np.nan
+    dq, dk = la.sparse.na_qk_backward(d_scores, bad, k, window=3)
+    assert np.isfinite(dq).all() and np.isnan(dk).any(axis=(0, 1, 3)).tolist() == near
+    bad = d_scores.copy()
+    bad[:, :, 6, 0] = np.inf
+    dv = la.sparse.na_av_backward(d_out, bad, v, window=3)[1]
+    assert (~np.isfinite(dv)).any(axis=(0, 1, 3)).tolist() == [x == 5 for x in range(12)]
+    bad = d_out.copy()
+    bad[:, :, 6] = np.inf
+    d_weights, dv = la.sparse.na_av_backward(bad, d_scores, v, window=3)
+    assert (~np.isfinite(dv)).any(axis=(0, 1, 3)).tolist() == near
+    assert (~np.isfinite(d_weights)).any(axis=(0, 1, 3)).tolist() == [x == 6 for x in range(12)]
+
+
+def test_gradients_of_nothing():
+    nothing = np.zeros((0, 2, 6, 6, 4), np.float32)
+    found = la.sparse.na_qk_backward(np.zeros((0, 2, 6, 6, 9)), nothing, nothing, window=3, return_d_bias=True)
+    assert [x.shape for x in found] == [nothing.shape] * 2 + [(2, 5, 5)] and not found[2].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"window": 7}, ValueError, "window: got 7"),
+        ({"d_scores": np.zeros((1, 2, 6, 6, 8))}, ValueError, "d_scores: got shape"),
+        ({"d_scores": np.zeros((1, 2, 6, 6, 9), int)}, TypeError, "d_scores: got dtype int64"),
+        ({"return_d_bias": 1}, TypeError, "return_d_bias: got 1"),
+        ({"k": np.zeros((1, 2, 6, 5, 4), np.float32)}, ValueError, "k: got a grid"),
+    ],
+)
+def test_bad_input_of_gradients_of_scores(change, error, words):
+    x = np.zeros((1, 2, 6, 6, 4), np.float32)
+    given = {"d_scores": np.zeros((1, 2, 6, 6, 9)), "q": x, "k": x, "window": 3}
+    with pytest.raises(error, match=words):
+        la.sparse.na_qk_backward(**(given | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"window": 7}, ValueError, "window: got 7"),
+        ({"d_out": np.zeros((1, 2, 6, 6, 5), np.float32)}, ValueError, "d_out: got shape"),
+        ({"d_out": np.zeros((1, 2, 6, 6, 4))}, TypeError, "d_out: got dtype float64"),
+        ({"weights": np.zeros((1, 2, 6, 6, 8), np.float32)}, ValueError, "weights: got 8 places"),
+    ],
+)
+def test_bad_input_of_gradients_of_values(change, error, words):
+    x = np.zeros((1, 2, 6, 6, 4), np.float32)
+    given = {"d_out": x, "weights": np.zeros((1, 2, 6, 6, 9), np.float32), "v": x, "window": 3}
+    with pytest.raises(error, match=words):
+        la.sparse.na_av_backward(**(given | change))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import longattn.torch  # noqa: E402
 neighborhood = longattn.torch.neighborhood_attention
 block_sparse = longattn.torch.block_sparse_attention
 windowed = longattn.torch.windowed_attention
+na_qk, na_av = longattn.torch.na_qk, longattn.torch.na_av
 
 
 def dense(q, k, v, mask, *, bias=None, scale=None, softcap=0.0, sinks=None):
@@ -111,6 +112,33 @@ def test_gradients_of_neighborhoods(rng, isa, shape, rule, with_bias):
 
     oracle = oracle_of(shape, rule)
     compare(ours, lambda q, k, v, bias=None: oracle(q, k, v, None, None, bias), given, 2e-5)
+
+
+@pytest.mark.parametrize(("shape", "rule"), [case for case in CASES if "stride" not in case[1]])
+def test_gradients_of_the_halves(rng, isa, shape, rule):
+    """With a softmax between them they are the whole."""
+
+    def ours(q, k, v, bias):
+        logits = na_qk(q, k, bias=bias, scale=0.4, **rule)
+        out = na_av(logits.softmax(-1), v, **rule)
+        return out, logits.logsumexp(-1)
+
+    oracle = oracle_of(shape, rule, scale=0.4)
+    arrays = grid_tensors(rng, shape, window=rule["window"])
+    given = [x for x in arrays if x is not None]
+    compare(ours, lambda q, k, v, bias: oracle(q, k, v, None, None, bias), given, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_storage_dtypes_of_the_halves(rng, dtype):
+    shape, rule = (9, 10), {"window": 5}
+    tolerance = {torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
+
+    def ours(q, k, v):
+        return (na_av(na_qk(q, k, **rule).softmax(-1).to(dtype), v, **rule),)
+
+    oracle = oracle_of(shape, rule)
+    compare(ours, lambda q, k, v: oracle(q, k, v)[:1], grid_tensors(rng, shape, dtype=dtype)[:3], tolerance)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
@@ -337,10 +365,14 @@ def test_opcheck(rng):
     torch.library.opcheck(operator, (q, k, v, *rule, None, None, None, None, None, 0.0, sinks), test_utils=checks)
     q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (9,), dim=3, value_dim=2)[:3])
     given = (torch.ones(4, 2, dtype=torch.int64), None, None, None, True, None, None, 0.0, sinks)
+    rule = [3], [1], [True]
+    torch.library.opcheck(torch.ops.longattn.na_qk.default, (q, k, *rule, None, None), test_utils=checks)
+    weights = torch.ones(2, 4, 9, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.longattn.na_av.default, (weights, v, *rule), test_utils=checks)
     torch.library.opcheck(torch.ops.longattn.windowed_attention.default, (q, k, v, *given), test_utils=checks)
 
 
-@pytest.mark.parametrize("kind", ["neighborhood", "blocks", "windows"])
+@pytest.mark.parametrize("kind", ["neighborhood", "blocks", "windows", "halves"])
 def test_whole_graphs(rng, kind):
     mask = la.BlockMask.from_blocks(np.eye(4, dtype=bool), lengths=(20, 20), block_q=5, block_k=5)
 
@@ -349,6 +381,8 @@ def test_whole_graphs(rng, kind):
             return block_sparse(q, k, v, mask, causal=True).sin()
         if kind == "windows":
             return windowed(q, k, v, radius=(3, 1)).sin()
+        if kind == "halves":
+            return na_av(na_qk(q, k, window=3).tanh(), v, window=3).sin()
         return neighborhood(q, k, v, window=3, dilation=2).sin()
 
     q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (20,))[:3])
@@ -395,6 +429,10 @@ def test_nan_reaches_only_what_sees_it(rng):
         ),
         (lambda x: block_sparse(x, x, x, None), TypeError, "block_mask: got NoneType"),
         (lambda x: windowed(x, x, x, radius=-1), ValueError, "radius: got -1"),
+        (lambda x: na_qk(x, x, window=9), ValueError, "window: got 9"),
+        (lambda x: na_qk(x, None, window=3), TypeError, "k: got None"),
+        (lambda x: na_av(x, x, window=3), ValueError, "weights: got 4 places"),
+        (lambda x: na_av(None, x, window=3), TypeError, "weights: got None"),
         (lambda x: windowed(x, x, x, radius=1, centre=3), TypeError, "centre: got int"),
         (lambda x: windowed(x, x, x, radius=1, sinks=torch.zeros(3)), ValueError, "sinks: got shape"),
         (

@@ -42,6 +42,7 @@ from longattn.sparse.neighborhood_attention_backward import (
     neighborhood_attention_backward,
 )
 from longattn.sparse.neighborhood_attention_unfused import na_av, na_qk, neighborhood_attention_unfused
+from longattn.sparse.neighborhood_attention_unfused_backward import na_av_backward, na_qk_backward
 from longattn.sparse.overlapped_chunk_attention import kernel_pool, overlapped_chunk_attention
 from longattn.sparse.pooled_block_select_cdf import hilbert_order, pooled_block_select_cdf
 from longattn.sparse.power_of_two_attention import PowerOfTwo, power_of_two_attention
@@ -114,7 +115,9 @@ __all__ = [
     "minference_vertical_slash",
     "moba_select",
     "na_av",
+    "na_av_backward",
     "na_qk",
+    "na_qk_backward",
     "native_sparse_attention",
     "neighborhood_attention_backward",
     "neighborhood_attention_unfused",

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy, like
@@ -15,6 +16,7 @@ from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
 from longattn.sparse._grid import (
     MOST_AXES,
+    GridAxis,
     flat,
     grid_inputs,
     grid_options,
@@ -101,6 +103,18 @@ def na_av(
     Cost:
         Half the arithmetic of the fused function.
     """
+    wn, vn, axes, sizes = weighted_inputs(weights, v, window, dilation, causal)
+    result = np.empty((*wn.shape[:-1], vn.shape[-1]), wn.dtype)
+    if result.size:
+        places = [1] * (MOST_AXES - len(sizes)) + list(sizes)
+        _core.neighbourhood_values(flat(wn), flat(vn), flat(result), kernel_axes(axes), places)
+    return like(weights, result)
+
+
+def weighted_inputs(
+    weights: Array, v: Array, window: object, dilation: object, causal: object
+) -> tuple[NDArray[Any], NDArray[Any], tuple[GridAxis, ...], tuple[int, ...]]:
+    """Weights and values of `na_av` that fit each other, the windows along each axis, and their sizes."""
     wn, vn = as_numpy(weights, "weights"), as_numpy(v, "v")
     check_float_storage(wn, "weights")
     check_float_storage(vn, "v")
@@ -119,11 +133,7 @@ def na_av(
     sizes = per_axis(window, "window", len(axes), 1)
     if wn.shape[-1] != math.prod(sizes):
         raise ValueError(f"weights: got {wn.shape[-1]} places, expected {math.prod(sizes)} of the window {sizes}")
-    result = np.empty((*wn.shape[:-1], vn.shape[-1]), wn.dtype)
-    if result.size:
-        places = [1] * (MOST_AXES - len(sizes)) + list(sizes)
-        _core.neighbourhood_values(flat(wn), flat(vn), flat(result), kernel_axes(axes), places)
-    return like(weights, result)
+    return wn, vn, axes, sizes
 
 
 def neighborhood_attention_unfused(

@@ -77,7 +77,8 @@ mod _core {
     };
     #[pymodule_export]
     use super::neighbourhood::{
-        neighbourhood, neighbourhood_backward, neighbourhood_scores, neighbourhood_values, windowed, windowed_backward,
+        neighbourhood, neighbourhood_backward, neighbourhood_scores, neighbourhood_spread, neighbourhood_values,
+        windowed, windowed_backward,
     };
     #[pymodule_export]
     use super::prefix_tree::{PrefixTree, chunk_attention};

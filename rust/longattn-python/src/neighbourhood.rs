@@ -134,6 +134,28 @@ pub(crate) fn neighbourhood_values<'py>(
 }
 
 #[pyfunction]
+pub(crate) fn neighbourhood_spread<'py>(
+    py: Python<'py>,
+    weights: &Bound<'py, PyUntypedArray>,
+    rows: &Bound<'py, PyUntypedArray>,
+    out: &Bound<'py, PyUntypedArray>,
+    mut d_bias: Option<PyReadwriteArray1<'py, f32>>,
+    axes: [GivenAxis<'py>; 3],
+    bias: Option<GivenBias<'py>>,
+    sizes: [usize; 3],
+    factor: f32,
+) -> PyResult<()> {
+    let (weights, rows) = (view("weights", weights)?, view("rows", rows)?);
+    let mut out = view_mut("out", out)?;
+    let d_bias = d_bias.as_mut().map(|a| a.as_slice_mut()).transpose()?;
+    let tables = Tables::new(axes, bias)?;
+    let grid = tables.grid()?;
+    running::run(py, tables.operations(&weights, rows.shape()[3]), |execution| {
+        sparse::neighbourhood_spread(weights, rows, &grid, sizes, factor, &mut out, d_bias, execution)
+    })
+}
+
+#[pyfunction]
 pub(crate) fn neighbourhood_backward<'py>(
     py: Python<'py>,
     arrays: GivenForward<'py>,

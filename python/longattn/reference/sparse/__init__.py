@@ -24,7 +24,13 @@ from longattn.reference.sparse.lightweight_topk_attention import (
 from longattn.reference.sparse.minference_vertical_slash import minference_vertical_slash, vertical_slash_mask
 from longattn.reference.sparse.moba_select import moba_select
 from longattn.reference.sparse.native_sparse_attention import native_sparse_attention, nsa_blocks
-from longattn.reference.sparse.neighborhood_attention_unfused import na_av, na_qk, neighborhood_attention_unfused
+from longattn.reference.sparse.neighborhood_attention_unfused import (
+    na_av,
+    na_av_backward,
+    na_qk,
+    na_qk_backward,
+    neighborhood_attention_unfused,
+)
 from longattn.reference.sparse.overlapped_chunk_attention import kernel_pool, overlapped_chunk_attention
 from longattn.reference.sparse.pooled_block_select_cdf import patch_mask, pooled_block_select_cdf
 from longattn.reference.sparse.power_of_two_attention import power_of_two_attention, power_of_two_mask
@@ -71,7 +77,9 @@ __all__ = [
     "minference_vertical_slash",
     "moba_select",
     "na_av",
+    "na_av_backward",
     "na_qk",
+    "na_qk_backward",
     "native_sparse_attention",
     "neighborhood_attention_unfused",
     "neighborhood_bias",

@@ -67,6 +67,54 @@ def na_av(
     return out
 
 
+def na_qk_backward(
+    d_scores: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    *,
+    window: Any,
+    dilation: Any = 1,
+    causal: Any = False,
+    scale: float | None = None,
+    return_d_bias: bool = False,
+) -> tuple[NDArray[np.float64], ...]:
+    """See `longattn.sparse.na_qk_backward`."""
+    d_scores, q, k = (np.asarray(x, np.float64) for x in (d_scores, q, k))
+    group, shape = q.shape[1] // k.shape[1], q.shape[2:-1]
+    wide = np.repeat(k, group, axis=1)
+    sizes, gaps = spread(window, len(shape)), spread(dilation, len(shape))
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    dq, dk = np.zeros_like(q), np.zeros_like(wide)
+    d_bias = np.zeros((q.shape[1], *(2 * size - 1 for size in sizes)))
+    every = (slice(None), slice(None))
+    for token, place, key in window_places(shape, window, dilation, causal):
+        at: Any = (*every, *token, place)
+        change = d_scores[at]
+        dq[every + token] += factor * change[..., None] * wide[every + key]
+        dk[every + key] += factor * change[..., None] * q[every + token]
+        steps = zip(key, token, gaps, sizes, strict=True)
+        entry: Any = (slice(None), *(j // gap - i // gap + size - 1 for j, i, gap, size in steps))
+        d_bias[entry] += change.sum(axis=0)
+    dk = dk.reshape(k.shape[0], k.shape[1], group, *k.shape[2:]).sum(axis=2)
+    return (dq, dk, d_bias) if return_d_bias else (dq, dk)
+
+
+def na_av_backward(
+    d_out: ArrayLike, weights: ArrayLike, v: ArrayLike, *, window: Any, dilation: Any = 1, causal: Any = False
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """See `longattn.sparse.na_av_backward`."""
+    d_out, weights, v = (np.asarray(x, np.float64) for x in (d_out, weights, v))
+    group = weights.shape[1] // v.shape[1]
+    wide = np.repeat(v, group, axis=1)
+    d_weights, dv = np.zeros_like(weights), np.zeros_like(wide)
+    every = (slice(None), slice(None))
+    for token, place, key in window_places(weights.shape[2:-1], window, dilation, causal):
+        at: Any = (*every, *token, place)
+        d_weights[at] = (d_out[every + token] * wide[every + key]).sum(axis=-1)
+        dv[every + key] += weights[at][..., None] * d_out[every + token]
+    return d_weights, dv.reshape(v.shape[0], v.shape[1], group, *v.shape[2:]).sum(axis=2)
+
+
 def neighborhood_attention_unfused(
     q: ArrayLike,
     k: ArrayLike,

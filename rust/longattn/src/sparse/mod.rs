@@ -26,7 +26,9 @@ pub use choose::{Choice, best_forced, choose, line_lists};
 pub use hash::{HashLists, HashOrder, MAX_BITS, hash_lists, hash_order};
 pub use lists::{BlockLists, Lists, RowLists, index_sparse};
 pub use mass::{BlockMass, block_mass, line_mass};
-pub use neighbourhood::{neighbourhood, neighbourhood_backward, neighbourhood_scores, neighbourhood_values};
+pub use neighbourhood::{
+    neighbourhood, neighbourhood_backward, neighbourhood_scores, neighbourhood_spread, neighbourhood_values,
+};
 pub use pool::{block_deviations, block_means, listed_means};
 pub use scan::Selection;
 pub use select::{

@@ -8,10 +8,12 @@
 //! Tiles depend on shapes only, so results do not depend on the number of threads.
 
 mod backward;
+mod spread;
 mod tiles;
 mod unfused;
 
 pub use backward::neighbourhood_backward;
+pub use spread::neighbourhood_spread;
 pub use unfused::{neighbourhood_scores, neighbourhood_values};
 
 use crate::dense::grid::{Grid, Patch};

@@ -219,7 +219,18 @@ impl Kernel for Sums<'_, '_> {
     }
 }
 
-/// Checks what both halves need and runs `work` on every tile.
+/// Checks what both halves need.
+pub(super) fn check(problem: &Problem, grid: &Grid, sizes: [usize; 3]) -> Result<()> {
+    grid.check([problem.batch, problem.query_heads, problem.queries, problem.keys])?;
+    for (axis, size) in grid.axes.iter().zip(sizes) {
+        if axis.queries.iter().any(|x| (x.end - x.start) as usize > size) {
+            return Err(Error::value("window", size, "as many places as a query sees keys"));
+        }
+    }
+    Ok(())
+}
+
+/// Runs `work` on every tile.
 fn for_tiles<'a>(
     problem: &Problem<'a>,
     grid: &Grid,
@@ -227,12 +238,7 @@ fn for_tiles<'a>(
     execution: &Execution,
     work: impl Fn(Tile) + Sync,
 ) -> Result<()> {
-    grid.check([problem.batch, problem.query_heads, problem.queries, problem.keys])?;
-    for (axis, size) in grid.axes.iter().zip(sizes) {
-        if axis.queries.iter().any(|x| (x.end - x.start) as usize > size) {
-            return Err(Error::value("window", size, "as many places as a query sees keys"));
-        }
-    }
+    check(problem, grid, sizes)?;
     if problem.queries == 0 || problem.query_heads == 0 {
         return Ok(());
     }
