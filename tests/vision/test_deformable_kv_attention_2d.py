@@ -43,6 +43,22 @@ def test_reference(rng, isa, groups, k, stride, factor, reference):
     check(METHOD, *arguments(rng), heads=4, **options)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("factor", [2.0, -1.0])
+def test_biases_that_layers_make(rng, isa, groups, factor):
+    layers = weights(rng, 2, 32, True), weights(rng, 32, 4 // groups, groups == 1)
+    options = network(rng, groups, spread=0.3) | {"stride": 2, "range_factor": factor, "bias_layers": layers}
+    check(METHOD, *arguments(rng), heads=4, **options)
+
+
+def test_layers_of_zeros_make_no_bias(rng):
+    given, options = arguments(rng), network(rng, 2, spread=0.3)
+    options |= {"bias_layers": (weights(rng, 2, 8), np.zeros((8, 2), F32))}
+    out = deformable_kv_attention_2d(*given, heads=4, **options)
+    without = deformable_kv_attention_2d(*given, heads=4, **options | {"bias_layers": None})
+    same(METHOD, out, without, *given, heads=4, **options)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 5, 12), (1, 1, 1, 12)])
 def test_thin_images(rng, shape):
     check(METHOD, *arguments(rng, shape), heads=4, **network(rng, 2, 1, norm=False))
@@ -100,6 +116,18 @@ def test_without_offsets_keys_are_pooled(rng):
         ({"offset_norm": 3}, TypeError, r"offset_norm: got int"),
         ({"reference": "other"}, ValueError, r"reference: got 'other'"),
         ({"bias_table": np.zeros((4, 11, 12))}, ValueError, r"bias_table: got shape \(4, 11, 12\)"),
+        ({"bias_layers": 3}, TypeError, r"bias_layers: got int, expected two layers"),
+        ({"bias_layers": (np.zeros((3, 8)),) * 2}, ValueError, r"bias_layers\[0\]: got shape \(3, 8\)"),
+        (
+            {"bias_layers": (np.zeros((2, 8)),) * 2},
+            ValueError,
+            r"bias_layers\[1\]: got shape \(2, 8\), expected \[8, 2\]",
+        ),
+        (
+            {"bias_layers": (np.zeros((2, 8)), np.zeros((8, 2))), "bias_table": np.zeros((4, 11, 13))},
+            ValueError,
+            r"bias_layers: got some with a bias_table",
+        ),
         ({"stride": 7}, ValueError, r"stride: got 7, expected 1 to 6"),
         ({"offset_weights": np.full((6, 2), np.nan)}, ValueError, r"coords: got NaN"),
     ],

@@ -11,7 +11,7 @@ from longattn._checks import flag, integer
 from longattn.methods import Method
 from longattn.reference import vision as reference_functions
 from longattn.vision._deformable import Offsets
-from longattn.vision._inputs import Float32, Weights, grid, numbers, optional_linear, projections, returned
+from longattn.vision._inputs import Float32, Linear, Weights, grid, numbers, optional_linear, projections, returned
 from longattn.vision.convolution import mean_pool_cells
 from longattn.vision.partition import attend
 from longattn.vision.sample import sample, unit_grid
@@ -32,6 +32,7 @@ def deformable_kv_attention_2d(
     range_factor: float = 2.0,
     reference: str = "code",
     bias_table: Array | None = None,
+    bias_layers: tuple[Weights, Weights] | None = None,
     no_offset: bool = False,
     wo: Weights | None = None,
 ) -> Array:
@@ -40,7 +41,7 @@ def deformable_kv_attention_2d(
     Channels of the queries are cut into `groups`. For each, a depth-wise convolution of stride `r`, a layer norm, a
     gelu and a projection to two numbers give the offset of each point of a coarse grid; the group's channels of `x` are
     sampled there. Keys and values are projections of the samples. A bias, where there is one, is sampled from a table
-    at the difference of a query's and a point's position.
+    at the difference of a query's and a point's position, or made from its logarithm by two layers.
 
     Args:
         x: grid `[B, H, W, C]`; float32, float16 or bfloat16.
@@ -59,6 +60,9 @@ def deformable_kv_attention_2d(
         reference: points before offsets: "code": `2 (i + 0.5) / (n - 1) - 1` as in the published code; "symmetric":
             `2 (i + 0.5) / n - 1`; "corners": `2 i / (n - 1) - 1`, which are the places themselves for stride 1.
         bias_table: floating `[heads, 2 * H - 1, 2 * W - 1]`; `None` is none.
+        bias_layers: weights `[2, n]` and `[n, heads / groups]`, or pairs with biases, and a relu between them: of
+            `sign(d) log2(|d| + 1) / 3` for `d` four times the difference in y and in x, where the image is 2 wide.
+            Not beside a table.
         no_offset: samples are means of cells of `stride` x `stride` places instead; no offset weights then.
         wo: output projection, or `None`.
 
@@ -71,7 +75,7 @@ def deformable_kv_attention_2d(
 
     Cost:
         `2 * H * W * n * C` multiply-adds for `n = H * W / stride ** 2` points, and the projections. A bias is kept,
-        `B * heads * H * W * n` numbers.
+        `B * heads * H * W * n` numbers; while layers make it, `groups` times their width for each pair.
 
     References:
         Z. Xia et al., "Vision Transformer with Deformable Attention", 2022, arXiv:2201.00520; "DAT++: Spatially Dynamic
@@ -102,6 +106,9 @@ def deformable_kv_attention_2d(
         raise ValueError(f"no_offset: got {pooled}, expected {expected} with it")
     if pooled and table is not None:
         raise ValueError("bias_table: got one with no_offset, expected None")
+    layers = None if bias_layers is None else _layers(bias_layers, number // parts)
+    if layers is not None and (pooled or table is not None):
+        raise ValueError(f"bias_layers: got some with {'no_offset' if pooled else 'a bias_table'}, expected None")
     q = q_of(xn)
     bias = None
     if pooled:
@@ -113,7 +120,10 @@ def deformable_kv_attention_2d(
         )  # fmt: skip
         at = _positions(network, q, parts)
         samples = sample(xn, at if parts > 1 else at[:, :, 0], groups=parts)
-        bias = None if table is None else _sampled_bias(table, at, (height, width))
+        if table is not None:
+            bias = _sampled_bias(table, at, (height, width))
+        elif layers is not None:
+            bias = _made_bias(*layers, at, (height, width))
     out = attend(reshaped(q, batch, -1, channels), k_of(samples), v_of(samples), heads=number, bias=bias)
     whole = reshaped(out, batch, height, width, -1)
     return returned(x, whole if project is None else project(whole))
@@ -135,6 +145,24 @@ def _sampled_bias(table: Float32, at: Float32, extents: tuple[int, int]) -> Any:
     image = np.ascontiguousarray(np.moveaxis(table, 0, -1))[None]
     values = sample(image, apart if groups > 1 else apart[:, :, :, 0], groups=groups)
     return np.moveaxis(reshaped(values, batch, -1, points, len(table)), -1, 1)
+
+
+def _layers(given: Any, heads: int) -> tuple[Linear, Linear]:
+    """Both layers of the network that makes biases of a group's heads."""
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise TypeError(f"bias_layers: got {type(given).__name__}, expected two layers")
+    first = Linear.of(given[0], "bias_layers[0]", 2)
+    return first, Linear.of(given[1], "bias_layers[1]", first.outputs, heads)
+
+
+def _made_bias(first: Linear, second: Linear, at: Float32, extents: tuple[int, int]) -> Any:
+    """What the layers make of the logarithms of differences, `[B, heads, H * W, points]`."""
+    batch, points, groups, _ = at.shape
+    queries = unit_grid(extents).reshape(1, -1, 1, 1, 2).astype(np.float32)
+    apart = 4 * (queries - at[:, None])
+    values = second(np.maximum(first(np.sign(apart) * np.log2(np.abs(apart) + 1) / np.float32(3)), 0))
+    heads = groups * second.outputs
+    return np.moveaxis(reshaped(values, batch, -1, points, heads), -1, 1)
 
 
 METHOD = Method(

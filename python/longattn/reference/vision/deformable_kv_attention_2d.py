@@ -58,6 +58,7 @@ def deformable_kv_attention_2d(
     range_factor: float = 2.0,
     reference: str = "code",
     bias_table: ArrayLike | None = None,
+    bias_layers: Any = None,
     no_offset: bool = False,
     wo: Any = None,
 ) -> Float64:
@@ -79,10 +80,14 @@ def deformable_kv_attention_2d(
                 q[..., own], offset_kernel, offset_weights, offset_norm, stride, range_factor, reference
             )
             parts.append(sample(a[..., own], at))
+            size = np.array([height, width])
+            grid = np.where(size == 1, 0.0, 2 * places(size) / np.maximum(size - 1, 1) - 1)
+            if bias_layers is not None:
+                d = 4 * (grid[None, :, None] - at[:, None])
+                hidden = linear(np.sign(d) * np.log(np.abs(d) + 1) / np.log(8), bias_layers[0])
+                biases.append(np.moveaxis(linear(np.maximum(hidden, 0), bias_layers[1]), -1, 1))
             if bias_table is not None:
                 t = wide(bias_table)[g * heads // groups : (g + 1) * heads // groups]
-                size = np.array([height, width])
-                grid = np.where(size == 1, 0.0, 2 * places(size) / np.maximum(size - 1, 1) - 1)
                 values = sample(np.moveaxis(t, 0, -1)[None], 0.5 * (grid[None, :, None] - at[:, None]))
                 biases.append(np.moveaxis(values, -1, 1))
         samples = np.concatenate(parts, axis=-1)
