@@ -77,6 +77,7 @@ def test_a_window_of_the_image(rng):
     ("change", "error", "message"),
     [
         ({"kernels": []}, ValueError, r"kernels: got 0, expected 3"),
+        ({"kernels": [np.ones((3, 4, 3))] * 3}, ValueError, r"kernels\[0\]: got shape \(3, 4, 3\), expected odd sizes"),
         ({"wqkv": []}, ValueError, r"heads of wqkv: got 0"),
         ({"key_dim": 2}, ValueError, r"wqkv\[0\]: got shape \(4, 10\), expected \[4, 8\]"),
         ({"key_dim": 5, "cascade": False}, ValueError, r"wqkv\[0\]: got 10 outputs, expected more than 10"),

@@ -85,6 +85,7 @@ def test_schedule():
         ({"t": np.zeros((2, 2, 0, 8), F32)}, ValueError, r"t: got shape \(2, 2, 0, 8\)"),
         ({"gather_bias": np.zeros(3)}, TypeError, r"gather_bias: got ndarray"),
         ({"v_kernel": np.zeros((3, 3, 8), F32)}, ValueError, r"v_kernel: got shape \(3, 3, 8\)"),
+        ({"v_kernel": np.zeros((4, 4, 16), F32)}, ValueError, r"v_kernel: got shape \(4, 4, 16\), expected odd sizes"),
         ({"k": np.zeros((2, 1, 30, 8), F32), "v": np.zeros((2, 1, 30, 8), F32)}, ValueError, r"k: got 1 heads"),
     ],
 )

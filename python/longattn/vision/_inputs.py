@@ -79,6 +79,14 @@ def numbers(x: Array, name: str, shape: tuple[int | None, ...]) -> Float32:
     return np.asarray(a, np.float32)
 
 
+def odd_kernel(kernel: Array, name: str, shape: tuple[int | None, ...]) -> Float32:
+    """A kernel whose sizes (`None` in `shape`) are odd, so that it has a middle."""
+    taps = numbers(kernel, name, shape)
+    if any(size % 2 == 0 for size, expected in zip(taps.shape, shape, strict=True) if expected is None):
+        raise ValueError(f"{name}: got shape {taps.shape}, expected odd sizes")
+    return taps
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """A projection."""

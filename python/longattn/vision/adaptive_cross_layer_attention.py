@@ -9,7 +9,7 @@ import numpy as np
 from longattn._arrays import Array, as_numpy
 from longattn.methods import Method
 from longattn.reference import vision as reference
-from longattn.vision._inputs import Float32, Linear, Weights, grid, numbers, returned, same_shape
+from longattn.vision._inputs import Float32, Linear, Weights, grid, numbers, odd_kernel, returned, same_shape
 from longattn.vision.convolution import depthwise_convolution
 from longattn.vision.deformable_kv_attention_3d import place_numbers
 from longattn.vision.sample import sample
@@ -73,9 +73,7 @@ def adaptive_cross_layer_attention(
         raise ValueError(f"weights: got {logits_of.outputs} outputs, expected a multiple of {len(sources)} layers")
     points = logits_of.outputs // len(sources)
     by = Linear.of(offsets, "offsets", channels, 2 * logits_of.outputs)
-    taps = numbers(kernel, "kernel", (None, None, channels))
-    if taps.shape[0] % 2 == 0 or taps.shape[1] % 2 == 0:
-        raise ValueError(f"kernel: got shape {taps.shape}, expected odd sizes")
+    taps = odd_kernel(kernel, "kernel", (None, None, channels))
     added = None if shift is None else numbers(shift, "shift", (channels,))
     shares = _shares(logits_of(xn), kept)
     at = by(xn).reshape(*xn.shape[:3], len(sources), points, 2) + place_numbers(xn.shape[1:3])[:, :, None, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longattn._arrays import Array, reshaped
 from longattn._checks import flag, items_of, scale_factor
@@ -137,6 +138,19 @@ def _cached(cache: object, batch: int, widths: tuple[int, int]) -> tuple[Float32
     return k, numbers(cache[1], "cache values", (batch, k.shape[1], widths[1]))
 
 
+def _example() -> NDArray[np.bool_]:
+    """What a template of 6 x 6 and a search region of 10 x 10 see: their features are the identity."""
+    x, rng = np.eye(136, dtype=np.float32), np.random.default_rng(0)
+    template, search = x[:36].reshape(1, 6, 6, 136), x[36:].reshape(1, 10, 10, 136)
+    taps = np.zeros((3, 3, 136), np.float32)
+    taps[1, 1] = 1
+    wq, wk = 0.3 * rng.standard_normal((2, 136, 136), dtype=np.float32)
+    outs, out, _ = asymmetric_mixed_attention(search, [template], (taps,) * 3, wq, wk, x, heads=1)
+    rows = [np.asarray(part).reshape(-1, 136) for part in (*outs, out)]
+    mask: NDArray[np.bool_] = np.concatenate(rows) != 0
+    return mask
+
+
 METHOD = Method(
     name="asymmetric_mixed_attention",
     family="vision",
@@ -157,4 +171,5 @@ METHOD = Method(
     ),
     tests="tests/vision/test_asymmetric_mixed_attention.py",
     cost="`(Nt ** 2 + Ns * (Nt + Ns)) / stride ** 2 * heads * (D + Dv)` multiply-adds, and the projections.",
+    mask=_example,
 )

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longattn._arrays import Array, reshaped
 from longattn._checks import flag, integer, items_of
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
-from longattn.vision._inputs import Float32, Linear, Weights, grid, head_count, numbers, returned
+from longattn.vision._inputs import Float32, Linear, Weights, grid, head_count, numbers, odd_kernel, returned
 from longattn.vision.convolution import depthwise_convolution
 from longattn.vision.partition import attend, pad_ends, padded_to, partition, unpartition
 from longattn.vision.positions import absolute_offset_bias
@@ -40,7 +42,8 @@ def cascaded_group_attention(
         x: grid `[B, H, W, C]`; float32, float16 or bfloat16.
         wqkv: for each of `h` heads weights `[C / h, 2 * key_dim + Dv]`, or a pair `(matrix, bias)`; with `cascade`
             `Dv = C / h`.
-        kernels: for each head the convolution of the queries, floating `[k, k, key_dim]`, or a pair with the bias.
+        kernels: for each head the convolution of the queries, floating `[k, k, key_dim]`, odd `k`, or a pair with the
+            bias.
         wo: output projection `[h * Dv, Co]`, or a pair.
         key_dim: channels of queries and keys.
         tables: biases, floating `[h, n ** 2]` (`[h, H * W]` without windows): entry `|dy| * n + |dx|`; `None` is
@@ -115,7 +118,7 @@ class _Head:
         if project.outputs <= 2 * dim:
             raise ValueError(f"wqkv[{n}]: got {project.outputs} outputs, expected more than {2 * dim}")
         pair = isinstance(kernel, tuple | list)
-        taps = numbers(kernel[0] if pair else kernel, f"kernels[{n}]", (None, None, dim))
+        taps = odd_kernel(kernel[0] if pair else kernel, f"kernels[{n}]", (None, None, dim))
         return cls(project, taps, numbers(kernel[1], f"kernels[{n}] bias", (dim,)) if pair else None, dim)
 
     def __call__(self, x: Float32, bias: Float32 | None) -> Float32:
@@ -128,6 +131,16 @@ class _Head:
         )
         out: Float32 = attend(*rows, heads=1, bias=bias).reshape(*x.shape[:3], self.value_dim)
         return out
+
+
+def _example() -> NDArray[np.bool_]:
+    """What places see in windows."""
+
+    def layer(x: Array, wq: Float32, wk: Float32, wv: Float32) -> Array:
+        weights, tap = np.concatenate([wq, wk, wv], axis=1), np.ones((1, 1, wq.shape[1]), np.float32)
+        return cascaded_group_attention(x, [weights], [tap], np.eye(len(wv)), key_dim=wq.shape[1], window=4)
+
+    return layer_seen(layer, (12, 12))
 
 
 METHOD = Method(
@@ -150,4 +163,5 @@ METHOD = Method(
     ),
     tests="tests/vision/test_cascaded_group_attention.py",
     cost="`N ** 2 * h * (key_dim + Dv)` multiply-adds for the `N` places of a window, and the projections.",
+    mask=_example,
 )

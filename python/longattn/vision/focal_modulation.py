@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from longattn._arrays import Array
 from longattn._checks import flag
 from longattn.methods import Method
 from longattn.reference import vision as reference
-from longattn.vision._inputs import Float32, Linear, Weights, grid, layer_norm, norm_weights, numbers, returned
+from longattn.vision._inputs import Float32, Linear, Weights, grid, layer_norm, norm_weights, odd_kernel, returned
 from longattn.vision.convolution import depthwise_convolution, gelu
 
 
@@ -71,7 +70,7 @@ def focal_modulation(
         raise TypeError(f"kernels: got {type(kernels).__name__}, expected a sequence of arrays")
     levels = len(kernels)
     f_of = Linear.of(wf, "wf", channels, 2 * channels + levels + 1)
-    taps = [_kernel(k, f"kernels[{n}]", dims, channels) for n, k in enumerate(kernels)]
+    taps = [odd_kernel(k, f"kernels[{n}]", (*(None,) * dims, channels)) for n, k in enumerate(kernels)]
     h_of, o_of = Linear.of(wh, "wh", channels, channels), Linear.of(wo, "wo", channels)
     s_of = None if shift is None else Linear.of(shift, "shift", channels, channels)
     normed = None if norm is None else norm_weights(norm, "norm", channels)
@@ -91,13 +90,6 @@ def focal_modulation(
     if s_of is not None:
         out += s_of(context)
     return returned(x, o_of(out if normed is None else layer_norm(out, *normed)))
-
-
-def _kernel(kernel: Any, name: str, dims: int, channels: int) -> Float32:
-    taps = numbers(kernel, name, (*(None,) * dims, channels))
-    if any(k % 2 == 0 for k in taps.shape[:-1]):
-        raise ValueError(f"{name}: got shape {taps.shape}, expected odd sizes")
-    return taps
 
 
 def _convolved(z: Float32, kernel: Float32, causal: bool) -> Float32:

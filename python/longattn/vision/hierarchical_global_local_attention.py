@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from longattn._arrays import Array, reshaped
 from longattn._checks import finite, flag, integer
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
 from longattn.vision._blocks import Block
-from longattn.vision._inputs import Float32, grid, head_count, numbers, returned
+from longattn.vision._inputs import Float32, Weights, grid, head_count, numbers, odd_kernel, returned
 from longattn.vision.convolution import convolution, mean_pool_cells
 from longattn.vision.partition import attend_in_groups
 from longattn.vision.sample import resize
@@ -75,9 +79,7 @@ def hierarchical_global_local_attention(
         raise ValueError(f"tiles: got {parts}, expected a divisor of {height} and {width}")
     near, far = Block.of(local, "local", channels, number), Block.of(coarse, "coarse", channels, number)
     reduce = None if down is None else numbers(down, "down", (1, parts, parts, channels, channels))
-    enlarge = None if up is None else numbers(up, "up", (1, None, None, channels, channels))
-    if enlarge is not None and (enlarge.shape[1] % 2 == 0 or enlarge.shape[2] % 2 == 0):
-        raise ValueError(f"up: got shape {enlarge.shape}, expected odd sizes")
+    enlarge = None if up is None else odd_kernel(up, "up", (1, None, None, channels, channels))
     weight = finite(alpha, "alpha")
     size = (frames, height // parts, width // parts)
     moved = flag(shifted, "shifted") and parts > 1
@@ -94,6 +96,17 @@ def _global(x: Float32, block: Block, parts: int, down: Float32 | None, up: Floa
     seen = block(reshaped(small, len(x), -1, x.shape[-1])).reshape(small.shape)
     large: Float32 = resize(seen, x.shape[1:4])
     return large if up is None else convolution(large, up)
+
+
+def _example() -> NDArray[np.bool_]:
+    """What places see of two frames in their tiles, which are shifted."""
+
+    def tiled(x: Array, wq: Weights, wk: Weights, wv: Weights) -> Array:
+        none = (None,) * 4
+        options: Any = {"heads": 1, "tiles": 2, "shifted": True, "alpha": 0.0}
+        return hierarchical_global_local_attention(x, (wq, wk, wv, None), none, **options)
+
+    return layer_seen(tiled, (2, 8, 8))
 
 
 METHOD = Method(
@@ -116,4 +129,5 @@ METHOD = Method(
     ),
     tests="tests/vision/test_hierarchical_global_local_attention.py",
     cost="`2 * N ** 2 / tiles ** 2 * C` multiply-adds for `N` tokens, and `2 * N ** 2 / tiles ** 4 * C`.",
+    mask=_example,
 )

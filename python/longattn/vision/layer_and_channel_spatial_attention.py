@@ -11,7 +11,7 @@ from longattn._checks import finite, integer
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import vision as reference
-from longattn.vision._inputs import Float32, features, numbers, returned
+from longattn.vision._inputs import Float32, features, odd_kernel, returned
 from longattn.vision.convolution import depthwise_convolution
 
 
@@ -81,9 +81,7 @@ def channel_spatial_gate(x: Array, kernel: Array, *, bias: float = 0.0, gamma: f
     xn = features(x, "x", 4, "[B, H, W, C]")
     if 0 in xn.shape[1:]:
         raise ValueError(f"x: got an empty axis in shape {xn.shape}, expected none")
-    taps = numbers(kernel, "kernel", (None, None, None))
-    if any(k % 2 == 0 for k in taps.shape):
-        raise ValueError(f"kernel: got shape {taps.shape}, expected odd sizes")
+    taps = odd_kernel(kernel, "kernel", (None, None, None))
     added, weight = finite(bias, "bias"), np.float32(finite(gamma, "gamma"))
     volume: Any = depthwise_convolution(xn[..., None], taps[..., None])[..., 0]
     gate: Float32 = 1 / (1 + np.exp(-(volume + np.float32(added))))

@@ -14,7 +14,7 @@ from longattn._checks import check_float_storage, dense_inputs, integer, items_o
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import vision as reference
-from longattn.vision._inputs import Float32, numbers, returned
+from longattn.vision._inputs import Float32, numbers, odd_kernel, returned
 from longattn.vision.convolution import adaptive_pool, depthwise_convolution
 from longattn.vision.sample import resize
 
@@ -51,7 +51,7 @@ def mediator_attention(
         gather_bias: of mediators and places: floating `[h, m, a, a]`, which is resized to `[H, W]`, `[h, m, H, 1]` and
             `[h, m, 1, W]`, added up. `None` is none.
         spread_bias: of places and mediators, likewise.
-        v_kernel: floating `[k, k, h * Dv]`: a depth-wise convolution of the values' image that is added.
+        v_kernel: floating `[k, k, h * Dv]`, odd `k`: a depth-wise convolution of the values' image that is added.
 
     Returns:
         `[B, h, N, Dv]`, in the kind and dtype of `q`. Float32 in between.
@@ -88,7 +88,7 @@ def mediator_attention(
     biases: list[Float32 | None] = []
     for parts, name in ((gather_bias, "gather_bias"), (spread_bias, "spread_bias")):
         biases.append(None if parts is None else _bias(parts, name, heads, count, (height, width)))
-    kernel = None if v_kernel is None else numbers(v_kernel, "v_kernel", (None, None, heads * vn.shape[3]))
+    kernel = None if v_kernel is None else odd_kernel(v_kernel, "v_kernel", (None, None, heads * vn.shape[3]))
     read = attention(tokens, kn, vn, scale=factor, bias=biases[0])
     spread = None if biases[1] is None else biases[1].swapaxes(1, 2)
     out = attention(np.asarray(qn, np.float32), tokens, read, scale=factor, bias=spread)

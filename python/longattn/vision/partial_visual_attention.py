@@ -10,7 +10,7 @@ from longattn._arrays import Array, reshaped
 from longattn._checks import integer, real
 from longattn.methods import Method
 from longattn.reference import vision as reference
-from longattn.vision._inputs import Float32, Linear, Weights, grid, numbers, optional_linear, projections, returned
+from longattn.vision._inputs import Float32, Linear, Weights, grid, odd_kernel, optional_linear, projections, returned
 from longattn.vision.convolution import convolution
 from longattn.vision.partition import attend
 
@@ -78,9 +78,7 @@ def partial_visual_attention(
         raise ValueError(f"mode: got {mode!r}, expected one of {get_args(Mode)}")
     if bias is not None and mode != "attention":
         raise ValueError(f"bias: got one with mode {mode!r}, expected none")
-    taps = None if kernel is None else numbers(kernel, "kernel", (None, None, first, first))
-    if taps is not None and any(k % 2 == 0 for k in taps.shape[:2]):
-        raise ValueError(f"kernel: got shape {taps.shape}, expected odd sizes")
+    taps = None if kernel is None else odd_kernel(kernel, "kernel", (None, None, first, first))
     one, two = xn[..., :first], xn[..., first:]
     if two.shape[-1]:
         two = _attended(two, mode, weights, heads, bias)

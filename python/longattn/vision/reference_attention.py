@@ -11,6 +11,7 @@ from longattn._arrays import Array, as_numpy, reshaped
 from longattn._checks import check_heads, dense_inputs, flag, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
+from longattn.pictures import example
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Float32, Weights, optional_linear, returned
 
@@ -115,6 +116,15 @@ def _mixed(project: Any, x: Float32) -> Float32:
     return out
 
 
+def _example() -> NDArray[np.bool_]:
+    """What 16 tokens of text, 56 of the image and 56 of the condition see."""
+    (q, k), values = example(), np.eye(128, dtype=np.float32)[None, None]
+    parts = [slice(0, 16), slice(16, 72), slice(72, 128)]
+    outs = reference_attention(*((q[:, :, part], k[:, :, part], values[:, :, part]) for part in parts), joint=True)
+    mask: NDArray[np.bool_] = np.concatenate([np.asarray(out)[0, 0] for out in outs]) != 0
+    return mask
+
+
 METHOD = Method(
     name="reference_attention",
     family="vision",
@@ -134,4 +144,5 @@ METHOD = Method(
     ),
     tests="tests/vision/test_reference_attention.py",
     cost="`(Nt + Ni + Nc) ** 2 - Ni * Nc - Nt * Nc` pairs per head, `D + Dv` multiply-adds each.",
+    mask=_example,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longattn._arrays import Array
 from longattn._checks import integer
@@ -80,6 +81,15 @@ def scale_patch_attention(
     return returned(x, out)
 
 
+def _example() -> NDArray[np.bool_]:
+    """What the 6 tokens of each of 20 patches see: the first of them is the scale token."""
+    x, rng = np.eye(120, dtype=np.float32), np.random.default_rng(0)
+    wq, wk = 0.3 * rng.standard_normal((2, 120, 120), dtype=np.float32)
+    out = scale_patch_attention(x.reshape(1, 20, 6, 120), (wq, wk, x, None), (wq, wk, x, None), heads=1)
+    mask: NDArray[np.bool_] = np.asarray(out).reshape(120, 120) != 0
+    return mask
+
+
 METHOD = Method(
     name="scale_patch_attention",
     family="vision",
@@ -99,4 +109,5 @@ METHOD = Method(
     ),
     tests="tests/vision/test_scale_patch_attention.py",
     cost="`2 * N * ((S + 1) ** 2 + N) * C` multiply-adds, and the projections.",
+    mask=_example,
 )
