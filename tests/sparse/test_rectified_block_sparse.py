@@ -6,7 +6,7 @@ import pytest
 import longattn as la
 import tolerances
 from longattn.reference import sparse as reference
-from longattn.sparse import rectified_block_sparse
+from longattn.sparse import DynamicBlocks, rectified_block_sparse
 from random_arrays import DTYPES, F32, LAYOUTS, normal, qkv
 
 SMALL = {"text": 9, "block": 16}
@@ -56,7 +56,46 @@ def test_any_number_of_threads(rng, threads):
     check(*tokens(rng), tau=0.3)
 
 
+def some_blocks(heads, density=0.4, block=16):
+    """Blocks that do not depend on the numbers, at least the own one."""
+
+    def select(q, k, *, causal, scale):
+        assert not causal
+        lengths = q.shape[2], k.shape[2]
+        n = -(-lengths[0] // block)
+        blocks = (np.random.default_rng(3).random((heads, n, n)) < density) | np.eye(n, dtype=bool)
+        return la.BlockMask.from_blocks(blocks, lengths=lengths, block_q=block, block_k=block)
+
+    return select
+
+
+@pytest.mark.parametrize("heads", [1, 2, 6])
+@pytest.mark.parametrize("block", [16, 48])
+def test_blocks_of_a_selector(rng, isa, heads, block):
+    q, k, v = tokens(rng, batch=2, heads=6, kv_heads=2)
+    check(q, k, v, selector=some_blocks(heads, block=block), first_frame_blocks=2)
+    check(q, k, v, selector=some_blocks(heads, block=block), compensate="none")
+
+
+def test_what_selectors_leave_out_is_made_up_for(rng, isa):
+    """Nearer to dense attention than without, for rows that are alike inside blocks."""
+    q, k, v = tokens(rng, spread=0.3)
+    exact, errors = la.attention(q, k, v), []
+    for compensate in ("certain", "none"):
+        options = {"compensate": compensate, "selector": DynamicBlocks(top_k=1, block=16), **SMALL}
+        out, stats = rectified_block_sparse(q, k, v, return_stats=True, **options)
+        errors.append(np.abs(out - exact).max())
+        assert stats.density < 0.5 and stats.scored == 4 * 6 * (6 + 15)
+    assert errors[0] < 0.5 * errors[1]
+
+
 # Identities
+
+
+def test_a_selector_of_all_blocks_gives_dense_attention(rng, isa):
+    q, k, v = tokens(rng)
+    out = rectified_block_sparse(q, k, v, **SMALL, selector=some_blocks(1, density=1.1))
+    tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v))
 
 
 def test_all_blocks_give_dense_attention(rng, isa):
@@ -97,6 +136,9 @@ def test_factors_sum_to_one(rng, isa):
         ({"compensate": "all"}, ValueError, r"compensate: got 'all'"),
         ({"neighbours": np.ones((2, 2), bool)}, ValueError, r"neighbours: got shape \(2, 2\), expected \(6, 6\)"),
         ({"neighbours": np.ones((6, 6))}, TypeError, r"neighbours: got dtype float64"),
+        ({"selector": 3}, TypeError, r"selector: got int, expected a selector"),
+        ({"selector": DynamicBlocks(block=24)}, ValueError, r"selector: got blocks of 24 queries and 24 keys from it"),
+        ({"selector": lambda q, k, **_: 3}, TypeError, r"selector: got int from it, expected a BlockMask"),
         ({"k": np.zeros((1, 2, 9, 16), np.float32), "v": np.zeros((1, 2, 9, 16), np.float32)}, ValueError, r"k: got 9"),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 
 import longattn as la
 from longattn.reference import vision as reference
-from longattn.vision import flow_paths, trajectory_attention
+from longattn.vision import flow_paths, trajectory_attention, trajectory_lists
 from longattn.vision.trajectory_attention import METHOD
 from random_arrays import F32, qkv
 from vision_checks import check, check_kinds, raises, same
@@ -45,6 +45,20 @@ def test_paths(rng, reach):
     for numbers in (paths, *drawn):
         for frame in numbers:  # one patch per frame at most
             assert np.unique(frame).size == frame.size
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_lists(rng, batch):
+    flow = motion(rng, batch=batch)
+    lists = trajectory_lists(flow)
+    each = np.stack([flow_paths(one).ravel() for one in (flow if batch else flow[None])])
+    np.testing.assert_array_equal(lists.to_dense_mask(), (each[:, None, :, None] == each[:, None, None]))
+    q, k, v = patches(rng)
+    out = trajectory_attention(q, k, v, flow)
+    np.testing.assert_array_equal(la.sparse_attention(q, k, v, lists), out)
+    frames = la.BlockMask.from_blocks(np.eye(4, dtype=bool), lengths=lists.lengths, block_q=30, block_k=30)
+    both = lists | frames
+    np.testing.assert_array_equal(both.to_dense_mask(), lists.to_dense_mask() | frames.to_dense_mask())
 
 
 def test_without_motion(rng):

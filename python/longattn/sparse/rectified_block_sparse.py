@@ -19,7 +19,7 @@ from longattn.sparse._choosing import block_mass, choose
 from longattn.sparse._selecting import block_bounds, block_means, selector_inputs
 from longattn.sparse.block_mask import BlockMask, fitted
 from longattn.sparse.block_sparse_attention import block_sparse_attention
-from longattn.sparse.sparse_attention import SparseStats
+from longattn.sparse.sparse_attention import Selector, SparseStats
 
 #: What may be done for blocks that are not chosen.
 COMPENSATE = ("certain", "none")
@@ -36,6 +36,7 @@ def rectified_block_sparse(
     top_k: int = 1,
     neighbours: Array | None = None,
     first_frame_blocks: int = 0,
+    selector: Selector | None = None,
     compensate: str = "certain",
     weigh_last: bool = True,
     scale: float | None = None,
@@ -63,6 +64,8 @@ def rectified_block_sparse(
         top_k: blocks that are taken at least.
         neighbours: booleans `[blocks, blocks]`, blocks that are taken besides.
         first_frame_blocks: the first so many blocks of queries take the first so many blocks besides.
+        selector: chooses blocks of the video in place of `tau` and `top_k`, of `block` tokens or multiples of them; one
+            of `longattn.sparse`, or any function of that form. What it leaves out is made up for in the same way.
         compensate: "certain" as above, or "none": plain block-sparse attention.
         weigh_last: whether a last block that is not full counts as many tokens as it has; else as the others.
         scale: factor on the dot products; `None` is `D ** -0.5`.
@@ -115,23 +118,47 @@ def rectified_block_sparse(
     columns = np.concatenate([mean_k, kn[:, :, video:].astype(np.float32)], axis=2)
     weights = block_mass(mean_q, columns, factor, limits=np.full(n, n + text))
     shares = _shares(weights, np.diff(bounds) if weigh_last else np.full(n, block), n)
-    at_most = np.full(n, n)
-    indptr, indices = choose(shares, at_most, marks=marks, share=tau, least=max(top_k, 1), counts=False)
-    mask = BlockMask(
-        indptr=indptr, indices=indices, **fitted((video, video), block, block),
-        scored=batch * heads * n * (n + text),
-    )  # fmt: skip
+    scored = batch * heads * n * (n + text)
+    if selector is None or not n:
+        indptr, indices = choose(shares, np.full(n, n), marks=marks, share=tau, least=max(top_k, 1), counts=False)
+        mask = BlockMask(indptr=indptr, indices=indices, **fitted((video, video), block, block), scored=scored)
+    else:
+        mask = _chosen(selector, vq, vk, block, factor, marks, scored)
     out = np.empty((batch, heads, tokens, vn.shape[3]), q3.dtype)
     state = attention(vq, kn[:, :, video:], vn[:, :, video:], scale=factor, return_lse=True) if text else None
     kept = block_sparse_attention(vq, vk, vv, mask, state=state, scale=factor)
     if compensate == "certain" and n:
-        made_up = np.where(mask.blocks() | ~_certain(vq, vk, bounds, mean_q, mean_k), np.float32(0), shares)
+        taken = np.repeat(mask.blocks(), heads // mask.shape[1], axis=1)
+        made_up = np.where(taken | ~_certain(vq, vk, bounds, mean_q, mean_k), np.float32(0), shares)
         kept = _rectified(kept, made_up, block_means(vv, bounds), np.diff(bounds))
     out[:, :, :video] = kept
     if text:
         out[:, :, video:] = attention(qn[:, :, video:], kn, vn, scale=factor)
     result = like(q, out.reshape(*q3.shape[:-1], vn.shape[3]))
     return (result, SparseStats.of(mask, causal=False)) if return_stats else result
+
+
+def _chosen(
+    selector: Selector,
+    q: NDArray[Any],
+    k: NDArray[Any],
+    block: int,
+    scale: float,
+    marks: NDArray[np.bool_],
+    scored: int,
+) -> BlockMask:
+    """What a selector chooses, and what is marked, over blocks of `block` tokens."""
+    if not callable(selector):
+        raise TypeError(f"selector: got {type(selector).__name__}, expected a selector")
+    chosen = selector(q, k, causal=False, scale=scale)
+    if not isinstance(chosen, BlockMask):
+        raise TypeError(f"selector: got {type(chosen).__name__} from it, expected a BlockMask")
+    sizes = fitted((q.shape[2], k.shape[2]), block, block)
+    mask: BlockMask = chosen | BlockMask.from_blocks(marks, **sizes, scored=scored)
+    if (mask.block_q, mask.first_q, mask.block_k) != (sizes["block_q"], sizes["block_q"], sizes["block_k"]):
+        got = f"{chosen.block_q} queries and {chosen.block_k} keys"
+        raise ValueError(f"selector: got blocks of {got} from it, expected multiples of {block}")
+    return mask
 
 
 def _marks(neighbours: Array | None, blocks: int, first: int) -> NDArray[np.bool_]:
@@ -207,6 +234,7 @@ METHOD = Method(
         "Where queries, keys and values are equal inside every block it is dense attention for any `tau`.",
         "Without compensation it is block-sparse attention.",
         "With equal values it gives these: the factors of a row sum to 1.",
+        "With a selector of all blocks it is dense attention.",
     ),
     tests="tests/sparse/test_rectified_block_sparse.py",
     cost="`(N / block) (4 N / block + text) D` per query head to choose and compensate, and the attention.",

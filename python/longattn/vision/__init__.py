@@ -115,7 +115,7 @@ from longattn.vision.token_coordinated_prompt_attention import (
     match_prompts,
     token_coordinated_prompt_attention,
 )
-from longattn.vision.trajectory_attention import flow_paths, trajectory_attention
+from longattn.vision.trajectory_attention import flow_paths, trajectory_attention, trajectory_lists
 from longattn.vision.view_integrated_attention import view_integrated_attention
 from longattn.vision.zeroth_order_token_pruning import (
     projector_sensitivity,
@@ -211,6 +211,7 @@ __all__ = [
     "token_coordinated_prompt_attention",
     "token_mass",
     "trajectory_attention",
+    "trajectory_lists",
     "unpartition",
     "view_integrated_attention",
     "vision_scores",

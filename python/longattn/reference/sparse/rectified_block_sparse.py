@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -24,6 +26,7 @@ def rectified_block_sparse(
     top_k: int = 1,
     neighbours: ArrayLike | None = None,
     first_frame_blocks: int = 0,
+    selector: Any = None,
     compensate: str = "certain",
     weigh_last: bool = True,
     scale: float | None = None,
@@ -47,10 +50,16 @@ def rectified_block_sparse(
     dots = mean_q @ mean_k.swapaxes(-1, -2)
     error = np.abs(_deviations(vq, mean_q, parts) @ mean_k.swapaxes(-1, -2))
     error = error + np.abs(mean_q @ _deviations(vk, mean_k, parts).swapaxes(-1, -2))
+    chosen = None
+    if selector is not None:
+        dense = selector(vq, vk[:, ::group], causal=False, scale=factor).to_dense_mask()
+        dense = np.repeat(np.broadcast_to(dense, (len(q), *dense.shape[1:])), q.shape[1] // dense.shape[1], axis=1)
+        chosen = dense[:, :, ::block, ::block]
     mask = np.ones((*q.shape[:2], tokens, tokens), bool)
     out_of_means, left = np.zeros(v.shape), np.ones(q.shape[:3])
     for b, h, m in np.ndindex(*q.shape[:2], n):
-        taken = fewest(shares[b, h, m], tau, np.zeros(n, bool), least=max(top_k, 1)) | marks[m]
+        best = fewest(shares[b, h, m], tau, np.zeros(n, bool), least=max(top_k, 1))
+        taken = (best if chosen is None else chosen[b, h, m]) | marks[m]
         mask[b, h, parts[m], :video] = np.repeat(taken, [x.stop - x.start for x in parts])
         if compensate == "certain":
             made_up = ~taken & (np.abs(dots[b, h, m]) > error[b, h, m])
