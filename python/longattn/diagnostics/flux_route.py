@@ -13,6 +13,7 @@ from longattn._checks import check_float_storage, check_floating, dense_inputs, 
 from longattn.dense.attention import attention
 from longattn.kv.evict.streaming_llm import sink_window_attention
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import diagnostics as reference
 
 #: Outputs of the router's layers, as multiples of `head_dim`; the last has two.
@@ -186,4 +187,5 @@ METHOD = Method(
     ),
     tests="tests/diagnostics/test_flux_route.py",
     cost="That of the chosen operators; the router `2 * pool * Hq * D + 30 * D**2`, once for a prompt.",
+    mask=lambda: seen(routed_attention, *example(), 0, sinks=4, window=24),
 )

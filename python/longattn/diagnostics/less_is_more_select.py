@@ -14,6 +14,7 @@ from longattn.dense.attention import attention
 from longattn.dense.attention_weights import attention_weights
 from longattn.dense.listed_attention import listed_attention
 from longattn.methods import Method
+from longattn.pictures import example
 from longattn.reference import diagnostics as reference
 
 
@@ -101,6 +102,15 @@ def less_is_more_attention(
     return out, less_is_more_select(weights[:, 0], budget, **choice)
 
 
+def _example() -> NDArray[np.bool_]:
+    """What each step reads that chooses for itself, of two heads."""
+    q, k = (x[0].astype(np.float64) for x in example(heads=2))
+    mask = np.zeros((128, 128), bool)
+    for step, scores in enumerate((q @ k.swapaxes(-1, -2)).swapaxes(0, 1)):
+        mask[step, less_is_more_select(np.ascontiguousarray(scores[:, : step + 1]), 24)] = True
+    return mask
+
+
 METHOD = Method(
     name="less_is_more_select",
     family="sparse",
@@ -121,4 +131,5 @@ METHOD = Method(
     ),
     tests="tests/diagnostics/test_less_is_more_select.py",
     cost="A selecting layer: full attention, its logits once more, `Hq * Lk` to select. Others read `budget` rows.",
+    mask=_example,
 )

@@ -23,6 +23,7 @@ from longattn._checks import (
 )
 from longattn.dense.attention import attention
 from longattn.methods import Method
+from longattn.pictures import example
 from longattn.reference import sparse as reference
 from longattn.sparse._lengths import sequence_lengths
 
@@ -370,6 +371,15 @@ def _projection(weights: Array, name: str, width: int) -> NDArray[np.float32]:
     return np.asarray(x, np.float32)
 
 
+def _example() -> NDArray[np.bool_]:
+    """What tokens see: first those around them, then the global tokens, one for each block of 16."""
+    (q, k), values = example(), np.eye(136, dtype=np.float32)[None, None]
+    near, far = (k, values[:, :, :128]), (k[:, :, 15::16], values[:, :, 128:])
+    out = local_global_attention(q, *near, *far, radius=12, scale=0.1)
+    mask: NDArray[np.bool_] = np.asarray(out)[0, 0] != 0
+    return mask
+
+
 METHOD = Method(
     name="transient_global_attention",
     family="sparse",
@@ -390,4 +400,5 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_transient_global_attention.py",
     cost="`L * (2 * radius + 1 + L / block) * heads * (D + Dv)` multiply-adds per sequence, and the projections.",
+    mask=_example,
 )
