@@ -232,6 +232,13 @@ def test_small_integers_of_numpy_do_not_wrap_around(rng, selector, sizes):
     np.testing.assert_array_equal(numpy(q, k, causal=True).to_dense_mask(), plain(q, k, causal=True).to_dense_mask())
 
 
+@pytest.mark.parametrize("sizes", [{"block": 2**62}, {"step": 2**62}, {"init_blocks": 2**62}])
+def test_large_groups_are_the_whole(rng, sizes):
+    q, k, v = qkv(rng, rows=60, keys=60)
+    out = la.sparse_attention(q, k, v, la.sparse.Anchor(**{"block": 2**40} | sizes), causal=True)
+    tolerances.same_storage(q, k, v).check(out, la.attention(q, k, v, causal=True))
+
+
 def test_integers_have_64_bits():
     with pytest.raises(ValueError, match="top_k: got 9223372036854775808, expected an integer of 64 bits"):
         DynamicBlocks(top_k=2**63)

@@ -84,7 +84,7 @@ class Anchor(Composable):
             indptr=from_flat(flat, (1, 1, len(lists))),
             indices=np.concatenate([np.zeros(0, np.int64), *lists]),
             lengths=(q.shape[2], k.shape[2]),
-            block_q=self.block * self.step,
+            block_q=self._rows(self.step),
         )
 
     def attend_to_anchor(
@@ -117,9 +117,13 @@ class Anchor(Composable):
         return RowLists(
             **listed(chosen, shape),  # type: ignore[arg-type]
             lengths=(rows, k.shape[2]),
-            block_q=self.block * self.step,
+            block_q=self._rows(self.step),
             scored=batch * heads * int(((starts - firsts) * self._blocks_per_group(rows)).sum()),
         )
+
+    def _rows(self, blocks: int) -> int:
+        """Rows of some blocks, as far as 64 bits count."""
+        return min(blocks * self.block, 2**62)
 
     def _blocks_per_group(self, rows: int) -> NDArray[np.int64]:
         blocks = -(-rows // self.block)
@@ -130,9 +134,9 @@ class Anchor(Composable):
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Bounds of query blocks; first and last positions of groups, and ends of their initial keys."""
         rows, keys = q.shape[2], k.shape[2]
-        bounds = block_bounds(rows, self.block * self.step) + (keys - rows)
+        bounds = block_bounds(rows, self._rows(self.step)) + (keys - rows)
         starts, ends = np.clip(bounds[:-1], 0, keys), np.clip(bounds[1:], 0, keys)
-        return block_bounds(rows, self.block), starts, ends, np.minimum(starts, self.init_blocks * self.block)
+        return block_bounds(rows, self.block), starts, ends, np.minimum(starts, self._rows(self.init_blocks))
 
 
 def _repeated(lists: RowLists, shape: tuple[int, int, int]) -> NDArray[np.int64]:
