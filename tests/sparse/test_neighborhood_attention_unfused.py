@@ -1,5 +1,7 @@
 """The halves of neighbourhood attention, and their agreement with the fused function."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -224,6 +226,18 @@ def test_gradients_of_nan_reach_only_what_they_are_of(rng, isa):
     d_weights, dv = la.sparse.na_av_backward(bad, d_scores, v, window=3)
     assert (~np.isfinite(dv)).any(axis=(0, 1, 3)).tolist() == near
     assert (~np.isfinite(d_weights)).any(axis=(0, 1, 3)).tolist() == [x == 6 for x in range(12)]
+
+
+def test_gradients_too_large_for_their_dtype_are_infinite(rng):
+    """Without a warning: whoever scales a loss looks for them."""
+    q, k, v = grid_qkv(rng, (6, 7), dtype=np.float16)
+    large = np.full((2, 4, 6, 7, 9), 1e300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = la.sparse.na_qk_backward(large, q, k, window=3)
+        weights, d_out = np.ones(large.shape, np.float16), np.full((2, 4, 6, 7, 12), 6e4, np.float16)
+        found += la.sparse.na_av_backward(d_out, weights, v, window=3)
+    assert all((~np.isfinite(x)).any() for x in found)
 
 
 def test_gradients_of_nothing():

@@ -71,15 +71,16 @@ def na_qk_backward(
     check_floating(given, "d_scores")
     if given.shape != (*qn.shape[:-1], math.prod(sizes)):
         raise ValueError(f"d_scores: got shape {given.shape}, expected {(*qn.shape[:-1], math.prod(sizes))}")
-    d_scores32 = np.ascontiguousarray(given, np.float32)
+    d_scores32 = _rounded(given, np.dtype(np.float32))
     factor = scale_factor(scale, qn.shape[-1])
     dq = na_av(d_scores32, kn, window=window, dilation=dilation, causal=causal)
-    np.multiply(dq, np.float32(factor), out=dq)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.multiply(dq, np.float32(factor), out=dq)
     table = None
     if flag(return_d_bias, "return_d_bias"):
         table = np.zeros((qn.shape[1], *(2 * w - 1 for w in sizes)), np.float32)
     dk = _spread(d_scores32, qn, kn, axes, sizes, factor, table)
-    gradients = like(q, dq.astype(qn.dtype, copy=False)), like(k, dk)
+    gradients = like(q, _rounded(dq, qn.dtype)), like(k, dk)
     return gradients if table is None else (*gradients, like(q, table))
 
 
@@ -130,7 +131,7 @@ def na_av_backward(
     d_weights = na_qk(d_out_n, vn, window=window, dilation=dilation, causal=causal, scale=1.0)
     _hide(d_weights, axes, sizes)
     dv = _spread(wn, d_out_n, vn, axes, sizes, 1.0)
-    return like(weights, d_weights.astype(wn.dtype, copy=False)), like(v, dv)
+    return like(weights, _rounded(d_weights, wn.dtype)), like(v, dv)
 
 
 def _spread(
@@ -158,6 +159,12 @@ def _spread(
             factor,
         )
     return found
+
+
+def _rounded(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Contiguous, in another dtype. What that does not hold is infinite, as in the core: scaled losses count on it."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(x, dtype)
 
 
 def _hide(d_weights: NDArray[np.float32], axes: tuple[GridAxis, ...], sizes: tuple[int, ...]) -> None:
