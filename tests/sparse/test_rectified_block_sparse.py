@@ -10,6 +10,8 @@ from longattn.sparse import DynamicBlocks, rectified_block_sparse
 from random_arrays import DTYPES, F32, LAYOUTS, normal, qkv
 
 SMALL = {"text": 9, "block": 16}
+#: A mask of other lengths.
+OTHER = la.BlockMask.from_blocks(np.ones((2, 2), bool), lengths=(32, 32), block_q=16, block_k=16)
 
 
 def tokens(rng, **options):
@@ -139,6 +141,9 @@ def test_factors_sum_to_one(rng, isa):
         ({"selector": 3}, TypeError, r"selector: got int, expected a selector"),
         ({"selector": DynamicBlocks(block=24)}, ValueError, r"selector: got blocks of 24 queries and 24 keys from it"),
         ({"selector": lambda q, k, **_: 3}, TypeError, r"selector: got int from it, expected a BlockMask"),
+        ({"selector": 3, "text": 105}, TypeError, r"selector: got int, expected a selector"),
+        ({"selector": some_blocks(3)}, ValueError, r"selector: got 3 heads, expected 4 query heads, 2 KV heads"),
+        ({"selector": lambda q, k, **_: OTHER}, ValueError, r"selector: got lengths \(32, 32\), expected \(96, 96\)"),
         ({"k": np.zeros((1, 2, 9, 16), np.float32), "v": np.zeros((1, 2, 9, 16), np.float32)}, ValueError, r"k: got 9"),
     ],
 )

@@ -15,6 +15,7 @@ from longattn.dense.merge import merge
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
+from longattn.sparse._call import check_fit
 from longattn.sparse._choosing import block_mass, choose
 from longattn.sparse._selecting import block_bounds, block_means, selector_inputs
 from longattn.sparse.block_mask import BlockMask, fitted
@@ -82,7 +83,7 @@ def rectified_block_sparse(
     Cost:
         Per query head: `(N / block) (N / block + text) D` multiply-adds to choose and thrice `(N / block)^2 D` to
         compensate, two passes over queries and keys, `text * N * (D + Dv)` for text queries and `(D + Dv)` per query
-        and key of the chosen blocks.
+        and key of the chosen blocks; with a selector its own cost besides.
 
     References:
         X. Liu et al., "Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video Generation", 2025.
@@ -109,6 +110,8 @@ def rectified_block_sparse(
         raise ValueError(f"tau: got {tau}, expected at least 0")
     if compensate not in COMPENSATE:
         raise ValueError(f"compensate: got {compensate!r}, expected one of {COMPENSATE}")
+    if selector is not None and not callable(selector):
+        raise TypeError(f"selector: got {type(selector).__name__}, expected a selector")
     factor, video = scale_factor(scale, dim), tokens - text
     bounds = block_bounds(video, block)
     n = len(bounds) - 1
@@ -148,11 +151,10 @@ def _chosen(
     scored: int,
 ) -> BlockMask:
     """What a selector chooses, and what is marked, over blocks of `block` tokens."""
-    if not callable(selector):
-        raise TypeError(f"selector: got {type(selector).__name__}, expected a selector")
     chosen = selector(q, k, causal=False, scale=scale)
     if not isinstance(chosen, BlockMask):
         raise TypeError(f"selector: got {type(chosen).__name__} from it, expected a BlockMask")
+    check_fit(chosen, "selector", q.shape, k.shape)
     sizes = fitted((q.shape[2], k.shape[2]), block, block)
     mask: BlockMask = chosen | BlockMask.from_blocks(marks, **sizes, scored=scored)
     if (mask.block_q, mask.first_q, mask.block_k) != (sizes["block_q"], sizes["block_q"], sizes["block_k"]):
