@@ -181,15 +181,14 @@ def test_eps_is_of_outputs_as_they_are(rng):
 
 def test_outputs_of_tiny_numbers_get_the_norm_of_others(rng):
     # e^-86 times values: the factor that brings such a row to length 1 is no float.
-    arguments = TestPlain.case.arguments(rng, length=3)
-    for name, first in (("q", 90.0), ("k", -86.0)):
-        arguments[name] = np.zeros_like(arguments[name])
-        arguments[name][..., 0] = first
-        arguments[name][..., 2:] = -1000.0
-    arguments["v"] = (0.01 * arguments["v"]).astype(np.float32)
-    arguments["norm"] = "rms"
+    q, k = (np.full((1, 1, 3, 4), -1000, np.float32) for _ in range(2))
+    for x, first in ((q, 90), (k, -86)):
+        x[..., :2] = first, 0
+    v = (0.01 * rng.standard_normal(q.shape)).astype(np.float32)
+    gates = {name: np.full_like(q, value) for name, value in (("gate", 0.9), ("refine", 0.5))}
+    arguments = {"q": q, "k": k, "v": v, **gates, "norm": "rms"}
     found, expected = regla(**arguments, eps=0.0)[0], reference.regla(**arguments, eps=0.0)[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_keys_of_minus_infinity_are_none(rng):
