@@ -4,7 +4,7 @@ use super::columns::Fade;
 use super::coming::Coming;
 use super::products::{COMPUTED, Factor, Multiplier, Part};
 use super::rows::{Mapped, forgotten, load, load_numbers, multiply_rows, scale_row};
-use super::scores::{BLOCK, Chunk, Pair, Parts, Sides, Sizes, add_up, dot};
+use super::scores::{Chunk, Pair, Parts, Sides, Sizes, WHOLE_BLOCK, add_up, dot};
 use super::{Decay, Job};
 use crate::dense::micro::panel;
 use crate::dense::packing::pack_values;
@@ -477,4 +477,4 @@ impl Kernel for Body<'_, '_> {
     }
 }
 
-const _: () = assert!(super::MAX_CHUNK.is_multiple_of(BLOCK) && super::MAX_CHUNK <= KEYS);
+const _: () = assert!(super::MAX_CHUNK.is_multiple_of(WHOLE_BLOCK) && super::MAX_CHUNK <= KEYS);

@@ -1,7 +1,7 @@
 //! Rows of a chunk whose state decays by column: products with values, block by block, each column with decays of its own.
 
 use super::rows::{exp_row, forgotten, multiply_rows};
-use super::scores::{BLOCK, Sizes, product};
+use super::scores::{Sizes, WHOLE_BLOCK, product};
 use crate::dense::micro::panel;
 use crate::simd::{PANEL_VECTORS, Simd};
 
@@ -38,8 +38,8 @@ impl Fade<'_> {
             }
             exp_row(s, log);
         }
-        for start in (0..n).step_by(BLOCK) {
-            let m = BLOCK.min(n - start);
+        for start in (0..n).step_by(WHOLE_BLOCK) {
+            let m = WHOLE_BLOCK.min(n - start);
             let decays = &logs[start * wide..][..m * wide];
             for head in 0..group {
                 let at = head * rows + start;

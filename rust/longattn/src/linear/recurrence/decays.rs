@@ -8,7 +8,7 @@
 use super::Decay;
 use super::products::{Multiply, Part, Turn};
 use super::rows::{multiply_rows, scale_row};
-use super::scores::{BLOCK, Sizes, dot};
+use super::scores::{Sizes, WHOLE_BLOCK, dot};
 use super::work::{CHANNELS, Work};
 use crate::simd::{Kernel, Simd};
 
@@ -129,8 +129,8 @@ impl Work<'_, '_> {
             }
         }
         // Keys, from the last block to the first: gradients of keys times the decay up to the start of the block at hand.
-        for start in (0..n).step_by(BLOCK).rev() {
-            let end = (start + BLOCK).min(n);
+        for start in (0..n).step_by(WHOLE_BLOCK).rev() {
+            let end = (start + WHOLE_BLOCK).min(n);
             whole.fill(1.0);
             for i in (start..end).rev() {
                 for set in 0..sets {
@@ -168,8 +168,8 @@ impl Work<'_, '_> {
         }
         // Readers, from the first block to the last: keys before the block times the decay up to its start.
         before.fill(1.0);
-        for start in (0..n).step_by(BLOCK) {
-            let end = (start + BLOCK).min(n);
+        for start in (0..n).step_by(WHOLE_BLOCK) {
+            let end = (start + WHOLE_BLOCK).min(n);
             for reader in 0..readers {
                 let own = reader == group;
                 let to = if own { &mut *self.d_reads } else { &mut self.d_queries[reader * room * wide..] };

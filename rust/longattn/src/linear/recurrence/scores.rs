@@ -9,8 +9,11 @@ use crate::dense::micro::{multiply_strided, panel};
 use crate::simd::{MAX_LANES, PANEL_VECTORS, Simd};
 
 /// Rows of a chunk between which decays of channels are multiplied row by row; between others, sums of products of rows times decays
-/// up to the borders of these blocks. A multiple of every instruction set's `ROWS`.
-pub(super) const BLOCK: usize = 12;
+/// up to the borders of these blocks.
+pub(super) const BLOCK: usize = 16;
+
+/// The same where what lies below a block's rows may not be written to: a multiple of every instruction set's `ROWS`.
+pub(super) const WHOLE_BLOCK: usize = 12;
 
 /// Sizes of an item's buffers.
 #[derive(Clone, Copy)]
@@ -29,6 +32,7 @@ pub(super) struct Sizes {
 impl Sizes {
     #[inline(always)]
     pub(super) fn new<S: Simd>(chunk: usize, dim: usize, group: usize) -> Self {
+        // Products write whole tiles.
         let rows = chunk.next_multiple_of(BLOCK) + MAX_LANES;
         // An odd number of cache lines, so that a column of rows does not fall on few sets of the cache.
         let lines = chunk.next_multiple_of(panel::<S>()).div_ceil(16) + 1;
