@@ -33,7 +33,7 @@ impl Sizes {
     #[inline(always)]
     pub(super) fn new<S: Simd>(chunk: usize, dim: usize, group: usize) -> Self {
         // Products write whole tiles.
-        let rows = chunk.next_multiple_of(BLOCK) + MAX_LANES;
+        let rows = chunk.next_multiple_of(BLOCK).max(chunk.next_multiple_of(WHOLE_BLOCK)) + MAX_LANES;
         // An odd number of cache lines, so that a column of rows does not fall on few sets of the cache.
         let lines = chunk.next_multiple_of(panel::<S>()).div_ceil(16) + 1;
         Self { dim, padded: dim.next_multiple_of(S::LANES), rows, across: 16 * (lines | 1), group }
