@@ -349,6 +349,8 @@ def test_appends_and_reads_from_threads(rng):
         (lambda s, x: SlotStore(0, 4, slots=3), ValueError, "kv_heads: got 0"),
         (lambda s, x: SlotStore(1, 4, slots=2**33), ValueError, "slots: got 8589934592, expected fewer"),
         (lambda s, x: SlotStore(1, 4, dtype="int8", slots=3), TypeError, "dtype: got 'int8'"),
+        (lambda s, x: SlotStore(1, 2**44, slots=3), MemoryError, "slot store"),
+        (lambda s, x: SlotStore(2**40, 4, slots=3), MemoryError, "slot store"),
     ],
 )
 def test_bad_input(rng, call, error, message):

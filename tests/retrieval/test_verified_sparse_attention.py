@@ -297,6 +297,23 @@ def test_codes_that_weigh_badly_are_not_trusted(rng):
     np.testing.assert_allclose(result.out, exact, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [8.0, 12.0, 20.0, 100.0])
+def test_logits_that_codes_miss_by_far(scale):
+    """Errors of estimates of 20 to some hundred nats: shares and masses beyond float32 promise nothing and spoil nothing."""
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        s = store(rng, 2, 9000, 16, 8)
+        q, index = queries(rng, 4, dim=16), la.index.Signatures(s, bits=1)
+        exact = la.attention(q, s.keys, s.values, causal=True, scale=scale)
+        norm = np.sqrt(np.square(np.asarray(s.values, np.float64)).sum(-1).mean(-1)).repeat(2)
+        call = {"scale": scale, "window": 8, "relative_to": "values", "seed": seed}
+        found = la.retrieval_attention(q, s, index, epsilon=0.1, delta=0.05, **call)
+        error = np.linalg.norm(found.out - exact, axis=-1)[..., 0] / norm
+        assert (error <= 0.1).all(), (error, found.stats.verified)
+        sampled = la.retrieval_attention(q, s, index, scale=scale, window=8, top_k=60, rest="sampled")
+        assert np.isfinite(sampled.out).all() and np.isfinite(sampled.lse).all()
+
+
 def test_degenerate_stores(rng):
     """Equal keys, values of 0, values that are not finite."""
     keys, values = normal(rng, (1, COUNT, 32)), normal(rng, (1, COUNT, 20))

@@ -99,7 +99,9 @@ impl Sums {
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
         let square = dot(&shift, &shift);
         let unit = mass * mass;
-        let variance = (self.rr - 2.0 * dot(&shift, &self.yr) + square * self.yy).max(0.0) / unit;
+        let variance = (self.rr - 2.0 * dot(&shift, &self.yr) + square * self.yy) / unit;
+        // What is not a number stays so.
+        let variance = if variance < 0.0 { 0.0 } else { variance };
         // Sum of the squared products of any two sketches: the trace of the squared covariance, but for those that are missing.
         let dim = shift.len();
         let mut sketches = self.sketches.clone();
@@ -116,16 +118,11 @@ impl Sums {
         let directions =
             if squares > 0.0 { (variance * variance / squares).clamp(1.0, dim.max(1) as f64) } else { 1.0 };
         let freedom = if self.fourth > 0.0 { 2.0 * self.rr * self.rr / self.fourth } else { f64::INFINITY };
-        Correction {
-            certain: over(&self.certain, known + self.certain_mass),
-            shift,
-            mass,
-            variance,
-            directions,
-            freedom,
-            // A mass that the correction all but takes away is an estimate that says nothing.
-            sound: mass.is_finite() && variance.is_finite() && mass > 0.1 * (steady + self.drawn),
-        }
+        let certain = over(&self.certain, known + self.certain_mass);
+        let finite = variance.is_finite() && shift.iter().chain(&certain).all(|x| x.is_finite());
+        // A mass that the correction all but takes away is an estimate that says nothing.
+        let mass_says = mass > 0.1 * (steady + self.drawn) && mass <= f64::from(f32::MAX);
+        Correction { certain, shift, mass, variance, directions, freedom, sound: finite && mass_says }
     }
 }
 

@@ -121,6 +121,9 @@ struct Chances {
     floor: f32,
 }
 
+/// Largest slope: a size times it is still a float. Where shares are as small as that, the same floor for all counts.
+const STEEPEST: f64 = 1e28;
+
 impl Chances {
     /// For candidates with shares up to `limit`, those above being certain.
     fn new(shares: &[f32], limit: f32) -> Self {
@@ -137,7 +140,7 @@ impl Chances {
         let floor = 1.0 / n.max(1) as f32;
         // Without any share there is nothing to follow.
         if sum > 0.0 && sum.is_finite() {
-            Self { slope: ((1.0 - f64::from(UNIFORM)) / sum) as f32, floor: UNIFORM * floor }
+            Self { slope: ((1.0 - f64::from(UNIFORM)) / sum).min(STEEPEST) as f32, floor: UNIFORM * floor }
         } else {
             Self { slope: 0.0, floor }
         }
@@ -349,10 +352,11 @@ impl<'a, 'b> Group<'a, 'b> {
         let by_variance = size * correction.variance * (budget.deviations(correction) / allowed).powi(2);
         // A row whose logit is that much too low has up to this share of the mass, per unit of its share of the sample.
         let group = self.known.len() as f64;
-        let factor = f64::from((UNDERESTIMATE * self.estimates.sigma()[g]).exp());
+        let factor = f64::from(UNDERESTIMATE * self.estimates.sigma()[g]).exp();
         let by_row =
             if chances.slope > 0.0 { group * factor / f64::from(chances.slope) * values / allowed } else { 0.0 };
-        by_variance.max(by_row)
+        // Not `max`, which would leave out what is not a number.
+        if by_variance >= by_row || by_variance.is_nan() { by_variance } else { by_row }
     }
 
     /// Half of `rows` by weight, and a sample of that size of the others.

@@ -92,6 +92,15 @@ impl Head {
     }
 }
 
+/// As many zeros, if there is memory for them.
+fn zeros(n: usize) -> Result<Vec<f64>> {
+    let mut zeros = Vec::new();
+    let refused = Error::Memory { bytes: n.saturating_mul(size_of::<f64>()), what: "the mean row of a slot store" };
+    zeros.try_reserve_exact(n).map_err(|_| refused)?;
+    zeros.resize(n, 0.0);
+    Ok(zeros)
+}
+
 impl SlotStore {
     /// An empty store with `slots` slots per KV head. Reserves address space, commits no memory.
     pub fn new(kv_heads: usize, head_dim: usize, value_dim: usize, dtype: DType, slots: usize) -> Result<Self> {
@@ -105,17 +114,20 @@ impl SlotStore {
             return Err(Error::value("slots", slots, "fewer than 2^32"));
         }
         let numbers = |dim| RowFormat::Numbers { dtype, dim };
-        let head = |_| {
-            Ok(Head {
+        let mut heads = Vec::new();
+        let what = "the heads of a slot store";
+        let bytes = kv_heads.saturating_mul(size_of::<Head>());
+        heads.try_reserve_exact(kv_heads).map_err(|_| Error::Memory { bytes, what })?;
+        for _ in 0..kv_heads {
+            heads.push(Head {
                 keys: Rows::new(1, slots, numbers(head_dim), "the keys of a slot store")?,
                 values: Rows::new(1, slots, numbers(value_dim), "the values of a slot store")?,
                 live: Vec::new(),
                 positions: Vec::new(),
                 free: BinaryHeap::new(),
-                mean: Mean { key: vec![0.0; head_dim], value: vec![0.0; value_dim], count: 0 },
-            })
-        };
-        let heads = (0..kv_heads).map(head).collect::<Result<_>>()?;
+                mean: Mean { key: zeros(head_dim)?, value: zeros(value_dim)?, count: 0 },
+            });
+        }
         let state = RwLock::new(State { appended: 0, heads });
         Ok(Self { kv_heads, head_dim, value_dim, slots, dtype, state })
     }
