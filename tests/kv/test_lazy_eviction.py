@@ -15,6 +15,7 @@ CASES = [
     {"budget": 0.3, "window": 4, "alpha": 0.05, "h2_weight": -1.0},
     {"budget": 20, "window": 3, "alpha": 0.1, "reduce": "sum", "h2_weight": 0.0},
     {"budget": 24, "window": 4, "alpha": 0.05, "protect_prompt": True},
+    {"budget": 6, "window": 4, "alpha": 0.05, "protect_prompt": True},
 ]
 
 
@@ -104,6 +105,7 @@ def test_dtypes(rng, dtype):
         (lambda: LazyEviction("many"), TypeError, "budget: got 'many', expected an integer"),
         (lambda: LazyEviction(50, window=0), ValueError, "window: got 0"),
         (lambda: LazyEviction(50, alpha=-1.0), ValueError, "alpha: got -1.0, expected at least 0"),
+        (lambda: LazyEviction(50, alpha=1e300), ValueError, "alpha: got 1e.300, expected a finite float32"),
         (lambda: LazyEviction(50, h2_weight=np.inf), ValueError, "h2_weight: got inf"),
         (lambda: LazyEviction(50, reduce="min"), ValueError, "reduce: got 'min'"),
         (lambda: LazyEviction(50, protect_prompt=1), TypeError, "protect_prompt: got 1"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._checks import flag, integer, real
+from longattn._checks import finite, flag, integer, real
 from longattn.dense.attention_weights import attention_weights
 from longattn.kv.evict.policy import Mask, Policy, over_group, weakest
 from longattn.kv.slot_store import REDUCTIONS
@@ -62,9 +62,7 @@ class LazyEviction(Policy):
             self.budget: float = budget
         else:
             self.budget = integer(int(budget) if isinstance(budget, float) else budget, "budget", self.window)
-        self.alpha, self.h2_weight = real(alpha, "alpha"), real(h2_weight, "h2_weight")
-        if not self.alpha >= 0:
-            raise ValueError(f"alpha: got {alpha}, expected at least 0")
+        self.alpha, self.h2_weight = finite(alpha, "alpha", 0), real(h2_weight, "h2_weight")
         if not math.isfinite(self.h2_weight):
             raise ValueError(f"h2_weight: got {h2_weight}, expected a finite number")
         if reduce not in REDUCTIONS:
@@ -74,10 +72,12 @@ class LazyEviction(Policy):
         self._prompt = 0
 
     def capacity(self, prompt: int) -> int | None:
-        """`budget + window`, or the prompt and a window; with a share of the text no limit."""
+        """`budget + window`, or the prompt and a window (two, if protected); no limit with a share of the text."""
         if self.budget < 1:
             return None
-        return max(int(self.budget), prompt) + self.window
+        # Of a protected prompt an eviction leaves the last window beside it, before the next one comes.
+        least = prompt + self.window if self.protect_prompt else prompt
+        return max(int(self.budget), least) + self.window
 
     def judge(
         self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], options: dict[str, Any], **info: Any
