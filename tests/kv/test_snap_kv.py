@@ -63,6 +63,16 @@ def test_neighbours_come_along(rng):
     assert kept[0][0] == [*range(18, 23), *range(44, 50)]
 
 
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+def test_a_kernel_over_all_keys_pools_as_any_larger_one(rng, pooling):
+    q, k, v = sequence(rng)
+    kept = [
+        decode(cache_of(SnapKV(16, window=6, kernel=kernel, pooling=pooling), k, v), q, k, v, prompt=50)[1]
+        for kernel in (101, 2**63 - 1)
+    ]
+    assert kept[0] == kept[1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(rng, dtype):
     q, k, v = sequence(rng, dtype=dtype, value_dim=8)

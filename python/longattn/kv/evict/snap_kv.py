@@ -78,6 +78,8 @@ class SnapKV(Policy):
 
 
 def _pooled(x: NDArray[Any], kernel: int, pooling: str) -> NDArray[Any]:
+    # One that reaches over all keys from either end pools as any larger one does.
+    kernel = min(kernel, 2 * x.shape[1] + 1)
     side = kernel // 2
     windows = sliding_window_view(np.pad(x, ((0, 0), (side, side))), kernel, axis=1)
     pooled: NDArray[Any] = windows.mean(axis=-1) if pooling == "avg" else windows.max(axis=-1)
