@@ -5,7 +5,7 @@ import pytest
 
 import longattn as la
 from eviction import cache_of, decode, sequence
-from longattn.kv import EvictingCache
+from longattn.kv import EvictingCache, evict
 from longattn.kv.evict import HeavyHitter, LazyEviction, StreamingLLM
 from random_arrays import BF16, F32
 
@@ -110,6 +110,38 @@ def test_bad_input(rng, call, error, message):
     q, k, _ = sequence(rng)
     with pytest.raises(error, match=message):
         call(q, k)
+
+
+def test_more_slots_than_there_can_be(rng):
+    q, k, v = sequence(rng)
+    for policy, made in ((StreamingLLM(4, 2**40), 2**40 + 4), (HeavyHitter(2**63 - 1, 1), 2**63 + 1)):
+        cache = cache_of(policy, k, v)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"slots: got None, which is {made} for this {type(policy).__name__}"):
+                cache.prefill(q, k, v)
+            assert cache.stats.appended == 0
+    out = cache_of(StreamingLLM(4, 2**40), k, v, slots=60).prefill(q, k, v)
+    np.testing.assert_array_equal(out, cache_of(StreamingLLM(4, 60), k, v).prefill(q, k, v))
+
+
+@pytest.mark.parametrize("where", ["prompt", "step"])
+@pytest.mark.parametrize(
+    "kind", ["heavy_hitter", "a_vl_cache", "selective_attention_budget", "snap_kv", "lazy_eviction"]
+)
+def test_a_key_of_nan_does_not_stop_the_window(rng, kind, where):
+    """Weights that are NaN count as 0: the newest row stays, and so do the heads without such a key."""
+    q, k, v = sequence(rng)
+    bad = k.copy()
+    bad[0, 17 if where == "prompt" else 43] = np.nan
+    kept = []
+    for keys in (k, bad):
+        policy = evict.make(kind, 16, kv_heads=2, sinks=2, window=6)
+        kept.append(decode(cache_of(policy, keys, v), q, keys, v, prompt=40)[1])
+    for step, (good, heads) in enumerate(zip(*kept, strict=True), start=39):
+        assert all(rows[-1] == step for rows in heads)
+        assert [len(rows) for rows in heads] == [len(rows) for rows in good]
+        if kind != "selective_attention_budget":  # there all heads keep the same rows
+            assert heads[1] == good[1]
 
 
 def test_a_failed_append_changes_nothing(rng):

@@ -13,6 +13,8 @@ from longattn._checks import dense_inputs, per_head, scale_factor, size, softcap
 from longattn.kv.evict.policy import Policy
 from longattn.kv.slot_store import SlotStore
 
+_MOST_SLOTS = 2**32 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class EvictionStats:
@@ -255,10 +257,14 @@ class EvictingCache:
         if slots is None:
             capacity = self._policy.capacity(kept)
             slots = kept + self._room if capacity is None else capacity
+            if slots > _MOST_SLOTS:
+                name = type(self._policy).__name__
+                raise ValueError(f"slots: got None, which is {slots} for this {name}, expected at most {_MOST_SLOTS}")
         if kept > slots:
             raise ValueError(f"slots: got {slots}, expected at least the {kept} rows that are kept of the prompt")
-        self._store = SlotStore(self._kv_heads, *self._dims, dtype=self._dtype, slots=slots)
+        store = SlotStore(self._kv_heads, *self._dims, dtype=self._dtype, slots=slots)
         self._policy.start(self._kv_heads, slots)
+        self._store = store
 
     def _enter(self, k: Array, v: Array, keep: NDArray[np.bool_] | None, info: dict[str, Any]) -> None:
         store = self.store

@@ -74,9 +74,12 @@ class HeavyHitter(Policy):
 
 
 def prompt_scores(q: Array, k: Array, options: dict[str, Any]) -> NDArray[np.float64]:
-    """Weight that each key of a prompt receives from all of its rows and the heads of its group, `[Hkv, L]`."""
-    mass = prob_reduce(q, k, column_mass=True, causal=True, **options).column_mass
-    return over_group(as_numpy(mass, "mass").astype(np.float64), k.shape[0], "sum")
+    """Weight that each key of a prompt receives from all of its rows and the heads of its group, `[Hkv, L]`.
+
+    NaN, as a key that is none makes of them, counts as 0: beside it no score is the lowest.
+    """
+    mass = as_numpy(prob_reduce(q, k, column_mass=True, causal=True, **options).column_mass, "mass")
+    return over_group(np.where(np.isnan(mass), 0, mass).astype(np.float64), k.shape[0], "sum")
 
 
 def kept_of_prompt(scores: NDArray[np.float64], heavy: int, recent: int) -> Mask:

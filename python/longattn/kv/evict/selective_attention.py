@@ -68,7 +68,8 @@ class SelectiveBudget(Policy):
         out, f = selective_attention(
             q, k, v, selector_head=self.selector_head, protect_first=self.protect_first, return_state=True, **options
         )
-        self._prompt = as_numpy(f, "state")
+        selected = as_numpy(f, "state")
+        self._prompt = np.where(np.isnan(selected), np.float32(0), selected)
         keep = np.zeros(k.shape[:2], bool)
         keep[:, max_f_kept(self._prompt, self.budget, protect_first=self.protect_first)] = True
         return out, keep
