@@ -63,6 +63,8 @@ def test_no_sequence():
 
 def test_bad_batches():
     q, stores, indexes = _sequences((700, 800))
+    with pytest.raises(TypeError, match="topk: got an option that retrieval_attention does not have"):
+        la.retrieval_attention_batch(q, stores, indexes, topk=5)
     with pytest.raises(ValueError, match=r"stores, indexes: got 1 and 2 for 2 queries"):
         la.retrieval_attention_batch(q, stores[:1], indexes)
     with pytest.raises(ValueError, match="got a store twice"):

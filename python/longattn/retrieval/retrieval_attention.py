@@ -232,6 +232,9 @@ def retrieval_attention_batch(
         )
     if len({id(store) for store in stores}) < len(stores):
         raise ValueError("stores: got a store twice, expected a store of its own for each sequence")
+    for name in options:
+        if name not in _Options.__dataclass_fields__:
+            raise TypeError(f"{name}: got an option that retrieval_attention does not have")
     given = _Options(**options)
     calls = []
     for i, (q, store, index) in enumerate(zip(qs, stores, indexes, strict=True)):
