@@ -115,6 +115,8 @@ def test_what_eviction_cannot_do(build_model: Any, generate: Any) -> None:
         ({"policy": "snap_kv", "parameters": {"kernels": 3}}, TypeError, "kernels: no parameter of snap_kv"),
         ({"policy": "snap_kv", "residual": "sum"}, ValueError, "residual: got 'sum'"),
         ({"policy": "nats_attention"}, ValueError, "info: got None, expected a function that gives types"),
+        ({"policy": "streaming_llm", "parameters": 5}, TypeError, "parameters: got int, expected a mapping"),
+        ({"policy": "nats_attention", "info": 5}, TypeError, "info: got int, expected a function"),
     ],
 )
 def test_bad_configs(arguments: dict[str, Any], error: type[Exception], complaint: str) -> None:

@@ -179,8 +179,8 @@ def test_kinds_that_weigh_rows() -> None:
     [
         ({"top_k": 4, "top_p": 0.5}, "one of the two"),
         ({"top_k": 0}, "top_k"),
-        ({"top_k": True}, "top_k: got True, expected an integer"),
-        ({"top_p": "0.5"}, "top_p: got '0.5', expected a number"),
+        ({"top_p": 1e-60}, "top_p: got 1e-60, expected a number between 0 and 1"),
+        ({"top_p": 1 - 1e-12}, "top_p: got 0.999"),
         ({"top_p": 1.0}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),
         ({"top_k": 4, "index": "none"}, "index: got 'none', expected one of signatures"),
@@ -189,7 +189,7 @@ def test_kinds_that_weigh_rows() -> None:
         ({"top_p": 0.4, "error": 0.1}, "error: got 0.1 beside"),
         ({"error": 0.0}, "error: got 0.0"),
         ({"error": float("nan")}, "error: got nan"),
-        ({"error": "small"}, "error: got 'small'"),
+        ({"error": 1e39}, "error: got 1e.39, expected a finite float32"),
         ({"epsilon": 0.0}, "epsilon: got 0.0"),
         ({"epsilon": 0.1, "top_k": 4}, "epsilon: got 0.1 beside top_k=4"),
         ({"epsilon": 0.1, "top_p": 0.4}, "epsilon: got 0.1 beside top_p=0.4"),
@@ -205,12 +205,34 @@ def test_kinds_that_weigh_rows() -> None:
         ({"seed": -1}, "seed: got -1"),
         ({"top_k": 4, "window": -1}, "window"),
         ({"top_k": 4, "sinks": -1}, "sinks"),
-        ({"top_k": 4, "min_length": 1.5}, "min_length"),
+        ({"index": ["pages"]}, "index: got .'pages'., expected one of signatures"),
     ],
 )
 def test_config_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RetrievalConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"top_k": True}, "top_k: got True, expected an integer"),
+        ({"top_k": [4]}, "top_k: got .4., expected an integer"),
+        ({"top_p": "0.5"}, "top_p: got '0.5', expected a number"),
+        ({"error": "small"}, "error: got 'small', expected a number"),
+        ({"error": True}, "error: got True, expected a number"),
+        ({"sinks": None}, "sinks: got None, expected an integer"),
+        ({"top_k": 4, "min_length": 1.5}, "min_length: got 1.5, expected an integer"),
+    ],
+)
+def test_config_refuses_other_kinds(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        RetrievalConfig(**arguments)
+
+
+def test_config_takes_integers_of_numpy_and_any_size() -> None:
+    how = RetrievalConfig(top_k=np.int64(5), window=np.int32(64), sinks=2**70)
+    assert (how.top_k, how.window, how.sinks) == (5, 64, 2**70)
 
 
 def test_config_refuses_parameters_of_another_index() -> None:

@@ -64,7 +64,7 @@ def sampling(
     for name, given in beside.items():
         if given is not None:
             raise ValueError(f"epsilon: got {epsilon} beside {name}={given!r}, expected epsilon alone")
-    if relative_to not in ("output", "values", None):
+    if relative_to is not None and (not isinstance(relative_to, str) or relative_to not in ("output", "values")):
         raise ValueError(f"relative_to: got {relative_to!r}, expected 'output' or 'values'")
     if weighs_none is not None:
         raise ValueError(f"epsilon: got {epsilon} with {weighs_none} that weigh no single rows")
@@ -112,10 +112,7 @@ def rows_or_mass(
     if top_k is not None and top_p is not None:
         raise ValueError(f"top_p: got {top_p} beside top_k={top_k}, expected one of the two")
     if top_p is not None:
-        p = finite(top_p, "top_p")
-        if not 0 < p < 1:
-            raise ValueError(f"top_p: got {top_p}, expected a number between 0 and 1")
-        return None, p
+        return None, _share(top_p, "top_p")
     if top_k is None:
         return [max(64, length // 100)], None
     if isinstance(top_k, Sequence | np.ndarray) and not isinstance(top_k, str):

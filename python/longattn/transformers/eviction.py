@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from longattn._checks import integer
+from longattn._checks import function, integer
 from longattn.kv.evict import by_name
 from longattn.kv.evict.cache import EvictingCache
 from longattn.transformers._onward import OnwardSequence
@@ -50,7 +50,13 @@ class EvictionConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        if not isinstance(self.parameters, Mapping):
+            raise TypeError(
+                f"parameters: got {type(self.parameters).__name__}, expected a mapping from names to values"
+            )
         by_name.check(self.policy, self.parameters)
+        if self.info is not None:
+            function(self.info, "info")
         for name, least in (("rows", 1), ("sinks", 0), ("window", 0)):
             integer(getattr(self, name), name, least)
         if self.residual not in (None, "mean"):

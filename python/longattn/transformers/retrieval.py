@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from longattn._checks import any_integer, finite
 from longattn.index import by_name
-from longattn.retrieval._budgets import sampling
+from longattn.retrieval._budgets import count, rows_or_mass, sampling
 
 
 @dataclass(frozen=True)
@@ -60,24 +61,21 @@ class RetrievalConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        if self.top_k is not None and self.top_p is not None:
-            raise ValueError(f"top_k, top_p: got {self.top_k} and {self.top_p}, expected one of the two")
-        for name, least in (("top_k", 1), ("sinks", 0), ("window", 0), ("min_length", 0)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name}: got {value!r}, expected an integer >= {least}")
-        if self.top_p is not None and not (isinstance(self.top_p, int | float) and 0 < self.top_p < 1):
-            raise ValueError(f"top_p: got {self.top_p!r}, expected a number between 0 and 1")
+        if self.top_k is not None:
+            any_integer(self.top_k, "top_k")  # one for all heads
+        rows_or_mass(self.top_k, self.top_p, 1, 1)
+        for name in ("sinks", "window", "min_length"):
+            count(getattr(self, name), name)
         if self.error is not None:
             if self.top_k is not None or self.top_p is not None:
                 raise ValueError(f"error: got {self.error!r} beside top_k or top_p, expected it alone")
-            if not (isinstance(self.error, int | float) and 0 < self.error < float("inf")):
+            if finite(self.error, "error") <= 0:
                 raise ValueError(f"error: got {self.error!r}, expected a number above 0")
             if self.epsilon is not None:
                 raise ValueError(f"error: got {self.error!r} beside epsilon={self.epsilon!r}, expected one of the two")
-        if self.rest not in ("values", "none", "sampled", None):
+        if self.rest is not None and (not isinstance(self.rest, str) or self.rest not in ("values", "none", "sampled")):
             raise ValueError(f"rest: got {self.rest!r}, expected 'values', 'none', 'sampled' or None")
-        if self.index not in by_name.KINDS:
+        if not isinstance(self.index, str) or self.index not in by_name.KINDS:
             raise ValueError(f"index: got {self.index!r}, expected one of {', '.join(by_name.KINDS)}")
         if not isinstance(self.parameters, Mapping):
             raise TypeError(
