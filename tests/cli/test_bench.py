@@ -15,6 +15,7 @@ from longattn.bench import (
     decode,
     error,
     harness,
+    hybrid,
     memory,
     neighbourhood,
     options,
@@ -104,10 +105,59 @@ def test_a_hopeless_way_is_left_out_but_not_the_default():
 
 
 def test_hybrid(tmp_path):
-    """Four models and three kinds of calls; that logits are the same is tested with the models."""
+    """Every model by itself, drawn."""
     pytest.importorskip("transformers")
-    result = run("hybrid", tmp_path, "--threads", "1", "--keys", "20", "--no-peers")
-    assert len(result["rows"]) == 12 and all(row["tokens_s"] > 0 for row in result["rows"])
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "hybrid.png"
+    result = run("hybrid", tmp_path, "--threads", "1", "--keys", "20", "--no-peers", "--plot", str(plot))
+    assert [(row["model"], row["form"]) for row in result["rows"]] == [
+        (model, form) for model in hybrid.MODELS for form in hybrid.DEFAULT_FORMS
+    ]
+    assert all(row["tokens_s"] > 0 for row in result["rows"])
+    assert plot.stat().st_size > 1000
+
+
+def test_hybrid_beside_transformers(tmp_path, capsys):
+    """Logits of every kind of call are those of transformers, with several thread counts too."""
+    pytest.importorskip("transformers")
+    models = "qwen3_next,mamba2"
+    forms = "prompt,tokens,training"
+    result = run("hybrid", tmp_path, "--models", models, "--forms", forms, "--keys", "20", "--threads", "1,2")
+    rows = result["rows"]
+    assert len(rows) == 2 * 3 * 2 * 2
+    for row in rows:
+        tokens = hybrid.TOKENS if row["form"] == hybrid.SINGLE else row["keys"]
+        assert row["tokens_s"] == pytest.approx(tokens / row["ms"] * 1e3)
+    theirs = [row for row in rows if row["method"] == hybrid.THEIRS]
+    assert len(theirs) == len(rows) // 2
+    assert all(row["difference"] < 1e-4 * row["largest"] for row in theirs)
+    assert "| 2 | mamba2 | tokens | 20 | transformers |" in capsys.readouterr().out
+    (section,) = hybrid.SECTIONS
+    assert "2 threads:" in section.tables([result])
+    bars = section.figures([result])["hybrid"]
+    assert [b.title for b in bars] == [f"{form}, 20, 2 threads" for form in hybrid.FORMS]
+    assert all(b.labels == ("qwen3_next", "mamba2") and set(b.series) == {hybrid.OURS, hybrid.THEIRS} for b in bars)
+
+
+def test_hybrid_tokens_alone_and_a_peer_that_fails(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    prompt = hybrid._Way.prompt
+
+    def fails(way):
+        if not way.ours:
+            raise RuntimeError("out of memory")
+        return prompt(way)
+
+    monkeypatch.setattr(hybrid._Way, "prompt", fails)
+    result = run("hybrid", tmp_path, "--models", "mamba", "--forms", "tokens", "--keys", "20", "--threads", "1")
+    assert [row["method"] for row in result["rows"]] == [hybrid.OURS]
+    result = run("hybrid", tmp_path, "--models", "mamba", "--keys", "20", "--threads", "1")
+    assert [(row["form"], row["ours"], row["ms"] is None) for row in result["rows"]] == [
+        ("prompt", True, False),
+        ("prompt", False, True),
+        ("tokens", True, False),
+    ]
+    assert len(hybrid.panels(result)) == 2
 
 
 def test_prefill(tmp_path):
