@@ -297,9 +297,9 @@ def test_codes_that_weigh_badly_are_not_trusted(rng):
     np.testing.assert_allclose(result.out, exact, atol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [8.0, 12.0, 20.0, 100.0])
+@pytest.mark.parametrize("scale", [4.0, 8.0, 20.0, 100.0])
 def test_logits_that_codes_miss_by_far(scale):
-    """Errors of estimates of 20 to some hundred nats: shares and masses beyond float32 promise nothing and spoil nothing."""
+    """Estimates that err by 15 to some hundred nats promise nothing and spoil nothing."""
     for seed in range(6):
         rng = np.random.default_rng(seed)
         s = store(rng, 2, 9000, 16, 8)
@@ -312,6 +312,9 @@ def test_logits_that_codes_miss_by_far(scale):
         assert (error <= 0.1).all(), (error, found.stats.verified)
         sampled = la.retrieval_attention(q, s, index, scale=scale, window=8, top_k=60, rest="sampled")
         assert np.isfinite(sampled.out).all() and np.isfinite(sampled.lse).all()
+        if scale >= 8.0:
+            np.testing.assert_allclose(sampled.out, exact, rtol=1e-4, atol=1e-4)
+            assert (sampled.stats.keys_attended == len(s)).all() and not found.stats.verified.any()
 
 
 def test_degenerate_stores(rng):

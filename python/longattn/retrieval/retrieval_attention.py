@@ -152,7 +152,8 @@ def retrieval_attention(
             `"values"` for an index that estimates them, else `"none"`. With `"sampled"` half of `top_k` are the rows
             of most weight and as many are drawn at random from the others (fewer, where some are certain to be
             drawn). They correct the estimate, as far as the correction exceeds its own noise: half the error on flat
-            heads of real models, where the estimate is biased; up to a quarter more where it is not.
+            heads of real models, where the estimate is biased; up to a quarter more where it is not. Where the
+            estimate's logits err by more than 16 nats, all rows are read instead.
         epsilon: instead of a budget of rows: reads a sample of rows, and more of them until the norm of the output's
             error is at most `epsilon` times that of `relative_to`, or else all rows. See `verified_sparse_attention`.
         delta: chance that the error is larger; `None` is 0.05. A promise for each query head and position.

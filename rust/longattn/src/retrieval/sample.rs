@@ -33,6 +33,9 @@ const LARGEST: f64 = 1.0 / 3.0;
 /// A next sample is larger by what the error calls for, times the first, and at least by the second.
 const GROWTH: [f64; 2] = [1.1, 1.3];
 
+/// Estimates whose logits err by more than this, in nats, say nothing about what is unread: the way is to read everything.
+const LARGEST_ERROR: f32 = 16.0;
+
 /// Deviations by which one unread row's logit may be too low without the row alone shifting the output by all that is allowed.
 const UNDERESTIMATE: f32 = 3.0;
 
@@ -396,6 +399,7 @@ impl Call<'_> {
         let key = Key::new(sampling.seed, stats.keys_total - 1, head);
         let group = Group::new(self, ids, candidates.clone(), rows, &*estimates, key, parallel);
         let found = match (&sampling.error, self.select(head)) {
+            _ if !estimates.sigma().iter().all(|&sigma| sigma <= LARGEST_ERROR) => None,
             (Some(budget), _) => group.verified(budget),
             (None, Select::TopK(k)) => Some(group.fixed(k)),
             (None, Select::TopP(_)) => unreachable!("refused before any work"),
