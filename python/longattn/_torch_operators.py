@@ -217,6 +217,11 @@ def pair_of(values: Any, name: str) -> tuple[Any, Any]:
     return values[0], values[1]
 
 
+def split_scale(scale: Any) -> tuple[Any, torch.Tensor | None]:
+    """The number and the factors of rows that a scale is: operators take each by an argument of its own."""
+    return (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
+
+
 def split_options(x: Given) -> tuple[list[Any], Given]:
     """Positional arguments of `longattn`'s functions, and their options."""
     places = [x.pop(name) for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k") if name in x]

@@ -20,6 +20,7 @@ from longattn._torch_operators import (
     operator,
     pair_of,
     split_options,
+    split_scale,
 )
 from longattn.sparse import BlockMask
 
@@ -72,7 +73,7 @@ def neighborhood_attention(
     Cost:
         Forward and backward as the functions of `longattn.sparse`; what a window sees is computed anew.
     """
-    number, factors = (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
+    number, factors = split_scale(scale)
     more = {"extra_k": extra_k, "extra_v": extra_v, "bias": bias, "sinks": sinks}
     check_constants({"q": q, "k": k, "v": v, **more}, {"scale": factors})
     axes = max(q.dim() - 3, 1)
@@ -211,7 +212,7 @@ def block_sparse_attention(
     Cost:
         Forward and backward as the functions of `longattn` and `longattn.sparse`.
     """
-    number, factors = (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
+    number, factors = split_scale(scale)
     of_queries, of_keys = pair_of(segments, "segments")
     bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     constants = {
@@ -294,7 +295,7 @@ def windowed_attention(
     Cost:
         Forward and backward as the functions of `longattn.sparse`; what a query sees is computed anew.
     """
-    number, factors = (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
+    number, factors = split_scale(scale)
     given = {"centre": centre, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "sinks": sinks}
     check_constants({"q": q, "k": k, "v": v, **given}, {"scale": factors})
     if isinstance(radius, torch.Tensor):

@@ -51,6 +51,7 @@ from longattn._torch_operators import (
     operator,
     pair_of,
     split_options,
+    split_scale,
 )
 from longattn._torch_sparse import (
     block_sparse_attention,
@@ -153,7 +154,7 @@ def attention(
         >>> q.grad.shape
         torch.Size([1, 8, 100, 64])
     """
-    number, factors = (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
+    number, factors = split_scale(scale)
     of_queries, of_keys = pair_of(segments, "segments")
     check_constants(
         {"q": q, "k": k, "v": v, "sinks": sinks},
@@ -239,7 +240,7 @@ def attention_varlen(
     Cost:
         That of `attention` summed over the sequences.
     """
-    number, factors = (None, scale) if isinstance(scale, torch.Tensor) else (scale, None)
+    number, factors = split_scale(scale)
     check_constants(
         {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "sinks": sinks},
         {"scale": factors, "alibi_slopes": alibi_slopes, "relative_bias": relative_bias},

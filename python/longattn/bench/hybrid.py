@@ -229,7 +229,7 @@ def _of_model(bench: Bench, name: str, length: int, forms: Sequence[str]) -> lis
     rows: list[Row] = []
     for form in forms:
         if form == SINGLE:
-            ways = [way for way in ways if _ready(way)]
+            ways = [way for way in ways if _ready(bench, way)]
         bench.say(f"hybrid {name}, {form}, length {length}")
         for threads in bench.each_threads():
             torch.set_num_threads(threads)
@@ -237,14 +237,15 @@ def _of_model(bench: Bench, name: str, length: int, forms: Sequence[str]) -> lis
     return rows
 
 
-def _ready(way: _Way) -> bool:
+def _ready(bench: Bench, way: _Way) -> bool:
     """Whether the way has a cache for single tokens to go on from: a peer may fail over the prompt."""
     if not way.after_prompt:
         try:
             way.prompt()
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError) as error:
             if way.ours:
                 raise
+            bench.say(f"{way.name} has no cache: {type(error).__name__}: {str(error).splitlines()[0]}")
     return bool(way.after_prompt)
 
 

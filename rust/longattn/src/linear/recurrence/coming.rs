@@ -1,10 +1,8 @@
 //! Asking memory for rows to come while others are computed.
 
-use crate::simd::{asks_second_cache, prefetch};
+use crate::dense::rows::prefetch_bytes;
+use crate::simd::asks_second_cache;
 use crate::tensor::{TensorView, with_element};
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Rows of a few arrays. Nothing is asked for where it would come into the first cache, which a chunk of rows overflows.
 #[derive(Default)]
@@ -35,9 +33,7 @@ impl Coming {
     pub(super) fn ask(&self, row: usize) {
         if row < self.rows {
             for &(first, distance, bytes) in &self.arrays {
-                for byte in (0..bytes).step_by(LINE) {
-                    prefetch(first.wrapping_offset(row as isize * distance).wrapping_add(byte));
-                }
+                prefetch_bytes(first.wrapping_offset(row as isize * distance), bytes);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! The other direction of `unfused.rs`, for its gradients: rows of queries go to the keys of their windows.
 
 use super::tiles::Tiles;
+use super::unfused::place;
 use super::{head_ranges, row_ids};
 use crate::dense::backward::load_row;
 use crate::dense::grid::{Grid, Patch};
@@ -68,8 +69,7 @@ impl Kernel for Spread<'_, '_> {
                 line.fill(0.0);
                 let mut runs = patch.runs(id.row, keys.clone());
                 while let Some(run) = runs.next_run() {
-                    let [z, y, x] = run.offset.map(|n| n as usize);
-                    let first = (z * sizes[1] + y) * sizes[2] + x;
+                    let first = place(run.offset, sizes);
                     with_element!(weights.dtype(), W => {
                         let from = &weights.row::<W>(id.batch, id.head, id.row)[first..first + run.at.len()];
                         line[run.at.clone()].iter_mut().zip(from).for_each(|(to, w)| *to = w.to_f32());

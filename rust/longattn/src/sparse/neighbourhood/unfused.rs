@@ -31,7 +31,7 @@ fn tile_ranges<S: Simd>(visible: &[Range<usize>], block: &Range<usize>) -> [(usi
 
 /// Where a run of a row's keys lies in its window of `sizes` places.
 #[inline(always)]
-fn place(offset: [u32; 3], sizes: [usize; 3]) -> usize {
+pub(super) fn place(offset: [u32; 3], sizes: [usize; 3]) -> usize {
     let [z, y, x] = offset.map(|n| n as usize);
     (z * sizes[1] + y) * sizes[2] + x
 }
