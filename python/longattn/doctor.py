@@ -18,6 +18,7 @@ OPTIONAL = {"torch": "torch", "transformers": "transformers", "matplotlib": "plo
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 READ_BYTES = 1 << 30
+THREADS_VARIABLES = ("LONGATTN_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +54,7 @@ def machine() -> dict[str, Any]:
         },
         "threads": {
             "used": _core.num_threads(),
-            **{name: os.environ.get(name) for name in ("LONGATTN_NUM_THREADS", "OMP_NUM_THREADS")},
+            **{name: os.environ.get(name) for name in (*THREADS_VARIABLES, "LONGATTN_OPENMP")},
         },
         "memory": {**_memory(), "transparent_huge_pages": _huge_pages()},
         "versions": {
@@ -93,7 +94,7 @@ def advice(facts: dict[str, Any]) -> list[str]:
         lines.append(f"LONGATTN_ISA forces {isa['used']}; available: {', '.join(isa['available'])}.")
     elif isa["used"] == "scalar":
         lines.append("No vector instructions: a CPU with AVX2, FMA and F16C, AVX-512 or NEON is many times faster.")
-    for name in ("LONGATTN_NUM_THREADS", "OMP_NUM_THREADS"):
+    for name in THREADS_VARIABLES:
         asked = threads.get(name)
         if asked and not _is_count(asked):
             lines.append(f"{name} is {asked!r}, which is no number of threads: it is passed over.")
@@ -101,6 +102,10 @@ def advice(facts: dict[str, Any]) -> list[str]:
         lines.append(f"{threads['used']} of {usable} CPUs are used: set LONGATTN_NUM_THREADS.")
     elif threads["used"] > usable:
         lines.append(f"{threads['used']} threads share {usable} CPUs: more threads than CPUs only wait for each other.")
+    if threads.get("LONGATTN_OPENMP") == "0":
+        lines.append(
+            "LONGATTN_OPENMP=0: calls between torch's operations wait for processors that its threads keep busy."
+        )
     if memory["transparent_huge_pages"] == "never":
         lines.append(f"Huge pages are off; retrieval gains from them: echo madvise | sudo tee {HUGE_PAGES}")
     cores = min(threads["used"], usable)

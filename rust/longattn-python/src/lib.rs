@@ -98,6 +98,7 @@ mod _core {
     #[pymodule_export]
     use super::system::{
         available_isas, cpu_features, fma_peak, isa, num_threads, read_bandwidth, set_isa, set_num_threads,
+        shares_openmp,
     };
     #[pymodule_export]
     use super::virtual_store::VirtualKVStore;

@@ -21,6 +21,7 @@ pub(crate) fn run<T: Send>(
     if operations < LONG {
         return py.detach(|| work(&execution)).map_err(to_py);
     }
+    let execution = Execution { own_threads: true, ..execution };
     let cancel = execution.cancel.clone();
     std::thread::scope(|scope| {
         let (sender, receiver) = mpsc::sync_channel(1);

@@ -8,13 +8,14 @@ use std::collections::BTreeMap;
 use std::ffi::CString;
 
 /// What variables of the environment say: an error where no instruction set of this CPU is named, a warning about a number of threads
-/// that is none.
+/// that is none, and whether calls may run on torch's threads.
 pub(crate) fn check_environment(py: Python<'_>) -> PyResult<()> {
     simd::check_environment().map_err(to_py)?;
     if let Err(error) = parallel::check_environment() {
         let text = CString::new(format!("{error}; it is passed over"))?;
         PyErr::warn(py, &py.get_type::<PyRuntimeWarning>(), &text, 1)?;
     }
+    parallel::share_openmp(std::env::var_os("LONGATTN_OPENMP").is_none_or(|said| said != "0"));
     Ok(())
 }
 
@@ -41,6 +42,12 @@ pub(crate) fn cpu_features() -> BTreeMap<&'static str, bool> {
 #[pyfunction]
 pub(crate) fn num_threads() -> usize {
     parallel::num_threads()
+}
+
+/// Whether a call of this thread runs on torch's threads.
+#[pyfunction]
+pub(crate) fn shares_openmp() -> bool {
+    parallel::shares_openmp()
 }
 
 #[pyfunction]

@@ -1,16 +1,15 @@
-//! One thread pool of our own.
+//! Threads of our own.
 //!
 //! A call's thread works too and never waits for others to wake up: whoever has not joined when the items are taken does not join any
-//! more. Workers look for the next call for a while before they sleep, since waking up takes as long as a short call. A pool survives
-//! `fork` (torch's DataLoader forks): it is keyed by the process id and built anew in a child. Work is split by the caller into items
-//! whose number does not depend on the number of threads, so results do not either.
+//! more. Workers look for the next call for a while before they sleep, since waking up takes as long as a short call.
 
+use super::locked;
 use crate::tensor::{Error, Result};
 use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
@@ -94,10 +93,6 @@ fn look(mut so: impl FnMut() -> bool) -> bool {
     }
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// What a pool's threads look at.
 #[derive(Default)]
 struct Shared {
@@ -161,7 +156,26 @@ impl Shared {
     }
 }
 
-struct Workers(Arc<Shared>);
+/// A pool's threads, one fewer than it is said to have: whoever calls is one.
+pub(super) struct Workers(Arc<Shared>);
+
+impl Workers {
+    pub(super) fn start(threads: usize) -> Result<Self> {
+        let workers = Self(Arc::default());
+        for i in 1..threads {
+            let shared = Arc::clone(&workers.0);
+            thread::Builder::new().name(format!("longattn-{i}")).spawn(move || shared.serve()).map_err(|e| {
+                Error::value("num_threads", format!("{threads} ({e})"), "a number of threads the system can start")
+            })?;
+        }
+        Ok(workers)
+    }
+
+    /// Runs `work` on this thread and on up to `others` of the pool.
+    pub(super) fn run(&self, others: usize, work: &(dyn Fn() + Sync)) {
+        self.0.run(others, work);
+    }
+}
 
 impl Drop for Workers {
     fn drop(&mut self) {
@@ -172,174 +186,13 @@ impl Drop for Workers {
     }
 }
 
-struct Pool {
-    pid: u32,
-    threads: usize,
-    workers: Arc<Workers>,
-}
-
-static POOL: Mutex<Option<Pool>> = Mutex::new(None);
-
-/// Threads that the pool uses when nothing else was said: `LONGATTN_NUM_THREADS`, else `OMP_NUM_THREADS`, else the processors this
-/// process may run on.
-pub fn default_num_threads() -> usize {
-    static DEFAULT: OnceLock<usize> = OnceLock::new();
-    *DEFAULT.get_or_init(|| {
-        let available = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let asked = |name| threads_of(&std::env::var(name).ok()?);
-        asked(VARIABLE).or_else(|| asked("OMP_NUM_THREADS").map(|n| n.min(available))).unwrap_or(available)
-    })
-}
-
-/// The environment variable that says how many threads there shall be.
-const VARIABLE: &str = "LONGATTN_NUM_THREADS";
-
-/// The most threads of a pool.
-const MOST: usize = 4096;
-
-/// A number of threads as variables of the environment write it.
-fn threads_of(text: &str) -> Option<usize> {
-    text.trim().parse().ok().filter(|n| (1..=MOST).contains(n))
-}
-
-/// An error when `LONGATTN_NUM_THREADS` is no number of threads, which [`default_num_threads`] passes over.
-pub fn check_environment() -> Result<()> {
-    let Some(given) = std::env::var_os(VARIABLE) else { return Ok(()) };
-    let given = given.to_string_lossy();
-    if given.trim().is_empty() || threads_of(&given).is_some() {
-        return Ok(());
-    }
-    Err(Error::value(VARIABLE, format!("{given:?}"), format!("a number of threads, 1 to {MOST}")))
-}
-
-fn build(threads: usize) -> Result<Arc<Workers>> {
-    let workers = Workers(Arc::default());
-    for i in 1..threads {
-        let shared = Arc::clone(&workers.0);
-        thread::Builder::new().name(format!("longattn-{i}")).spawn(move || shared.serve()).map_err(|e| {
-            Error::value("num_threads", format!("{threads} ({e})"), "a number of threads the system can start")
-        })?;
-    }
-    Ok(Arc::new(workers))
-}
-
-/// Sets the number of threads of this process's pool.
-pub fn set_num_threads(threads: usize) -> Result<()> {
-    if threads == 0 || threads > MOST {
-        return Err(Error::value("num_threads", threads, format!("1 to {MOST}")));
-    }
-    let workers = build(threads)?;
-    *locked(&POOL) = Some(Pool { pid: std::process::id(), threads, workers });
-    Ok(())
-}
-
-fn pool() -> Result<(Arc<Workers>, usize)> {
-    let mut slot = locked(&POOL);
-    let pid = std::process::id();
-    let threads = slot.as_ref().map_or_else(default_num_threads, |p| p.threads);
-    if slot.as_ref().is_none_or(|p| p.pid != pid) {
-        // A pool inherited through fork has no threads behind it, and its locks may be held by those that are not there.
-        std::mem::forget(slot.take());
-        *slot = Some(Pool { pid, threads, workers: build(threads)? });
-    }
-    let p = slot.as_ref().expect("just built");
-    Ok((Arc::clone(&p.workers), p.threads))
-}
-
-/// Number of threads of the pool.
-pub fn num_threads() -> usize {
-    let slot = locked(&POOL);
-    slot.as_ref().map_or_else(default_num_threads, |p| p.threads)
-}
-
-/// A flag that stops long work between two items.
-#[derive(Clone, Debug, Default)]
-pub struct Cancel(Arc<AtomicBool>);
-
-impl Cancel {
-    /// Asks the work that holds this flag to stop.
-    pub fn cancel(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether somebody asked for a stop.
-    pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-/// How a call runs.
-#[derive(Clone, Debug, Default)]
-pub struct Execution {
-    /// Stops the call with [`Error::Cancelled`].
-    pub cancel: Cancel,
-}
-
-/// Runs `work` on items `0..n`, each once, on the calling thread and the pool (on the calling thread alone where there is just one item
-/// or thread).
-/// Items start in order, so callers put the heavy ones first.
-pub(crate) fn for_each<F: Fn(usize) + Sync>(execution: &Execution, n: usize, work: F) -> Result<()> {
-    let run = |i: usize| {
-        if !execution.cancel.is_cancelled() {
-            work(i);
-        }
-    };
-    if n <= 1 {
-        (0..n).for_each(run);
-    } else {
-        let (workers, threads) = pool()?;
-        if threads == 1 {
-            (0..n).for_each(run);
-        } else {
-            let next = AtomicUsize::new(0);
-            let take = || {
-                loop {
-                    let i = next.fetch_add(1, Ordering::Relaxed);
-                    if i >= n {
-                        break;
-                    }
-                    run(i);
-                }
-            };
-            workers.0.run(threads.min(n) - 1, &take);
-        }
-    }
-    if execution.cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
-}
-
-/// As [`for_each`], keeping what each item returns, in the order of the items.
-pub(crate) fn map<T: Send, F: Fn(usize) -> T + Sync>(execution: &Execution, n: usize, work: F) -> Result<Vec<T>> {
-    let slots: Vec<Mutex<Option<T>>> = (0..n).map(|_| Mutex::new(None)).collect();
-    for_each(execution, n, |i| *locked(&slots[i]) = Some(work(i)))?;
-    Ok(slots
-        .into_iter()
-        .map(|s| s.into_inner().unwrap_or_else(PoisonError::into_inner).expect("every item ran"))
-        .collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn map_keeps_the_order_and_cancel_stops() {
-        let execution = Execution::default();
-        assert_eq!(map(&execution, 100, |i| i * i).unwrap(), (0..100).map(|i| i * i).collect::<Vec<_>>());
-        execution.cancel.cancel();
-        assert!(matches!(map(&execution, 100, |i| i), Err(Error::Cancelled)));
-    }
-    #[test]
-    fn numbers_of_threads_as_the_environment_writes_them() {
-        for (text, expected) in
-            [("3", Some(3)), (" 4096\n", Some(4096)), ("0", None), ("-1", None), ("4097", None), ("abc", None)]
-        {
-            assert_eq!(threads_of(text), expected, "{text}");
-        }
-    }
-
-    #[test]
     fn every_item_runs_once_whoever_joins() {
-        let pool = build(4).unwrap();
+        let pool = Workers::start(4).unwrap();
         let counts: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
         for round in 0..200 {
             let next = AtomicUsize::new(0);
@@ -350,8 +203,8 @@ mod tests {
             };
             // Several callers at a time, and calls inside calls.
             thread::scope(|scope| {
-                scope.spawn(|| pool.0.run(3, &take));
-                pool.0.run(2, &|| pool.0.run(2, &take));
+                scope.spawn(|| pool.run(3, &take));
+                pool.run(2, &|| pool.run(2, &take));
             });
             assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == round + 1));
             if round % 50 == 0 {
@@ -364,11 +217,11 @@ mod tests {
 
     #[test]
     fn a_call_does_not_wait_for_workers_that_are_busy() {
-        let pool = build(2).unwrap();
+        let pool = Workers::start(2).unwrap();
         let (started, free) = (AtomicBool::new(false), AtomicBool::new(false));
         thread::scope(|scope| {
             scope.spawn(|| {
-                pool.0.run(1, &|| {
+                pool.run(1, &|| {
                     started.store(true, Ordering::Release);
                     while !free.load(Ordering::Acquire) {
                         thread::yield_now();
@@ -379,7 +232,7 @@ mod tests {
                 thread::yield_now();
             }
             let done = AtomicUsize::new(0);
-            pool.0.run(1, &|| _ = done.fetch_add(1, Ordering::Relaxed));
+            pool.run(1, &|| _ = done.fetch_add(1, Ordering::Relaxed));
             assert!(done.load(Ordering::Relaxed) >= 1);
             free.store(true, Ordering::Release);
         });
@@ -387,19 +240,19 @@ mod tests {
 
     #[test]
     fn a_panic_reaches_the_caller_and_leaves_the_pool_whole() {
-        let pool = build(3).unwrap();
+        let pool = Workers::start(3).unwrap();
         for _ in 0..50 {
             let turns = AtomicUsize::new(0);
             let work = || {
                 // Every thread that joins comes here once; one of them panics.
                 assert!(turns.fetch_add(1, Ordering::Relaxed) != 0, "the first");
             };
-            let caught = catch_unwind(AssertUnwindSafe(|| pool.0.run(2, &work)));
+            let caught = catch_unwind(AssertUnwindSafe(|| pool.run(2, &work)));
             let message = caught.unwrap_err();
             assert_eq!(message.downcast_ref::<&str>(), Some(&"the first"));
         }
         let joined = AtomicUsize::new(0);
-        pool.0.run(2, &|| _ = joined.fetch_add(1, Ordering::Relaxed));
+        pool.run(2, &|| _ = joined.fetch_add(1, Ordering::Relaxed));
         assert!((1..=3).contains(&joined.load(Ordering::Relaxed)));
     }
 }
