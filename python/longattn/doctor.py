@@ -103,9 +103,7 @@ def advice(facts: dict[str, Any]) -> list[str]:
     elif threads["used"] > usable:
         lines.append(f"{threads['used']} threads share {usable} CPUs: more threads than CPUs only wait for each other.")
     if threads.get("LONGATTN_OPENMP") == "0":
-        lines.append(
-            "LONGATTN_OPENMP=0: calls between torch's operations wait for processors that its threads keep busy."
-        )
+        lines.append("LONGATTN_OPENMP=0: calls between torch's operations wait for processors that its threads hold.")
     if memory["transparent_huge_pages"] == "never":
         lines.append(f"Huge pages are off; retrieval gains from them: echo madvise | sudo tee {HUGE_PAGES}")
     cores = min(threads["used"], usable)

@@ -146,3 +146,32 @@ def test_statistics_are_made_when_they_are_asked_for(rng):
     assert [len(rows) for of_head in stats.selected for rows in of_head] == [30] * 6
     assert "keys_attended" in repr(result)
     assert la.retrieval_attention(q, s, index, top_k=30, return_stats=False).stats is None
+
+
+@pytest.mark.parametrize("bad", [NAN, INF], ids=str)
+@pytest.mark.parametrize("budget", [{"top_k": 9}, {"top_p": 0.8}], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        la.index.Signatures,
+        lambda s: la.index.Signatures(s, bits=1),
+        la.index.Flat,
+        lambda s: la.index.ProductQuantisation(s, subvectors=4),
+        lambda s: la.index.Pages(s, page_size=16),
+    ],
+    ids=["4-bit", "1-bit", "flat", "product", "pages"],
+)
+def test_a_query_that_is_no_number_leaves_its_group_alone(make, budget, bad):
+    """Selection is by the mean over a group: a head without weights has no say in it."""
+    index = make(STORE)
+    if "top_p" in budget and isinstance(index, la.index.Pages):
+        pytest.skip("pages know no mass")
+    spoilt = np.repeat(Q[:2, :1], 2, axis=0)
+    spoilt[1::2] = bad
+    options = budget | {"sinks": 2, "window": 5, "return_selected": True}
+    whole = la.retrieval_attention(Q[:2, :1], STORE, index, **options)
+    found = la.retrieval_attention(spoilt, STORE, index, **options)
+    np.testing.assert_allclose(found.out[::2], whole.out, rtol=1e-4, atol=1e-6)
+    for (one,), (other,) in zip(found.stats.selected, whole.stats.selected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert np.isnan(found.out[1::2]).all()

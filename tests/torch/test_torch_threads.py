@@ -57,8 +57,8 @@ def test_whose_threads(code, variables, owner):
 
 
 def test_the_bits_are_the_same():
-    code = f"import torch\n{ATTEND}\ntorch.ones(1000, 1000).sum()\nprint(attend().tobytes().hex()[:64], hash(attend().tobytes()))"
-    shared, own = (run(code, LONGATTN_OPENMP=x, PYTHONHASHSEED="0") for x in "10")
+    code = f"import torch\n{ATTEND}\ntorch.ones(1000, 1000).sum()\nprint(attend().tobytes().hex())"
+    shared, own = (run(code, LONGATTN_OPENMP=x) for x in "10")
     assert shared == own
 
 

@@ -65,7 +65,7 @@ pub(super) fn team(asked: Option<usize>) -> Option<Team> {
     let (threads, inside) = unsafe { ((runtime.max_threads)(), (runtime.in_parallel)() != 0) };
     // Another number than torch's would start and end threads whenever the two take turns.
     let fits = threads > 1 && asked.is_none_or(|asked| usize::try_from(threads) == Ok(asked));
-    (fits && !inside).then(|| Team { runtime, threads: threads as c_uint })
+    (fits && !inside).then_some(Team { runtime, threads: threads as c_uint })
 }
 
 /// Work of a team.

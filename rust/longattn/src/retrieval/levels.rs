@@ -322,7 +322,8 @@ impl Kernel for Shares<'_> {
                 unsafe {
                     for (g, &total) in totals.iter().enumerate() {
                         let share = s.exp(s.sub(s.load(block.as_ptr().add(g * KEYS + j)), s.splat(total)));
-                        sum = s.fma(share, part, sum);
+                        // A query that is not a number does not take the others' shares away.
+                        sum = s.fma(s.max(share, s.zero()), part, sum);
                     }
                     s.store(shares.as_mut_ptr().add(j), sum);
                 }

@@ -178,8 +178,10 @@ fn scan<'a, C: RowCodes>(
     let parts = Slots::new(chunks);
     let left = if purpose == Purpose::Sample { Left::NOTHING } else { Left::of(candidates.len()) };
     run(&|c| {
+        // The last rows first: they are still in the caches.
+        let c = chunks - 1 - c;
         let mut weigh = Weigh::new(&heads, clusters, by_mass);
-        for t in tiles_of(c) {
+        for t in tiles_of(c).rev() {
             let range = tile_places(t);
             // SAFETY: the tiles of chunk c are this worker's own.
             let (scores, weights, scales) = unsafe {
@@ -243,7 +245,9 @@ pub(crate) fn pick_places<C: RowCodes>(codes: &C, ask: &Ask, candidates: Range<u
         Select::TopP(p) => {
             let wanted = |g: usize| {
                 let steady = f64::from(heads[g].steady_share);
-                f64::from(p) * (steady + totals.rest[g]) - steady
+                let wanted = f64::from(p) * (steady + totals.rest[g]) - steady;
+                // Of a head whose query is not a number, nothing.
+                if wanted.is_nan() { 0.0 } else { wanted }
             };
             Budget::Mass((0..group).map(wanted).collect())
         }

@@ -107,7 +107,8 @@ impl Weights {
         let heads = self.mass.len();
         let mut left = wanted.to_vec();
         for b in (0..BINS).rev() {
-            if left.iter().all(|&x| x <= 0.0) {
+            // What is not a number, of a query that is none, is not looked for.
+            if !left.iter().any(|&x| x > 0.0) {
                 return b + 1;
             }
             left.iter_mut().zip(&self.bin_mass[b * heads..]).for_each(|(left, mass)| *left -= mass);

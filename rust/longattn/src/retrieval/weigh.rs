@@ -60,9 +60,10 @@ impl CodeError {
         self.variance.sqrt() as f32
     }
 
-    /// Whether one factor corrects all weights: those of means, and where noise below half a nat hardly moves them.
+    /// Whether one factor corrects all weights: those of means, and where noise below half a nat hardly moves them. Those of a query
+    /// that is no number are nothing anyway.
     pub(super) fn is_one_factor(self) -> bool {
-        self.mean || self.variance < 0.25
+        self.mean || !(0.25..f64::INFINITY).contains(&self.variance)
     }
 }
 
@@ -212,13 +213,19 @@ impl Kernel for Summarise<'_> {
             let [a, b, c, d] = largest;
             let max = s.max_lane(s.max(s.max(a, b), s.max(c, d)));
             origins[g] = max;
+            // No product was a number: the query's weights are 0, so that those of its group's other queries count.
+            let nothing = max == hidden;
+            if nothing {
+                row.fill(hidden);
+            }
+            let max = if nothing { 0.0 } else { max };
             let mut total = s.zero();
             // e^(x - max) as a power of 2.
             let (log2_e, origin) = (s.splat(LOG2_E), s.splat(-max * LOG2_E));
             for chunk in row.chunks_exact_mut(S::LANES) {
                 // SAFETY: as above.
                 unsafe {
-                    let weight = s.exp2(s.fma(s.load(chunk.as_ptr()), log2_e, origin));
+                    let weight = s.exp2_rough(s.fma(s.load(chunk.as_ptr()), log2_e, origin));
                     total = s.add(total, weight);
                     if scaled {
                         s.store(chunk.as_mut_ptr(), weight);
@@ -261,6 +268,10 @@ const VECTORS: usize = 16;
 
 /// Neighbouring rows that are left out of the clusters' sums together, or drawn together, whatever the instruction set.
 const BLOCK: usize = 16;
+
+/// Blocks of a tile, as many as a word has bits.
+const BLOCKS: usize = TILE / BLOCK;
+const _: () = assert!(BLOCKS == u64::BITS as usize);
 
 /// Blocks of light rows of which one, drawn at random, stands for all in the clusters' sums.
 const DRAWN: usize = 4;
@@ -332,7 +343,7 @@ impl HeadWeight {
     }
 }
 
-/// One tile's part of [`Weigh`].
+/// One tile's part of [`Weigh`]. Tiles go from the last, which the scan left in the caches, to the first.
 pub(super) struct WeighTile<'a, 'b> {
     /// `[group, TILE]`, as [`Summarise`] left them.
     pub(super) scores: &'a [f32],
@@ -364,24 +375,25 @@ impl Kernel for WeighTile<'_, '_> {
         }
         let sloped = heads.iter().any(|head| matches!(head.unread, Unread::Sloped { .. }));
         macro_rules! quads {
-            ($work:ident) => {
+            ($work:ident $(, $more:expr)?) => {
                 for first in (0..group).step_by(QUAD) {
                     match (sloped, group - first) {
-                        (false, 1) => self.$work::<S, 1, false>(s, first),
-                        (false, 2) => self.$work::<S, 2, false>(s, first),
-                        (false, 3) => self.$work::<S, 3, false>(s, first),
-                        (false, _) => self.$work::<S, 4, false>(s, first),
-                        (true, 1) => self.$work::<S, 1, true>(s, first),
-                        (true, 2) => self.$work::<S, 2, true>(s, first),
-                        (true, 3) => self.$work::<S, 3, true>(s, first),
-                        (true, _) => self.$work::<S, 4, true>(s, first),
+                        (false, 1) => self.$work::<S, 1, false>(s, first $(, $more)?),
+                        (false, 2) => self.$work::<S, 2, false>(s, first $(, $more)?),
+                        (false, 3) => self.$work::<S, 3, false>(s, first $(, $more)?),
+                        (false, _) => self.$work::<S, 4, false>(s, first $(, $more)?),
+                        (true, 1) => self.$work::<S, 1, true>(s, first $(, $more)?),
+                        (true, 2) => self.$work::<S, 2, true>(s, first $(, $more)?),
+                        (true, 3) => self.$work::<S, 3, true>(s, first $(, $more)?),
+                        (true, _) => self.$work::<S, 4, true>(s, first $(, $more)?),
                     }
                 }
             };
         }
         quads!(weights);
         if self.weigh.clusters > 0 {
-            quads!(clusters);
+            let blocks = self.blocks(s);
+            quads!(clusters, blocks);
         }
         let Weigh { weights: totals, rest, .. } = self.weigh;
         let mut largest = [0f32; simd::MAX_LANES];
@@ -413,8 +425,18 @@ impl WeighTile<'_, '_> {
         let (mut slopes, mut shifts) = ([s.zero(); H], [s.zero(); H]);
         for h in 0..H {
             let turn = self.weigh.heads[first + h].turn();
-            slopes[h] = s.splat(if SLOPED { turn.slope * LOG2_E } else { self.scales[first + h] });
-            shifts[h] = s.splat(turn.shift * LOG2_E);
+            let (slope, shift) =
+                if SLOPED { (turn.slope * LOG2_E, turn.shift * LOG2_E) } else { (self.scales[first + h], 0.0) };
+            // Of a query that is no number nothing was left but weights of 0, or logits of minus infinity.
+            let lost = slope.is_nan() || shift.is_nan();
+            slopes[h] = s.splat(if !lost {
+                slope
+            } else if SLOPED {
+                1.0
+            } else {
+                0.0
+            });
+            shifts[h] = s.splat(if lost { 0.0 } else { shift });
         }
         Vectors { slopes, shifts }
     }
@@ -444,13 +466,14 @@ impl WeighTile<'_, '_> {
     #[inline(always)]
     fn weights<S: Simd, const H: usize, const SLOPED: bool>(&mut self, s: S, first: usize) {
         let by = self.vectors::<S, H, SLOPED>(s, first);
-        let part = s.splat(1.0 / self.weigh.heads.len() as f32);
+        let group = self.weigh.heads.len();
+        let part = s.splat(1.0 / group as f32);
         let by_mass = self.weigh.weights.has_mass();
         let mut sums = [s.zero(); H];
         for j in (0..self.len).step_by(S::LANES) {
-            // The next tile's scores are in an outer cache at best, in pages of their own.
+            // The scores of the tile that comes next, the one before, are in an outer cache at best, in pages of their own.
             for h in 0..H {
-                simd::prefetch(self.scores.as_ptr().wrapping_add((self.weigh.heads.len() + first + h) * TILE + j));
+                simd::prefetch(self.scores.as_ptr().wrapping_sub((group - first - h) * TILE).wrapping_add(j));
             }
             // SAFETY: j + LANES <= len <= TILE, which the weights have, and the heads are of the group.
             unsafe {
@@ -476,35 +499,45 @@ impl WeighTile<'_, '_> {
         }
     }
 
+    /// Blocks whose rows are added to the sums of their clusters, a bit each: all of the heavy ones, and those drawn from the others.
+    #[inline(always)]
+    fn blocks<S: Simd>(&self, s: S) -> [u64; 2] {
+        let (negligible, light) = (s.splat(self.left.negligible), s.splat(self.left.light));
+        let (mut some, mut heavy) = (0, 0);
+        for b in 0..self.len / BLOCK {
+            let mut largest = s.zero();
+            for lane in (0..BLOCK).step_by(S::LANES) {
+                // SAFETY: whole blocks lie inside the tile, and LANES divides BLOCK.
+                largest = s.max(unsafe { s.load(self.weights.as_ptr().add(b * BLOCK + lane)) }, largest);
+            }
+            some |= u64::from(s.at_least(largest, negligible) != 0) << b;
+            heavy |= u64::from(s.at_least(largest, light) != 0) << b;
+        }
+        // Two random bits say which block of each four stands for all.
+        let (random, mut drawn) = (mix32(self.tile as u32), 0);
+        for set in 0..BLOCKS / DRAWN {
+            drawn |= 1 << (set * DRAWN + (random >> (2 * set)) as usize % DRAWN);
+        }
+        [some & heavy, some & !heavy & drawn]
+    }
+
     /// Adds the weights of `H` heads to the sums of the rows' clusters.
     #[inline(always)]
-    fn clusters<S: Simd, const H: usize, const SLOPED: bool>(&mut self, s: S, first: usize) {
+    fn clusters<S: Simd, const H: usize, const SLOPED: bool>(&mut self, s: S, first: usize, [heavy, drawn]: [u64; 2]) {
         let by = self.vectors::<S, H, SLOPED>(s, first);
-        let (negligible, light) = (s.splat(self.left.negligible), s.splat(self.left.light));
-        // Two random bits for each set of four blocks.
-        let mut drawn = mix32(self.tile as u32);
-        for set in (0..self.len).step_by(DRAWN * BLOCK) {
-            let place = drawn as usize % DRAWN;
-            drawn >>= 2;
-            for (block, start) in (set..self.len.min(set + DRAWN * BLOCK)).step_by(BLOCK).enumerate() {
-                let mut largest = s.zero();
-                for j in (start..start + BLOCK).step_by(S::LANES) {
-                    // SAFETY: whole blocks lie inside the tile, and LANES divides BLOCK.
-                    largest = s.max(unsafe { s.load(self.weights.as_ptr().add(j)) }, largest);
-                }
-                let heavy = s.at_least(largest, light) != 0;
-                if s.at_least(largest, negligible) == 0 || !(heavy || block == place) {
-                    continue;
-                }
-                let times = s.splat(if heavy { 1.0 } else { DRAWN as f32 });
-                for j in (start..start + BLOCK).step_by(S::LANES) {
+        for (mut left, times) in [(heavy, 1.0), (drawn, DRAWN as f32)] {
+            let times = s.splat(times);
+            while left != 0 {
+                let start = left.trailing_zeros() as usize * BLOCK;
+                left &= left - 1;
+                for j in (0..BLOCK).step_by(S::LANES) {
                     // SAFETY: as above, and the heads are of the group.
-                    let weights = unsafe { self.of_rows::<S, H, SLOPED>(s, first, j, &by) };
+                    let weights = unsafe { self.of_rows::<S, H, SLOPED>(s, first, start + j, &by) };
                     let mut quad = [s.zero(); QUAD];
                     for h in 0..H {
                         quad[h] = s.mul(weights[h], times);
                     }
-                    self.add(s, first, j, quad);
+                    self.add(s, first, start + j, quad);
                 }
             }
         }
