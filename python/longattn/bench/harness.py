@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import statistics
 import sys
 import time
@@ -112,6 +113,9 @@ class Bench:
     def interleave(self, candidates: Sequence[Candidate], *, burst_s: float = 0.0) -> dict[str, Outcome]:
         """Calls every candidate once to warm up, then all in turns; reads memory once a round.
 
+        The order is another one in each round, drawn by its number: who comes first finds caches that hold other memory
+        and threads asleep, who comes after a peer finds what that one read.
+
         With `burst_s` a turn is as many calls as take that long, whoever's they are, and counts with their mean: what
         steps cost that follow each other. A single call of a millisecond that comes after something else finds its
         threads asleep, its code and tables out of the caches and the clock low; the first call of each burst says so.
@@ -134,7 +138,7 @@ class Bench:
             times[name] = [] if calls[name] else [seconds]
         for turn in range(self.rounds):
             self._keep("read_gb_s", self.read_gb_s())
-            for candidate in candidates:
+            for candidate in random.Random(turn).sample(candidates, len(candidates)):
                 if turn < calls.get(candidate.name, 0):
                     first, mean = burst(candidate.call, burst_s)
                     times[candidate.name].append(mean)

@@ -425,18 +425,13 @@ impl WeighTile<'_, '_> {
         let (mut slopes, mut shifts) = ([s.zero(); H], [s.zero(); H]);
         for h in 0..H {
             let turn = self.weigh.heads[first + h].turn();
-            let (slope, shift) =
-                if SLOPED { (turn.slope * LOG2_E, turn.shift * LOG2_E) } else { (self.scales[first + h], 0.0) };
-            // Of a query that is no number nothing was left but weights of 0, or logits of minus infinity.
-            let lost = slope.is_nan() || shift.is_nan();
-            slopes[h] = s.splat(if !lost {
-                slope
-            } else if SLOPED {
-                1.0
-            } else {
-                0.0
-            });
-            shifts[h] = s.splat(if lost { 0.0 } else { shift });
+            let mut by =
+                if SLOPED { [turn.slope * LOG2_E, turn.shift * LOG2_E] } else { [self.scales[first + h], 0.0] };
+            if by.iter().any(|x| x.is_nan()) {
+                // Of a query that is no number nothing was left but logits of minus infinity, or weights of 0.
+                by = if SLOPED { [1.0, 0.0] } else { [0.0; 2] };
+            }
+            (slopes[h], shifts[h]) = (s.splat(by[0]), s.splat(by[1]));
         }
         Vectors { slopes, shifts }
     }
