@@ -634,3 +634,8 @@ def test_global_linear(tmp_path):
     for row in ours:
         assert row["difference"] < 1e-4, row["formula"]
         assert row["vs_torch"] > 0 and row["gflop_s"] > 0
+
+
+def test_why_a_peer_failed():
+    assert harness.reason(RuntimeError("no kernel\nfor this")) == "RuntimeError: no kernel"
+    assert harness.reason(NotImplementedError()) == "NotImplementedError"

@@ -1,5 +1,6 @@
 """Bad inputs of retrieval attention: refused by name before any work."""
 
+import itertools
 import re
 
 import numpy as np
@@ -149,23 +150,24 @@ def test_statistics_are_made_when_they_are_asked_for(rng):
 
 
 @pytest.mark.parametrize("bad", [NAN, INF], ids=str)
-@pytest.mark.parametrize("budget", [{"top_k": 9}, {"top_p": 0.8}], ids=str)
 @pytest.mark.parametrize(
-    "make",
+    ("make", "budget"),
     [
-        la.index.Signatures,
-        lambda s: la.index.Signatures(s, bits=1),
-        la.index.Flat,
-        lambda s: la.index.ProductQuantisation(s, subvectors=4),
-        lambda s: la.index.Pages(s, page_size=16),
+        *itertools.product(
+            [
+                la.index.Signatures,
+                lambda s: la.index.Signatures(s, bits=1),
+                la.index.Flat,
+                lambda s: la.index.ProductQuantisation(s, subvectors=4),
+            ],
+            [{"top_k": 9}, {"top_p": 0.8}],
+        ),
+        (lambda s: la.index.Pages(s, page_size=16), {"top_k": 9}),
     ],
-    ids=["4-bit", "1-bit", "flat", "product", "pages"],
 )
 def test_a_query_that_is_no_number_leaves_its_group_alone(make, budget, bad):
     """Selection is by the mean over a group: a head without weights has no say in it."""
     index = make(STORE)
-    if "top_p" in budget and isinstance(index, la.index.Pages):
-        pytest.skip("pages know no mass")
     spoilt = np.repeat(Q[:2, :1], 2, axis=0)
     spoilt[1::2] = bad
     options = budget | {"sinks": 2, "window": 5, "return_selected": True}

@@ -129,10 +129,10 @@ class Bench:
             name = candidate.name
             try:
                 seconds, firsts[name] = timed(candidate.call)
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 if not candidate.peer:
                     raise
-                failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                failures[name] = reason(error)
                 continue
             calls[name] = min(self.rounds, int(self.budget_s / seconds)) if candidate.peer else self.rounds
             times[name] = [] if calls[name] else [seconds]
@@ -177,6 +177,11 @@ class Bench:
     def say(self, text: str) -> None:
         """Progress, on stderr."""
         print(text, file=sys.stderr, flush=True)
+
+
+def reason(error: Exception) -> str:
+    """Why a peer failed: the kind of error and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:

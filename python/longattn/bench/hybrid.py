@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn.bench.harness import Bench, Candidate, rows_of
+from longattn.bench.harness import Bench, Candidate, reason, rows_of
 from longattn.bench.options import integers, names
 from longattn.bench.plots import Bars
 from longattn.bench.results import Result, Row
@@ -242,10 +242,10 @@ def _ready(bench: Bench, way: _Way) -> bool:
     if not way.after_prompt:
         try:
             way.prompt()
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             if way.ours:
                 raise
-            bench.say(f"{way.name} has no cache: {type(error).__name__}: {str(error).splitlines()[0]}")
+            bench.say(f"{way.name} has no cache: {reason(error)}")
     return bool(way.after_prompt)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import longattn as la
 from longattn.bench import peers
 from longattn.bench.arrays import DTYPES, gaussian
-from longattn.bench.harness import Bench, Candidate, rows_of, slopes
+from longattn.bench.harness import Bench, Candidate, reason, rows_of, slopes
 from longattn.bench.options import names
 from longattn.bench.plots import Bars, Panel
 from longattn.bench.results import Result, Row
@@ -178,10 +178,10 @@ def _flex(tq: Any, tk: Any, tv: Any, shape: tuple[int, ...], window: tuple[int, 
             compiled = torch.compile(flex_attention, dynamic=False)
             compiled(tq, tk, tv, block_mask=blocks)
     except Exception as error:  # no compiler, or shapes that its templates refuse
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        failed = reason(error)
 
         def call() -> Any:
-            raise RuntimeError(reason)
+            raise RuntimeError(failed)
     else:
 
         def call() -> Any:

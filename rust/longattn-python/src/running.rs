@@ -17,11 +17,10 @@ pub(crate) fn run<T: Send>(
     operations: f64,
     work: impl FnOnce(&Execution) -> Result<T> + Send,
 ) -> PyResult<T> {
-    let execution = Execution::default();
+    let execution = Execution { own_threads: operations >= LONG, ..Execution::default() };
     if operations < LONG {
         return py.detach(|| work(&execution)).map_err(to_py);
     }
-    let execution = Execution { own_threads: true, ..execution };
     let cancel = execution.cancel.clone();
     std::thread::scope(|scope| {
         let (sender, receiver) = mpsc::sync_channel(1);

@@ -12,6 +12,8 @@ mod workers;
 
 use crate::tensor::{Error, Result};
 pub use openmp::{share_openmp, shares_openmp};
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use workers::Workers;
@@ -29,6 +31,27 @@ struct Threads {
 }
 
 static THREADS: Mutex<Threads> = Mutex::new(Threads { asked: None, pool: None });
+
+/// What threads that work together leave for the one that called: the first panic of any of them.
+#[derive(Default)]
+struct FirstPanic(Mutex<Option<Box<dyn Any + Send>>>);
+
+impl FirstPanic {
+    /// Runs `work` and lets no panic out.
+    fn catch(&self, work: &(dyn Fn() + Sync)) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+            locked(&self.0).get_or_insert(panic);
+        }
+    }
+
+    /// Goes on with the panic, if there was one.
+    fn resume(&self) {
+        let panic = locked(&self.0).take();
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+    }
+}
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -7,13 +7,11 @@
 //! Every thread that calls the runtime has a team of its own, and where there are more threads in all than processors, they sleep at
 //! once: so only the main thread's is asked, and other threads' calls do better without.
 
-use super::locked;
-use std::any::Any;
+use super::FirstPanic;
 use std::ffi::{CStr, CString, c_int, c_uint, c_void};
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock};
 
 /// The library of torch that calls the runtime.
 const TORCH: &[u8] = b"/libtorch_cpu.so";
@@ -71,7 +69,7 @@ pub(super) fn team(asked: Option<usize>) -> Option<Team> {
 /// Work of a team.
 struct Call<'a> {
     work: &'a (dyn Fn() + Sync),
-    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    panic: FirstPanic,
 }
 
 impl Team {
@@ -82,18 +80,13 @@ impl Team {
         unsafe extern "C" fn join(call: *mut c_void) {
             // SAFETY: the caller's promise.
             let call = unsafe { &*call.cast_const().cast::<Call>() };
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(call.work)) {
-                locked(&call.panic).get_or_insert(panic);
-            }
+            call.panic.catch(call.work);
         }
-        let call = Call { work, panic: Mutex::new(None) };
+        let call = Call { work, panic: FirstPanic::default() };
         // SAFETY: the function has the runtime's type and lets no panic out; the call is there until it returns, which it does when
         // every thread has left `join`.
         unsafe { (self.runtime.parallel)(join, (&raw const call).cast_mut().cast(), self.threads, 0) };
-        let panic = locked(&call.panic).take();
-        if let Some(panic) = panic {
-            resume_unwind(panic);
-        }
+        call.panic.resume();
     }
 }
 

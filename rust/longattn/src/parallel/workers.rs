@@ -3,11 +3,9 @@
 //! A call's thread works too and never waits for others to wake up: whoever has not joined when the items are taken does not join any
 //! more. Workers look for the next call for a while before they sleep, since waking up takes as long as a short call.
 
-use super::locked;
+use super::{FirstPanic, locked};
 use crate::tensor::{Error, Result};
-use std::any::Any;
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, Thread};
@@ -23,7 +21,7 @@ struct Call {
     /// Workers inside, and [`CLOSED`].
     inside: AtomicUsize,
     /// What a worker's panic left.
-    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    panic: FirstPanic,
     caller: Thread,
 }
 
@@ -44,9 +42,7 @@ impl Call {
         }
         // SAFETY: the call was open when this thread went in, so its owner waits until it has left.
         let work = unsafe { &*self.work };
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
-            locked(&self.panic).get_or_insert(panic);
-        }
+        self.panic.catch(work);
         // The work may be gone as soon as this is stored.
         if self.inside.fetch_sub(1, Ordering::Release) == CLOSED + 1 {
             self.caller.unpark();
@@ -137,7 +133,7 @@ impl Shared {
         // SAFETY: only the lifetime changes; `open` closes the call, and waits for those inside, before this function is left.
         let work: *const (dyn Fn() + Sync + 'static) =
             unsafe { std::mem::transmute::<*const (dyn Fn() + Sync + '_), _>(work) };
-        let (inside, panic) = (AtomicUsize::new(0), Mutex::new(None));
+        let (inside, panic) = (AtomicUsize::new(0), FirstPanic::default());
         let open = Open { call: Arc::new(Call { work, inside, panic, caller: thread::current() }), shared: self };
         let asleep = {
             let mut queue = locked(&self.queue);
@@ -150,9 +146,7 @@ impl Shared {
         (unsafe { &*work })();
         let call = Arc::clone(&open.call);
         drop(open);
-        if let Some(panic) = locked(&call.panic).take() {
-            resume_unwind(panic);
-        }
+        call.panic.resume();
     }
 }
 
@@ -189,6 +183,7 @@ impl Drop for Workers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
 
     #[test]
     fn every_item_runs_once_whoever_joins() {
