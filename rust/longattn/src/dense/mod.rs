@@ -164,9 +164,17 @@ impl<'a> Problem<'a> {
         if self.tiles.is_some() { tiles::BLOCK } else { MAX_ROWS }
     }
 
-    /// Query rows of an item over a range of keys.
+    /// Query rows of an item over a range of keys. With matrix registers as many as leave enough items and fit the second cache: the
+    /// more there are, the less of the time keys and values take to be packed.
     pub(crate) fn item_rows(&self) -> usize {
-        if self.tiles.is_some() { MAX_ITEM_ROWS } else { QUERY_ROWS }
+        const IN_CACHE: usize = 1 << 20;
+        if self.tiles.is_none() {
+            return QUERY_ROWS;
+        }
+        let items = self.batch * self.kv_heads * (self.group * self.queries).div_ceil(MAX_ITEM_ROWS);
+        // Queries in parts of two bytes, outputs as floats.
+        let row_bytes = 2 * parts::parts_of(self.q.dtype()) * self.dim + 4 * self.value_dim;
+        if items >= run::ENOUGH && MAX_ITEM_ROWS * row_bytes <= IN_CACHE { MAX_ITEM_ROWS } else { MAX_ITEM_ROWS / 2 }
     }
 
     /// Position of a query row among the keys; negative when there are more queries than keys.

@@ -14,7 +14,7 @@ use super::Problem;
 use super::rows::{Row, Rows};
 use super::scores::{RowId, Weights};
 use crate::simd::tiles::{BLOCK, Left, Pairs, Right, STEP, TILE, TILE_BYTES, Tiles};
-use crate::simd::{Kernel, Simd};
+use crate::simd::{Kernel, Simd, prefetch};
 use crate::tensor::{DType, KvView, Storage, with_element};
 use half::bf16;
 use std::ops::Range;
@@ -351,6 +351,28 @@ unsafe fn pack_keys<S: Simd, K: Rows, const PARTS: usize>(
     let steps = dim.div_ceil(STEP);
     for (p, first) in keys.clone().step_by(BLOCK).enumerate() {
         let count = BLOCK.min(keys.end - first);
+        let [start, second] = k.starts(first);
+        let distance = second.addr().wrapping_sub(start.addr());
+        let words = distance % 4 == 0 && distance.cast_signed() > 0;
+        if K::BF16 && !K::SCATTERED && words && count == BLOCK && dim.is_multiple_of(STEP) {
+            // Where they lie.
+            for step in 0..steps {
+                for half in 0..2 {
+                    let from = start.wrapping_add(half * TILE * distance + step * TILE_BYTES);
+                    if first + BLOCK < keys.end {
+                        for c in 0..TILE {
+                            prefetch(from.wrapping_add((BLOCK + c) * distance));
+                        }
+                    }
+                    // SAFETY: the caller's promise; sixteen keys have a whole step of numbers each.
+                    unsafe {
+                        let to = to.add((p * steps + step) * RIGHT + half * TILE);
+                        s.transpose(from.cast(), distance / 4, to, BLOCK);
+                    }
+                }
+            }
+            continue;
+        }
         // Rows one after another, as they lie in memory: `[step][part][key][32 numbers]`.
         for c in 0..count {
             if first + c + BLOCK < keys.end {
@@ -425,6 +447,25 @@ unsafe fn pack_values<S: Simd, V: Rows, const PARTS: usize>(
     for (g, first) in keys.clone().step_by(BLOCK).enumerate() {
         for pair in 0..TILE {
             let j = first + 2 * pair;
+            if V::BF16 && j + 1 < keys.end && dim.is_multiple_of(STEP) {
+                let rows = [v.start(j), v.start(j + 1)];
+                let coming = [v.start(j + BLOCK), v.start(j + BLOCK + 1)];
+                for d in (0..dim).step_by(STEP) {
+                    if j + BLOCK + 1 < keys.end {
+                        prefetch(coming[0].wrapping_add(2 * d));
+                        prefetch(coming[1].wrapping_add(2 * d));
+                    }
+                    // SAFETY: the caller's promise; both rows have a whole step of numbers from `d` on.
+                    unsafe {
+                        let to = to.add(d / BLOCK * between + g * RIGHT + pair * BLOCK);
+                        let numbers = [s.load_bytes(rows[0].add(2 * d)), s.load_bytes(rows[1].add(2 * d))];
+                        let [low, high] = s.weave_pairs(numbers);
+                        s.store_bytes(to.cast(), low);
+                        s.store_bytes(to.add(TILE).cast(), high);
+                    }
+                }
+                continue;
+            }
             for ahead in [j + BLOCK, j + BLOCK + 1] {
                 if ahead < keys.end {
                     v.row(ahead).prefetch(dim);

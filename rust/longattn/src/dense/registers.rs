@@ -126,13 +126,19 @@ pub(crate) fn attend<S: Simd>(
         let tiles = ids.len().div_ceil(BLOCK);
         let rows_of = |t: usize| t * BLOCK..((t + 1) * BLOCK).min(ids.len());
         // Whole panels around what some of the rows see.
-        let spans: [Range<usize>; MAX_ITEM_ROWS / BLOCK] = std::array::from_fn(|t| {
+        let mut spans = [const { 0..0 }; MAX_ITEM_ROWS / BLOCK];
+        for (t, span) in spans.iter_mut().enumerate().take(tiles) {
             let (mut low, mut high) = (KEYS, 0);
-            for visible in rows_of(t).map(|r| visible_of(r, start, end)).filter(|visible| !visible.is_empty()) {
-                (low, high) = (low.min(visible.start), high.max(visible.end));
+            for visible in &visible[rows_of(t)] {
+                let (first, last) = (visible.start.max(start), visible.end.min(end));
+                if first < last {
+                    (low, high) = (low.min(first - start), high.max(last - start));
+                }
             }
-            if low < high { low / BLOCK * BLOCK..high.next_multiple_of(BLOCK) } else { 0..0 }
-        });
+            if low < high {
+                *span = low / BLOCK * BLOCK..high.next_multiple_of(BLOCK);
+            }
+        }
         let queue_scores = |queue: &mut Queue, t: usize, scores: &mut [f32]| {
             assert!(scores.len() >= BLOCK * KEYS);
             for p in spans[t].start / BLOCK..spans[t].end / BLOCK {

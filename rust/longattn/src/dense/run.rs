@@ -121,9 +121,11 @@ fn dense_row_blocks<'a>(job: usize, problem: &Problem, blocks: &mut Vec<RowBlock
     }
 }
 
-/// Keys per item: all of a row block where there are enough of these to share out, else fixed pieces.
+/// Row blocks that are enough to share out among threads.
+pub(super) const ENOUGH: usize = 32;
+
+/// Keys per item: all of a row block where there are enough of these, else fixed pieces.
 pub(super) fn split_length(blocks: usize, longest: usize) -> usize {
-    const ENOUGH: usize = 32;
     const SHORTEST: usize = 1024;
     if blocks >= ENOUGH {
         return longest.max(1);
@@ -159,16 +161,16 @@ impl Kernel for MergeParts<'_> {
 
 /// Runs several problems, in which every query may see all keys, as one pool of work.
 pub(crate) fn run(isa: Isa, jobs: &[Job], execution: &Execution) -> Result<()> {
+    let jobs: Vec<_> = jobs.iter().map(|job| job.on(isa)).collect();
     let mut blocks = Vec::new();
     for (j, job) in jobs.iter().enumerate() {
         dense_row_blocks(j, &job.problem, &mut blocks);
     }
-    run_blocks(isa, jobs, &blocks, execution)
+    run_blocks(isa, &jobs, &blocks, execution)
 }
 
-/// Runs row blocks, which hold every query row of the jobs once.
+/// Runs row blocks, which hold every query row of the jobs once; the problems are [`Problem::on`] the instruction set.
 pub(crate) fn run_blocks(isa: Isa, jobs: &[Job], blocks: &[RowBlock], execution: &Execution) -> Result<()> {
-    let jobs: Vec<_> = jobs.iter().map(|job| job.on(isa)).collect();
     let longest = blocks.iter().map(|b| b.count).max().unwrap_or(0);
     let length = split_length(blocks.len(), longest);
     // (block, piece), the long ones first

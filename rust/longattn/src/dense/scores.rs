@@ -300,18 +300,36 @@ pub(crate) fn largest_logit<S: Simd, const SCALED: bool>(
         return old.max;
     }
     let hidden = if scale < 0.0 { f32::INFINITY } else { f32::NEG_INFINITY };
-    scores[..visible.start].fill(hidden);
-    scores[visible.end..].fill(hidden);
-    let (p, factor) = (scores.as_ptr(), s.splat(scale));
-    // Two, so that one need not wait for the other.
-    let mut largest = [s.splat(f32::NEG_INFINITY); 2];
-    for j in (0..n).step_by(2 * S::LANES) {
-        // SAFETY: n is a multiple of LANES; the last vector may be taken twice.
-        let x = unsafe { [s.load(p.add(j)), s.load(p.add((j + S::LANES).min(n - S::LANES)))] };
-        let x = if SCALED { [s.mul(x[0], factor), s.mul(x[1], factor)] } else { x };
-        largest = [s.max(x[0], largest[0]), s.max(x[1], largest[1])];
+    if visible.start > 0 {
+        scores[..visible.start].fill(hidden);
     }
-    s.max_lane(s.max(largest[0], largest[1])).max(old.max)
+    if visible.end < n {
+        scores[visible.end..].fill(hidden);
+    }
+    // Rounding keeps the order, so that the logit of the largest score is the largest, or with a scale below 0 that of the smallest.
+    let down = SCALED && scale < 0.0;
+    let p = scores.as_ptr();
+    // Two, so that one need not wait for the other.
+    let mut extremes = [s.splat(if down { f32::INFINITY } else { f32::NEG_INFINITY }); 2];
+    macro_rules! find {
+        ($which:ident) => {
+            for j in (0..n).step_by(2 * S::LANES) {
+                // SAFETY: n is a multiple of LANES; the last vector may be taken twice.
+                let x = unsafe { [s.load(p.add(j)), s.load(p.add((j + S::LANES).min(n - S::LANES)))] };
+                extremes = [s.$which(x[0], extremes[0]), s.$which(x[1], extremes[1])];
+            }
+        };
+    }
+    if down {
+        find!(min);
+    } else {
+        find!(max);
+    }
+    let extreme = match down {
+        true => -s.max_lane(s.sub(s.zero(), s.min(extremes[0], extremes[1]))),
+        false => s.max_lane(s.max(extremes[0], extremes[1])),
+    };
+    (if SCALED { scale * extreme } else { extreme }).max(old.max)
 }
 
 /// Weights of a block, `exp(score - max)`, with `SCALED` `exp(scale * score - max)`, for the `max` of [`largest_logit`], 0 for what is not visible; they go to `to`.

@@ -336,6 +336,32 @@ fn long_ranges_are_split_and_merged() {
     case.check(Options { window_left: Some(0), window_right: Some(0), ..Options::default() }).unwrap();
 }
 
+/// Whole steps of bf16 are packed where they lie, if keys lie whole words apart; tails and other distances are not.
+#[test]
+fn keys_and_values_of_bf16_at_any_distance() {
+    for (dim, gap, keys) in [(32, 0, 64), (64, 1, 71), (32, 2, 70), (40, 0, 64)] {
+        let shape = Shape { batch: 1, kv_heads: 2, group: 2, queries: 20, keys, dim, value_dim: dim };
+        let case = Case::new(shape, DType::BF16, DType::BF16, gap, 11);
+        case.check(Options::default()).unwrap();
+        case.check(Options { causal: true, scale: Some(-0.3), ..Options::default() }).unwrap();
+    }
+}
+
+/// Where there are many rows, items of matrix registers have more of them.
+#[test]
+fn rows_of_large_items() {
+    let shape = Shape { batch: 1, kv_heads: 16, group: 1, queries: 800, keys: 70, dim: 32, value_dim: 32 };
+    let case = Case::new(shape, DType::BF16, DType::BF16, 0, 12);
+    let problem = |isa| {
+        Problem::new(case.q.view(), case.k.view().into(), case.v.view().into(), Options::default()).unwrap().on(isa)
+    };
+    for isa in Isa::available() {
+        let rows = if isa == Isa::Amx { MAX_ITEM_ROWS } else { tile::QUERY_ROWS };
+        assert_eq!(problem(isa).item_rows(), rows);
+    }
+    case.check(Options { causal: true, ..Options::default() }).unwrap();
+}
+
 #[test]
 fn rows_that_see_nothing_are_zero() {
     let shape = Shape { batch: 1, kv_heads: 2, group: 2, queries: 30, keys: 9, dim: 8, value_dim: 5 };

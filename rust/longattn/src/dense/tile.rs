@@ -31,8 +31,8 @@ pub(crate) const KEYS: usize = 256;
 /// Query rows per item, a multiple of every instruction set's `ROWS` and of the matrix registers' blocks.
 pub(crate) const QUERY_ROWS: usize = 192;
 
-/// The most query rows of an item: for matrix registers, beside which packing takes the more of the time.
-pub(crate) const MAX_ITEM_ROWS: usize = 2 * QUERY_ROWS;
+/// The most query rows of an item: for matrix registers, beside which packing takes more of the time than beside vectors.
+pub(crate) const MAX_ITEM_ROWS: usize = 4 * QUERY_ROWS;
 
 const _: () = assert!(
     QUERY_ROWS.is_multiple_of(12) && QUERY_ROWS.is_multiple_of(6) && QUERY_ROWS.is_multiple_of(4) && MAX_ROWS == 12

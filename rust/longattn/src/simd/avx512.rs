@@ -497,6 +497,13 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
         })
     }
     #[inline(always)]
+    fn weave_pairs(self, x: [__m512i; 2]) -> [__m512i; 2] {
+        let [low, high] = self.interleave_pairs(x);
+        let whole = instructions!([_mm512_castsi512_ps(low), _mm512_castsi512_ps(high)]);
+        let [first, second] = self.in_order_pairs(whole);
+        instructions!([_mm512_castps_si512(first), _mm512_castps_si512(second)])
+    }
+    #[inline(always)]
     unsafe fn store_bf16(self, p: *mut bf16, v: __m512) {
         if BF16 {
             // SAFETY: both types are sixteen numbers of two plain bytes, for which the caller vouches.

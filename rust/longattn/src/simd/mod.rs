@@ -317,6 +317,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn in_order_pairs(self, v: [Self::F32; 2]) -> [Self::F32; 2] {
         v
     }
+    /// Pairs of a bf16 of either vector, in the order of the numbers.
+    #[inline(always)]
+    fn weave_pairs(self, x: [Self::I32; 2]) -> [Self::I32; 2] {
+        x
+    }
     /// Rounds to bf16, to nearest even.
     ///
     /// # Safety
