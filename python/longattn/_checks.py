@@ -203,9 +203,11 @@ def function(value: object, name: str) -> None:
 
 
 def one_of(value: _T, name: str, choices: Collection[_T]) -> _T:
-    """One of a few names."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {tuple(choices)}")
+    """One of a few names, or None where that is among them."""
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        *others, last = map(repr, choices)
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
     return value
 
 

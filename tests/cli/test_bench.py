@@ -404,7 +404,7 @@ def test_capture(tmp_path):
     [
         (["capture", "--selectors", "none"], "--selectors: got none, expected some of sparge"),
         (["capture", "--length", "3"], "--length: got 3, expected at least 256"),
-        (["retrieval", "--vectors", "gaussian"], "name: expected one of"),
+        (["retrieval", "--vectors", "gaussian"], "name: got 'gaussian', expected 'synthetic', "),
         (["retrieval", "--vectors", "synthetic", "--heads", "x"], "heads: expected some of"),
         (["decode", "--rounds", "0"], "rounds: expected at least 1"),
     ],

@@ -63,7 +63,7 @@ def test_generated_text_is_about_something_else(tmp_path):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--vectors", "synthetic-sharp"], "name: got 'synthetic-sharp', expected one of synthetic, synthetic-flat"),
+        (["--vectors", "synthetic-sharp"], "name: got 'synthetic-sharp', expected 'synthetic', 'synthetic-flat'"),
         (["--vectors", "synthetic", "--rows", "0"], "--rows: got 0.0"),
         (["--vectors", "synthetic", "--step", "0"], "--step: got 0"),
         (["--vectors", "synthetic", "--generated", "9999", "--length", "2000"], "prefill: got"),

@@ -46,8 +46,11 @@ def test_what_passes():
         (lambda: integers(None, "size"), TypeError, "size: got NoneType, expected a sequence of integers"),
         (lambda: integers((2, 1.5), "size"), TypeError, "size: got 1.5, expected an integer"),
         (lambda: integers((2, 0), "size", 1), ValueError, "size: got 0, expected at least 1"),
-        (lambda: one_of("c", "mode", ("a", "b")), ValueError, "mode: got 'c', expected one of ('a', 'b')"),
-        (lambda: one_of([], "mode", {"a": 1}), ValueError, "mode: got [], expected one of ('a',)"),
+        (lambda: one_of("c", "mode", ("a", "b")), ValueError, "mode: got 'c', expected 'a' or 'b'"),
+        (lambda: one_of([], "mode", {"a": 1}), ValueError, "mode: got [], expected 'a'"),
+        (lambda: one_of(np.zeros(2), "mode", "abc"), ValueError, "mode: got array([0., 0.]), expected 'a', 'b' or 'c'"),
+        (lambda: one_of(None, "mode", ("a",)), ValueError, "mode: got None, expected 'a'"),
+        (lambda: one_of("b", "mode", ("a", None)), ValueError, "mode: got 'b', expected 'a' or None"),
         (lambda: function(3, "phi"), TypeError, "phi: got int, expected a function"),
     ],
 )

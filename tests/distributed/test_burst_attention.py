@@ -200,7 +200,7 @@ def test_a_failing_worker_fails_the_call():
         ({"workers": 10**6}, ValueError, r"workers: got 1000000, expected 1 to 1024"),
         ({"workers": 2.0}, TypeError, r"workers: got 2.0"),
         ({"nodes": 3}, ValueError, r"nodes: got 3, expected a divisor of the 4 workers"),
-        ({"layout": "blocked"}, ValueError, r"layout: got 'blocked', expected one of contiguous, zigzag, striped"),
+        ({"layout": "blocked"}, ValueError, r"layout: got 'blocked', expected 'contiguous', 'zigzag' or 'striped'"),
         ({"causal": 1}, TypeError, r"causal: got 1"),
         ({"q": np.zeros((1, 4, 29, 16), F32)}, ValueError, r"k: got length 30, expected 29 as in q"),
         ({"q": np.zeros((1, 4, 30, 16))}, TypeError, r"q: got dtype float64"),

@@ -294,7 +294,7 @@ SAMPLE = normal(np.random.default_rng(0), (4, 6, 8))
         ({"ef": 0}, ValueError, "ef: got 0"),
         ({"ef": True}, TypeError, "ef: got True"),
         ({"tail_max": -1}, ValueError, "tail_max: got -1"),
-        ({"kk_metric": "L2"}, ValueError, "kk_metric: got 'L2', expected 'l2', 'ip', 'cos'"),
+        ({"kk_metric": "L2"}, ValueError, "kk_metric: got 'L2', expected 'l2', 'ip' or 'cos'"),
         ({"index_per": "head"}, ValueError, "index_per: got 'head'"),
         ({"index_per": "query_head"}, ValueError, "index_per: got 'query_head' without queries"),
         ({"search_by": None}, ValueError, "search_by: got None"),

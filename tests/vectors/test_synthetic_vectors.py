@@ -92,7 +92,7 @@ def test_an_induction_query_attends_to_what_follows_its_token():
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"name": "gaussian"}, "name: expected one of synthetic.*'gaussian'"),
+        ({"name": "gaussian"}, "name: got 'gaussian', expected 'synthetic', 'synthetic-flat'"),
         ({"name": "synthetic", "heads": ["8"]}, r"heads: expected some of synthetic's 0, .*\['8'\]"),
         ({"name": "synthetic", "heads": []}, "heads"),
         ({"name": "synthetic", "length": 0}, "length and groups: expected at least 1, got 0"),
@@ -111,5 +111,5 @@ def test_heads_must_not_be_a_string():
 
 def test_nothing_to_prepare():
     assert vectors.prepare("synthetic") is None
-    with pytest.raises(ValueError, match="name: expected one of"):
+    with pytest.raises(ValueError, match="name: got .*, expected 'synthetic', 'synthetic-flat'"):
         vectors.prepare("gaussian")

@@ -8,7 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import attention_inputs, check_float_storage, check_heads, flag, integer, result_array, returned
+from longattn._checks import (
+    attention_inputs,
+    check_float_storage,
+    check_heads,
+    flag,
+    integer,
+    one_of,
+    result_array,
+    returned,
+)
 from longattn.dense._head_options import options_of_heads
 from longattn.dense.attention import attention
 from longattn.methods import Method
@@ -129,8 +138,7 @@ def mha_to_gqa(
         raise TypeError(f"n_kv: got {n_kv!r}, expected an integer")
     if n_kv < 1 or total % n_kv:
         raise ValueError(f"n_kv: got {n_kv}, expected a divisor of the {total} heads of wk")
-    if mode not in get_args(Conversion):
-        raise ValueError(f"mode: got {mode!r}, expected 'mean', 'first' or 'random'")
+    one_of(mode, "mode", get_args(Conversion))
     rng = np.random.default_rng(integer(seed, "seed", 0))
     converted = []
     for given, projection in zip((wk, wv), projections, strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import carried_state, check_floating, dense_inputs, flag, integer, scale_factor
+from longattn._checks import carried_state, check_floating, dense_inputs, flag, integer, one_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.dense.attention_backward import attention_backward
 from longattn.distributed._workers import Exchange, run_workers
@@ -70,8 +70,7 @@ def shard_rows(length: int, workers: int, layout: Layout = "contiguous") -> list
         [(range(0, 2), range(6, 8)), (range(2, 4), range(4, 6))]
     """
     total, count = integer(length, "length", 0), integer(workers, "workers", 1, MOST_WORKERS)
-    if layout not in get_args(Layout):
-        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(get_args(Layout))}")
+    one_of(layout, "layout", get_args(Layout))
     if layout == "striped":
         return [(range(worker, total, count),) for worker in range(count)]
     parts = count if layout == "contiguous" else 2 * count
@@ -364,8 +363,7 @@ def burst_attention_backward(
     check_floating(sums, "lse")
     if sums.shape != shape[:-1]:
         raise ValueError(f"lse: got shape {sums.shape}, expected {shape[:-1]}")
-    if travel not in (*get_args(Travel), None):
-        raise ValueError(f"travel: got {travel!r}, expected 'queries', 'keys' or None")
+    one_of(travel, "travel", (*get_args(Travel), None))
     rows, ring = _sharded(qn, kn, workers, layout, nodes)
     if travel is None:
         travel = _fewer_bytes(qn, kn, vn)

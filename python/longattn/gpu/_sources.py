@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 
+from longattn._checks import one_of
+
 #: Files of each source, in order, after `common.cuh`.
 _FILES = {
     "codes": ("codes.cu",),
@@ -51,8 +53,7 @@ def source(name: str) -> str:
     Raises:
         ValueError: no source of this name.
     """
-    if name not in NAMES:
-        raise ValueError(f"name: got {name!r}, expected one of {NAMES}")
+    one_of(name, "name", NAMES)
     plain = name.removesuffix(_OPTIONS)
     folder = files("longattn.gpu") / "cuda"
     defines = "" if plain == name else f"#define SCORE_OPTIONS {_WITH_OPTIONS[plain]}\n"

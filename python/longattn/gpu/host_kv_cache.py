@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import CodedRows
+from longattn._checks import one_of
 from longattn._score_options import check_names
 from longattn.gpu._checks import heads_view
 from longattn.gpu._costs import Costs, costs_of
@@ -141,8 +142,7 @@ class HostKVCache:
             raise ValueError("index: got the index of another store")
         if sinks < 0 or window < 1:
             raise ValueError(f"sinks, window: got {sinks} and {window}, expected at least 0 and 1")
-        if reads not in ("host", "gather", "auto"):
-            raise ValueError(f"reads: got {reads!r}, expected 'host', 'gather' or 'auto'")
+        one_of(reads, "reads", ("host", "gather", "auto"))
         if reads != "host" and isinstance(store.dtype, str):
             raise ValueError(f"reads: got {reads!r} with a store of {store.dtype}, expected 'host'")
         if costs is not None and not isinstance(costs, Costs):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn import _core
-from longattn._checks import flag, integer
+from longattn._checks import flag, integer, one_of
 from longattn.index._index import Index, check_seed, check_store
 from longattn.index.pages import UNIT_SCORES
 from longattn.kv import KVStore
@@ -87,10 +87,8 @@ class Clusters(Index):
             raise ValueError(f"tail: got {tail}, expected a divisor of the segment, {segment}")
         keys_per_cluster = integer(keys_per_cluster, "keys_per_cluster", 1, 1 << 20)
         iterations = integer(iterations, "iterations", 0, 1000)
-        if score not in UNIT_SCORES:
-            raise ValueError(f"score: got {score!r}, expected one of {UNIT_SCORES}")
-        if tables not in ("store", "int8"):
-            raise ValueError(f"tables: got {tables!r}, expected 'store' or 'int8'")
+        one_of(score, "score", UNIT_SCORES)
+        one_of(tables, "tables", ("store", "int8"))
         seed = check_seed(seed)
         spherical = flag(spherical, "spherical")
         handle = _core.clusters(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy
-from longattn._checks import integer
+from longattn._checks import integer, one_of
 from longattn.index._index import Index, check_seed, check_store
 from longattn.kv import KVStore
 
@@ -124,8 +124,7 @@ class Graph(Index):
             ("index_per", index_per, ("kv_head", "query_head")),
             ("search_by", search_by, ("head", "mean")),
         ):
-            if value not in choices:
-                raise ValueError(f"{name}: got {value!r}, expected {', '.join(map(repr, choices))}")
+            one_of(value, name, choices)
         if index_per == "query_head" and sample is None:
             raise ValueError("index_per: got 'query_head' without queries, expected queries, or 'kv_head'")
         handle = _core.graph(

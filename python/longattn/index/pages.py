@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from longattn import _core
-from longattn._checks import integer
+from longattn._checks import integer, one_of
 from longattn.index._index import Index, check_store
 from longattn.kv import KVStore
 
@@ -67,8 +67,7 @@ class Pages(Index):
     ) -> None:
         check_store(store)
         page_size = integer(page_size, "page_size", 1, 2**32 - 1)
-        if score not in (*UNIT_SCORES, "landmark"):
-            raise ValueError(f"score: got {score!r}, expected one of {(*UNIT_SCORES, 'landmark')}")
+        one_of(score, "score", (*UNIT_SCORES, "landmark"))
         landmark = integer(landmark, "landmark", -page_size, page_size - 1)
         self._set(_core.pages(store._handle, page_size, score, landmark % page_size), store)
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, like
-from longattn._checks import check_floating
+from longattn._checks import check_floating, one_of
 from longattn.linear._channels import check_shape, parameter, pointwise, product, storage_rows
 from longattn.linear.diagonal_scan import diagonal_scan
 from longattn.methods import Method
@@ -86,8 +86,7 @@ def bidirectional_gated_ssm(
     mixing = parameter(w_y, "w_y", (2 * channels, None), "[2 C, E]")
     gating = parameter(w_g, "w_g", (channels, mixing.shape[1]), "[C, E]")
     projection = parameter(w_o, "w_o", (mixing.shape[1], None), "[E, Co]")
-    if activation not in get_args(Activation):
-        raise ValueError(f"activation: got {activation!r}, expected 'silu', 'sigmoid' or 'none'")
+    one_of(activation, "activation", get_args(Activation))
     one, two = _discrete(forward, "forward", channels), _discrete(backward, "backward", channels)
     wide = np.ascontiguousarray(xn, np.float32)
     both = np.empty((*xn.shape[:2], 2 * channels), np.float32)

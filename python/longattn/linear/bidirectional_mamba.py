@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from longattn._arrays import Array, like
-from longattn._checks import flag
+from longattn._checks import flag, one_of
 from longattn.linear._channels import optional, product, storage_rows
 from longattn.linear.mamba_mixer import MambaWeights, branch, checked
 from longattn.methods import Method
@@ -57,8 +57,7 @@ def bidirectional_mamba(
     xn = storage_rows(x, "x", (None, None, None), "[B, L, C]")
     one, two = checked(forward, "forward", xn.shape[2]), checked(backward, "backward", xn.shape[2])
     inside = flag(inner, "inner")
-    if merge not in get_args(Merge):
-        raise ValueError(f"merge: got {merge!r}, expected 'add' or 'concat'")
+    one_of(merge, "merge", get_args(Merge))
     if inside and one.a.shape[0] != two.a.shape[0]:
         raise ValueError(f"backward.a: got {two.a.shape[0]} channels, expected {one.a.shape[0]} as in forward")
     if w_merge is not None and (inside or merge != "concat"):

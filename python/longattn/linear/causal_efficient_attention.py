@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array
-from longattn._checks import batched, returned
+from longattn._checks import batched, one_of, returned
 from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, TIED, Common, recurrence
 from longattn.linear._running import RunningStatistics, attend, check_state, result_of, rows_of
@@ -72,8 +72,7 @@ def causal_efficient_attention(
     References:
         Z. Shen et al., "Efficient Attention: Attention with Linear Complexities", 2018, arXiv:1812.01243.
     """
-    if norm not in ("softmax", "scaling"):
-        raise ValueError(f"norm: got {norm!r}, expected 'softmax' or 'scaling'")
+    one_of(norm, "norm", ("softmax", "scaling"))
     if norm == "scaling":
         return attend(q, k, v, None, ("plain_means", 1.0, 0.0), initial_state, chunk_size, out)
     rows = rows_of(q, k, v)

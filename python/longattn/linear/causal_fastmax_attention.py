@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longattn._arrays import Array
-from longattn._checks import finite, integer, shape_of
+from longattn._checks import finite, integer, one_of, shape_of
 from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, Common, recurrence
 from longattn.linear.feature_map import FeatureMap
@@ -73,8 +73,7 @@ def causal_fastmax_attention(
     if not isinstance(coefficients, tuple | list) or len(coefficients) != 3:
         raise ValueError(f"coefficients: got {coefficients!r}, expected three numbers")
     c0, c1, c2 = (finite(c, "coefficients") for c in coefficients)
-    if qk_norm not in QK_NORMS:
-        raise ValueError(f"qk_norm: got {qk_norm!r}, expected one of {', '.join(QK_NORMS)}")
+    one_of(qk_norm, "qk_norm", QK_NORMS)
     heat = finite(temperature, "temperature")
     if heat <= 0:
         raise ValueError(f"temperature: got {temperature}, expected above 0")

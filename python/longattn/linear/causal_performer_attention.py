@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import finite, scale_factor
+from longattn._checks import finite, one_of, scale_factor
 from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, Common, recurrence
 from longattn.linear.feature_map import FeatureMap
@@ -70,8 +70,7 @@ def causal_performer_attention(
     factor = scale_factor(scale, dim)
     if factor <= 0:
         raise ValueError(f"scale: got {scale}, expected above 0")
-    if kernel not in ("softmax", "relu"):
-        raise ValueError(f"kernel: got {kernel!r}, expected 'softmax' or 'relu'")
+    one_of(kernel, "kernel", ("softmax", "relu"))
     w = as_numpy(projection, "projection")
     if w.ndim != 2:
         raise ValueError(f"projection: got shape {w.shape}, expected [F, {dim}]")

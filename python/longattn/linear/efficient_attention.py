@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from longattn._arrays import Array
+from longattn._checks import one_of
 from longattn.linear._global import attend, inputs
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -47,8 +48,7 @@ def efficient_attention(
         (1, 4, 100, 16)
     """
     arrays = inputs(q, k, v)
-    if norm not in ("softmax", "scaling"):
-        raise ValueError(f"norm: got {norm!r}, expected 'softmax' or 'scaling'")
+    one_of(norm, "norm", ("softmax", "scaling"))
     if norm == "softmax":
         maps = {"map": "softmax"}, {"map": "position_softmax"}
         return attend(q, arrays, maps, ("plain", 1.0, 0.0), mask=mask, out=out)

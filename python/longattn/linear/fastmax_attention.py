@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array
-from longattn._checks import finite, integer
+from longattn._checks import finite, integer, one_of
 from longattn.linear._global import attend, inputs
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -67,8 +67,7 @@ def fastmax_attention(
     if not isinstance(coefficients, tuple | list) or len(coefficients) != 3:
         raise ValueError(f"coefficients: got {coefficients!r}, expected three numbers")
     numbers = tuple(finite(c, "coefficients") for c in coefficients)
-    if qk_norm not in QK_NORMS:
-        raise ValueError(f"qk_norm: got {qk_norm!r}, expected one of {', '.join(QK_NORMS)}")
+    one_of(qk_norm, "qk_norm", QK_NORMS)
     heat = finite(temperature, "temperature")
     if heat <= 0:
         raise ValueError(f"temperature: got {temperature}, expected above 0")

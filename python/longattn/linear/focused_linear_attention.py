@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy
-from longattn._checks import check_floating, finite
+from longattn._checks import check_floating, finite, one_of
 from longattn.linear._global import attend, inputs, map_size, position_shift
 from longattn.linear._local import local_values
 from longattn.methods import Method
@@ -88,8 +88,7 @@ def focusing(
     exponent = finite(power, "power")
     if exponent <= 0:
         raise ValueError(f"power: got {power}, expected above 0")
-    if norm_scope not in ("all", "head"):
-        raise ValueError(f"norm_scope: got {norm_scope!r}, expected 'all' or 'head'")
+    one_of(norm_scope, "norm_scope", ("all", "head"))
     own = norm_scope == "head"
     common: dict[str, Any] = {"map": "relu", "offset": OFFSET, "power": (exponent, own)}
     maps = dict(common), dict(common)

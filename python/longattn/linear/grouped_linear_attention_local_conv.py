@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import batched, check_float_storage, check_floating, integer, result_array
+from longattn._checks import batched, check_float_storage, check_floating, integer, one_of, result_array
 from longattn.linear._local import add_causal_convolution
 from longattn.linear._recurrence import LARGEST_CHUNK, Common, recurrence
 from longattn.methods import Method
@@ -80,8 +80,7 @@ def grouped_linear_attention_local_conv(
         Linearized Large Language Models", 2024, arXiv:2406.07368.
     """
     size = integer(group_size, "group_size", 1, LARGEST_CHUNK)
-    if sim_local not in ("relu2", "linear"):
-        raise ValueError(f"sim_local: got {sim_local!r}, expected 'relu2' or 'linear'")
+    one_of(sim_local, "sim_local", ("relu2", "linear"))
     qn, kn, vn = (as_numpy(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
     for x, name in ((qn, "q"), (kn, "k"), (vn, "v")):
         check_float_storage(x, name)

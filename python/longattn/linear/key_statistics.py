@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy, reshaped
-from longattn._checks import attention_inputs, batched, check_heads, finite, per_head, result_array, returned
+from longattn._checks import attention_inputs, batched, check_heads, finite, one_of, per_head, result_array, returned
 from longattn.linear.feature_map import FeatureMap, feature_map, parts
 
 #: What `read_statistics` may make of the sums.
@@ -127,8 +127,7 @@ def read_statistics(
     if not isinstance(statistics, KeyStatistics):
         raise TypeError(f"statistics: got {type(statistics).__name__}, expected KeyStatistics")
     chosen = statistics.phi if phi is None else feature_map(phi)
-    if read_out not in READ_OUTS:
-        raise ValueError(f"read_out: got {read_out!r}, expected one of {', '.join(READ_OUTS)}")
+    one_of(read_out, "read_out", READ_OUTS)
     qn, _, _ = attention_inputs(q, q, q, ranks=(3, 4))
     q4 = batched(qn, 4)
     batch, kv_heads, features, value_dim = statistics.sums.shape

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, like
-from longattn._checks import flag, integer
+from longattn._checks import flag, integer, one_of
 from longattn.dense.attention import attention
 from longattn.linear._channels import Float32, optional, parameter, pointwise, product, storage_rows
 from longattn.linear.multi_dim_damped_ema import Parameters, multi_dim_damped_ema
@@ -126,8 +126,7 @@ def mega_gated_attention(
     if not isinstance(weights, MegaWeights):
         raise TypeError(f"weights: got {type(weights).__name__}, expected MegaWeights")
     before = xn if residual is None else storage_rows(residual, "residual", xn.shape, "[B, L, C]")
-    if function not in get_args(Function):
-        raise ValueError(f"function: got {function!r}, expected 'softmax', 'laplace' or 'relu2'")
+    one_of(function, "function", get_args(Function))
     back = flag(causal, "causal")
     if back and weights.ema_backward is not None:
         raise ValueError("weights.ema_backward: got averages of what comes after with causal, expected None")

@@ -102,13 +102,10 @@ def miras_memory(
         A. Behrouz et al., "It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, Retention,
         and Online Optimization", 2025, arXiv:2504.13173.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant: got {variant!r}, expected one of {', '.join(VARIANTS)}")
+    one_of(variant, "variant", VARIANTS)
     one_of(huber, "huber", HUBER)
-    if read not in ("token", "chunk"):
-        raise ValueError(f"read: got {read!r}, expected 'token' or 'chunk'")
-    if activation not in ("silu", "gelu"):
-        raise ValueError(f"activation: got {activation!r}, expected 'silu' or 'gelu'")
+    one_of(read, "read", ("token", "chunk"))
+    one_of(activation, "activation", ("silu", "gelu"))
     if (delta is not None) != (variant == "yaad"):
         raise ValueError(f"delta: got {'one' if delta is not None else 'none'}, expected it with 'yaad' alone")
     p, r = _at_least(loss_exponent, "loss_exponent", 1.0), _at_least(norm_exponent, "norm_exponent", 2.0)

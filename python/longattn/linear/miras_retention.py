@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_floating, real
+from longattn._checks import check_floating, one_of, real
 
 KINDS = ("l2", "elastic_net", "sigmoid", "lq")
 
@@ -56,8 +56,7 @@ def miras_retention(
         A. Behrouz et al., "It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, Retention,
         and Online Optimization", 2025, arXiv:2504.13173.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+    one_of(kind, "kind", KINDS)
     given, steps = as_numpy(weights, "weights", any_strides=True), as_numpy(gradient, "gradient", any_strides=True)
     check_floating(given, "weights")
     check_floating(steps, "gradient")

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array
-from longattn._checks import finite, flag, integer
+from longattn._checks import finite, flag, integer, one_of
 from longattn.linear._global import attend, inputs
 from longattn.linear.feature_map import FeatureMap, directions, parts
 from longattn.methods import Method
@@ -69,8 +69,7 @@ def performer_attention(
     factor = dim**-0.5 if scale is None else finite(scale, "scale")
     if factor <= 0:
         raise ValueError(f"scale: got {scale}, expected above 0")
-    if kernel not in ("softmax", "relu"):
-        raise ValueError(f"kernel: got {kernel!r}, expected 'softmax' or 'relu'")
+    one_of(kernel, "kernel", ("softmax", "relu"))
     w = directions(projection, kn.shape[1], dim)
     if w.ndim != 2:
         raise ValueError(f"projection: got shape {w.shape}, expected [F, {dim}]")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import FLOAT64, FLOATS, Array, as_numpy, as_output, like
-from longattn._checks import batched, check_floating, finite, result_array
+from longattn._checks import batched, check_floating, finite, one_of, result_array
 from longattn.linear._documented import documented
 from longattn.linear._recurrence import CHUNK, Common, checked, recurrence, states_before
 from longattn.linear.feature_map import FeatureMap
@@ -91,10 +91,8 @@ def regla(
     References:
         P. Lu et al., "ReGLA: Refining Gated Linear Attention", 2025, arXiv:2502.01578.
     """
-    if gate_axis not in ("key", "value"):
-        raise ValueError(f"gate_axis: got {gate_axis!r}, expected 'key' or 'value'")
-    if norm not in ("rms", "layer", "none"):
-        raise ValueError(f"norm: got {norm!r}, expected 'rms', 'layer' or 'none'")
+    one_of(gate_axis, "gate_axis", ("key", "value"))
+    one_of(norm, "norm", ("rms", "layer", "none"))
     least = finite(eps, "eps", 0)
     if not 0 <= least < math.inf:
         raise ValueError(f"eps: got {eps}, expected at least 0")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_float_storage, check_floating, dense_inputs, integer, items_of, scale_factor
+from longattn._checks import check_float_storage, check_floating, dense_inputs, integer, items_of, one_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import linear as reference
@@ -84,8 +84,7 @@ def taipan_selective_attention(
         raise ValueError(f"scores: got shape {gate.shape}, expected {(batch, length, 2)}")
     gate = gate.astype(np.float32)
     span, factor = integer(window, "window", 1), scale_factor(scale, qn.shape[3])
-    if kv_scope not in SCOPES:
-        raise ValueError(f"kv_scope: got {kv_scope!r}, expected one of {', '.join(SCOPES)}")
+    one_of(kv_scope, "kv_scope", SCOPES)
     shares = _shares(alpha, gate)
     width = qn.shape[1] * vn.shape[3]
     projection = None

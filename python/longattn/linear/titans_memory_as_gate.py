@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from longattn._arrays import Array
-from longattn._checks import finite, integer
+from longattn._checks import finite, integer, one_of
 from longattn.linear._channels import Float32, parameter, pointwise
 from longattn.linear._documented import ENTRIES, documented
 from longattn.linear._fast_weight import MemoryState
@@ -59,8 +59,7 @@ def titans_memory_as_gate(
     References:
         {titans}
     """
-    if gate not in GATES:
-        raise ValueError(f"gate: got {gate!r}, expected one of {', '.join(GATES)}")
+    one_of(gate, "gate", GATES)
     span = integer(window, "window", 1)
     eps = finite(eps, "eps", 0)
     if norms is not None and (not isinstance(norms, tuple | list) or len(norms) != 2):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import finite
+from longattn._checks import finite, one_of
 from longattn.linear._chunk_steps import chunk_steps
 from longattn.linear._documented import documented
 from longattn.linear._fast_weight import CHUNK, MemoryState, fast_weight, gate
@@ -98,12 +98,9 @@ def titans_neural_memory(
         ((2, 100, 16), 4)
     """
     keys = as_numpy(k, "k")
-    if read not in ("after", "before"):
-        raise ValueError(f"read: got {read!r}, expected 'after' or 'before'")
-    if activation not in ("silu", "gelu"):
-        raise ValueError(f"activation: got {activation!r}, expected 'silu' or 'gelu'")
-    if update not in ("per_token", "per_chunk"):
-        raise ValueError(f"update: got {update!r}, expected 'per_token' or 'per_chunk'")
+    one_of(read, "read", ("after", "before"))
+    one_of(activation, "activation", ("silu", "gelu"))
+    one_of(update, "update", ("per_token", "per_chunk"))
     shared: dict[str, Any] = {
         "rate_name": "theta",
         "activation": activation,

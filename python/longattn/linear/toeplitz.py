@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, like
-from longattn._checks import integer, result_array
+from longattn._checks import integer, one_of, result_array
 from longattn.linear._channels import parameter, storage_rows
 
 Way = Literal["auto", "fft", "direct"]
@@ -171,13 +171,11 @@ def on_lines(x: NDArray[Any], stride: int) -> NDArray[Any]:
 
 def is_direct(method: object, taps: int, most: int) -> bool:
     """Whether to multiply every tap, of so many."""
-    if method not in get_args(Way):
-        raise ValueError(f"method: got {method!r}, expected 'auto', 'fft' or 'direct'")
+    one_of(method, "method", get_args(Way))
     return method == "direct" or (method == "auto" and taps <= most)
 
 
 def is_double(precision: object) -> bool:
     """Whether transforms are in float64."""
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision: got {precision!r}, expected 'float64' or 'float32'")
+    one_of(precision, "precision", get_args(Precision))
     return precision == "float64"

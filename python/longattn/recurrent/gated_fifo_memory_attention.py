@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_float_storage, check_floating, check_heads, flag, integer, real, scale_factor
+from longattn._checks import check_float_storage, check_floating, check_heads, flag, integer, one_of, real, scale_factor
 from longattn._rotary import turned
 from longattn.dense.attention import attention
 from longattn.dense.attention_varlen import attention_varlen
@@ -304,8 +304,7 @@ def _layer(
     used = (flag(use_global, "use_global"), flag(use_local, "use_local"), size > 0)
     if not any(used):
         raise ValueError("use_global: got no branch, expected use_global, use_local or slots")
-    if pooling not in get_args(Pooling):
-        raise ValueError(f"pooling: got {pooling!r}, expected 'mean' or 'last'")
+    one_of(pooling, "pooling", get_args(Pooling))
     base = None if rope_base is None else real(rope_base, "rope_base")
     if base is not None and (not 0 < base < np.inf or dim % 2):
         raise ValueError(f"rope_base: got {rope_base} for head_dim {dim}, expected a positive number and an even width")
@@ -333,8 +332,7 @@ def _layer(
 
 
 def _shares(combine: object, branch_logits: Array | None, heads: int, used: tuple[bool, ...]) -> Float32:
-    if combine not in get_args(Combine):
-        raise ValueError(f"combine: got {combine!r}, expected 'sum', 'softmax' or 'sigmoid'")
+    one_of(combine, "combine", get_args(Combine))
     logits = np.zeros((heads, 3))
     if branch_logits is not None:
         if combine == "sum":

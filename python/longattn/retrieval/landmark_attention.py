@@ -9,7 +9,18 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from longattn._arrays import Array, like
-from longattn._checks import batched, dense_inputs, flag, integer, real, result_array, returned, scale_factor, storage
+from longattn._checks import (
+    batched,
+    dense_inputs,
+    flag,
+    integer,
+    one_of,
+    real,
+    result_array,
+    returned,
+    scale_factor,
+    storage,
+)
 from longattn._rotary import turned
 from longattn.dense.attention import attention
 from longattn.dense.merge import merge
@@ -260,8 +271,7 @@ class LandmarkCache:
 
 
 def _rule(block_len: object, top_k: object, select: object, scale: object, rope_base: object, dim: int) -> _Rule:
-    if select not in get_args(Choice):
-        raise ValueError(f"select: got {select!r}, expected 'row' or 'chunk'")
+    one_of(select, "select", get_args(Choice))
     base = None if rope_base is None else real(rope_base, "rope_base")
     if base is not None and not 0 < base < np.inf:
         raise ValueError(f"rope_base: got {rope_base}, expected a positive number")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_floating, dense_inputs, flag, integer, real, scale_factor, storage
+from longattn._checks import check_floating, dense_inputs, flag, integer, one_of, real, scale_factor, storage
 from longattn._rotary import turned
 from longattn.dense.attention_varlen import attention_varlen
 from longattn.dense.attention_weights import attention_weights
@@ -212,8 +212,7 @@ class LtriCache:
         self._segment, self._n_rep = integer(segment, "segment", 1), integer(n_rep, "n_rep", 1)
         self._discovery: dict[str, Any] = {"min_len": min_len, "max_len": max_len, "theta": theta, "iou": iou}
         discover_spans(np.zeros((0, 0)), **self._discovery)  # refuses what does not fit
-        if positions not in get_args(Positions):
-            raise ValueError(f"positions: got {positions!r}, expected 'true' or 'cache'")
+        one_of(positions, "positions", get_args(Positions))
         self._rope = None if rope_base is None else real(rope_base, "rope_base")
         if (positions == "cache") != (self._rope is not None):
             raise ValueError(f"rope_base: got {rope_base} with positions={positions!r}, expected it with 'cache' only")
@@ -469,8 +468,7 @@ def _rule(
     dim: int,
 ) -> _Rule:
     for value, name, allowed in ((group_reduce, "group_reduce", GroupReduce), (row_reduce, "row_reduce", RowReduce)):
-        if value not in get_args(allowed):
-            raise ValueError(f"{name}: got {value!r}, expected {' or '.join(map(repr, get_args(allowed)))}")
+        one_of(value, name, get_args(allowed))
     return _Rule(
         integer(sinks, "sinks", 0),
         integer(window, "window", 1),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, CodedRows, as_numpy
-from longattn._checks import finite, items_of
+from longattn._checks import finite, items_of, one_of
 from longattn.dense import attention
 from longattn.index import Index
 from longattn.kv import KVStore
@@ -103,8 +103,7 @@ def probe_budgets(
     allowed = finite(error, "error")
     if allowed <= 0:
         raise ValueError(f"error: got {error}, expected a number above 0")
-    if relative_to not in ("values", "output"):
-        raise ValueError(f"relative_to: got {relative_to!r}, expected 'values' or 'output'")
+    one_of(relative_to, "relative_to", ("values", "output"))
     if not isinstance(store, KVStore):
         raise TypeError(f"store: got {type(store).__name__}, expected a KVStore")
     queries = as_numpy(q, "q")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy
-from longattn._checks import check_float_storage, check_floating, flag, integer, integers, items_of, real
+from longattn._checks import check_float_storage, check_floating, flag, integer, integers, items_of, one_of, real
 from longattn.index.features import encoder_arrays
 from longattn.methods import Method
 from longattn.reference import retrieval as reference
@@ -445,8 +445,7 @@ def _spans_arguments(radius: object, span: object, token_budget: object) -> tupl
 
 
 def _fusion_arguments(fusion: object, weight: object) -> float:
-    if fusion not in get_args(Fusion):
-        raise ValueError(f"fusion: got {fusion!r}, expected 'rrf' or 'minmax'")
+    one_of(fusion, "fusion", get_args(Fusion))
     share = real(weight, "weight")
     if not 0 <= share <= 1:
         raise ValueError(f"weight: got {weight}, expected 0 to 1")

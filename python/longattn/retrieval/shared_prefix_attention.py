@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import FLOATS, Array, as_numpy, like
-from longattn._checks import items_of, per_head, scale_factor
+from longattn._checks import items_of, one_of, per_head, scale_factor
 from longattn.dense import attention, merge
 from longattn.index import Index
 from longattn.kv import KVStore, PrefixTree, chunk_attention
@@ -114,8 +114,7 @@ def shared_prefix_attention(
         _check_tails(tails, tail_indexes, prefix, batch, rows)
     if tail_top_k is not None and tail_indexes is None:
         raise ValueError(f"tail_top_k: got {tail_top_k} without tail_indexes, expected indexes of the tails")
-    if rest not in ("values", "none", None):
-        raise ValueError(f"rest: got {rest!r}, expected 'values', 'none' or None")
+    one_of(rest, "rest", ("values", "none", None))
     factor = scale_factor(scale, dim)
     wide = np.ascontiguousarray(queries, np.float32)
     found, stats, per_scan = _of_prefix(

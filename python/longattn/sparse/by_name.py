@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from longattn._checks import one_of
 from longattn.sparse.anchor_attention import Anchor
 from longattn.sparse.dhsa_select import Dhsa
 from longattn.sparse.dynamic_block_topk import DynamicBlocks
@@ -51,8 +52,7 @@ def make(selector: str, **parameters: Any) -> Selector:
         >>> by_name.make("moba_select", block=256, top_k=4).top_k
         4
     """
-    if selector not in SELECTORS:
-        raise ValueError(f"selector: got {selector!r}, expected one of {', '.join(SELECTORS)}")
+    one_of(selector, "selector", SELECTORS)
     known = inspect.signature(SELECTORS[selector]).parameters
     for name in parameters:
         if name not in known:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like, reshaped
-from longattn._checks import check_floating, flag, function, integer, integers, items_of, scale_factor
+from longattn._checks import check_floating, flag, function, integer, integers, items_of, one_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import sparse as reference
@@ -39,8 +39,7 @@ def resize_patches(x: Array, grid: tuple[int, int], *, down: int, mode: str, ker
     patches = np.asarray(as_numpy(x, "x"), np.float32)
     height, width = _grid(grid)
     integer(down, "down", 1, min(height, width))
-    if mode not in MODES:
-        raise ValueError(f"mode: got {mode!r}, expected one of {MODES}")
+    one_of(mode, "mode", MODES)
     if patches.ndim < 2 or patches.shape[-2] != height * width:
         raise ValueError(f"x: got shape {patches.shape}, expected [..., {height * width}, C]")
     channels = patches.shape[-1]
@@ -159,8 +158,7 @@ class DescriptorAttention:
             raise ValueError(f"heads: got {heads}, expected a divisor of {inner}")
         self.grid, self.special = _grid(grid), integer(special, "special", 0)
         self.down, self.mode, self.kernel = integer(down, "down", 1, min(self.grid)), mode, kernel
-        if mode not in MODES:
-            raise ValueError(f"mode: got {mode!r}, expected one of {MODES}")
+        one_of(mode, "mode", MODES)
         self.scale, self.turn = scale_factor(scale, inner // self.heads), turn
         if turn is not None:
             function(turn, "turn")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array
-from longattn._checks import batched, dense_inputs, flag, integer, result_array, returned, scale_factor
+from longattn._checks import batched, dense_inputs, flag, integer, one_of, result_array, returned, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.pictures import example, seen
@@ -168,8 +168,7 @@ def hyper_attention(
     block_size, sample_size = integer(block_size, "block_size", 1), integer(sample_size, "sample_size", 0)
     lsh_num_projs = integer(lsh_num_projs, "lsh_num_projs", 1, _MOST_PROJECTIONS)
     min_seq_len, seed = integer(min_seq_len, "min_seq_len", 1), integer(seed, "seed", 0)
-    if order not in ("inverse_gray", "reference"):
-        raise ValueError(f"order: got {order!r}, expected 'inverse_gray' or 'reference'")
+    one_of(order, "order", ("inverse_gray", "reference"))
     q3, k3, v3 = dense_inputs(q, k, v)
     qn, kn = selector_inputs(q3, k3)
     vn, factor = batched(v3, 4), scale_factor(scale, qn.shape[3])

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import batched, dense_inputs, flag, integer, real, scale_factor
+from longattn._checks import batched, dense_inputs, flag, integer, one_of, real, scale_factor
 from longattn.dense.attention import attention
 from longattn.dense.merge import merge
 from longattn.methods import Method
@@ -108,8 +108,7 @@ def rectified_block_sparse(
     first_frame_blocks = integer(first_frame_blocks, "first_frame_blocks", 0)
     if not real(tau, "tau") >= 0:
         raise ValueError(f"tau: got {tau}, expected at least 0")
-    if compensate not in COMPENSATE:
-        raise ValueError(f"compensate: got {compensate!r}, expected one of {COMPENSATE}")
+    one_of(compensate, "compensate", COMPENSATE)
     if selector is not None and not callable(selector):
         raise TypeError(f"selector: got {type(selector).__name__}, expected a selector")
     factor, video = scale_factor(scale, dim), tokens - text

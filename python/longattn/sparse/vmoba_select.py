@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, like
-from longattn._checks import batched, dense_inputs, finite, flag, integer, real, scale_factor
+from longattn._checks import batched, dense_inputs, finite, flag, integer, one_of, real, scale_factor
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
@@ -100,8 +100,7 @@ def vmoba_blocks(
     min_extra = integer(min_extra, "min_extra", 0)
     if not real(tau, "tau") >= 0:
         raise ValueError(f"tau: got {tau}, expected at least 0")
-    if scope not in SCOPES:
-        raise ValueError(f"scope: got {scope!r}, expected one of {SCOPES}")
+    one_of(scope, "scope", SCOPES)
     top_k = None if top_k is None else integer(top_k, "top_k", 1)
     if top_k is not None and scope not in ("head", "query"):
         raise ValueError(f"scope: got {scope!r} with top_k, expected 'head' or 'query'")

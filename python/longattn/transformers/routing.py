@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import longattn as la
 from longattn._arrays import Array, as_numpy
-from longattn._checks import flag, integer, real
+from longattn._checks import flag, integer, one_of, real
 from longattn.diagnostics import KeyMoments, flux_route, less_is_more_select, qada_attention
 from longattn.kv.evict import sink_window_attention
 
@@ -199,8 +199,7 @@ class FluxLayer(Router):
     ) -> None:
         width = as_numpy(weights[-1][0], "weights").shape[-1] if weights else 1
         flux_route(np.zeros((1, 1, width), np.float32), weights)  # which refuses what does not fit
-        if sparse not in ("streaming", "window"):
-            raise ValueError(f"sparse: got {sparse!r}, expected 'streaming' or 'window'")
+        one_of(sparse, "sparse", ("streaming", "window"))
         self._weights, self._pool = weights, integer(pool, "pool", 1)
         self._sinks = integer(sinks, "sinks", 0) if sparse == "streaming" else 0
         self._window = integer(window, "window", 1)

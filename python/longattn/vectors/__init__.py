@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from longattn._checks import one_of
 from longattn.vectors import lm, minilm, synthetic
 from longattn.vectors.recording import Progress
 
@@ -211,8 +212,7 @@ def prepare(name: str, *, refresh: bool = False, progress: Progress | None = Non
 
 
 def _check(name: str) -> None:
-    if name not in names():
-        raise ValueError(f"name: expected one of {', '.join(names())}, got {name!r}")
+    one_of(name, "name", names())
 
 
 def _choose(name: str, heads: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:

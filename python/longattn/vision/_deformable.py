@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array
-from longattn._checks import finite, integer
+from longattn._checks import finite, integer, one_of
 from longattn.vision._inputs import Float32, layer_norm, norm_weights, numbers
 from longattn.vision.convolution import depthwise_convolution, gelu
 
@@ -36,8 +36,7 @@ class Offsets:
         """From what a caller passed."""
         taps = numbers(kernel, "offset_kernel", (*(None,) * dims, channels))
         out = numbers(project, "offset_weights", (channels, dims))
-        if reference not in REFERENCES:
-            raise ValueError(f"reference: got {reference!r}, expected one of {REFERENCES}")
+        one_of(reference, "reference", REFERENCES)
         normed = None if norm is None else norm_weights(norm, "offset_norm", channels)
         return cls(
             taps, normed, out, integer(stride, "stride", 1), finite(range_factor, "range_factor"), str(reference)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from longattn._arrays import Array, reshaped
-from longattn._checks import scale_factor
+from longattn._checks import one_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -67,8 +67,7 @@ def channel_group_attention(
     xn = features(x, "x", 3, "[B, N, C]")
     channels = xn.shape[-1]
     number = head_count(groups, {"x": channels}, "groups")
-    if roles not in ROLES:
-        raise ValueError(f"roles: got {roles!r}, expected one of {ROLES}")
+    one_of(roles, "roles", ROLES)
     projections = [Linear.of(w, name, channels, channels) for w, name in ((wq, "wq"), (wk, "wk"), (wv, "wv"))]
     project = optional_linear(wo, "wo", channels)
     factor = scale_factor(scale, channels // number)

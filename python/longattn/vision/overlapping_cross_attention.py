@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, reshaped
-from longattn._checks import flag, integer, real, scale_factor
+from longattn._checks import flag, integer, one_of, real, scale_factor
 from longattn.methods import Method
 from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
@@ -82,8 +82,7 @@ def overlapping_cross_attention(
         raise ValueError(f"overlap: got {overlap}, expected at least 0 and an even floor(window * overlap)")
     extra = int(side * share)
     wide = side + extra
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: got {layout!r}, expected one of {LAYOUTS}")
+    one_of(layout, "layout", LAYOUTS)
     bias = None
     if table is not None:
         rows = numbers(table, "table", ((side + wide - 1) ** 2, number))

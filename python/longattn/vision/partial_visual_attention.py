@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from longattn._arrays import Array, reshaped
-from longattn._checks import integer, real
+from longattn._checks import integer, one_of, real
 from longattn.methods import Method
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Float32, Linear, Weights, grid, odd_kernel, optional_linear, projections, returned
@@ -74,8 +74,7 @@ def partial_visual_attention(
     xn = grid(x, "x")
     channels = xn.shape[-1]
     first = integer(split, "split", 0, channels)
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode: got {mode!r}, expected one of {get_args(Mode)}")
+    one_of(mode, "mode", get_args(Mode))
     if bias is not None and mode != "attention":
         raise ValueError(f"bias: got one with mode {mode!r}, expected none")
     taps = None if kernel is None else odd_kernel(kernel, "kernel", (None, None, first, first))

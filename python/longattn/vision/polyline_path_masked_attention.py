@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy, reshaped
-from longattn._checks import check_floating, dense_inputs, scale_factor
+from longattn._checks import check_floating, dense_inputs, one_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -79,8 +79,7 @@ def polyline_path_masked_attention(
             )
     batch, heads, height, width, dim = grids[0].shape
     qn, kn, vn = dense_inputs(*(reshaped(x, batch, heads, height * width, -1) for x in grids), double=False)
-    if combine not in COMBINATIONS:
-        raise ValueError(f"combine: got {combine!r}, expected one of {COMBINATIONS}")
+    one_of(combine, "combine", COMBINATIONS)
     factor = scale_factor(scale, dim)
     steps = [
         _decays(x, name, (batch, height, width, heads)) for x, name in ((decay_x, "decay_x"), (decay_y, "decay_y"))

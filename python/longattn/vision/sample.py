@@ -9,7 +9,7 @@ import numpy as np
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy, like
-from longattn._checks import check_float_storage, check_floating, flag, integer
+from longattn._checks import check_float_storage, check_floating, flag, integer, one_of
 
 #: What coordinates outside the grid see.
 PADDINGS = ("zeros", "border")
@@ -89,10 +89,8 @@ def sample(
             raise ValueError(f"weights: got shape {wn.shape}, expected {cn.shape[:-1]} as coords")
         factors = np.ascontiguousarray(wn, np.float32).reshape(-1)
         places, taps = places[:-1], places[-1]
-    if coordinates not in UNITS:
-        raise ValueError(f"coordinates: got {coordinates!r}, expected one of {UNITS}")
-    if padding not in PADDINGS:
-        raise ValueError(f"padding: got {padding!r}, expected one of {PADDINGS}")
+    one_of(coordinates, "coordinates", UNITS)
+    one_of(padding, "padding", PADDINGS)
     aligned = flag(align_corners, "align_corners")
     if not np.isfinite(cn).all():
         raise ValueError("coords: got NaN or infinity, expected finite numbers")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, reshaped
-from longattn._checks import integer
+from longattn._checks import integer, one_of
 from longattn.dense.attention_weights import attention_weights
 from longattn.methods import Method
 from longattn.reference import vision as reference
@@ -81,8 +81,7 @@ def super_token_attention(
     q_of, k_of, v_of, number = projections(channels, wq, wk, wv, heads)
     sizes = window_sizes(cell, 2, "cell")
     times = integer(rounds, "rounds", 1)
-    if border not in BORDERS:
-        raise ValueError(f"border: got {border!r}, expected one of {BORDERS}")
+    one_of(border, "border", BORDERS)
     project = optional_linear(wo, "wo", v_of.outputs)
 
     def between(tokens: Float32) -> Float32:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy, like, reshaped
-from longattn._checks import check_floating, dense_inputs, flag, integer, items_of, scale_factor
+from longattn._checks import check_floating, dense_inputs, flag, integer, items_of, one_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
 from longattn.pictures import example
@@ -82,8 +82,7 @@ def token_coordinated_prompt_attention(
     if qn.ndim != 4 or kn.shape[2] != qn.shape[2] or not qn.shape[2]:
         raise ValueError(f"q: got shapes {qn.shape} and {kn.shape}, expected [B, H, 1 + n, D] of one length")
     batch, _, tokens, dim = qn.shape
-    if mode not in MODES:
-        raise ValueError(f"mode: got {mode!r}, expected one of {MODES}")
+    one_of(mode, "mode", MODES)
     every, factor = flag(open_pools, "open_pools"), scale_factor(scale, dim)
     pools = [
         _pool(pair, name, kn, vn) for pair, name in ((cls_prompts, "cls_prompts"), (image_prompts, "image_prompts"))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import dense_inputs, per_head, scale_factor, size, softcap_value, storage
+from longattn._checks import dense_inputs, one_of, per_head, scale_factor, size, softcap_value, storage
 from longattn.kv.evict.policy import Policy
 from longattn.kv.slot_store import SlotStore
 
@@ -97,8 +97,7 @@ class EvictingCache:
             raise TypeError(f"policy: got {type(policy).__name__}, expected a policy of longattn.kv.evict")
         if policy.taken:
             raise ValueError("policy: got one that serves another cache, expected a fresh one")
-        if residual not in (None, "mean"):
-            raise ValueError(f"residual: got {residual!r}, expected 'mean' or None")
+        one_of(residual, "residual", (None, "mean"))
         self._kv_heads = size(kv_heads, "kv_heads")
         self._dims = size(head_dim, "head_dim"), size(head_dim if value_dim is None else value_dim, "value_dim")
         self._dtype = storage(dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longattn._checks import finite, flag, integer, real
+from longattn._checks import finite, flag, integer, one_of, real
 from longattn.dense.attention_weights import attention_weights
 from longattn.kv.evict.policy import Mask, Policy, over_group, weakest
 from longattn.kv.slot_store import REDUCTIONS
@@ -65,8 +65,7 @@ class LazyEviction(Policy):
         self.alpha, self.h2_weight = finite(alpha, "alpha", 0), real(h2_weight, "h2_weight")
         if not math.isfinite(self.h2_weight):
             raise ValueError(f"h2_weight: got {h2_weight}, expected a finite number")
-        if reduce not in REDUCTIONS:
-            raise ValueError(f"reduce: got {reduce!r}, expected one of {REDUCTIONS}")
+        one_of(reduce, "reduce", REDUCTIONS)
         self.observes = reduce
         self.protect_prompt = flag(protect_prompt, "protect_prompt")
         self._prompt = 0

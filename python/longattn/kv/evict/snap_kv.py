@@ -9,7 +9,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
-from longattn._checks import integer
+from longattn._checks import integer, one_of
 from longattn.dense.prob_reduce import prob_reduce
 from longattn.kv.evict.policy import Mask, Policy, best, over_group
 from longattn.methods import Method
@@ -50,10 +50,8 @@ class SnapKV(Policy):
         self.kernel = integer(kernel, "kernel", 1)
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel: got {kernel}, expected an odd number")
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling: got {pooling!r}, expected one of {POOLINGS}")
-        if reduce not in ("mean", "max"):
-            raise ValueError(f"reduce: got {reduce!r}, expected 'mean' or 'max'")
+        one_of(pooling, "pooling", POOLINGS)
+        one_of(reduce, "reduce", ("mean", "max"))
         self.pooling, self.reduce = pooling, reduce
 
     def capacity(self, prompt: int) -> None:
