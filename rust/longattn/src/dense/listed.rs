@@ -212,7 +212,7 @@ impl Kernel for Finish<'_> {
             }
             let lse = normalise(s, problem, id, running, &mut row);
             let job = Job::new(*problem, unit.out, unit.lse);
-            write_row(s, &job, id, &row[..problem.value_dim], lse);
+            write_row(&job, id, &row[..problem.value_dim], lse);
             if let Told::Weights(reduce) = unit.told {
                 for (p, (_, found)) in parts.iter().enumerate() {
                     let to = &mut told[p * length..keys.min((p + 1) * length)];

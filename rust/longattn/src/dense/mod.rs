@@ -57,6 +57,7 @@ pub use selective::selective_attention;
 pub use weighted::{Weights, weighted_attention};
 pub use weights::attention_weights;
 
+use crate::kv::convert::narrow;
 use crate::parallel::Execution;
 use crate::simd::tiles::{self, Tiles};
 use crate::simd::{self, Isa, Kernel, MAX_ROWS, Simd, dispatch};
@@ -66,7 +67,7 @@ use keys::{Keys, List};
 use packed::PackedHeads;
 use parts::Parts;
 use registers::BlockState;
-use rows::{Indexed, widen_row, with_rows};
+use rows::{Indexed, is_finite, widen_row, with_rows};
 use run::{Job, Partial, run};
 use scores::{RowId, Running, exp_difference};
 use scratch::Scratch;
@@ -416,8 +417,8 @@ pub(crate) fn finish_row<S: Simd>(s: S, job: &Job, id: RowId, keys: &Keys, runni
     let row = &outputs[..problem.value_dim];
     // An infinite number has no parts.
     let all = matches!(keys, Keys::Range(_)) && !problem.hides(id) && problem.tiles.is_none();
-    if all || row.iter().all(|x| x.is_finite()) {
-        write_row(s, job, id, row, lse);
+    if all || is_finite(s, row) {
+        write_row(job, id, row, lse);
     } else {
         careful_row(job, id, keys);
     }
@@ -443,21 +444,11 @@ fn normalise<S: Simd>(s: S, problem: &Problem, id: RowId, running: Running, outp
 }
 
 #[inline(always)]
-fn write_row<S: Simd>(s: S, job: &Job, id: RowId, row: &[f32], lse: f32) {
+fn write_row(job: &Job, id: RowId, row: &[f32], lse: f32) {
     with_element!(job.out.dtype(), O => {
         let out = job.out.row_ptr::<O>(id.batch, id.head, id.row);
-        let mut whole = 0;
-        if S::DOT2_BF16 && O::DTYPE == DType::BF16 {
-            whole = row.len() / S::LANES * S::LANES;
-            for d in (0..whole).step_by(S::LANES) {
-                // SAFETY: the output row has value_dim elements, and no other worker holds this row.
-                unsafe { s.store_bf16(out.add(d).cast(), s.load(row.as_ptr().add(d))) };
-            }
-        }
-        for (d, &x) in row.iter().enumerate().skip(whole) {
-            // SAFETY: the output row has value_dim elements, and no other worker holds this row.
-            unsafe { out.add(d).write(O::from_f32(x)) };
-        }
+        // SAFETY: the output row has value_dim elements, and no other worker holds this row.
+        unsafe { narrow(row, out.cast(), O::DTYPE) };
     });
     // SAFETY: lse has one element per query row.
     unsafe { job.lse.row_ptr::<f32>(id.batch, id.head, id.row).write(lse) };
@@ -507,7 +498,7 @@ fn careful_row(job: &Job, id: RowId, keys: &Keys) {
                 });
             }
             let lse = normalise(s, problem, id, running[0], &mut outputs);
-            write_row(s, job, id, &outputs[..problem.value_dim], lse);
+            write_row(job, id, &outputs[..problem.value_dim], lse);
         }
     }
     dispatch(simd::current(), Careful(job, id, keys));

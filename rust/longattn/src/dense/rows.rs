@@ -240,15 +240,17 @@ pub(crate) unsafe fn widen_part<S: Simd, R: Row>(s: S, from: R, first: usize, di
     }
 }
 
-/// Whether a row holds finite numbers only; its length is a multiple of `LANES`.
+/// Whether a row holds finite numbers only.
 #[inline(always)]
 pub(crate) fn is_finite<S: Simd>(s: S, row: &[f32]) -> bool {
     let mut sum = s.zero();
-    for chunk in row.chunks_exact(S::LANES) {
+    let chunks = row.chunks_exact(S::LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
         // SAFETY: the chunk has LANES floats.
         sum = s.fma(unsafe { s.load(chunk.as_ptr()) }, s.zero(), sum);
     }
-    s.sum(sum) == 0.0
+    s.sum(sum) == 0.0 && rest.iter().all(|x| x.is_finite())
 }
 
 /// Rows of codes of `BITS` bits (`tensor/coded.rs` has the layout), one after another.

@@ -10,11 +10,12 @@
 
 use super::micro::{Product, multiply, multiply_by, panel};
 use super::packing::{PackKeys, PackValues};
-use super::rows::{Rows, widen_row, with_rows};
+use super::rows::{Rows, is_finite, widen_row, with_rows};
 use super::scores::{RowId, Running, modify, online_softmax};
 use super::scratch::{Scratch, with_scratch};
 use super::tile::{KEYS, QUERY_ROWS};
 use super::{Options, Problem, load_query};
+use crate::kv::convert::narrow;
 use crate::parallel::{Execution, for_each};
 use crate::simd::{self, Kernel, Simd, dispatch};
 use crate::tensor::{Element, Error, Result, TensorView, TensorViewMut, with_element};
@@ -266,15 +267,13 @@ impl Kernel for Tile<'_, '_> {
         let mut again = Vec::new();
         for (r, &id) in ids.iter().enumerate() {
             let row = &sums[r * vp..r * vp + problem.value_dim];
-            if !careful && !row.iter().all(|x| x.is_finite()) {
+            if !careful && !is_finite(s, row) {
                 again.push(id);
             }
             with_element!(out.dtype(), O => {
                 let to = out.row_ptr::<O>(id.batch, id.head, id.row);
-                for (d, &x) in row.iter().enumerate() {
-                    // SAFETY: the output row has value_dim numbers, and no other worker holds it.
-                    unsafe { to.add(d).write(O::from_f32(x)) };
-                }
+                // SAFETY: the output row has value_dim numbers, and no other worker holds it.
+                unsafe { narrow(row, to.cast(), O::DTYPE) };
             });
         }
         again

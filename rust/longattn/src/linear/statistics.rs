@@ -19,6 +19,7 @@ use crate::dense::micro::{multiply_strided, panel};
 use crate::dense::packing::pack_values;
 use crate::dense::rows::Strided;
 use crate::dense::tile::KEYS;
+use crate::kv::convert::narrow;
 use crate::parallel::{Execution, for_each, map};
 use crate::simd::{self, Kernel, MAX_ROWS, Simd, dispatch};
 use crate::tensor::{Element, Error, Result, TensorView, TensorViewMut, with_element};
@@ -516,10 +517,8 @@ pub(super) fn store_row(to: &TensorViewMut, [batch, head, row]: [usize; 3], valu
     assert!(values.len() == to.shape()[3]);
     with_element!(to.dtype(), T => {
         let to = to.row_ptr::<T>(batch, head, row);
-        for (d, &x) in values.iter().enumerate() {
-            // SAFETY: the row has as many elements as there are values, and no other worker holds it.
-            unsafe { to.add(d).write(T::from_f32(x)) };
-        }
+        // SAFETY: the row has as many elements as there are values, and no other worker holds it.
+        unsafe { narrow(values, to.cast(), T::DTYPE) };
     });
 }
 

@@ -5,11 +5,12 @@ use super::{head_ranges, row_ids, visible_of};
 use crate::dense::grid::{Grid, Patch};
 use crate::dense::micro::{multiply, panel};
 use crate::dense::packing::{PackKeys, PackValues};
-use crate::dense::rows::{Indexed, with_rows};
+use crate::dense::rows::{Indexed, is_finite, with_rows};
 use crate::dense::scores::RowId;
 use crate::dense::scratch::{Scratch, with_scratch};
 use crate::dense::tile::{KEYS, QUERY_ROWS};
 use crate::dense::{Options, Problem, load_query};
+use crate::kv::convert::narrow;
 use crate::parallel::{Execution, for_each};
 use crate::simd::{self, Kernel, Simd, dispatch};
 use crate::tensor::{DType, Element, Error, Result, TensorView, TensorViewMut, with_element};
@@ -203,15 +204,13 @@ impl Kernel for Sums<'_, '_> {
         }
         for (r, &id) in ids.iter().enumerate() {
             let row = &mut sums[r * vp..r * vp + problem.value_dim];
-            if !row.iter().all(|x| x.is_finite()) {
+            if !is_finite(s, row) {
                 self.careful(id, row);
             }
             with_element!(out.dtype(), O => {
                 let to = out.row_ptr::<O>(id.batch, id.head, id.row);
-                for (d, &x) in row.iter().enumerate() {
-                    // SAFETY: the output row has value_dim numbers, and no other worker holds it.
-                    unsafe { to.add(d).write(O::from_f32(x)) };
-                }
+                // SAFETY: the output row has value_dim numbers, and no other worker holds it.
+                unsafe { narrow(row, to.cast(), O::DTYPE) };
             });
         }
         let scratch = &mut *self.tile.scratch;
