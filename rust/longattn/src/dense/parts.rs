@@ -354,7 +354,7 @@ unsafe fn pack_keys<S: Simd, K: Rows, const PARTS: usize>(
         let [start, second] = k.starts(first);
         let distance = second.addr().wrapping_sub(start.addr());
         let words = distance % 4 == 0 && distance.cast_signed() > 0;
-        if K::BF16 && !K::SCATTERED && words && count == BLOCK && dim.is_multiple_of(STEP) {
+        if K::BF16 && PARTS == 1 && !K::SCATTERED && words && count == BLOCK && dim.is_multiple_of(STEP) {
             // Where they lie.
             for step in 0..steps {
                 for half in 0..2 {
@@ -447,7 +447,7 @@ unsafe fn pack_values<S: Simd, V: Rows, const PARTS: usize>(
     for (g, first) in keys.clone().step_by(BLOCK).enumerate() {
         for pair in 0..TILE {
             let j = first + 2 * pair;
-            if V::BF16 && j + 1 < keys.end && dim.is_multiple_of(STEP) {
+            if V::BF16 && PARTS == 1 && j + 1 < keys.end && dim.is_multiple_of(STEP) {
                 let rows = [v.start(j), v.start(j + 1)];
                 let coming = [v.start(j + BLOCK), v.start(j + BLOCK + 1)];
                 for d in (0..dim).step_by(STEP) {

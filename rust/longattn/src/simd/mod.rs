@@ -307,7 +307,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         acc
     }
     /// Pairs of a bf16 of either vector. The order of the lanes is that of the instruction set; [`Self::in_order_pairs`] turns it into
-    /// the order of the numbers. Only where [`Self::DOT2_BF16`] says so, as the next two.
+    /// the order of the numbers. Only where [`Self::DOT2_BF16`] says so, as the next three.
     #[inline(always)]
     fn interleave_pairs(self, x: [Self::I32; 2]) -> [Self::I32; 2] {
         x
