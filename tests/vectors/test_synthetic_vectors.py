@@ -111,5 +111,5 @@ def test_heads_must_not_be_a_string():
 
 def test_nothing_to_prepare():
     assert vectors.prepare("synthetic") is None
-    with pytest.raises(ValueError, match="name: got .*, expected 'synthetic', 'synthetic-flat'"):
+    with pytest.raises(ValueError, match=r"name: got .*, expected 'synthetic', 'synthetic-flat'"):
         vectors.prepare("gaussian")
