@@ -163,9 +163,7 @@ def generation(
         ValueError: as `load`; a set whose content cannot change; a prefill that leaves nothing to generate.
         FileNotFoundError: as `load`.
     """
-    _check(name)
-    if name in synthetic.NAMES and name not in synthetic.DRIFTING:
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join((*synthetic.DRIFTING, *RECORDED))}")
+    one_of(name, "name", (*synthetic.DRIFTING, *RECORDED))
     if not 0 < prefill < length or groups < 1:
         raise ValueError(f"prefill: got {prefill} of {length} rows and {groups} groups, expected fewer, at least 1")
     if name in RECORDED:
