@@ -123,7 +123,7 @@ def load(
     Cost: about 1.5 s and 4 * length * head_dim * 2 bytes per synthetic head of 131,072 keys; recorded sets
         are read from disk.
     """
-    _check(name)
+    one_of(name, "name", names())
     if length < 1 or groups < 1:
         raise ValueError(f"length and groups: expected at least 1, got {length} and {groups}")
     if name in synthetic.NAMES:
@@ -203,14 +203,10 @@ def prepare(name: str, *, refresh: bool = False, progress: Progress | None = Non
         ValueError: unknown name.
         ModuleNotFoundError: a package that the recording needs is missing; the message says what to install.
     """
-    _check(name)
+    one_of(name, "name", names())
     if name in synthetic.NAMES:
         return None
     return RECORDED[name].prepare(refresh, progress or (lambda done, total: None))
-
-
-def _check(name: str) -> None:
-    one_of(name, "name", names())
 
 
 def _choose(name: str, heads: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:

@@ -477,10 +477,6 @@ unsafe fn pack_values<S: Simd, V: Rows, const PARTS: usize>(
                     let mut a = if j < keys.end { load(s, v.row(j), d, dim) } else { s.zero() };
                     let mut b = if j + 1 < keys.end { load(s, v.row(j + 1), d, dim) } else { s.zero() };
                     let to = to.add(d / BLOCK * between + g * PARTS * RIGHT + pair * BLOCK + d % BLOCK);
-                    if V::BF16 {
-                        s.store(to, s.pair_bf16(a, b));
-                        continue;
-                    }
                     for part in 0..PARTS {
                         let [x, y] = [s.split_bf16(a), s.split_bf16(b)];
                         s.store(to.add(part * RIGHT), s.pair_bf16(x[0], y[0]));
