@@ -236,7 +236,7 @@ def _page(method: Method) -> str:
     body, sections = _docstring(method.function)
     lines += ["## What is computed", "", body, ""]
     if method.mask is not None:
-        lines += [*_picture(method.name), ""]
+        lines += [*_picture(method), ""]
     lines += ["## Use", "", "```python", _signature(method.function, path), "```"]
     sections.setdefault("Cost", method.cost)
     for title, text in sections.items():
@@ -261,13 +261,14 @@ def _page(method: Method) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _picture(name: str) -> list[str]:
-    mask = masks()[name]
-    rows, keys = mask.shape
+def _picture(method: Method) -> list[str]:
+    mask = masks()[method.name]
+    (rows, columns), (queries, keys) = mask.shape, method.axes
+    title = "Example" if method.shown is None else f"Example, {method.shown}"
     return [
-        f"![mask of {name}]({MASKS}/{name}.png)",
+        f"![mask of {method.name}]({MASKS}/{method.name}.png)",
         "",
-        f"Example: which of {keys} keys (from left to right) {rows} queries (from top to bottom) see; "
+        f"{title}: which of {columns} {keys} (from left to right) {rows} {queries} (from top to bottom) see; "
         f"{mask.mean():.0%} of the pairs. Mask `{digest(mask)}`.",
     ]
 

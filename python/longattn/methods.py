@@ -59,6 +59,8 @@ class Method:
         cost: what a call costs.
         mask: makes an example of what queries see, booleans `[queries, keys]`, that its page shows (`pictures.py`);
             `None` where there is nothing to see.
+        axes: what the rows and columns of the mask are.
+        shown: what part or case of the method the mask is of, where there are others; the page says it.
 
     Raises:
         ValueError: an unknown mode, or no identity check.
@@ -82,6 +84,8 @@ class Method:
     tests: str
     cost: str
     mask: Callable[[], NDArray[np.bool_]] | None = None
+    axes: tuple[str, str] = ("queries", "keys")
+    shown: str | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted(self.modes.difference(MODES))

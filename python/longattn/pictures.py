@@ -1,7 +1,8 @@
 """Example masks: which keys a method's queries see, as small pictures on the methods' pages.
 
 A method's entry makes its mask from example vectors by calling the method itself: with the identity as values, outputs
-are weights, and keys of weight 0 are not seen. Pictures hold the mask's digest, so that an outdated one is found
+are weights, and keys of weight 0 are not seen. Where outputs are no weighted sums of values, keys are changed one at a
+time, and those that change nothing are not seen. Pictures hold the mask's digest, so that an outdated one is found
 without drawing.
 """
 
@@ -72,12 +73,30 @@ def kept_pairs(kept: NDArray[np.int64], tokens: int) -> Mask:
 
 
 def layer_seen(layer: Callable[..., Any], shape: tuple[int, ...], *, projections: int = 3, **options: Any) -> Mask:
-    """As `seen`, of a layer of one head `layer(x, wq, wk, wv, ...)` over a grid, whose features are the identity."""
+    """As `seen`, of a layer of one head `layer(x, wq, wk, wv, ...)` over a grid, whose features are the identity.
+
+    Outputs have as many features as the grid, and places of their own.
+    """
     n = int(np.prod(shape))
     rng = np.random.default_rng(0)
     weights = [0.3 * rng.standard_normal((n, n), dtype=np.float32) for _ in range(projections - 1)]
     out = np.asarray(layer(np.eye(n, dtype=np.float32).reshape(1, *shape, n), *weights, np.eye(n), **options))
-    mask: Mask = out.reshape(n, n) != 0
+    mask: Mask = out.reshape(-1, n) != 0
+    return mask
+
+
+def changed(layer: Callable[..., Any], tokens: int, *, channels: int = 4) -> Mask:
+    """Which tokens the rows of `layer(x)` change with, where outputs are no sums of weighted values.
+
+    Args:
+        layer: makes `[outputs, ...]` of rows `[tokens, channels]`; what a token has no part in keeps its bits.
+        tokens: how many; they are changed one at a time.
+        channels: numbers of each.
+    """
+    x = np.random.default_rng(0).standard_normal((tokens, channels), dtype=np.float32)
+    before = np.asarray(layer(x))
+    after = np.stack([np.asarray(layer(x + row[:, None])) for row in np.eye(tokens, dtype=np.float32)], axis=1)
+    mask: Mask = (after != before[:, None]).reshape(len(before), tokens, -1).any(axis=2)
     return mask
 
 
