@@ -15,10 +15,25 @@ import pytest
 import longattn as la
 from longattn import catalogue
 from longattn.methods import FAMILY_PACKAGES, Method, collect, methods
-from longattn.pictures import digest, png
+from longattn.pictures import changed, digest, png
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "methods"
+
+#: Why methods of `longattn.sparse` and `longattn.vision` have no mask.
+ALL_SEEN = {
+    "compositional_quasi_attention": "signed weights of all keys",
+    "embedding_free_attention": "all cells, which hold all places",
+    "forward_cross_attention": "all own tokens and all cross tokens",
+    "integrative_feature_cost_attention": "all places",
+    "layer_and_channel_spatial_attention": "all layers",
+    "match_to_match_additive_attention": "one query and one key of all tokens",
+    "mediator_attention": "all mediators, which read all keys",
+    "nested_attention": "all keys and all nested ones",
+    "parallel_self_cross_attention": "all of both sets",
+    "query_shared_cross_attention": "all of both streams",
+    "strip_self_attention": "all cells, which hold all places",
+}
 
 every_method = pytest.mark.parametrize("method", methods(), ids=lambda method: method.name)
 
@@ -169,6 +184,36 @@ def test_masks_are_those_of_every_instruction_set(method, isa):
     mask = method.mask()
     assert mask.ndim == 2 and mask.dtype == bool and 0 < mask.mean() < 1
     assert digest(mask) == digest(catalogue.masks()[method.name])
+
+
+def test_sparse_and_vision_methods_have_masks_unless_all_is_seen():
+    of_both = [m for m in methods() if m.function.__module__.startswith(("longattn.sparse.", "longattn.vision."))]
+    assert {method.name for method in of_both if method.mask is None} == set(ALL_SEEN)
+
+
+def test_masks_have_the_shape_of_their_method():
+    masks = catalogue.masks()
+    assert (masks["channel_group_attention"] == np.kron(np.eye(4), np.ones((16, 16)))).all()
+    reach = np.abs(np.subtract.outer(np.arange(12), np.arange(12))) <= 3
+    assert (masks["focal_modulation"] == np.kron(reach, reach)).all()
+    near = np.abs(np.subtract.outer(np.arange(12) // 3, np.arange(4))) <= 1
+    assert (masks["super_token_attention"] == np.kron(near, near)).all()
+    regions = (
+        masks["distributed_progressive_attention"].reshape(3, 4, 3, 4, 3, 4, 3, 4).transpose(0, 2, 1, 3, 4, 6, 5, 7)
+    )
+    assert (regions.reshape(9, 16, 9, 16).all(axis=(1, 3)).sum(axis=1) == 1).all()
+    assert (masks["distributed_progressive_attention"].sum(axis=1) == 16).all()
+
+
+def test_what_changes_with_a_token_depends_on_it():
+    assert (changed(lambda x: np.cumsum(x, axis=0), 9) == np.tri(9)).all()
+    assert (changed(lambda x: x[::2, :1], 6, channels=2) == np.eye(6)[::2]).all()
+
+
+def test_pages_say_what_rows_and_columns_are():
+    page = PAGES_OF_METHODS["attention_guided_crop.md"]
+    assert "which of 64 patches (from left to right) 24 crops (from top to bottom) see" in page
+    assert "Example, scans in one direction: which of 144 places" in PAGES_OF_METHODS["local_attention_mamba.md"]
 
 
 def test_a_picture_is_its_mask():

@@ -11,6 +11,7 @@ from longattn._arrays import Array, as_numpy, like, reshaped
 from longattn._checks import check_floating, flag, function, integer, integers, items_of, one_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import sparse as reference
 
 Matrix = NDArray[np.float32]
@@ -367,4 +368,11 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_descriptor_attention.py",
     cost="`F P * F (special + height * width / down^2) * 2 D` multiply-adds per head, and the patches of key frames.",
+    mask=lambda: layer_seen(
+        lambda x, wq, wk, wv: descriptor_attention(
+            x, wq, wk, wv, np.eye(136), heads=1, grid=(4, 8), special=2, keyframes=[0]
+        ),
+        (4, 34),
+    ),
+    axes=("queries", "tokens"),
 )

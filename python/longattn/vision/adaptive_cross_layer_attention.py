@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longattn._arrays import Array, as_numpy
 from longattn.methods import Method
@@ -102,6 +103,17 @@ def _shares(logits: Float32, kept: Array | None) -> Float32:
     return shares
 
 
+def _example() -> NDArray[np.bool_]:
+    """What places read of two layers, at three points each."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 8, 8, 128), dtype=np.float32)
+    layers = np.split(np.eye(128, dtype=np.float32).reshape(2, 8, 8, 128), 2)
+    offsets, weights = (0.1 * rng.standard_normal((128, n)) for n in (12, 6))
+    out = adaptive_cross_layer_attention(x, layers, np.eye(128), offsets, weights, np.ones((1, 1, 128)))
+    mask: NDArray[np.bool_] = (np.asarray(out) != x).reshape(64, 128)
+    return mask
+
+
 METHOD = Method(
     name="adaptive_cross_layer_attention",
     family="vision",
@@ -121,4 +133,6 @@ METHOD = Method(
     ),
     tests="tests/vision/test_adaptive_cross_layer_attention.py",
     cost="`4 * H * W * layers * K * C` multiply-adds, and the projections.",
+    mask=_example,
+    axes=("places", "places of two layers"),
 )

@@ -9,6 +9,7 @@ from longattn._arrays import Array, as_numpy, like
 from longattn._checks import check_floating, finite, integer, real
 from longattn.dense.attention_weights import attention_weights
 from longattn.methods import Method
+from longattn.pictures import example
 from longattn.reference import vision as reference
 from longattn.vision._inputs import grid, numbers, window_sizes
 from longattn.vision.sample import sample
@@ -188,6 +189,15 @@ def soft_match(similarity: Array, classes: Array, *, temperature: float = 0.03) 
     return np.asarray(of_description @ members, np.float32)
 
 
+def _example() -> NDArray[np.bool_]:
+    """Patches that crops are made of."""
+    weights = cls_attention(*example(65))
+    boxes = attention_guided_crop(weights, (8, 8), crops=24, top=12, ratio=(0.2, 0.6), temperature=1.0)
+    cut = crop_features(np.eye(64, dtype=np.float32).reshape(1, 8, 8, 64), boxes, (8, 8))
+    mask: NDArray[np.bool_] = (np.asarray(cut)[0] != 0).any(axis=(1, 2))
+    return mask
+
+
 METHOD = Method(
     name="attention_guided_crop",
     family="vision",
@@ -207,4 +217,6 @@ METHOD = Method(
     ),
     tests="tests/vision/test_attention_guided_crop.py",
     cost="`Hq * N * D` multiply-adds for the weights, and a sort.",
+    mask=_example,
+    axes=("crops", "patches"),
 )

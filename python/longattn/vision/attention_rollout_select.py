@@ -14,6 +14,7 @@ from longattn.dense._query_key import query_key_inputs
 from longattn.dense.attention import attention
 from longattn.dense.prob_reduce import prob_reduce
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import vision as reference
 
 
@@ -176,6 +177,16 @@ def pair_wise_cross_attention(q: Array, k: Array, v: Array, *, scale: float | No
     return like(q, np.asarray(attention(qn, keys, values, scale=scale)))
 
 
+def _example() -> NDArray[np.bool_]:
+    """What the chosen tokens see; the others do not ask."""
+    q, k = example(64)
+    layers = [(q, k), (k, q)]
+    mask = np.zeros((64, 64), bool)
+    chosen = relevant_tokens(attention_rollout(layers), ratio=0.3)[0]
+    mask[chosen] = seen(lambda q, k, v: attention_rollout_select(layers, q, k, v, ratio=0.3), q, k)
+    return mask
+
+
 METHOD = Method(
     name="attention_rollout_select",
     family="vision",
@@ -196,4 +207,6 @@ METHOD = Method(
     ),
     tests="tests/vision/test_attention_rollout_select.py",
     cost="`2 * layers * h * N ** 2 * D` multiply-adds for the relevance, and `Hq * count * N * (D + Dv)`.",
+    mask=_example,
+    axes=("tokens", "keys"),
 )

@@ -8,6 +8,7 @@ from longattn._arrays import Array, reshaped
 from longattn._checks import one_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Float32, Linear, Weights, features, head_count, optional_linear, returned
 
@@ -106,4 +107,7 @@ METHOD = Method(
     ),
     tests="tests/vision/test_channel_group_attention.py",
     cost="`2 * N * C ** 2 / groups` multiply-adds, linear in `N`, and the projections.",
+    # Of as many tokens as channels, each with a channel of its own.
+    mask=lambda: layer_seen(lambda x, *w: np.asarray(channel_group_attention(x, *w, groups=4)).swapaxes(1, 2), (64,)),
+    axes=("channels", "channels"),
 )

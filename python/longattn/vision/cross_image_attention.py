@@ -10,6 +10,7 @@ from longattn._arrays import Array, as_numpy, like
 from longattn._checks import batched, dense_inputs, finite, scale_factor
 from longattn.dense._options import score_options
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Float32, grid, returned
 
@@ -130,4 +131,5 @@ METHOD = Method(
     ),
     tests="tests/vision/test_cross_image_attention.py",
     cost="`Hq * Lq * Lk * (2 * D + Dv)` multiply-adds.",
+    mask=lambda: seen(cross_image_attention, *example()),
 )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longattn._arrays import Array, reshaped
 from longattn._checks import flag, integer
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference_functions
 from longattn.vision._deformable import Offsets
 from longattn.vision._inputs import Float32, Linear, Weights, grid, numbers, optional_linear, projections, returned
@@ -165,6 +167,14 @@ def _made_bias(first: Linear, second: Linear, at: Float32, extents: tuple[int, i
     return np.moveaxis(reshaped(values, batch, -1, points, heads), -1, 1)
 
 
+def _example() -> NDArray[np.bool_]:
+    """Places that nine samples are made of, the same for all queries."""
+    rng = np.random.default_rng(0)
+    kernel, weights = rng.standard_normal((4, 4, 144)), 0.03 * rng.standard_normal((144, 2))
+    network: Any = {"offset_kernel": kernel, "offset_weights": weights, "reference": "symmetric"}
+    return layer_seen(deformable_kv_attention_2d, (12, 12), heads=1, stride=4, **network)
+
+
 METHOD = Method(
     name="deformable_kv_attention_2d",
     family="vision",
@@ -184,4 +194,6 @@ METHOD = Method(
     ),
     tests="tests/vision/test_deformable_kv_attention_2d.py",
     cost="`2 * H * W * n * C` multiply-adds for `n = H * W / stride ** 2` points, and the projections.",
+    mask=_example,
+    axes=("queries", "places"),
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from longattn._arrays import Array, reshaped
 from longattn._checks import integer
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference_functions
 from longattn.vision._deformable import Offsets
 from longattn.vision._inputs import (
@@ -164,6 +168,14 @@ def softmax_over(logits: Float32, axis: int) -> Float32:
     return shares
 
 
+def _example() -> NDArray[np.bool_]:
+    """Places of a video that four samples are made of, the same for all queries."""
+    rng = np.random.default_rng(0)
+    kernel, weights = rng.standard_normal((3, 3, 3, 108)), 0.03 * rng.standard_normal((108, 3))
+    network: Any = {"offset_kernel": kernel, "offset_weights": weights, "reference": "symmetric"}
+    return layer_seen(deformable_kv_attention_3d, (3, 6, 6), heads=1, stride=3, **network)
+
+
 METHOD = Method(
     name="deformable_kv_attention_3d",
     family="vision",
@@ -183,4 +195,6 @@ METHOD = Method(
     ),
     tests="tests/vision/test_deformable_kv_attention_3d.py",
     cost="`2 * (m + N) * (m + n) * C` multiply-adds for `N` tokens and `n` points, and the projections.",
+    mask=_example,
+    axes=("queries", "places"),
 )

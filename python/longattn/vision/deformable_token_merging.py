@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longattn._arrays import Array, reshaped
 from longattn._checks import flag
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
-from longattn.vision._inputs import Linear, Weights, grid, numbers, returned
+from longattn.vision._inputs import Float32, Linear, Weights, grid, numbers, returned
 from longattn.vision.convolution import convolution, gelu
 from longattn.vision.sample import sample
 
@@ -84,6 +86,16 @@ def deformable_token_merging(
     return returned(x, gelu(out) if flag(activation, "activation") else out)
 
 
+def _example() -> NDArray[np.bool_]:
+    """Tokens that each merged token is made of."""
+    kernel = np.random.default_rng(0).standard_normal((2, 2, 144, 8))
+
+    def merged(x: Array, w: Float32) -> Array:
+        return deformable_token_merging(x, np.tile(w, (4, 1)), offset_kernel=kernel, activation=False)
+
+    return layer_seen(merged, (12, 12), projections=1)
+
+
 METHOD = Method(
     name="deformable_token_merging",
     family="vision",
@@ -103,4 +115,6 @@ METHOD = Method(
     ),
     tests="tests/vision/test_deformable_token_merging.py",
     cost="`H * W * C * (Co + 4)` multiply-adds, and the offsets.",
+    mask=_example,
+    axes=("merged tokens", "tokens"),
 )

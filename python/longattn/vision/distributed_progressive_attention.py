@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longattn._arrays import Array, reshaped
 from longattn._checks import finite, integer, scale_factor
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
 from longattn.sparse.block_mask import BlockMask
 from longattn.sparse.block_sparse_attention import block_sparse_attention
@@ -141,6 +143,18 @@ def _progressive(content: Float32, style: Float32, plain: Float32, w: Block, sca
     return w.o(out)
 
 
+def _example() -> NDArray[np.bool_]:
+    """What regions see by the progressive branch; by the other all see a mean of each region."""
+    content = np.random.default_rng(0).standard_normal((1, 12, 12, 144), dtype=np.float32)
+
+    def found(style: Array, wq: Float32, wk: Float32, wv: Float32) -> Float32:
+        nothing, own = (wq, wk, np.zeros_like(wv), None), (wq, wk, wv, None)
+        out = distributed_progressive_attention(content, style, nothing, own, heads=1, region=4, scale=0.01)
+        return np.asarray(out) - content
+
+    return layer_seen(found, (12, 12))
+
+
 METHOD = Method(
     name="distributed_progressive_attention",
     family="vision",
@@ -161,4 +175,7 @@ METHOD = Method(
     ),
     tests="tests/vision/test_distributed_progressive_attention.py",
     cost="`2 * N * (n + region ** 2) * C` multiply-adds for `N` places and `n` regions, and `N * n * C` to compare.",
+    mask=_example,
+    axes=("places of content", "places of style"),
+    shown="the progressive branch alone",
 )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longattn._arrays import Array
 from longattn._checks import flag
 from longattn.methods import Method
+from longattn.pictures import changed
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Float32, Linear, Weights, grid, layer_norm, norm_weights, odd_kernel, returned
 from longattn.vision.convolution import depthwise_convolution, gelu
@@ -112,6 +114,19 @@ def _mean(z: Float32, causal: bool) -> Float32:
     return whole
 
 
+def _example() -> NDArray[np.bool_]:
+    """What the convolutions reach, without the mean of all places."""
+    wf = np.random.default_rng(0).standard_normal((4, 11))
+    wf[:, -1] = 0
+    kernels = [np.ones((k, k, 4)) for k in (3, 5)]
+
+    def layer(x: Float32) -> Float32:
+        out = focal_modulation(x.reshape(1, 12, 12, 4), wf, kernels, np.eye(4), np.eye(4))
+        return np.asarray(out).reshape(144, 4)
+
+    return changed(layer, 144)
+
+
 METHOD = Method(
     name="focal_modulation",
     family="vision",
@@ -133,4 +148,7 @@ METHOD = Method(
     ),
     tests="tests/vision/test_focal_modulation.py",
     cost="`N * C * (3 * C + sum of k ** n)` multiply-adds for `N` places: linear in `N`.",
+    mask=_example,
+    axes=("places", "places"),
+    shown="without the mean of all places",
 )

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longattn._arrays import Array, reshaped
 from longattn._checks import one_of
 from longattn.linear.mamba_mixer import MambaWeights, checked
 from longattn.linear.selective_token_channel_mixer import ORDERS, Directions, mix
 from longattn.methods import Method
+from longattn.pictures import changed
 from longattn.reference import vision as reference
 from longattn.vision._blocks import Block
-from longattn.vision._inputs import grid, head_count, returned, window_sizes
+from longattn.vision._inputs import Float32, grid, head_count, returned, window_sizes
 from longattn.vision.partition import grouped_attention
 
 
@@ -81,6 +83,19 @@ def local_attention_mamba(
     return returned(x, reshaped(out, batch, height, width, -1))
 
 
+def _example() -> NDArray[np.bool_]:
+    """What a scan in one direction carries on from the windows; in all directions every place sees every other."""
+    wq, wk, wv, w_in, w_dt, w_b, w_c = 0.5 * np.random.default_rng(0).standard_normal((7, 4, 4))
+    scan = MambaWeights(w_in=w_in, w_dt=w_dt, w_b=w_b, w_c=w_c, a=np.full((4, 4), -0.01))
+
+    def layer(x: Float32) -> Float32:
+        image, local = x.reshape(1, 12, 12, 4), (wq, wk, wv, None)
+        out = local_attention_mamba(image, local, scan, window=4, heads=1, directions="forward")
+        return np.asarray(out).reshape(144, 4)
+
+    return changed(layer, 144)
+
+
 METHOD = Method(
     name="local_attention_mamba",
     family="vision",
@@ -100,4 +115,7 @@ METHOD = Method(
     ),
     tests="tests/vision/test_local_attention_mamba.py",
     cost="`2 * H * W * tokens of a window * C` multiply-adds and a selective scan for each direction.",
+    mask=_example,
+    axes=("places", "places"),
+    shown="scans in one direction",
 )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longattn._arrays import Array, reshaped
 from longattn._checks import integer, one_of, real
 from longattn.methods import Method
+from longattn.pictures import changed
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Float32, Linear, Weights, grid, odd_kernel, optional_linear, projections, returned
 from longattn.vision.convolution import convolution
@@ -120,6 +122,19 @@ def _attended(x: Float32, mode: Mode, weights: Any, heads: int, bias: Array | No
     return gated
 
 
+def _example() -> NDArray[np.bool_]:
+    """What 64 places see in their convolved channels, and then in those that are attended to."""
+    rng = np.random.default_rng(0)
+    weights, kernel = tuple(0.5 * rng.standard_normal((3, 4, 4))), rng.standard_normal((3, 3, 4, 4))
+
+    def layer(x: Float32) -> Float32:
+        image = np.concatenate(np.split(x, 2), axis=1).reshape(1, 8, 8, 8)
+        out = np.asarray(partial_visual_attention(image, 4, "attention", weights, kernel=kernel)).reshape(64, 8)
+        return np.concatenate(np.split(out, 2, axis=1))
+
+    return changed(layer, 128)
+
+
 METHOD = Method(
     name="partial_visual_attention",
     family="vision",
@@ -139,4 +154,7 @@ METHOD = Method(
     ),
     tests="tests/vision/test_partial_visual_attention.py",
     cost="`H * W * kh * kw * split ** 2` multiply-adds; gates `H * W * C2`, attention `(H * W) ** 2 * (D + Dv)`.",
+    mask=_example,
+    axes=("places of both parts", "places of both parts"),
+    shown='mode "attention"',
 )

@@ -12,6 +12,7 @@ from longattn._arrays import Array, as_numpy, reshaped
 from longattn._checks import check_floating, dense_inputs, one_of, scale_factor
 from longattn.dense.attention import attention
 from longattn.methods import Method
+from longattn.pictures import example, seen
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Float32, features, numbers, returned
 
@@ -221,6 +222,14 @@ def _criss_cross(
     return (lines(2, lines(3, v)) + lines(3, lines(2, v))) * np.float32(0.5)
 
 
+def _example() -> NDArray[np.bool_]:
+    """Places of an image with an object in it, whose outline no path survives."""
+    inside = np.zeros((12, 12), bool)
+    inside[3:9, 4:10] = True
+    along = [-1e3 * np.diff(inside, axis=axis, prepend=False)[None, ..., None] for axis in (1, 0)]
+    return seen(polyline_path_masked_attention, *example(144), *along, shape=(12, 12))
+
+
 METHOD = Method(
     name="polyline_path_masked_attention",
     family="vision",
@@ -242,4 +251,6 @@ METHOD = Method(
     ),
     tests="tests/vision/test_polyline_path_masked_attention.py",
     cost="`2 * N ** 2 * (D + Dv)` multiply-adds per head for `N` places, and as many biases.",
+    mask=_example,
+    shown="decays that nothing survives around an object",
 )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from longattn._arrays import Array, as_numpy, reshaped
 from longattn._checks import flag, integer, integers
 from longattn.methods import Method
+from longattn.pictures import layer_seen
 from longattn.reference import vision as reference
 from longattn.vision._blocks import Block
 from longattn.vision._inputs import Float32, grid, head_count, returned, window_sizes
@@ -150,6 +151,18 @@ def _in_windows(x: Float32, block: Block, sizes: tuple[int, ...], shifted: bool)
     return block.o(attend_in_groups(block.q(x), block.k(x), block.v(x), sizes, heads=block.heads, rolls=rolls))
 
 
+def _example() -> NDArray[np.bool_]:
+    """Two frames: each token sees the proxies of all windows and its own window."""
+    shape, windows = (2, 8, 8), (1, 2, 4)
+    index = window_members(shape, windows, seed=0)
+
+    def layer(x: Array, wq: Float32, wk: Float32, wv: Float32) -> Array:
+        w = wq, wk, wv, None
+        return proxy_token_attention(x, w, w, heads=1, windows=windows, index=index, window=w)
+
+    return layer_seen(layer, shape)
+
+
 METHOD = Method(
     name="proxy_token_attention",
     family="vision",
@@ -170,4 +183,6 @@ METHOD = Method(
     ),
     tests="tests/vision/test_proxy_token_attention.py",
     cost="`2 * (n ** 2 + N * n + 2 * N * p) * C` multiply-adds for `N` tokens in `n` windows of `p`.",
+    mask=_example,
+    shown="without shifted windows",
 )

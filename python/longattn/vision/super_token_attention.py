@@ -12,6 +12,7 @@ from longattn._arrays import Array, reshaped
 from longattn._checks import integer, one_of
 from longattn.dense.attention_weights import attention_weights
 from longattn.methods import Method
+from longattn.pictures import example
 from longattn.reference import vision as reference
 from longattn.vision._inputs import Float32, Weights, grid, optional_linear, projections, returned, window_sizes
 from longattn.vision.convolution import mean_pool_cells
@@ -93,18 +94,29 @@ def super_token_attention(
     if sizes == (1, 1):
         return returned(x, between(xn))
     padded = pad_ends(xn, padded_to((height, width), sizes))
-    cells = (padded.shape[1] // sizes[0], padded.shape[2] // sizes[1])
-    places = partition(padded, sizes).reshape(batch, *cells, math.prod(sizes), channels)
+    members, tokens = _gathered(padded, sizes, times, border == "mask")
+    return returned(x, _spread(members, between(tokens), padded.shape[1:3], sizes)[:, :height, :width])
+
+
+def _gathered(x: Float32, sizes: tuple[int, ...], rounds: int, masked: bool) -> tuple[Float32, Float32]:
+    """Memberships of the places `[B, cells, cells, places, 9]` and super tokens `[B, cells, cells, C]`."""
+    tokens = mean_pool_cells(x, sizes)
+    cells = tokens.shape[1:3]
+    places = partition(x, sizes).reshape(len(x), *cells, math.prod(sizes), x.shape[-1])
     outside = _around(np.ones((1, *cells, 1), np.float32))[..., 0] == 0
-    tokens = mean_pool_cells(padded, sizes)
-    for _ in range(times):
-        members = _memberships(places, tokens, outside if border == "mask" else None)
+    for _ in range(rounds):
+        members = _memberships(places, tokens, outside if masked else None)
         sums = _back(members.swapaxes(-1, -2) @ places)
         mass = _back(members.sum(axis=-2)[..., None])
         tokens = sums / (mass + np.float32(1e-12))
-    spread = members @ _around(between(tokens))
-    whole = unpartition(reshaped(spread, batch, -1, math.prod(sizes), spread.shape[-1]), padded.shape[1:3], sizes)
-    return returned(x, whole[:, :height, :width])
+    return members, tokens
+
+
+def _spread(members: Float32, tokens: Float32, extents: tuple[int, ...], sizes: tuple[int, ...]) -> Float32:
+    """What places receive of super tokens, a grid of `extents`."""
+    parts = members @ _around(tokens)
+    whole: Float32 = unpartition(reshaped(parts, len(parts), -1, math.prod(sizes), parts.shape[-1]), extents, sizes)
+    return whole
 
 
 def _memberships(places: Float32, tokens: Float32, outside: NDArray[np.bool_] | None) -> Float32:
@@ -136,6 +148,15 @@ def _back(parts: Float32) -> Float32:
     return wide[:, 1:-1, 1:-1]
 
 
+def _example() -> NDArray[np.bool_]:
+    """Super tokens that places are members of; among each other these see all."""
+    x = example(144)[0].reshape(1, 12, 12, -1)
+    members, tokens = _gathered(x, (3, 3), 1, True)
+    whole = _spread(members, np.eye(16, dtype=np.float32).reshape(*tokens.shape[:3], 16), (12, 12), (3, 3))
+    mask: NDArray[np.bool_] = whole.reshape(144, 16) != 0
+    return mask
+
+
 METHOD = Method(
     name="super_token_attention",
     family="vision",
@@ -156,4 +177,7 @@ METHOD = Method(
     ),
     tests="tests/vision/test_super_token_attention.py",
     cost="`9 * H * W * C * (2 * rounds + 1)` multiply-adds and attention of `H * W / cell` tokens.",
+    mask=_example,
+    axes=("places", "super tokens"),
+    shown="memberships",
 )
