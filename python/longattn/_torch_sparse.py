@@ -23,6 +23,8 @@ from longattn._torch_operators import (
     split_scale,
 )
 from longattn.sparse import BlockMask
+from longattn.sparse._grid import MOST_AXES
+from longattn.sparse._halo import table_of_each
 
 
 def neighborhood_attention(
@@ -80,6 +82,60 @@ def neighborhood_attention(
     values = (window, stride, dilation, causal)
     rule = {name: _per_axis(x, name, axes) for name, x in zip(RULE, values, strict=True)}
     out, lse = _neighborhood(q=q, k=k, v=v, **rule, **more, scale=number, row_scales=factors, softcap=softcap)
+    return (out, lse) if flag(return_lse, "return_lse") else out
+
+
+def halo_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    block: int | Sequence[int] = 8,
+    halo: int | Sequence[int] = 3,
+    relative: Sequence[torch.Tensor] | None = None,
+    scale_rel: bool = False,
+    mask_pad: bool = True,
+    stride: int | Sequence[int] = 1,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`longattn.sparse.halo_attention` for torch's autograd and `torch.compile`.
+
+    Args:
+        q: queries `[B, Hq, X1.., D]`, one to three axes; float32, float16 or bfloat16. May require grad.
+        k: keys `[B, Hkv, X1.., D]`; any of the three dtypes. May require grad.
+        v: values `[B, Hkv, X1.., Dv]`; dtype of `k`. May require grad.
+        block: places of a block, one number or one per axis.
+        halo: width of the rim, likewise.
+        relative: for each axis floating `[2 (block + halo) - 1, D]`: vectors by distance, key less query; `None`: none.
+            May require grad.
+        scale_rel: multiply the relative part by the scale as well.
+        mask_pad: hide what lies outside the grid; else it is zeros.
+        stride: only every `stride`-th query of each axis is computed, one number or one per axis; it divides the block.
+        scale: factor on the dot products; `None` is `D ** -0.5`.
+        return_lse: also return the log-sum-exp of the logits, differentiable as well.
+
+    Returns:
+        The output `[B, Hq, ceil(X1 / stride).., Dv]` in the dtype of `q`; with `return_lse`, the pair with the lse,
+        float32 without `Dv`.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes that do not fit, a stride that does not divide the block, or a tensor outside CPU memory.
+        RuntimeError: from a second backward pass: gradients of gradients are not computed.
+
+    Cost:
+        Forward and backward as the functions of `longattn.sparse`; the relative part is computed anew.
+    """
+    check_tensors({"q": q, "k": k, "v": v})
+    axes = max(q.dim() - 3, 1)
+    tables = table_of_each(relative, axes)
+    check_tensors({f"relative[{a}]": x for a, x in enumerate(tables or ())}, [f"relative[{a}]" for a in range(axes)])
+    given = {"block": block, "halo": halo, "stride": stride}
+    rule = {name: _per_axis(x, name, axes) for name, x in given.items()}
+    named = dict(zip(RELATIVE, (*(tables or ()), *(None,) * MOST_AXES), strict=False))
+    options = {"scale_rel": scale_rel, "mask_pad": mask_pad, "scale": scale}
+    out, lse = _halo(q=q, k=k, v=v, **rule, **named, **options)
     return (out, lse) if flag(return_lse, "return_lse") else out
 
 
@@ -359,6 +415,42 @@ _neighborhood = operator(
     _near_back,
     _lse_shapes,
     gradients=("q", "k", "v", "extra_k", "extra_v", "bias", "sinks"),
+)
+
+
+#: Relative vectors of the first axis, of the second and of the third.
+RELATIVE = tuple(f"relative_{a}" for a in range(MOST_AXES))
+
+
+def _around(x: Given) -> Given:
+    """Arguments with one sequence of relative vectors."""
+    tables = [table for name in RELATIVE if (table := x.pop(name)) is not None]
+    rule = {name: tuple(x.pop(name)) for name in ("block", "halo", "stride")}
+    return {**x, **rule, "relative": tables or None}
+
+
+def _around_back(d_out: torch.Tensor, d_lse: torch.Tensor, x: Given, results: Any) -> list[Any]:
+    q, k, v = (x.pop(name) for name in "qkv")
+    found = la.sparse.halo_attention_backward(d_out, q, k, v, *results, d_lse=d_lse, **_around(x))
+    tables: Sequence[Any] = found.d_relative or ()
+    return [*found[:3], *tables, *(None,) * (MOST_AXES - len(tables))]
+
+
+def _around_shapes(x: Given) -> Pair:
+    q, v = x["q"], x["v"]
+    rows = [-(-n // step) for n, step in zip(q.shape[2:-1], x["stride"], strict=True)]
+    shape = (*q.shape[:2], *rows)
+    return q.new_empty(*shape, v.shape[-1]), q.new_empty(shape, dtype=torch.float32)
+
+
+_halo = operator(
+    "halo_attention",
+    "Tensor q, Tensor k, Tensor v, SymInt[] block, SymInt[] halo, SymInt[] stride, "
+    f"{', '.join(f'Tensor? {name}' for name in RELATIVE)}, bool scale_rel, bool mask_pad, float? scale",
+    lambda x: la.sparse.halo_attention(**_around(x), return_lse=True),
+    _around_back,
+    _around_shapes,
+    gradients=("q", "k", "v", *RELATIVE),
 )
 
 

@@ -12,9 +12,9 @@ With states of fixed size there are `linear_attention`, `lightning_attention`, `
 as in `longattn.linear`.
 
 The operators behind the functions are `torch.ops.longattn.attention`, `.attention_varlen`, `.merge`,
-`.neighborhood_attention`, `.na_qk`, `.na_av`, `.block_sparse_attention`, `.windowed_attention`, `.recurrence` and
-`.selective_scan`, each with its gradient and the shapes of its results, so that `torch.compile(fullgraph=True)` keeps
-them whole.
+`.neighborhood_attention`, `.halo_attention`, `.na_qk`, `.na_av`, `.block_sparse_attention`, `.windowed_attention`,
+`.recurrence` and `.selective_scan`, each with its gradient and the shapes of its results, so that
+`torch.compile(fullgraph=True)` keeps them whole.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from longattn._torch_operators import (
 )
 from longattn._torch_sparse import (
     block_sparse_attention,
+    halo_attention,
     na_av,
     na_qk,
     neighborhood_attention,
@@ -70,6 +71,7 @@ __all__ = [
     "gated_delta_rule",
     "gated_linear_attention",
     "gated_slot_attention",
+    "halo_attention",
     "hgrn2",
     "kimi_delta_attention",
     "lightning_attention",

@@ -7,8 +7,10 @@ import longattn as la
 import tolerances
 from longattn.reference import sparse as reference
 from random_arrays import DTYPES, F32, LAYOUTS, normal
+from running import on_threads
 
 halo_attention = la.sparse.halo_attention
+backward = la.sparse.halo_attention_backward
 
 
 def image(rng, shape=(16, 16), *, batch=1, heads=4, kv_heads=2, dim=16, value_dim=12, dtype=F32, layout="contiguous"):
@@ -119,9 +121,142 @@ def test_axes_of_one_place_change_nothing(rng, isa):
         ({"block": (8, 8, 8)}, ValueError, "block: got 3 numbers, expected 2"),
         ({"q": np.zeros((1, 1, 8, 4), np.float32)}, ValueError, "k: got shape"),
         ({"mask_pad": 1}, TypeError, "mask_pad: got 1"),
+        ({"scale": np.ones(1, np.float32)}, TypeError, "scale: got"),
     ],
 )
 def test_bad_input(change, error, words):
     given = {name: np.zeros((1, 1, 8, 8, 4), np.float32) for name in "qkv"} | change
     with pytest.raises(error, match=words):
         halo_attention(**given)
+
+
+# Gradients; `tests/torch/test_torch_sparse.py` has them beside those of torch's own operations.
+
+
+def gradients(rng, q, k, v, **rule):
+    """Of a fixed linear form: what it is of output and lse, and the gradients, those of the tables at the end."""
+    out, lse = halo_attention(q, k, v, return_lse=True, **rule)
+    form = normal(rng, out.shape, out.dtype), normal(rng, lse.shape)
+    found = backward(form[0], q, k, v, out, lse, d_lse=form[1], **rule)
+    return form, [*found[:3], *(found.d_relative or ())]
+
+
+@pytest.mark.parametrize("mask_pad", [True, False])
+@pytest.mark.parametrize("scale_rel", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [
+        ((9,), {"block": 4, "halo": 2, "stride": 2, "scale": 0.7}),
+        ((7, 5), {"block": (4, 3), "halo": (1, 2), "stride": (2, 3)}),
+        ((3, 4), {"block": 9, "halo": 4}),
+        ((3, 4, 5), {"block": 2, "halo": (1, 0, 3)}),
+    ],
+)
+def test_gradients_are_slopes_of_the_reference(rng, isa, shape, rule, mask_pad, scale_rel):
+    """Along one direction for each of the arguments, by differences in float64."""
+    rule = rule | {"mask_pad": mask_pad, "scale_rel": scale_rel}
+    arrays = [*image(rng, shape, dim=8, value_dim=6), *tables(rng, shape, rule["block"], rule["halo"], dim=8)]
+    form, found = gradients(rng, *arrays[:3], relative=arrays[3:], **rule)
+
+    def value(n, direction):
+        given = [x.astype(float) for x in arrays]
+        given[n] = given[n] + direction
+        results = reference.halo_attention(*given[:3], relative=given[3:], return_lse=True, **rule)
+        return sum(float((w * x).sum()) for w, x in zip(form, results, strict=True))
+
+    for n, ours in enumerate(found):
+        assert ours.shape == arrays[n].shape and ours.dtype == F32
+        step = 1e-5 * rng.standard_normal(ours.shape)
+        slope = (value(n, step) - value(n, -step)) / 2e-5
+        assert abs(slope - (ours * step).sum() / 1e-5) < 1e-5 * np.linalg.norm(ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_dtypes_and_layouts(rng, dtype, layout):
+    q, k, v = image(rng, (9, 10), batch=2, dtype=dtype, layout=layout)
+    for rule in ({}, {"relative": tables(rng, (9, 10), 4, 2)}, {"stride": 2, "mask_pad": False}):
+        ours, theirs = (
+            gradients(np.random.default_rng(1), *given, block=4, halo=2, **rule)[1]
+            for given in ((q, k, v), [x.copy() for x in (q, k, v)])
+        )
+        assert [x.dtype for x in ours[:3]] == [dtype] * 3
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tables_of_zeros_change_no_gradients(rng, isa, dtype):
+    """What goes through further dimensions is the same as without them."""
+    q, k, v = image(rng, (9, 10), dtype=dtype)
+    none = [np.zeros((11, 16), F32)] * 2
+    _, ours = gradients(np.random.default_rng(1), q, k, v, block=4, halo=2, relative=none)
+    _, theirs = gradients(np.random.default_rng(1), q, k, v, block=4, halo=2)
+    for a, b in zip(ours[:3], theirs, strict=True):
+        error = np.linalg.norm(a.astype(float) - b.astype(float)) / np.linalg.norm(b.astype(float))
+        assert error < {4: 1e-6, 2: 1e-3 if dtype == np.float16 else 8e-3}[dtype.itemsize]
+
+
+def test_gradients_without_a_halo_are_those_of_windows(rng, isa):
+    q, k, v = image(rng, (12, 15), kv_heads=4)
+    out, lse = halo_attention(q, k, v, block=3, halo=0, return_lse=True)
+    found = backward(out, q, k, v, out, lse, block=3, halo=0)
+    expected = la.sparse.neighborhood_attention_backward(out, q, k, v, out, lse, window=3, stride=3)
+    for ours, theirs in zip(found[:3], expected[:3], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert found.d_relative is None
+
+
+def test_gradients_of_left_out_queries_are_zeros(rng):
+    q, k, v = image(rng, (12, 12))
+    _, (dq, *_) = gradients(rng, q, k, v, block=6, halo=1, stride=3)
+    assert not dq[:, :, np.arange(12) % 3 > 0].any() and not dq[..., np.arange(12) % 3 > 0, :].any()
+    assert dq[:, :, ::3, ::3].any(axis=-1).all()
+
+
+def test_gradients_on_any_number_of_threads(rng):
+    q, k, v = image(rng, (20, 21))
+    given = {"block": 4, "halo": 2, "relative": tables(rng, (20, 21), 4, 2)}
+    found = on_threads(lambda: gradients(np.random.default_rng(1), q, k, v, **given)[1], (1, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_gradients_are_nan_where_what_is_seen_is(rng, isa, relative):
+    q, k, v = image(rng, (20,))
+    given = {"relative": tables(rng, (20,), 4, 2)} if relative else {}
+    k[:, 0, 10] = np.nan
+    _, found = gradients(rng, q, k, v, block=4, halo=2, **given)
+    # The blocks from 8 and from 12 on see place 10, and with it the places 6 to 17.
+    queries, keys = np.zeros(20, bool), np.zeros(20, bool)
+    queries[8:16], keys[6:18] = True, True
+    for gradient, heads, bad in zip(found[:3], (2, 1, 1), (queries, keys, keys), strict=True):
+        assert (np.isnan(gradient[:, :heads]).any(axis=-1) == bad).all()
+        assert np.isfinite(gradient[:, heads:]).all()
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+def test_empty_grids(rng, shape):
+    q, k, v = image(rng, shape)
+    given = {"block": 4, "halo": 2, "relative": tables(rng, shape, 4, 2)}
+    _, found = gradients(rng, q, k, v, **given)
+    assert [x.shape for x in found] == [x.shape for x in (q, k, v, *given["relative"])]
+    assert not any(x.any() for x in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"out": np.zeros((1, 1, 8, 8, 3), np.float32)}, ValueError, "out: got shape"),
+        ({"d_out": np.zeros((1, 1, 8, 8, 4), np.float16)}, TypeError, "d_out: got dtype float16"),
+        ({"lse": np.zeros((1, 1, 4, 4), np.float32)}, ValueError, r"lse: got shape \(1, 1, 4, 4\), expected"),
+        ({"lse": None}, TypeError, "lse: got NoneType"),
+        ({"d_lse": np.zeros((1, 1, 8, 8), int)}, TypeError, "d_lse: got dtype int64"),
+        ({"stride": 2}, ValueError, r"out: got shape .*, expected \(1, 1, 4, 4, 4\)"),
+        ({"relative": [np.zeros((21, 4))]}, ValueError, "relative: got 1 tables, expected 2"),
+        ({"scale": np.ones(1, np.float32)}, TypeError, "scale: got"),
+    ],
+)
+def test_bad_input_of_gradients(change, error, words):
+    given = {name: np.zeros((1, 1, 8, 8, 4), np.float32) for name in ("q", "k", "v", "out", "d_out")}
+    with pytest.raises(error, match=words):
+        backward(**(given | {"lse": np.zeros((1, 1, 8, 8), np.float32)} | change))

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 import longattn.torch  # noqa: E402
 
 neighborhood = longattn.torch.neighborhood_attention
+halo_attention = longattn.torch.halo_attention
 block_sparse = longattn.torch.block_sparse_attention
 windowed = longattn.torch.windowed_attention
 na_qk, na_av = longattn.torch.na_qk, longattn.torch.na_av
@@ -169,6 +170,147 @@ def test_storage_dtypes(rng, dtype):
     tensors = grid_tensors(rng, shape, dtype=dtype)[:3]
     tolerance = {torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
     compare(lambda *x: neighborhood(*x, return_lse=True, **rule), oracle_of(shape, rule), tensors, tolerance)
+
+
+#: Grid and rule: regions beyond the grid, short last blocks, strides, a block larger than the grid.
+HALOS = [
+    ((23,), {"block": 8, "halo": 3}),
+    ((23,), {"block": 6, "halo": 9, "stride": 3}),
+    ((8, 12), {"block": 4, "halo": 0, "stride": 2}),
+    ((9, 10), {"block": 4, "halo": 2}),
+    ((9, 10), {"block": (4, 3), "halo": (1, 4), "stride": (2, 3)}),
+    ((5, 6), {"block": 9, "halo": 2}),
+    ((3, 5, 6), {"block": (2, 3, 4), "halo": (1, 0, 2), "stride": (1, 3, 2)}),
+]
+
+
+def halo_tensors(rng, shape, rule, *, dtype=torch.float32, **sizes):
+    """Queries, keys, values and a table for each axis."""
+    q, k, v = grid_tensors(rng, shape, dtype=dtype, **sizes)[:3]
+    both = zip(*(reference.spread(rule[name], len(shape)) for name in ("block", "halo")), strict=True)
+    return [q, k, v, *(torch.from_numpy(normal(rng, (2 * (b + h) - 1, q.shape[-1]), spread=0.5)) for b, h in both)]
+
+
+def halo_oracle(shape, *, block, halo, stride=1, scale_rel=False, mask_pad=True, scale=None):
+    """Over the grid and zeros around it, all pairs of which have a logit."""
+    sizes, rims, steps = (np.array(reference.spread(x, len(shape))) for x in (block, halo, stride))
+    ends = -(-np.array(shape) // sizes) * sizes + rims
+
+    def places(*ranges):
+        return np.stack(np.meshgrid(*ranges, indexing="ij"), -1).reshape(-1, len(shape))
+
+    queries = places(*(np.arange(0, n, step) for n, step in zip(shape, steps, strict=True)))
+    keys = places(*(np.arange(-rim, end) for rim, end in zip(rims, ends, strict=True)))
+    offset = keys - (queries // sizes * sizes - rims)[:, None]
+    seen = ((offset >= 0) & (offset < sizes + 2 * rims)).all(-1)
+    if mask_pad:
+        seen &= ((keys >= 0) & (keys < shape)).all(-1)
+    entries = torch.from_numpy(np.clip(keys - queries[:, None] + sizes + rims - 1, 0, 2 * (sizes + rims) - 2))
+    pads = [int(n) for a in reversed(range(len(shape))) for n in (rims[a], ends[a] - shape[a])]
+
+    def call(q, k, v, *tables):
+        q = q[(slice(None), slice(None), *(slice(None, None, int(step)) for step in steps))]
+        grid = q.shape[:-1]
+        k, v = (torch.nn.functional.pad(x, (0, 0, *pads)) for x in (k, v))
+        q, k, v = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (q, k, v))
+        factor = (q.shape[-1] ** -0.5 if scale is None else scale) if scale_rel else 1.0
+        own = torch.arange(len(queries))[:, None]
+        parts = [(factor * q @ table.mT)[:, :, own, entries[..., a]] for a, table in enumerate(tables)]
+        out, lse = dense(q, k, v, torch.from_numpy(seen), bias=sum(parts) if parts else None, scale=scale)
+        return out.reshape(*grid, -1), lse.reshape(grid)
+
+    return call
+
+
+@pytest.mark.parametrize(("shape", "rule"), HALOS)
+@pytest.mark.parametrize("mask_pad", [True, False])
+@pytest.mark.parametrize("relative", [True, False])
+def test_gradients_of_halos(rng, isa, shape, rule, mask_pad, relative):
+    rule = rule | {"mask_pad": mask_pad}
+    arrays = halo_tensors(rng, shape, rule)
+
+    def ours(q, k, v, *tables):
+        return halo_attention(q, k, v, relative=tables or None, return_lse=True, **rule)
+
+    compare(ours, halo_oracle(shape, **rule), arrays if relative else arrays[:3], 2e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 2)])
+@pytest.mark.parametrize("options", [{"scale_rel": True}, {"scale": 0.3}, {"scale_rel": True, "scale": 0.3}], ids=str)
+def test_gradients_of_halos_with_options(rng, isa, heads, options):
+    shape, rule = (9, 10), {"block": 4, "halo": 2, **options}
+    arrays = halo_tensors(rng, shape, rule, heads=heads[0], kv_heads=heads[1], dim=20)
+    compare(
+        lambda q, k, v, *tables: halo_attention(q, k, v, relative=tables, return_lse=True, **rule),
+        halo_oracle(shape, **rule),
+        arrays,
+        2e-5,
+    )
+
+
+def test_gradients_of_some_halo_arguments(rng):
+    """What requires no grad gets none, and changes nothing for the others."""
+    rule = {"block": 4, "halo": 2}
+    arrays = halo_tensors(rng, (9, 10), rule)
+
+    def gradients(wanted):
+        q, k, v, *tables = (x.clone().requires_grad_(n in wanted) for n, x in enumerate(arrays))
+        out = halo_attention(q, k, v, relative=tables, **rule)
+        out.square().sum().backward()
+        return [x.grad for x in (q, k, v, *tables)]
+
+    every = gradients(range(5))
+    for wanted in ({0}, {1, 2}, {3}, {4}):
+        for n, (found, whole) in enumerate(zip(gradients(wanted), every, strict=True)):
+            assert found is None if n not in wanted else torch.equal(found, whole)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_storage_dtypes_of_halos(rng, dtype, relative):
+    shape, rule = (9, 10), {"block": 4, "halo": 2, "stride": 2}
+    tensors = halo_tensors(rng, shape, rule, dtype=dtype)
+    tolerance = {torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
+    compare(
+        lambda q, k, v, *tables: halo_attention(q, k, v, relative=tables or None, return_lse=True, **rule),
+        halo_oracle(shape, **rule),
+        tensors if relative else tensors[:3],
+        tolerance,
+    )
+
+
+def test_gradients_of_halos_by_differences(rng):
+    """Beside differences of the results; in float32, so over wide steps."""
+    rule = {"block": 4, "halo": 1, "stride": 2}
+    inputs = [x.requires_grad_() for x in halo_tensors(rng, (7,), rule, heads=2, kv_heads=1, dim=4, value_dim=3)]
+
+    def function(q, k, v, table):
+        return halo_attention(q, k, v, relative=[table], return_lse=True, **rule)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.autograd.gradcheck(function, inputs, eps=3e-2, atol=4e-3, rtol=2e-2, nondet_tol=0.0)
+
+
+def test_halos_inside_transforms(rng):
+    rule = {"block": 4, "halo": 1}
+    q, k, v, table = halo_tensors(rng, (9,), rule)
+
+    def loss(q, table):
+        return halo_attention(q, k, v, relative=[table], **rule).square().sum()
+
+    found = torch.func.grad(loss, argnums=(0, 1))(q, table)
+    inputs = [x.clone().requires_grad_() for x in (q, table)]
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_halos_have_the_same_numbers_as_without_autograd(rng):
+    rule = {"block": 4, "halo": 2, "stride": 2}
+    q, k, v, *tables = (x.requires_grad_() for x in halo_tensors(rng, (9, 10), rule))
+    out = halo_attention(q, k, v, relative=tables, **rule)
+    with torch.no_grad():
+        assert torch.equal(out, la.sparse.halo_attention(q, k, v, relative=tables, **rule))
 
 
 def test_threads_do_not_matter(rng):
@@ -370,10 +512,15 @@ def test_opcheck(rng):
     weights = torch.ones(2, 4, 9, 3, requires_grad=True)
     torch.library.opcheck(torch.ops.longattn.na_av.default, (weights, v, *rule), test_utils=checks)
     torch.library.opcheck(torch.ops.longattn.windowed_attention.default, (q, k, v, *given), test_utils=checks)
+    rule = [4], [1], [2]
+    for table in (None, torch.ones(9, 3, requires_grad=True)):
+        given = (*rule, table, None, None, False, True, None)
+        torch.library.opcheck(torch.ops.longattn.halo_attention.default, (q, k, v, *given), test_utils=checks)
 
 
-@pytest.mark.parametrize("kind", ["neighborhood", "blocks", "windows", "halves"])
+@pytest.mark.parametrize("kind", ["neighborhood", "blocks", "windows", "halves", "halos"])
 def test_whole_graphs(rng, kind):
+    table = torch.from_numpy(normal(rng, (13, 8)))
     mask = la.BlockMask.from_blocks(np.eye(4, dtype=bool), lengths=(20, 20), block_q=5, block_k=5)
 
     def function(q, k, v):
@@ -383,6 +530,8 @@ def test_whole_graphs(rng, kind):
             return windowed(q, k, v, radius=(3, 1)).sin()
         if kind == "halves":
             return na_av(na_qk(q, k, window=3).tanh(), v, window=3).sin()
+        if kind == "halos":
+            return halo_attention(q, k, v, block=4, halo=3, stride=2, relative=[table]).sin()
         return neighborhood(q, k, v, window=3, dilation=2).sin()
 
     q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (20,))[:3])
@@ -393,9 +542,12 @@ def test_whole_graphs(rng, kind):
         assert torch.equal(ours, theirs)
 
 
-def test_second_derivatives_are_refused(rng):
+@pytest.mark.parametrize(
+    "call", [lambda *x: neighborhood(*x, window=3), lambda *x: halo_attention(*x, block=2, halo=1)]
+)
+def test_second_derivatives_are_refused(rng, call):
     q, k, v = (x.requires_grad_() for x in grid_tensors(rng, (6,))[:3])
-    (dq,) = torch.autograd.grad(neighborhood(q, k, v, window=3).square().sum(), q, create_graph=True)
+    (dq,) = torch.autograd.grad(call(q, k, v).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match=r"longattn\.torch: got a second backward pass"):
         dq.sum().backward()
 
@@ -441,6 +593,17 @@ def test_nan_reaches_only_what_sees_it(rng):
             "scale: got a tensor that requires grad",
         ),
         (lambda x: neighborhood(x, x, x, window=3, sinks=torch.zeros(3)), ValueError, "sinks: got shape"),
+        (lambda x: halo_attention(x, x, x, stride=3), ValueError, "stride: got 3, expected a divisor of the block 8"),
+        (lambda x: halo_attention(x, x, x, block=1.5), TypeError, "block: got 1.5, expected an integer"),
+        (lambda x: halo_attention(x, x, x, halo=-1), ValueError, "halo: got -1"),
+        (lambda x: halo_attention(x, x, x, mask_pad=1), TypeError, "mask_pad: got 1, expected True or False"),
+        (lambda x: halo_attention(x, x, x, scale=x), TypeError, "scale: got"),
+        (lambda x: halo_attention(x, x.numpy(), x), TypeError, "k: got ndarray"),
+        (lambda x: halo_attention(x, x, x, relative=x), TypeError, "relative: got Tensor, expected a sequence"),
+        (lambda x: halo_attention(x, x, x, relative=[x, x]), ValueError, "relative: got 2 tables, expected 1"),
+        (lambda x: halo_attention(x, x, x, relative=[None]), TypeError, r"relative\[0\]: got None"),
+        (lambda x: halo_attention(x, x, x, relative=[x]), ValueError, r"relative\[0\]: got shape"),
+        (lambda x: halo_attention(x, x, x, relative=[x.to("meta")]), ValueError, r"relative\[0\]: got a tensor on dev"),
     ],
 )
 def test_bad_input(call, error, words):

@@ -26,6 +26,7 @@ from longattn.sparse.generalized_neighborhood_attention import (
     visible_tokens,
 )
 from longattn.sparse.halo_attention import halo_attention
+from longattn.sparse.halo_attention_backward import HaloGradients, halo_attention_backward
 from longattn.sparse.hyper_attention import hyper_attention
 from longattn.sparse.index_sparse_attention import index_sparse_attention
 from longattn.sparse.lightweight_topk_attention import (
@@ -76,6 +77,7 @@ __all__ = [
     "Dhsa",
     "DynamicBlocks",
     "FlexPrefill",
+    "HaloGradients",
     "Intersection",
     "Moba",
     "NeighborhoodGradients",
@@ -105,6 +107,7 @@ __all__ = [
     "generalized_neighborhood_attention",
     "gna_tile_stats",
     "halo_attention",
+    "halo_attention_backward",
     "hilbert_order",
     "hyper_attention",
     "index_sparse_attention",

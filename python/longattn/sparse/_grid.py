@@ -15,9 +15,13 @@ from longattn._arrays import Array, as_numpy
 from longattn._checks import attention_inputs, check_floating, check_heads, flag, integer
 from longattn.dense._options import Options, score_options
 from longattn.dense.attention import attention
+from longattn.dense.attention_backward import saved_output, saved_sums
 
 #: The most axes of a grid.
 MOST_AXES = 3
+
+#: Gradient of the output, output, log-sum-exp and its gradient or `None`, checked.
+Saved = tuple[NDArray[Any], NDArray[Any], NDArray[np.float32], NDArray[np.float32] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,3 +222,43 @@ def attend(
     given = None if bias is None else bias._for_kernel()
     _core.neighbourhood(q4, k4, v4, out4, lse3, kernel_axes(axes), given, options)
     return result, lse
+
+
+def saved_forward(
+    d_out: Array, out: Array, lse: Array, d_lse: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> Saved:
+    """What gradients start from: outputs of `shape` `[B, Hq, X1.., Dv]`, sums without the last axis."""
+    single = np.dtype(np.float32)
+    out_n, d_out_n = saved_output(out, "out", shape, dtype), saved_output(d_out, "d_out", shape, dtype)
+    sums = saved_sums(lse, "lse", shape[:-1], single)
+    return d_out_n, out_n, sums, None if d_lse is None else saved_sums(d_lse, "d_lse", shape[:-1], single)
+
+
+def attend_backward(
+    saved: Saved,
+    qn: NDArray[Any],
+    kn: NDArray[Any],
+    vn: NDArray[Any],
+    axes: Sequence[GridAxis],
+    options: Options,
+    *,
+    bias: GridBias | None = None,
+    d_bias: NDArray[np.float32] | None = None,
+    d_sinks: NDArray[np.float32] | None = None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Gradients of `attend` by queries, keys and values; those of the bias' table and of the sinks go into arrays."""
+    d_out, out, lse, d_lse = saved
+    dq, dk, dv = (np.zeros(x.shape, x.dtype) for x in (qn, kn, vn))
+    if lse.size:
+        d4, q4, k4, v4, o4 = (flat(x) for x in (d_out, qn, kn, vn, out))
+        lse3, d_lse3 = lse.reshape(*lse.shape[:2], -1), None if d_lse is None else d_lse.reshape(*lse.shape[:2], -1)
+        _core.neighbourhood_backward(
+            (d4, q4, k4, v4, o4, lse3, d_lse3),
+            (flat(dq), flat(dk), flat(dv)),
+            d_sinks,
+            None if d_bias is None else d_bias.reshape(-1),
+            kernel_axes(axes),
+            None if bias is None else bias._for_kernel(),
+            options,
+        )
+    return dq, dk, dv

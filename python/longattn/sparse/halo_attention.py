@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from longattn._arrays import Array, as_numpy
-from longattn._checks import check_floating, flag, returned
+from longattn._arrays import Array
+from longattn._checks import flag, returned
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
-from longattn.sparse._grid import GridAxis, GridBias, attend, grid_inputs, grid_options, own_grid, per_axis
+from longattn.sparse._grid import attend, grid_options
+from longattn.sparse._halo import halo_inputs
 
 
 def halo_attention(
@@ -72,62 +70,14 @@ def halo_attention(
         >>> la.sparse.halo_attention(q, k, v, block=8, halo=3, stride=2).shape
         (1, 2, 8, 8, 8)
     """
-    qn, kn, vn = grid_inputs(q, k, v)
-    lengths = own_grid(qn, kn)
-    count, dim = len(lengths), qn.shape[-1]
-    sizes, rims = per_axis(block, "block", count, 1), per_axis(halo, "halo", count, 0)
-    steps = per_axis(stride, "stride", count, 1)
-    for size, step in zip(sizes, steps, strict=True):
-        if size % step:
-            raise ValueError(f"stride: got {step}, expected a divisor of the block {size}")
-    scale_rel, mask_pad = flag(scale_rel, "scale_rel"), flag(mask_pad, "mask_pad")
+    x = halo_inputs(
+        q, k, v, block=block, halo=halo, relative=relative, scale_rel=scale_rel, mask_pad=mask_pad, stride=stride,
+        scale=scale,
+    )  # fmt: skip
     return_lse = flag(return_lse, "return_lse")
-    entries = [2 * (size + rim) - 1 for size, rim in zip(sizes, rims, strict=True)]
-    tables = None if relative is None else _tables(relative, entries, dim)
-    axes = tuple(_axis(*given, mask_pad) for given in zip(lengths, sizes, rims, steps, strict=True))
-    if not mask_pad:
-        sides = [(rim, axis.keys - n - rim) for rim, axis, n in zip(rims, axes, lengths, strict=True)]
-        kn, vn = (np.pad(x, ((0, 0), (0, 0), *sides, (0, 0))) for x in (kn, vn))
-    if max(steps) > 1:
-        qn = np.ascontiguousarray(qn[(slice(None), slice(None), *(slice(None, None, step) for step in steps))])
-    options = grid_options(qn.shape, scale, 0.0, None)
-    bias = None
-    if tables is not None:
-        rows = qn.reshape(-1, dim).astype(np.float32, copy=False)
-        factor = np.float32(options["scale"] if scale_rel else 1.0)
-        by_axis = tuple((rows @ (factor * table.T)).reshape(*qn.shape[:-1], -1) for table in tables)
-        bias = GridBias(tuple(entries), tuple(n // 2 for n in entries), by_axis=by_axis)
-    result, lse = attend(qn, kn, vn, axes, options, bias=bias)
+    options = grid_options(x.q.shape, x.scale, 0.0, None)
+    result, lse = attend(x.q, x.k, x.v, x.axes, options, bias=x.bias())
     return returned(None, q, result, lse if return_lse else None)
-
-
-def _tables(relative: Sequence[Array], entries: Sequence[int], dim: int) -> list[NDArray[np.float32]]:
-    """A checked table for each axis."""
-    if not isinstance(relative, Sequence):
-        raise TypeError(f"relative: got {type(relative).__name__}, expected a sequence of a table for each axis")
-    if len(relative) != len(entries):
-        raise ValueError(f"relative: got {len(relative)} tables, expected {len(entries)}, one per axis of the grid")
-    found = []
-    for a, (table, count) in enumerate(zip(relative, entries, strict=True)):
-        x = as_numpy(table, f"relative[{a}]")
-        check_floating(x, f"relative[{a}]")
-        if x.shape != (count, dim):
-            raise ValueError(f"relative[{a}]: got shape {x.shape}, expected {(count, dim)}, 2 (block + halo) - 1 rows")
-        found.append(x.astype(np.float32, copy=False))
-    return found
-
-
-def _axis(length: int, block: int, halo: int, stride: int, mask_pad: bool) -> GridAxis:
-    """Every `stride`-th query sees its block and `halo` keys on both sides, of the axis or of the padded one."""
-    x = np.arange(0, length, stride)
-    first = x // block * block
-    start, end, position, keys = first - halo, first + block + halo, x, length
-    if mask_pad:
-        start, end = np.maximum(start, 0), np.minimum(end, length)
-    else:
-        start, end, position, keys = start + halo, end + halo, x + halo, -(-length // block) * block + 2 * halo
-    intervals = np.stack([np.zeros_like(x), start, end, position], axis=1).astype(np.uint32)
-    return GridAxis(keys, intervals, 1, block // stride)
 
 
 METHOD = Method(

@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from longattn import _core
 from longattn._arrays import Array, like
-from longattn.dense.attention_backward import attention_backward, saved_output, saved_sums
+from longattn.dense.attention_backward import attention_backward
 from longattn.sparse._grid import (
+    attend_backward,
     extra_inputs,
     flat,
     grid_inputs,
     grid_options,
-    kernel_axes,
     own_grid,
     per_axis,
+    saved_forward,
     table_bias,
     window_axes,
 )
@@ -113,39 +113,22 @@ def neighborhood_attention_backward(
     table = table_bias(bias, qn.shape[1], per_axis(window, "window", len(axes), 1))
     extra = extra_inputs(extra_k, extra_v, qn, kn, vn)
     options = grid_options(qn.shape, scale, softcap, sinks)
-    output = (*qn.shape[:-1], vn.shape[-1])
-    out_n, d_out_n = saved_output(out, "out", output, qn.dtype), saved_output(d_out, "d_out", output, qn.dtype)
-    lse3, d_lse3 = (
-        None if x is None else saved_sums(x, name, output[:-1], np.dtype(np.float32)).reshape(*output[:2], -1)
-        for x, name in ((lse, "lse"), (d_lse, "d_lse"))
-    )
-    if lse3 is None:
-        raise TypeError("lse: got None, expected an array")
-
-    dq, dk, dv = (np.zeros(x.shape, x.dtype) for x in (qn, kn, vn))
+    saved = saved_forward(d_out, out, lse, d_lse, (*qn.shape[:-1], vn.shape[-1]), qn.dtype)
     d_bias = None if table is None or table.table is None else np.zeros_like(table.table)
     d_sinks = None if sinks is None else np.zeros(qn.shape[1], np.float32)
+    dq, dk, dv = attend_backward(saved, qn, kn, vn, axes, options, bias=table, d_bias=d_bias, d_sinks=d_sinks)
     d_extra_k: Array | None = None
     d_extra_v: Array | None = None
-    d4, q4, k4, v4, o4 = (flat(x) for x in (d_out_n, qn, kn, vn, out_n))
-    if lse3.size:
-        _core.neighbourhood_backward(
-            (d4, q4, k4, v4, o4, lse3, d_lse3),
-            (flat(dq), flat(dk), flat(dv)),
-            d_sinks,
-            None if d_bias is None else d_bias.reshape(-1),
-            kernel_axes(axes),
-            None if table is None else table._for_kernel(),
-            options,
-        )
     if extra is not None:
         d_extra_k, d_extra_v = np.zeros_like(extra[0]), np.zeros_like(extra[1])
-        if lse3.size and extra[0].shape[2]:
+        if saved[2].size and extra[0].shape[2]:
             # Their part of the softmax is dense attention with the log-sum-exp of the whole.
             factor: Any = options["scale"]
             factor = factor[..., 0] if isinstance(factor, np.ndarray) else factor
+            d4, o4 = flat(saved[0]), flat(saved[1])
+            lse3, d_lse3 = (None if x is None else x.reshape(*x.shape[:2], -1) for x in saved[2:])
             more, d_extra_k, d_extra_v = attention_backward(
-                d4, q4, *extra, o4, lse3, d_lse=d_lse3, scale=factor, softcap=softcap
+                d4, flat(qn), *extra, o4, lse3, d_lse=d_lse3, scale=factor, softcap=softcap
             )
             dq += more.reshape(dq.shape)
     return NeighborhoodGradients(

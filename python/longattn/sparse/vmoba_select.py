@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longattn._arrays import Array, like
-from longattn._checks import batched, dense_inputs, finite, flag, integer, one_of, real, scale_factor
+from longattn._checks import (
+    batched,
+    dense_inputs,
+    finite,
+    flag,
+    integer,
+    one_of,
+    real,
+    scale_factor,
+    sequence_bounds,
+)
 from longattn.methods import Method
 from longattn.pictures import example, seen
 from longattn.reference import sparse as reference
@@ -27,7 +39,7 @@ def vmoba_partition(grid: tuple[int, int, int], partition: float | tuple[int, ..
     """The order of tokens in which blocks are contiguous, and the tokens of a block.
 
     Args:
-        grid: frames, and rows and columns of a frame; tokens are numbered in this order.
+        grid: frames (0 in a video without tokens), and rows and columns of a frame; tokens are numbered in this order.
         partition: a number of frames, which may be a fraction: blocks of that many tokens one after another; `(height,
             width)`: patches of that size through all frames; or `(frames, height, width)`.
 
@@ -46,17 +58,17 @@ def vmoba_partition(grid: tuple[int, int, int], partition: float | tuple[int, ..
     """
     if not isinstance(grid, tuple | list) or len(grid) != 3:
         raise TypeError(f"grid: got {grid!r}, expected (frames, height, width)")
-    frames, height, width = (integer(x, "grid", 1) for x in grid)
+    frames, height, width = integer(grid[0], "grid", 0), integer(grid[1], "grid", 1), integer(grid[2], "grid", 1)
     tokens = np.arange(frames * height * width)
     if not isinstance(partition, tuple | list):
         size = int(finite(partition, "partition") * height * width)
         if size < 1:
             raise ValueError(f"partition: got {partition}, expected blocks of at least one token")
-        return tokens, min(size, len(tokens))
+        return tokens, min(size, max(len(tokens), 1))
     if len(partition) not in (2, 3):
         raise ValueError(f"partition: got {partition!r}, expected a number, (height, width) or (frames, height, width)")
     sizes = tuple(integer(x, "partition", 1) for x in partition)
-    of_block = (frames, *sizes) if len(sizes) == 2 else sizes
+    of_block = (max(frames, 1), *sizes) if len(sizes) == 2 else sizes
     if any(n % part for n, part in zip((frames, height, width), of_block, strict=True)):
         raise ValueError(f"partition: got {partition!r}, expected divisors of the grid {tuple(grid)}")
     t, h, w = of_block
@@ -136,8 +148,9 @@ def vmoba_select(
     k: Array,
     v: Array,
     *,
-    grid: tuple[int, int, int],
+    grid: tuple[int, int, int] | Sequence[tuple[int, int, int]],
     partition: float | tuple[int, ...],
+    cu_seqlens: Array | None = None,
     tau: float = 0.25,
     top_k: int | None = None,
     scope: str = "head",
@@ -153,14 +166,17 @@ def vmoba_select(
     or a head the `top_k * L` best pairs (scope "head"); own blocks count.
 
     Layers of the original go through partitions along time, in the plane and in space by turns. Sequences of a batch
-    have one length.
+    have one length; sequences of several lengths lie one after another (`cu_seqlens`). Blocks and scopes are of one
+    sequence, so that each has the result that it has alone.
 
     Args:
         q: queries `[B, Hq, L, D]`, or `[Hq, L, D]`; float32, float16 or bfloat16; `L = frames * height * width`.
         k: keys `[B, Hkv, L, D]`, or `[Hkv, L, D]`; any of the three dtypes.
         v: values `[B, Hkv, L, Dv]`, or `[Hkv, L, Dv]`; dtype of `k`.
-        grid: frames, and rows and columns of a frame.
+        grid: frames, and rows and columns of a frame; with `cu_seqlens` one such triple for each sequence.
         partition: how tokens are cut into blocks, see `vmoba_partition`.
+        cu_seqlens: bounds `[S + 1]` of sequences that a batch of 1 holds one after another; `None` is one sequence for
+            each of the batch.
         tau: share of the scope's sum, from 1 on all.
         top_k: instead of `tau`, numbers of blocks.
         scope: "head", "query", "block" (for each block, over the queries of all heads) or "all" (all heads together).
@@ -179,6 +195,7 @@ def vmoba_select(
     Cost:
         Per query head `L * blocks * D` multiply-adds for the gates and a partial order of them, and `(D + Dv)` per
         query and key of the blocks it takes; for partitions in the plane or in space, copies in the blocks' order.
+        With `cu_seqlens`, calls of the kernels for each sequence.
 
     References:
         J. Wu et al., "VMoBA: Mixture-of-Block Attention for Video Diffusion Models", 2025, arXiv:2506.23858.
@@ -193,20 +210,57 @@ def vmoba_select(
     q3, k3, v3 = dense_inputs(q, k, v)
     qn, kn = selector_inputs(q3, k3)
     vn, return_stats = batched(v3, 4), flag(return_stats, "return_stats")
-    order, size = vmoba_partition(grid, partition)
-    tokens = qn.shape[2]
-    if len(order) != tokens or kn.shape[2] != tokens:
-        raise ValueError(f"grid: got {tuple(grid)} for {tokens} queries and {kn.shape[2]} keys, expected as many")
-    moved = isinstance(partition, tuple | list)
-    qn, kn, vn = (np.take(x, order, axis=2) if moved else x for x in (qn, kn, vn))
-    mask = vmoba_blocks(qn, kn, block=size, tau=tau, top_k=top_k, scope=scope, min_extra=min_extra)
-    found = block_sparse_attention(qn, kn, vn, mask, scale=scale_factor(scale, qn.shape[3]))
-    out = found
-    if moved:
-        out = np.empty_like(found)
-        out[:, :, order] = found
+    factor = scale_factor(scale, qn.shape[3])
+    parts = _parts(grid, partition, qn.shape, kn.shape[2], cu_seqlens)
+    out = np.empty((*qn.shape[:3], vn.shape[3]), qn.dtype)
+    stats = []
+    for rows, order, size in parts:
+        own = [x[:, :, rows] for x in (qn, kn, vn, out)]
+        moved = isinstance(partition, tuple | list)
+        own_q, own_k, own_v = (np.take(x, order, axis=2) if moved else x for x in own[:3])
+        mask = vmoba_blocks(own_q, own_k, block=size, tau=tau, top_k=top_k, scope=scope, min_extra=min_extra)
+        found = block_sparse_attention(own_q, own_k, own_v, mask, scale=factor, out=None if moved else own[3])
+        if moved:
+            own[3][:, :, order] = found
+        if return_stats:
+            stats.append(SparseStats.of(mask, causal=False))
     result = like(q, out.reshape(*q3.shape[:-1], vn.shape[3]))
-    return (result, SparseStats.of(mask, causal=False)) if return_stats else result
+    if not return_stats:
+        return result
+    scored, attended, nbytes = (sum(getattr(x, name) for x in stats) for name in ("scored", "attended", "nbytes"))
+    every = qn.shape[0] * qn.shape[1] * sum(len(order) ** 2 for _, order, _ in parts)
+    share = attended / every if every else 0.0
+    return result, SparseStats(scored=scored, attended=attended, density=share, nbytes=nbytes)
+
+
+def _parts(
+    grid: object, partition: Any, shape: tuple[int, ...], keys: int, cu_seqlens: Array | None
+) -> list[tuple[slice, NDArray[np.int64], int]]:
+    """The tokens of each sequence, their order by blocks, and the tokens of a block."""
+    tokens = shape[2]
+    if cu_seqlens is None:
+        triple: Any = grid
+        order, size = vmoba_partition(triple, partition)
+        if len(order) != tokens or keys != tokens:
+            raise ValueError(f"grid: got {tuple(triple)} for {tokens} queries and {keys} keys, expected as many")
+        return [(slice(0, tokens), order, size)]
+    if shape[0] != 1:
+        raise ValueError(f"cu_seqlens: got it with a batch of {shape[0]}, expected 1, which holds all sequences")
+    bounds = sequence_bounds(cu_seqlens, "cu_seqlens", tokens).tolist()
+    if keys != tokens:
+        raise ValueError(f"k: got {keys} tokens, expected {tokens} as in q")
+    if not isinstance(grid, Sequence) or not all(isinstance(own, tuple | list) for own in grid):
+        raise TypeError(f"grid: got {grid!r} with cu_seqlens, expected (frames, height, width) of each sequence")
+    if len(grid) != len(bounds) - 1:
+        raise ValueError(f"grid: got {len(grid)} with cu_seqlens, expected {len(bounds) - 1}, one per sequence")
+    parts = []
+    for n, (own, (first, last)) in enumerate(zip(grid, pairwise(bounds), strict=True)):
+        order, size = vmoba_partition(own, partition)
+        if len(order) != last - first:
+            raise ValueError(f"grid: got {tuple(own)} for the {last - first} tokens of sequence {n}, expected as many")
+        parts.append((slice(first, last), order, size))
+    # Without a sequence, a part without tokens: what else is given is looked at.
+    return parts or [(slice(0, 0), np.zeros(0, np.int64), 1)]
 
 
 METHOD = Method(
@@ -227,6 +281,7 @@ METHOD = Method(
         "With `tau` 0 and no extra pair it is attention inside blocks.",
         "With a number of blocks for each query it is MoBA without causality.",
         "The result does not depend on the order of the blocks.",
+        "A sequence among others is that sequence alone.",
     ),
     tests="tests/sparse/test_vmoba_select.py",
     cost="`L * blocks * D` multiply-adds per query head for the gates, `(D + Dv)` per query and key of what is taken.",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -59,8 +62,9 @@ def vmoba_select(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    grid: tuple[int, int, int],
+    grid: Any,
     partition: float | tuple[int, ...],
+    cu_seqlens: ArrayLike | None = None,
     tau: float = 0.25,
     top_k: int | None = None,
     scope: str = "head",
@@ -68,6 +72,15 @@ def vmoba_select(
     scale: float | None = None,
 ) -> NDArray[np.float64]:
     """See `longattn.sparse.vmoba_select`."""
+    if cu_seqlens is not None:
+        q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+        whole = np.zeros((*q.shape[:-1], v.shape[-1]))
+        rule: dict[str, Any] = {"tau": tau, "top_k": top_k, "scope": scope, "min_extra": min_extra, "scale": scale}
+        for own, (first, last) in zip(grid, pairwise(np.asarray(cu_seqlens).tolist()), strict=True):
+            if first < last:
+                part = (x[..., first:last, :] for x in (q, k, v))
+                whole[..., first:last, :] = vmoba_select(*part, grid=own, partition=partition, **rule)
+        return whole
     numbers = block_numbers(grid, partition)
     taken = vmoba_taken(q, k, numbers, tau=tau, top_k=top_k, scope=scope, min_extra=min_extra)
     out: NDArray[np.float64] = attention(q, k, v, mask=taken[..., numbers], scale=scale)
