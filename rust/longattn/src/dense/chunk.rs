@@ -15,6 +15,7 @@ use super::scores::{RowId, Running};
 use super::scratch::with_scratch;
 use super::stream::MAX_QUERY_ROWS;
 use super::tile::{self, QUERY_ROWS};
+use super::turns::Share;
 use super::{Item, Options, Problem, check_outputs, finish_row, fold};
 use crate::kv::PrefixTree;
 use crate::kv::prefix_tree::Path;
@@ -261,7 +262,9 @@ fn attend(
         let visible = vec![0..segment.index.len(); rows.len()];
         let list = Some(List { index: &segment.index, bias: None, visible: &visible, patch: None });
         let (problem, ids) = (&call.job.problem, &ids[..rows.len()]);
-        with_scratch(|scratch| dispatch(isa, Item { problem, ids, keys, list, scratch, finish: None }))
+        with_scratch(|scratch| {
+            dispatch(isa, Item { problem, shares: &[Share { ids, keys, list, finish: None }], scratch })
+        })
     })?;
     let mut partials: Vec<Option<Partial>> = (0..parts).map(|_| None).collect();
     for (turn, partial) in turns.into_iter().zip(done) {

@@ -2,6 +2,7 @@
 
 use super::Problem;
 use super::grid::Patch;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Keys picked by a list: key `j` of it is row `index[j]` of the problem.
@@ -69,22 +70,16 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// The rows that the keys are, in `buffer` where they are not a list already; `None` for a range.
-    pub(crate) fn index<'b>(&self, buffer: &'b mut Vec<u32>) -> Option<&'b [u32]>
-    where
-        'a: 'b,
-    {
+    /// The rows that the keys are; `None` for a range.
+    pub(crate) fn index(&self) -> Option<Cow<'a, [u32]>> {
         match self {
             Self::Range(_) => None,
             Self::Blocks { blocks, bounds } => {
-                buffer.clear();
-                for &b in *blocks {
-                    buffer.extend(bounds[b as usize] as u32..bounds[b as usize + 1] as u32);
-                }
-                Some(buffer)
+                let keys = |&b: &u32| bounds[b as usize] as u32..bounds[b as usize + 1] as u32;
+                Some(blocks.iter().flat_map(keys).collect())
             }
-            Self::Rows { index, .. } => Some(index),
-            Self::Patch(patch) => Some(patch.index()),
+            Self::Rows { index, .. } => Some(Cow::Borrowed(index)),
+            Self::Patch(patch) => Some(Cow::Borrowed(patch.index())),
         }
     }
 

@@ -41,6 +41,7 @@ mod selective;
 pub(crate) mod stream;
 mod sums;
 pub(crate) mod tile;
+pub(crate) mod turns;
 pub(crate) mod values;
 mod weighted;
 mod weights;
@@ -74,6 +75,7 @@ use scratch::Scratch;
 use std::ops::Range;
 use stream::{MAX_QUERY_ROWS, RowState, Seen, scale_row};
 use tile::{Form, MAX_ITEM_ROWS, QUERY_ROWS, TileState};
+use turns::{Share, Turns};
 
 /// Checked inputs of one attention call.
 #[derive(Clone, Copy)]
@@ -249,35 +251,32 @@ fn visible_keys(
     start..end.max(start)
 }
 
-/// Some rows of one KV head and the keys that they attend to.
+/// What one worker does at a time.
 pub(crate) struct Item<'a, 's> {
     pub(crate) problem: &'a Problem<'a>,
-    /// At most [`MAX_ITEM_ROWS`].
-    pub(crate) ids: &'a [RowId],
-    /// Keys of the problem, or of the list.
-    pub(crate) keys: Range<usize>,
-    pub(crate) list: Option<List<'a>>,
+    /// Of one KV head, at most [`MAX_ITEM_ROWS`] rows in all. Several have lists of packed keys, more than [`MAX_QUERY_ROWS`] rows each
+    /// and are all finished.
+    pub(crate) shares: &'a [Share<'a>],
     pub(crate) scratch: &'s mut Scratch,
-    /// Where the results go, and the keys once more, if this is all there is of the rows.
-    pub(crate) finish: Option<(&'a Job<'a, 'a>, &'a Keys<'a>)>,
 }
 
 impl Kernel for Item<'_, '_> {
+    /// What is left of a single share that is not finished.
     type Output = Option<Partial>;
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Option<Partial> {
-        let Self { problem, ids, keys, list, scratch, finish } = self;
-        let n = ids.len();
-        let few = n <= MAX_QUERY_ROWS;
+        let Self { problem, shares, scratch } = self;
+        let Share { ids, keys, list, .. } = &shares[0];
+        let few = shares.len() == 1 && ids.len() <= MAX_QUERY_ROWS;
         let as_bytes = !few && S::DOT_BYTES && list.is_none();
         let byte_keys = problem.byte_keys.filter(|_| as_bytes);
         let parts = if few { None } else { Parts::of::<S>(problem, byte_keys.is_some()) };
         let pairs = !few && parts.is_none() && tile::multiplies_pairs::<S>(problem);
-        let padded_rows = match parts {
-            _ if few => n,
-            Some(_) => n.next_multiple_of(tiles::TILE),
-            None => n.next_multiple_of(S::ROWS),
+        let row_step = match parts {
+            _ if few => 1,
+            Some(_) => tiles::TILE,
+            None => S::ROWS,
         };
         let dp = match (byte_keys, parts) {
             (Some(_), _) => bytes::words(problem.dim).next_multiple_of(S::LANES),
@@ -286,41 +285,56 @@ impl Kernel for Item<'_, '_> {
             _ => problem.dim.next_multiple_of(S::LANES),
         };
         let vp = problem.value_dim.next_multiple_of(if few { S::LANES } else { micro::panel::<S>() });
-        let queries = scratch.queries.take(padded_rows * dp);
+        // Where the rows of each share are, padding at their end.
+        let mut rows = 0;
+        let places: Vec<Range<usize>> = shares
+            .iter()
+            .map(|share| {
+                let start = rows;
+                rows = start + share.ids.len().next_multiple_of(row_step);
+                start..rows
+            })
+            .collect();
+        assert!(rows <= MAX_ITEM_ROWS);
+        let queries = scratch.queries.take(rows * dp);
         let byte_rows = byte_keys.map(|all| load_query_bytes(s, problem, all, ids, dp, queries));
-        if byte_keys.is_none() {
-            let wide = scratch.extra.take(problem.dim.next_multiple_of(S::LANES));
-            for (r, &id) in ids.iter().enumerate() {
-                let row = r * dp..(r + 1) * dp;
-                match parts {
-                    Some(parts) => {
-                        if !parts.scales_products {
-                            load_query(s, problem, id, wide);
+        for (share, place) in shares.iter().zip(&places) {
+            let queries = &mut queries[place.start * dp..place.end * dp];
+            if byte_keys.is_none() {
+                let wide = scratch.extra.take(problem.dim.next_multiple_of(S::LANES));
+                for (r, &id) in share.ids.iter().enumerate() {
+                    let row = r * dp..(r + 1) * dp;
+                    match parts {
+                        Some(parts) => {
+                            if !parts.scales_products {
+                                load_query(s, problem, id, wide);
+                            }
+                            parts.load_query(s, problem, id, r, wide, queries);
                         }
-                        parts.load_query(s, problem, id, r, wide, queries);
+                        None if pairs => load_query_pairs(problem, id, &mut queries[row]),
+                        None => load_query(s, problem, id, &mut queries[row]),
                     }
-                    None if pairs => load_query_pairs(problem, id, &mut queries[row]),
-                    None => load_query(s, problem, id, &mut queries[row]),
                 }
             }
+            if byte_keys.is_some() || parts.is_none() {
+                queries[share.ids.len() * dp..].fill(0.0);
+            }
         }
-        if byte_keys.is_some() || parts.is_none() {
-            queries[n * dp..padded_rows * dp].fill(0.0);
-        }
-        let outputs = scratch.outputs.take(padded_rows * vp);
-        outputs[..padded_rows * vp].fill(0.0);
+        let outputs = scratch.outputs.take(rows * vp);
+        outputs[..rows * vp].fill(0.0);
         let mut running = [Running::EMPTY; MAX_ITEM_ROWS];
-        let running = &mut running[..n];
         let of_bytes = byte_rows.zip(byte_keys).map(|(rows, all)| (rows, all.of(problem, ids[0])));
 
         if few {
-            let scores = scratch.scores.take(n * stream::KEYS);
+            let scores = scratch.scores.take(ids.len() * stream::KEYS);
+            let running = &mut running[..ids.len()];
             let mut state = RowState { queries, padded_dim: dp, outputs, padded_value_dim: vp, running };
+            let keys = keys.clone();
             // SAFETY: `keys` lies inside the views' length or the index, whose rows the views have; the buffers are padded as
             // RowState says.
             unsafe {
                 with_rows!(problem, ids[0].batch, ids[0].head / problem.group, |k, v| {
-                    match &list {
+                    match list {
                         None => stream::attend(s, problem, ids, k, v, keys, None, &mut state, scores, false),
                         Some(list) => {
                             let index = list.index;
@@ -336,24 +350,39 @@ impl Kernel for Item<'_, '_> {
                 Some((rows, keys)) => registers::Form::Bytes { rows, keys, width: dp },
                 None => registers::Form::Parts,
             };
-            let mut state = BlockState { parts, form, queries, outputs, padded_value_dim: vp, running };
+            let (running, places) = (&mut running[..], &places[..]);
+            let state = BlockState { parts, form, queries, outputs, padded_value_dim: vp, running, places };
             let Scratch { keys: kb, values: vb, scores: sb, extra, .. } = scratch;
-            registers::attend(s, problem, ids, keys, list.as_ref(), &mut state, kb, vb, sb, extra);
+            registers::attend(s, problem, shares, state, kb, vb, sb, extra);
         } else {
             let form = match of_bytes {
                 Some((rows, keys)) => Form::Bytes { rows, keys },
                 None if pairs => Form::Pairs,
                 None => Form::Floats,
             };
-            let mut state = TileState { queries, padded_dim: dp, form, outputs, padded_value_dim: vp, running };
             let Scratch { keys: kb, values: vb, scores: sb, extra, .. } = scratch;
-            tile::attend(s, problem, ids, keys, list.as_ref(), &mut state, kb, vb, sb, extra);
+            for (i, keys) in Turns::new(shares) {
+                let (Share { ids, list, .. }, Range { start, end }) = (&shares[i], places[i].clone());
+                let mut state = TileState {
+                    queries: &queries[start * dp..end * dp],
+                    padded_dim: dp,
+                    form: &form,
+                    outputs: &mut outputs[start * vp..end * vp],
+                    padded_value_dim: vp,
+                    running: &mut running[start..start + ids.len()],
+                };
+                tile::attend(s, problem, ids, keys, list.as_ref(), &mut state, kb, vb, sb, extra);
+            }
         }
-        let Some((job, keys)) = finish else {
-            return Some(Partial { running: running.to_vec(), outputs: outputs[..n * vp].to_vec() });
-        };
-        for (r, &id) in ids.iter().enumerate() {
-            finish_row(s, job, id, keys, running[r], &mut outputs[r * vp..(r + 1) * vp]);
+        for (share, place) in shares.iter().zip(&places) {
+            let (running, outputs) = (&running[place.start..][..share.ids.len()], &mut outputs[place.start * vp..]);
+            let Some((job, keys)) = share.finish else {
+                let outputs = outputs[..share.ids.len() * vp].to_vec();
+                return Some(Partial { running: running.to_vec(), outputs });
+            };
+            for (r, &id) in share.ids.iter().enumerate() {
+                finish_row(s, job, id, keys, running[r], &mut outputs[r * vp..(r + 1) * vp]);
+            }
         }
         None
     }
@@ -478,11 +507,10 @@ fn careful_row(job: &Job, id: RowId, keys: &Keys) {
                 running: &mut running,
             };
             let head = id.head / problem.group;
-            let mut buffer = Vec::new();
             // SAFETY: visible keys lie inside the views, as do those of a list; the buffers are padded as RowState says.
             unsafe {
                 with_rows!(problem, id.batch, head, |k, v| {
-                    match keys.index(&mut buffer) {
+                    match keys.index().as_deref() {
                         None => {
                             let keys = problem.visible(id.row);
                             stream::attend(s, problem, &[id], k, v, keys, None, &mut state, &mut scores, true)

@@ -125,28 +125,20 @@ impl<'a> PackedHeads<'a> {
         Ok(Self { packing, first: heads.start, keys: room.keys.filled(), values: room.values.filled() })
     }
 
-    /// The packed panel of keys that begins with `key`, a multiple of the panel.
+    /// A packed panel of keys.
     #[inline(always)]
-    pub(crate) fn keys(&self, problem: &Problem, batch: usize, kv_head: usize, key: usize) -> &[f32] {
-        let Packing { panel, key_width, padded_keys, .. } = self.packing;
+    pub(crate) fn keys(&self, problem: &Problem, batch: usize, kv_head: usize, panel: u32) -> &[f32] {
+        let Packing { panel: keys, key_width, padded_keys, .. } = self.packing;
         let head = batch * problem.kv_heads + kv_head - self.first;
-        &self.keys[(head * padded_keys + key) * key_width..][..panel * key_width]
+        &self.keys[(head * padded_keys + panel as usize * keys) * key_width..][..keys * key_width]
     }
 
-    /// The packed values of the keys `keys` in a panel of columns; `keys` begins with a multiple of the panel's keys.
+    /// The packed values of all keys in a panel of columns.
     #[inline(always)]
-    pub(crate) fn values(
-        &self,
-        problem: &Problem,
-        batch: usize,
-        kv_head: usize,
-        column: usize,
-        keys: Range<usize>,
-    ) -> &[f32] {
-        let Packing { panel, value_width, columns, padded_keys, .. } = self.packing;
+    pub(crate) fn values(&self, problem: &Problem, batch: usize, kv_head: usize, column: usize) -> &[f32] {
+        let Packing { value_width, columns, padded_keys, .. } = self.packing;
         let head = batch * problem.kv_heads + kv_head - self.first;
-        let all = &self.values[(head * columns + column) * padded_keys * value_width..][..padded_keys * value_width];
-        &all[keys.start * value_width..keys.end.next_multiple_of(panel) * value_width]
+        &self.values[(head * columns + column) * padded_keys * value_width..][..padded_keys * value_width]
     }
 }
 

@@ -246,7 +246,7 @@ pub(crate) fn left(from: &[f32], steps: usize, parts: usize) -> Left {
 /// A panel of 32 packed columns.
 #[inline(always)]
 pub(crate) fn right(from: *const f32, parts: usize) -> Right {
-    Right { start: from.cast(), step: parts * 4 * RIGHT, part: 4 * RIGHT }
+    Right { start: from.cast(), step: parts * 4 * RIGHT, part: 4 * RIGHT, blocks: std::ptr::null() }
 }
 
 /// A row's 32 elements from `d` on, a multiple of 32; zeros from `dim` on, but for codes.

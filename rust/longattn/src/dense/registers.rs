@@ -1,8 +1,8 @@
 //! Attention of many query rows by matrix registers, in blocks of 32 x 32 (`parts.rs` says of what numbers).
 //!
 //! ```text
-//! for each block of keys:
-//!     pack K^T and V                                     (once for all query rows of the item)
+//! for each block of keys, of whatever share has its turn:
+//!     pack K^T and V                                     (once for all query rows of the share, or for all items: packed.rs)
 //!     for 32 query rows:
 //!         S = Q K^T                                      only where one of the rows sees a key of the panel
 //!         modify, mask, online softmax, row by row       (scores.rs)
@@ -18,10 +18,11 @@ use super::keys::List;
 use super::packing::PackKeys;
 use super::parts::{PackKeyParts, PackValueParts, Parts, with_parts};
 use super::rows::{Indexed, with_rows};
-use super::scores::{RowId, Running, Weights, is_negligible, largest_logit, modify, weights_below};
+use super::scores::{Running, Weights, is_negligible, largest_logit, modify, weights_below};
 use super::scratch::Buffer;
 use super::stream::scale_row;
-use super::tile::{KEYS, MAX_ITEM_ROWS, ask_for, check_keys, run_end};
+use super::tile::{KEYS, check_keys};
+use super::turns::{Share, Turns};
 use crate::simd::Simd;
 use crate::simd::tiles::{BLOCK, Factors, Left, Pairs, Product, Queue, Right, STEP, Sums, TILE, TILE_BYTES};
 use std::ops::Range;
@@ -34,7 +35,7 @@ pub(crate) enum Form<'a> {
     Bytes { rows: Box<ByteRows>, keys: HeadBytes<'a>, width: usize },
 }
 
-/// Query rows of one item and what they accumulate; rows are padded to a multiple of sixteen.
+/// Query rows of one item and what they accumulate; those of each share are padded to a multiple of sixteen.
 pub(crate) struct BlockState<'a> {
     pub(crate) parts: Parts,
     pub(crate) form: Form<'a>,
@@ -42,44 +43,120 @@ pub(crate) struct BlockState<'a> {
     /// `[padded rows, padded_value_dim]`, the width a multiple of 32.
     pub(crate) outputs: &'a mut [f32],
     pub(crate) padded_value_dim: usize,
+    /// One for each padded row.
     pub(crate) running: &'a mut [Running],
+    /// The rows of each share, with padding.
+    pub(crate) places: &'a [Range<usize>],
 }
 
-/// Attends from the rows of `state` to the keys `keys` of the problem; arguments are those of [`super::tile::attend`].
+/// Up to 32 query rows of a share and the keys of a block that some of them see.
+#[derive(Clone)]
+struct Unit {
+    share: usize,
+    /// First of the rows, in the share.
+    first: usize,
+    /// Which block of keys it is, of those that some rows see, and the keys.
+    block: usize,
+    keys: Range<usize>,
+    /// Whole panels around what the rows see, from the first key on.
+    span: Range<usize>,
+}
+
+/// All units, those of a block of keys one after another.
+struct Units<'a> {
+    shares: &'a [Share<'a>],
+    /// What each row sees of the keys, for each share.
+    visible: &'a [&'a [Range<usize>]],
+    turns: Turns<'a>,
+    /// The share that has its turn, the block of keys that its rows get and those after it, and the next rows.
+    share: usize,
+    left: Range<usize>,
+    first: usize,
+    /// The last block that rows saw, and whether these keys are another.
+    block: usize,
+    is_new: bool,
+}
+
+impl<'a> Units<'a> {
+    fn new(shares: &'a [Share<'a>], visible: &'a [&'a [Range<usize>]]) -> Self {
+        let turns = Turns::new(shares);
+        Self { shares, visible, turns, share: 0, left: 0..0, first: usize::MAX, block: 0, is_new: false }
+    }
+}
+
+impl Iterator for Units<'_> {
+    type Item = Unit;
+
+    fn next(&mut self) -> Option<Unit> {
+        loop {
+            if self.first >= self.shares[self.share].ids.len() {
+                self.left.start = self.left.end.min(self.left.start + KEYS);
+                if self.left.start == self.left.end {
+                    (self.share, self.left) = self.turns.next()?;
+                }
+                (self.first, self.is_new) = (0, true);
+            }
+            let Self { share, first, .. } = *self;
+            let keys = self.left.start..self.left.end.min(self.left.start + KEYS);
+            let rows = first..self.shares[share].ids.len().min(first + BLOCK);
+            self.first = rows.end;
+            let (mut low, mut high) = (keys.end, keys.start);
+            for visible in &self.visible[share][rows] {
+                let (start, end) = (visible.start.max(keys.start), visible.end.min(keys.end));
+                if start < end {
+                    (low, high) = (low.min(start), high.max(end));
+                }
+            }
+            if low < high {
+                self.block += usize::from(self.is_new);
+                self.is_new = false;
+                let block = self.block;
+                let span = (low - keys.start) / BLOCK * BLOCK..(high - keys.start).next_multiple_of(BLOCK);
+                return Some(Unit { share, first, block, keys, span });
+            }
+        }
+    }
+}
+
+/// More blocks of keys than products are queued of at a time: those of the rows before, of these and of the next.
+const BLOCKS: usize = 4;
+
+/// Attends from the rows of `shares`, which have their places in `state`, to their keys. Arguments are otherwise those of
+/// [`super::tile::attend`].
 #[inline(always)]
 pub(crate) fn attend<S: Simd>(
     s: S,
     problem: &Problem,
-    ids: &[RowId],
-    keys: Range<usize>,
-    list: Option<&List>,
-    state: &mut BlockState,
+    shares: &[Share],
+    state: BlockState,
     key_buffer: &mut Buffer,
     value_buffer: &mut Buffer,
     score_buffer: &mut Buffer,
     extra: &mut Buffer,
 ) {
-    let BlockState { parts, form, queries, outputs, padded_value_dim: vp, running } = state;
-    let (parts, form, vp) = (*parts, &*form, *vp);
-    let index = list.map(|list| list.index);
-    let packed = check_keys(problem, ids, &keys, list, BLOCK);
-    let visible: [Range<usize>; MAX_ITEM_ROWS] = std::array::from_fn(|r| match list {
-        _ if r >= ids.len() => 0..0,
-        Some(list) => list.visible[r].clone(),
-        None => problem.visible(ids[r].row),
-    });
-    let visible_of = |r: usize, start: usize, end: usize| {
-        visible[r].start.clamp(start, end) - start..visible[r].end.clamp(start, end) - start
-    };
-    let padded_rows = ids.len().next_multiple_of(TILE);
-    let (key_width, query_width) = match form {
+    let BlockState { parts, form, queries, outputs, padded_value_dim: vp, running, places } = state;
+    let (key_width, query_width) = match &form {
         Form::Parts => (parts.key_width(problem.dim), parts.query_width(problem.dim)),
         Form::Bytes { width, .. } => (*width, *width),
     };
     let value_width = parts.value_width();
-    assert!(vp.is_multiple_of(BLOCK) && vp >= problem.value_dim && ids.len() == running.len());
-    assert!(queries.len() >= padded_rows * query_width && outputs.len() >= padded_rows * vp);
-    let plain = problem.options.is_plain() && list.is_none_or(|list| !list.changes_scores());
+    let rows = places.last().map_or(0, |place| place.end);
+    assert!(
+        vp.is_multiple_of(BLOCK) && vp >= problem.value_dim && running.len() >= rows && places.len() == shares.len()
+    );
+    assert!(queries.len() >= rows * query_width && outputs.len() >= rows * vp);
+    let mut packed = None;
+    for (share, place) in shares.iter().zip(places) {
+        assert!(place.len() == share.ids.len().next_multiple_of(TILE) && place.start.is_multiple_of(TILE));
+        packed = check_keys(problem, share.ids, &share.keys, share.list.as_ref(), BLOCK);
+    }
+    assert!(shares.len() == 1 || packed.is_some());
+    let all: Vec<Range<usize>> = match shares[0].list {
+        Some(_) => Vec::new(),
+        None => shares[0].ids.iter().map(|id| problem.visible(id.row)).collect(),
+    };
+    let visible: Vec<&[Range<usize>]> =
+        shares.iter().map(|share| share.list.as_ref().map_or(&all[..], |list| list.visible)).collect();
     let skips = problem.options.skip_threshold > 0.0;
     let scales = matches!(form, Form::Parts) && parts.scales_products;
     let packed_keys = key_buffer.take(KEYS * key_width);
@@ -87,216 +164,238 @@ pub(crate) fn attend<S: Simd>(
     let [even_scores, odd_scores] = score_buffer.carve([BLOCK * KEYS; 2]);
     let weight_room = BLOCK * parts.weight_width(KEYS);
     let [wide, even_weights, odd_weights] = extra.carve([BLOCK * key_width, weight_room, weight_room]);
-    // Those of every other 32 rows.
+    // Those of every other unit.
     let (scores, weights) = ([even_scores, odd_scores], [even_weights, odd_weights]);
     let mut queue = Queue::new(parts.tiles.registers());
-    let (batch, head) = (ids[0].batch, ids[0].head / problem.group);
+    let (batch, head) = (shares[0].ids[0].batch, shares[0].ids[0].head / problem.group);
+    // Panels of the packed head that the blocks' lists pick.
+    let mut panels = [[0u32; KEYS / BLOCK]; BLOCKS];
 
-    // Whether the weights of the last rows that went through their softmax wait to be multiplied with values.
-    let mut attended = false;
-    let mut start = keys.start;
-    while start < keys.end {
-        let end = (start + KEYS).min(keys.end);
-        if packed.is_none() {
-            let (keys, dim, value_dim, between) = (start..end, problem.dim, problem.value_dim, KEYS * value_width);
-            let (wide, to, to_values) = (wide.as_mut_ptr(), packed_keys.as_mut_ptr(), packed_values.as_mut_ptr());
-            if let Form::Bytes { keys: bytes, .. } = form {
-                assert!(index.is_none());
-                let (k, dim, keys) = (bytes.rows(), words(dim), keys.clone());
-                s.call(PackKeys { k, keys, dim, padded_dim: key_width, wide, to });
-            }
-            with_rows!(problem, batch, head, |k, v| {
-                // The buffers were sized above for as many keys; those of `keys` are rows of the problem, whose maker vouched for them.
-                let keys = keys.clone();
-                match index {
-                    Some(index) => {
-                        let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
-                        s.call_pairs(PackKeyParts { parts, k, keys: keys.clone(), dim, wide, to });
-                        s.call_pairs(PackValueParts { parts, v, keys, dim: value_dim, between, to: to_values });
-                    }
-                    None => {
-                        if matches!(form, Form::Parts) {
-                            s.call_pairs(PackKeyParts { parts, k, keys: keys.clone(), dim, wide, to });
-                        }
-                        s.call_pairs(PackValueParts { parts, v, keys, dim: value_dim, between, to: to_values });
-                    }
-                }
-            });
+    let rows_of = |unit: &Unit| {
+        let count = BLOCK.min(shares[unit.share].ids.len() - unit.first);
+        let start = places[unit.share].start + unit.first;
+        start..start + count
+    };
+    let queue_scores = |queue: &mut Queue, unit: &Unit, panels: &[u32], packed_keys: &[f32], scores: &mut [f32]| {
+        assert!(scores.len() >= BLOCK * KEYS);
+        let Range { start: first, end } = rows_of(unit);
+        for p in unit.span.start / BLOCK..unit.span.end / BLOCK {
+            let b = match packed {
+                Some(heads) => heads.keys(problem, batch, head, panels[p]),
+                None => &packed_keys[p * BLOCK * key_width..][..BLOCK * key_width],
+            };
+            let (factors, pairs, steps, left, right) = match &form {
+                Form::Parts => (
+                    Factors::Bf16,
+                    parts.of_scores,
+                    problem.dim.div_ceil(STEP),
+                    parts.query_rows(queries, problem.dim, first),
+                    parts.key_columns(b.as_ptr()),
+                ),
+                Form::Bytes { width, .. } => (
+                    Factors::Bytes,
+                    Pairs::new(&[(0, 0)]),
+                    problem.dim.div_ceil(TILE_BYTES),
+                    byte_rows(&queries[first * *width..], *width),
+                    Right { start: b.as_ptr().cast(), step: 2 * TILE * TILE_BYTES, part: 0, blocks: std::ptr::null() },
+                ),
+            };
+            let sums = Sums { start: scores[p * BLOCK..].as_mut_ptr(), row: KEYS, add: false };
+            // SAFETY: queries are padded to whole blocks of sixteen rows and of steps, the panel is one of the packed ones, and there is
+            // room for the scores of 32 rows.
+            unsafe { queue.push(Product { factors, pairs, steps, rows: end - first, left, right, sums }) };
         }
-        let tiles = ids.len().div_ceil(BLOCK);
-        let rows_of = |t: usize| t * BLOCK..((t + 1) * BLOCK).min(ids.len());
-        // Whole panels around what some of the rows see.
-        let mut spans = [const { 0..0 }; MAX_ITEM_ROWS / BLOCK];
-        for (t, span) in spans.iter_mut().enumerate().take(tiles) {
-            let (mut low, mut high) = (KEYS, 0);
-            for visible in &visible[rows_of(t)] {
-                let (first, last) = (visible.start.max(start), visible.end.min(end));
-                if first < last {
-                    (low, high) = (low.min(first - start), high.max(last - start));
+    };
+    let queue_outputs = |queue: &mut Queue,
+                         unit: &Unit,
+                         panels: &[u32],
+                         packed_values: &[f32],
+                         weights: &[f32],
+                         outputs: &mut [f32]| {
+        let Range { start: first, end } = rows_of(unit);
+        assert!(outputs.len() >= (first + (end - first).next_multiple_of(TILE)) * vp);
+        let Range { start: low, end: high } = unit.span.clone();
+        for p in 0..vp / BLOCK {
+            let right = match packed {
+                Some(heads) => parts
+                    .value_columns(heads.values(problem, batch, head, p).as_ptr())
+                    .at(&panels[low / BLOCK..high / BLOCK]),
+                None => {
+                    let panel = &packed_values[p * KEYS * value_width..][..KEYS * value_width];
+                    parts.value_columns(panel[low * value_width..high * value_width].as_ptr())
                 }
-            }
-            if low < high {
-                *span = low / BLOCK * BLOCK..high.next_multiple_of(BLOCK);
-            }
+            };
+            let left = parts.weight_rows(weights, KEYS, 0, low);
+            let sums = Sums { start: outputs[first * vp + p * BLOCK..].as_mut_ptr(), row: vp, add: true };
+            let (factors, pairs, steps, rows) = (Factors::Bf16, parts.of_outputs, (high - low) / STEP, end - first);
+            // SAFETY: there are weights for every key from `low` to `high` and packed values for as many, in panels of the head where
+            // they are listed, and outputs are padded to whole blocks of sixteen rows. The panels' numbers stay for as many blocks as the
+            // queue may hold products of.
+            unsafe { queue.push(Product { factors, pairs, steps, rows, left, right, sums }) };
         }
-        let queue_scores = |queue: &mut Queue, t: usize, scores: &mut [f32]| {
-            assert!(scores.len() >= BLOCK * KEYS);
-            for p in spans[t].start / BLOCK..spans[t].end / BLOCK {
-                let b = match packed {
-                    Some((heads, index)) => heads.keys(problem, batch, head, index[start + p * BLOCK] as usize),
-                    None => &packed_keys[p * BLOCK * key_width..][..BLOCK * key_width],
-                };
-                if let Some((heads, index)) = packed {
-                    let next = start + (p + 1) * BLOCK;
-                    if next < end {
-                        ask_for(heads.keys(problem, batch, head, index[next] as usize), t, tiles);
-                    }
-                }
-                let (factors, pairs, steps, left, right) = match form {
-                    Form::Parts => (
-                        Factors::Bf16,
-                        parts.of_scores,
-                        problem.dim.div_ceil(STEP),
-                        parts.query_rows(queries, problem.dim, t * BLOCK),
-                        parts.key_columns(b.as_ptr()),
-                    ),
-                    Form::Bytes { width, .. } => (
-                        Factors::Bytes,
-                        Pairs::new(&[(0, 0)]),
-                        problem.dim.div_ceil(TILE_BYTES),
-                        byte_rows(&queries[t * BLOCK * *width..], *width),
-                        Right { start: b.as_ptr().cast(), step: 2 * TILE * TILE_BYTES, part: 0 },
-                    ),
-                };
-                let sums = Sums { start: scores[p * BLOCK..].as_mut_ptr(), row: KEYS, add: false };
-                // SAFETY: queries are padded to whole blocks of sixteen rows and of steps, the panel is one of the packed ones, and
-                // there is room for the scores of 32 rows.
-                unsafe { queue.push(Product { factors, pairs, steps, rows: rows_of(t).len(), left, right, sums }) };
-            }
-        };
-        // Keys that follow one another go together: all of them, but for packed ones, which lie where the head has them.
-        let queue_outputs = |queue: &mut Queue, t: usize, weights: &[f32], outputs: &mut [f32]| {
-            assert!(outputs.len() >= (t * BLOCK + rows_of(t).len().next_multiple_of(TILE)) * vp);
-            let mut from = start;
-            while from < end {
-                let (to, first_value) = match packed {
-                    Some((_, index)) => (run_end(index, from, end), index[from] as usize),
-                    None => (end, 0),
-                };
-                let (first, last) = (from - start, (to - start).next_multiple_of(BLOCK));
-                let (low, high) = (spans[t].start.max(first), spans[t].end.min(last));
-                from = to;
-                if low >= high {
-                    continue;
-                }
-                for p in 0..vp / BLOCK {
-                    let b = match packed {
-                        Some((heads, _)) => {
-                            heads.values(problem, batch, head, p, first_value..first_value + last - first)
-                        }
-                        None => &packed_values[p * KEYS * value_width..][..KEYS * value_width],
-                    };
-                    let b = &b[(low - first) * value_width..(high - first) * value_width];
-                    let left = parts.weight_rows(weights, KEYS, 0, low);
-                    let sums = Sums { start: outputs[t * BLOCK * vp + p * BLOCK..].as_mut_ptr(), row: vp, add: true };
-                    let (pairs, right) = (parts.of_outputs, parts.value_columns(b.as_ptr()));
-                    let (factors, steps) = (Factors::Bf16, (high - low) / STEP);
-                    // SAFETY: there are weights for every key from `low` to `high`, packed values for as many, and outputs are padded
-                    // to whole blocks of sixteen rows.
-                    unsafe { queue.push(Product { factors, pairs, steps, rows: rows_of(t).len(), left, right, sums }) };
-                }
-            }
-        };
-        queue_scores(&mut queue, 0, scores[0]);
-        for t in 0..tiles {
-            // The scores of these rows, and whatever reads the weights that the next ones take the place of.
+    };
+
+    let mut units = Units::new(shares, &visible);
+    // The unit whose weights wait to be multiplied with values, and the one whose scores are queued.
+    let mut attended: Option<Unit> = None;
+    let mut next = units.next();
+    let mut is_queued = false;
+    let mut turn = 0;
+    while let Some(unit) = next {
+        let Share { ids, list, .. } = &shares[unit.share];
+        let list = list.as_ref();
+        let Range { start, end } = unit.keys.clone();
+        if !is_queued {
             queue.finish();
-            if t > 0 && attended {
-                queue_outputs(&mut queue, t - 1, weights[(t - 1) % 2], outputs);
+            if let Some(before) = attended.take() {
+                let (panels, weights) = (&panels[before.block % BLOCKS], &*weights[(turn + 1) % 2]);
+                queue_outputs(&mut queue, &before, panels, packed_values, weights, outputs);
+                queue.finish();
             }
-            if t + 1 < tiles {
-                queue_scores(&mut queue, t + 1, scores[(t + 1) % 2]);
+            match (packed, list) {
+                (Some(_), Some(list)) => pick_panels(&mut panels[unit.block % BLOCKS], &list.index[start..end]),
+                _ => {
+                    let (keys, dim, value_dim) = (unit.keys.clone(), problem.dim, problem.value_dim);
+                    let between = KEYS * value_width;
+                    let (wide, to, to_values) =
+                        (wide.as_mut_ptr(), packed_keys.as_mut_ptr(), packed_values.as_mut_ptr());
+                    if let Form::Bytes { keys: bytes, .. } = &form {
+                        assert!(list.is_none());
+                        let (k, dim, keys) = (bytes.rows(), words(dim), keys.clone());
+                        s.call(PackKeys { k, keys, dim, padded_dim: key_width, wide, to });
+                    }
+                    with_rows!(problem, batch, head, |k, v| {
+                        // The buffers were sized above for as many keys; those of `keys` are rows of the problem, whose maker vouched for
+                        // them.
+                        let keys = keys.clone();
+                        match list {
+                            Some(List { index, .. }) => {
+                                let (k, v) = (Indexed { rows: k, index }, Indexed { rows: v, index });
+                                s.call_pairs(PackKeyParts { parts, k, keys: keys.clone(), dim, wide, to });
+                                s.call_pairs(PackValueParts { parts, v, keys, dim: value_dim, between, to: to_values });
+                            }
+                            None => {
+                                if matches!(form, Form::Parts) {
+                                    s.call_pairs(PackKeyParts { parts, k, keys: keys.clone(), dim, wide, to });
+                                }
+                                s.call_pairs(PackValueParts { parts, v, keys, dim: value_dim, between, to: to_values });
+                            }
+                        }
+                    });
+                }
             }
-            attended = false;
-            let (rows, scores, Range { start: low, end: high }) = (rows_of(t), &mut *scores[t % 2], spans[t].clone());
-            if low >= high {
+            let panels = &panels[unit.block % BLOCKS];
+            queue_scores(&mut queue, &unit, panels, packed_keys, scores[turn % 2]);
+        }
+        // The scores of these rows, and whatever reads the weights that the next ones take the place of.
+        queue.finish();
+        if let Some(before) = attended.take() {
+            let (panels, weights) = (&panels[before.block % BLOCKS], &*weights[(turn + 1) % 2]);
+            queue_outputs(&mut queue, &before, panels, packed_values, weights, outputs);
+            if (before.share, before.first) == (unit.share, unit.first) {
+                queue.finish();
+            }
+        }
+        next = units.next();
+        // What has to be packed first would take the place of what these rows still need.
+        is_queued = next.as_ref().is_some_and(|next| packed.is_some() || next.block == unit.block);
+        if let Some(next) = next.as_ref().filter(|_| is_queued) {
+            let panels = &mut panels[next.block % BLOCKS];
+            if let Some(list) = shares[next.share].list.as_ref().filter(|_| next.block != unit.block) {
+                pick_panels(panels, &list.index[next.keys.clone()]);
+            }
+            queue_scores(&mut queue, next, panels, packed_keys, scores[(turn + 1) % 2]);
+        }
+        let (rows, Range { start: low, end: high }) = (rows_of(&unit), unit.span.clone());
+        let (scores, weights) = (&mut *scores[turn % 2], &mut *weights[turn % 2]);
+        turn += 1;
+        let plain = problem.options.is_plain() && list.is_none_or(|list| !list.changes_scores());
+        // By rows of the unit.
+        let of_row = |r: usize| r * KEYS + low..r * KEYS + high;
+        let id_of = |r: usize| ids[unit.first + r];
+        let visible_of = |r: usize| {
+            let (visible, start, end) = (&visible[unit.share][unit.first + r], start + low, end.min(start + high));
+            visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start
+        };
+        let count = rows.len();
+        if let Form::Bytes { rows: of_rows, keys, .. } = &form {
+            // Sums of byte products until here.
+            let product = ByteProduct { rows: of_rows, keys: *keys, first_row: 0, first_key: start };
+            for r in 0..count {
+                product.finish_row(s, unit.first + r, low, &mut scores[of_row(r)]);
+            }
+        }
+        // Scaled with the softmax where nothing comes in between; a factor of 0 would turn what is hidden into NaN.
+        let scale_of = |r: usize| problem.row_scale(id_of(r));
+        let scales_later = scales && plain && !skips && (0..count).all(|r| scale_of(r) != 0.0);
+        if scales && !scales_later {
+            for r in 0..count {
+                scale_row(s, &mut scores[of_row(r)], scale_of(r));
+            }
+        }
+        if !plain {
+            for r in 0..count {
+                modify(s, problem, id_of(r), &mut scores[of_row(r)], list, start + low..end.min(start + high));
+            }
+        }
+        if skips {
+            let mut all = true;
+            for r in 0..count {
+                all &= is_negligible(problem, &scores[of_row(r)], visible_of(r), running[rows.start + r]);
+            }
+            if all {
                 continue;
             }
-            let row_of = |r: usize| (r - t * BLOCK) * KEYS + low..(r - t * BLOCK) * KEYS + high;
-            let visible_of = |r: usize| visible_of(r, start + low, end.min(start + high));
-            if let Form::Bytes { rows: of_rows, keys, .. } = form {
-                // Sums of byte products until here.
-                let product = ByteProduct { rows: of_rows, keys: *keys, first_row: 0, first_key: start };
-                for r in rows.clone() {
-                    product.finish_row(s, r, low, &mut scores[row_of(r)]);
-                }
-            }
-            // Scaled with the softmax where nothing comes in between; a factor of 0 would turn what is hidden into NaN.
-            let scale_of = |r: usize| problem.row_scale(ids[r]);
-            let scales_later = scales && plain && !skips && rows.clone().all(|r| scale_of(r) != 0.0);
-            if scales && !scales_later {
-                for r in rows.clone() {
-                    scale_row(s, &mut scores[row_of(r)], scale_of(r));
-                }
-            }
-            if !plain {
-                for r in rows.clone() {
-                    let of_row = start + low..end.min(start + high);
-                    modify(s, problem, ids[r], &mut scores[row_of(r)], list, of_row);
-                }
-            }
-            if skips {
-                let mut all = true;
-                for r in rows.clone() {
-                    all &= is_negligible(problem, &scores[row_of(r)], visible_of(r), running[r]);
-                }
-                if all {
-                    continue;
-                }
-            }
-            attended = true;
-            // Maxima take about an eighth of the time of weights.
-            let steps = (high - low) / STEP;
-            queue.pace(rows.len() * steps * 9 / 8);
-            // All maxima first: a row's weights need not wait for its own.
-            let mut largest = [f32::NEG_INFINITY; BLOCK];
-            for (r, largest) in rows.clone().zip(&mut largest) {
-                let (row, visible) = (&mut scores[row_of(r)], visible_of(r));
-                *largest = if scales_later {
-                    largest_logit::<S, true>(s, row, visible, scale_of(r), running[r])
-                } else {
-                    largest_logit::<S, false>(s, row, visible, 1.0, running[r])
-                };
-                queue.tick(steps / 8);
-            }
-            with_parts!(parts.weights, PARTS, {
-                for (r, &largest) in rows.clone().zip(&largest) {
-                    let to = parts.weight_row::<PARTS>(weights[t % 2], KEYS, r - t * BLOCK, low);
-                    let mut to = Meanwhile { to, queue: &mut queue };
-                    let (row, visible, old) = (&scores[row_of(r)], visible_of(r), running[r]);
-                    let (p, n, rough) = (row.as_ptr(), row.len(), PARTS < 3);
-                    // SAFETY: the row of scores; there is room for the weights of the keys from `low` to `high`.
-                    let (new, factor) = unsafe {
-                        if scales_later {
-                            let scale = scale_of(r);
-                            weights_below::<S, _, true>(s, p, n, visible, scale, largest, old, rough, &mut to)
-                        } else {
-                            weights_below::<S, _, false>(s, p, n, visible, 1.0, largest, old, rough, &mut to)
-                        }
-                    };
-                    running[r] = new;
-                    if factor != 1.0 {
-                        scale_row(s, &mut outputs[r * vp..(r + 1) * vp], factor);
+        }
+        // Maxima take about an eighth of the time of weights.
+        let steps = (high - low) / STEP;
+        queue.pace(count * steps * 9 / 8);
+        // All maxima first: a row's weights need not wait for its own.
+        let mut largest = [f32::NEG_INFINITY; BLOCK];
+        for (r, largest) in largest[..count].iter_mut().enumerate() {
+            let (row, visible, old) = (&mut scores[of_row(r)], visible_of(r), running[rows.start + r]);
+            *largest = if scales_later {
+                largest_logit::<S, true>(s, row, visible, scale_of(r), old)
+            } else {
+                largest_logit::<S, false>(s, row, visible, 1.0, old)
+            };
+            queue.tick(steps / 8);
+        }
+        with_parts!(parts.weights, PARTS, {
+            for (r, &largest) in largest[..count].iter().enumerate() {
+                let to = parts.weight_row::<PARTS>(weights, KEYS, r, low);
+                let mut to = Meanwhile { to, queue: &mut queue };
+                let (row, visible, old) = (&scores[of_row(r)], visible_of(r), running[rows.start + r]);
+                let (p, n, rough) = (row.as_ptr(), row.len(), PARTS < 3);
+                // SAFETY: the row of scores; there is room for the weights of the keys from `low` to `high`.
+                let (new, factor) = unsafe {
+                    if scales_later {
+                        let scale = scale_of(r);
+                        weights_below::<S, _, true>(s, p, n, visible, scale, largest, old, rough, &mut to)
+                    } else {
+                        weights_below::<S, _, false>(s, p, n, visible, 1.0, largest, old, rough, &mut to)
                     }
+                };
+                running[rows.start + r] = new;
+                if factor != 1.0 {
+                    scale_row(s, &mut outputs[(rows.start + r) * vp..(rows.start + r + 1) * vp], factor);
                 }
-            });
-        }
+            }
+        });
+        attended = Some(unit);
+    }
+    queue.finish();
+    if let Some(before) = attended {
+        let (panels, weights) = (&panels[before.block % BLOCKS], &*weights[(turn + 1) % 2]);
+        queue_outputs(&mut queue, &before, panels, packed_values, weights, outputs);
         queue.finish();
-        if attended {
-            queue_outputs(&mut queue, tiles - 1, weights[(tiles - 1) % 2], outputs);
-            queue.finish();
-        }
-        start = end;
+    }
+}
+
+/// The panels of a packed head that listed keys are.
+fn pick_panels(panels: &mut [u32; KEYS / BLOCK], index: &[u32]) {
+    for (panel, &key) in panels.iter_mut().zip(index.iter().step_by(BLOCK)) {
+        *panel = key / BLOCK as u32;
     }
 }
 

@@ -10,10 +10,12 @@ use super::scores::{RowId, Running};
 use super::scratch::with_scratch;
 use super::stream::MAX_QUERY_ROWS;
 use super::tile::{self, QUERY_ROWS};
+use super::turns::Share;
 use super::{Item, Problem, finish_row, fold};
 use crate::parallel::{Execution, for_each};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use crate::tensor::{Result, TensorViewMut};
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Mutex;
 
@@ -57,6 +59,16 @@ impl RowBlock<'_> {
     /// Keys that it would pack, if it packs any.
     pub(crate) fn packed_keys(&self) -> usize {
         if self.rows.len() > MAX_QUERY_ROWS { self.count } else { 0 }
+    }
+
+    /// `length` of its keys, counted along its list if it has one, from the one on that comes `start` after the first; or as many as there
+    /// are.
+    fn piece(&self, start: usize, length: usize) -> Range<usize> {
+        let first = match &self.keys {
+            Keys::Range(keys) => keys.start,
+            _ => 0,
+        };
+        first + start..first + (start + length).min(self.count).max(start)
     }
 
     /// Whether its keys, blocks of them, are whole panels wherever some that follow one another begin and end, but for the last.
@@ -169,50 +181,115 @@ pub(crate) fn run(isa: Isa, jobs: &[Job], execution: &Execution) -> Result<()> {
     run_blocks(isa, &jobs, &blocks, execution)
 }
 
+/// What a worker does at a time.
+enum Work {
+    /// A row block, and one of the pieces of its keys.
+    Piece(usize, usize),
+    /// Row blocks of one KV head that follow one another, and all of their keys.
+    Blocks(Range<usize>),
+}
+
+/// Row blocks that are worked on together: those over lists of packed keys, as many rows as an item may have while there are enough
+/// items.
+fn groups(jobs: &[Job], blocks: &[RowBlock]) -> Vec<Range<usize>> {
+    let all: usize = blocks.iter().map(|block| block.rows.len()).sum();
+    let mut groups: Vec<Range<usize>> = Vec::new();
+    let mut rows = 0;
+    for (b, block) in blocks.iter().enumerate() {
+        let problem = &jobs[block.job].problem;
+        let more = block.rows.len().next_multiple_of(problem.row_step());
+        let joins = |group: &Range<usize>| {
+            let first = &blocks[group.start];
+            let packed = |block: &RowBlock| block.rows.len() > MAX_QUERY_ROWS && problem.packed.is_some();
+            let same_head = (first.job, first.kv_head(problem)) == (block.job, block.kv_head(problem));
+            same_head && packed(first) && packed(block) && rows + more <= problem.item_rows().min(all / ENOUGH)
+        };
+        match groups.last_mut() {
+            Some(group) if joins(group) => group.end = b + 1,
+            _ => {
+                rows = 0;
+                groups.push(b..b + 1);
+            }
+        }
+        rows += more;
+    }
+    groups
+}
+
 /// Runs row blocks, which hold every query row of the jobs once; the problems are [`Problem::on`] the instruction set.
 pub(crate) fn run_blocks(isa: Isa, jobs: &[Job], blocks: &[RowBlock], execution: &Execution) -> Result<()> {
     let longest = blocks.iter().map(|b| b.count).max().unwrap_or(0);
     let length = split_length(blocks.len(), longest);
-    // (block, piece), the long ones first
-    let mut items: Vec<(usize, usize)> = Vec::new();
-    for (b, block) in blocks.iter().enumerate() {
-        items.extend((0..block.count.div_ceil(length).max(1)).map(|piece| (b, piece)));
+    let pieces_of = |b: usize| blocks[b].count.div_ceil(length).max(1);
+    let mut items: Vec<Work> = Vec::new();
+    for group in groups(jobs, blocks) {
+        match group.len() {
+            1 => items.extend((0..pieces_of(group.start)).map(|piece| Work::Piece(group.start, piece))),
+            _ => items.push(Work::Blocks(group)),
+        }
     }
-    items.sort_by_key(|&(b, piece)| {
-        let left = blocks[b].count - (piece * length).min(blocks[b].count);
-        std::cmp::Reverse(left.min(length) * blocks[b].rows.len())
+    // The long ones first.
+    items.sort_by_key(|work| {
+        std::cmp::Reverse(match work {
+            &Work::Piece(b, piece) => blocks[b].piece(piece * length, length).len() * blocks[b].rows.len(),
+            Work::Blocks(group) => blocks[group.clone()].iter().map(|block| block.count * block.rows.len()).sum(),
+        })
     });
     let pieces: Vec<Mutex<Vec<Option<Partial>>>> = blocks.iter().map(|_| Mutex::default()).collect();
     for_each(execution, items.len(), |i| {
-        let (b, piece) = items[i];
-        let block = &blocks[b];
-        let job = &jobs[block.job];
-        let first = match &block.keys {
-            Keys::Range(keys) => keys.start,
-            _ => 0,
+        let (group, piece) = match &items[i] {
+            &Work::Piece(b, piece) => (b..b + 1, (pieces_of(b) > 1).then_some(piece)),
+            Work::Blocks(group) => (group.clone(), None),
         };
-        let start = piece * length;
-        let keys = first + start..first + (start + length).min(block.count).max(start);
-        let count = block.count.div_ceil(length).max(1);
-        let finish = (count == 1).then_some((job, &block.keys));
+        let first = group.start;
+        let blocks = &blocks[group];
+        let job = &jobs[blocks[0].job];
         let problem = &job.problem;
-        let ids: Vec<_> = (0..block.rows.len()).map(|r| block.id(r)).collect();
-        let ids = &ids[..];
-        let (mut buffer, mut visible) = (Vec::new(), Vec::new());
-        let list = block.keys.index(&mut buffer).map(|index| {
-            visible.extend(ids.iter().map(|id| block.keys.visible(problem, index, id.row)));
-            List { index, bias: block.keys.bias(), visible: &visible, patch: block.keys.patch() }
-        });
-        let partial = with_scratch(|scratch| dispatch(isa, Item { problem, ids, keys, list, scratch, finish }));
-        if partial.is_some() {
-            let mut slots = pieces[b].lock().unwrap_or_else(|e| e.into_inner());
-            slots.resize_with(count, || None);
+        let rows: Vec<Rows> = blocks.iter().map(|block| Rows::new(problem, block)).collect();
+        let shares: Vec<Share> = blocks
+            .iter()
+            .zip(&rows)
+            .map(|(block, rows)| Share {
+                ids: &rows.ids,
+                keys: piece.map_or_else(|| block.piece(0, block.count), |piece| block.piece(piece * length, length)),
+                list: rows.list(&block.keys),
+                finish: piece.is_none().then_some((job, &block.keys)),
+            })
+            .collect();
+        let partial = with_scratch(|scratch| dispatch(isa, Item { problem, shares: &shares, scratch }));
+        if let Some(piece) = piece {
+            let mut slots = pieces[first].lock().unwrap_or_else(|e| e.into_inner());
+            slots.resize_with(pieces_of(first), || None);
             slots[piece] = partial;
             // The last piece to arrive merges them all, in their order.
             if slots.iter().all(Option::is_some) {
                 let parts = std::mem::take(&mut *slots).into_iter().flatten().collect();
-                dispatch(isa, MergeParts { job, block, parts });
+                dispatch(isa, MergeParts { job, block: &blocks[0], parts });
             }
         }
     })
+}
+
+/// The query rows of a row block, the list that its keys are, and what each row sees of that.
+struct Rows<'a> {
+    ids: Vec<RowId>,
+    index: Option<Cow<'a, [u32]>>,
+    visible: Vec<Range<usize>>,
+}
+
+impl<'a> Rows<'a> {
+    fn new(problem: &Problem, block: &RowBlock<'a>) -> Self {
+        let ids: Vec<_> = (0..block.rows.len()).map(|r| block.id(r)).collect();
+        let index = block.keys.index();
+        let visible = match &index {
+            Some(index) => ids.iter().map(|id| block.keys.visible(problem, index, id.row)).collect(),
+            None => Vec::new(),
+        };
+        Self { ids, index, visible }
+    }
+
+    fn list<'b>(&'b self, keys: &'b Keys) -> Option<List<'b>> {
+        let index = self.index.as_deref()?;
+        Some(List { index, bias: keys.bias(), visible: &self.visible, patch: keys.patch() })
+    }
 }

@@ -84,7 +84,7 @@ unsafe fn pack<S: Simd, K: Rows, V: Rows>(
 
 /// Where the run of keys that follow one another from `index[from]` on ends, `end` at the latest.
 #[inline(always)]
-pub(super) fn run_end(index: &[u32], from: usize, end: usize) -> usize {
+fn run_end(index: &[u32], from: usize, end: usize) -> usize {
     let mut to = from + 1;
     while to < end && index[to] == index[to - 1] + 1 {
         to += 1;
@@ -92,9 +92,24 @@ pub(super) fn run_end(index: &[u32], from: usize, end: usize) -> usize {
     to
 }
 
+/// Packed values, in a panel of columns, of the keys that follow one another from `index[run.start]` on, up to `index[run.end]`.
+#[inline(always)]
+fn run_values<'a, S: Simd>(
+    problem: &Problem,
+    id: RowId,
+    heads: &'a PackedHeads,
+    column: usize,
+    index: &[u32],
+    run: Range<usize>,
+) -> &'a [f32] {
+    let (first, panel) = (index[run.start] as usize, panel::<S>());
+    let end = (first + run_end(index, run.start, run.end) - run.start).next_multiple_of(panel);
+    &heads.values(problem, id.batch, id.head / problem.group, column)[first * panel..end * panel]
+}
+
 /// Asks memory for one of `parts` parts of what will be read next: packed heads are larger than what caches hold.
 #[inline(always)]
-pub(super) fn ask_for(next: &[f32], part: usize, parts: usize) {
+fn ask_for(next: &[f32], part: usize, parts: usize) {
     let step = next.len().div_ceil(parts).next_multiple_of(16);
     let start = (part * step).min(next.len());
     let piece = &next[start..(start + step).min(next.len())];
@@ -118,15 +133,15 @@ pub(crate) struct TileState<'a> {
     /// Scaled queries, `[padded rows, padded_dim]`, zeros beyond `dim` and beyond the last row.
     pub(crate) queries: &'a [f32],
     pub(crate) padded_dim: usize,
-    pub(crate) form: Form<'a>,
+    pub(crate) form: &'a Form<'a>,
     /// `[padded rows, padded_value_dim]`, the width a multiple of the panel.
     pub(crate) outputs: &'a mut [f32],
     pub(crate) padded_value_dim: usize,
     pub(crate) running: &'a mut [Running],
 }
 
-/// Checks the keys of an item, counted along `list` if there is one; returns the packed heads and what the list picks of them, where
-/// there are such. They hold it in whole panels of `panel` keys.
+/// Checks the keys of an item, counted along `list` if there is one; returns the packed heads where there are
+/// such. They hold it in whole panels of `panel` keys.
 #[inline(always)]
 pub(super) fn check_keys<'a>(
     problem: &Problem<'a>,
@@ -134,7 +149,7 @@ pub(super) fn check_keys<'a>(
     keys: &Range<usize>,
     list: Option<&List<'a>>,
     panel: usize,
-) -> Option<(&'a PackedHeads<'a>, &'a [u32])> {
+) -> Option<&'a PackedHeads<'a>> {
     let Some(list) = list else {
         assert!(keys.end <= problem.keys);
         return None;
@@ -146,7 +161,7 @@ pub(super) fn check_keys<'a>(
     let whole =
         |keys: &[u32]| (keys[0] as usize).is_multiple_of(panel) && keys[keys.len() - 1] - keys[0] < keys.len() as u32;
     assert!(picked.chunks(panel).all(whole));
-    Some((packed, list.index))
+    Some(packed)
 }
 
 /// Attends from the rows of `state` to the keys `keys` of the problem, `ids[r]` being row r of one KV head's group; rows that belong
@@ -165,7 +180,7 @@ pub(crate) fn attend<S: Simd>(
     extra: &mut Buffer,
 ) {
     let index = list.map(|list| list.index);
-    let packed = check_keys(problem, ids, &keys, list, panel::<S>());
+    let packed = check_keys(problem, ids, &keys, list, panel::<S>()).zip(index);
     let visible_of = |r: usize, start: usize, end: usize| {
         let visible = list.map_or_else(|| problem.visible(ids[r].row), |list| list.visible[r].clone());
         visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start
@@ -182,6 +197,7 @@ pub(crate) fn attend<S: Simd>(
     let scores = score_buffer.take(tiles * S::ROWS * KEYS);
     let wide = extra.take((panel * dp).max(vp));
     let mut ranges = [(0usize, 0usize); MAX_ITEM_ROWS.div_ceil(4)];
+    let (batch, head) = (ids[0].batch, ids[0].head / problem.group);
 
     let mut start = keys.start;
     while start < keys.end {
@@ -199,11 +215,10 @@ pub(crate) fn attend<S: Simd>(
         }
         // SAFETY: the buffers were sized above for KEYS keys; the rows of `keys` are rows of the problem, whose maker vouched for them.
         unsafe {
-            let (batch, head) = (ids[0].batch, ids[0].head / problem.group);
             let keys = start..end;
             let (to_keys, to_values) = (packed_keys.as_mut_ptr(), packed_values.as_mut_ptr());
             let dims = ([problem.dim, problem.value_dim], [dp, vp]);
-            match &state.form {
+            match state.form {
                 _ if packed.is_some() => {}
                 Form::Pairs => {
                     let k = numbers::<bf16>(&problem.k, batch, head);
@@ -244,18 +259,15 @@ pub(crate) fn attend<S: Simd>(
             for p in 0..columns / panel {
                 let b = match packed {
                     Some((heads, index)) => {
-                        heads.keys(problem, batch, head, index[start + p * panel] as usize).as_ptr()
+                        heads.keys(problem, batch, head, index[start + p * panel] / panel as u32).as_ptr()
                     }
                     None => packed_keys.as_ptr().add(p * dp * panel),
                 };
                 let next = match packed {
                     Some((heads, index)) if (p + 1) * panel < columns => {
-                        heads.keys(problem, batch, head, index[start + (p + 1) * panel] as usize)
+                        heads.keys(problem, batch, head, index[start + (p + 1) * panel] / panel as u32)
                     }
-                    Some((heads, index)) if vp > 0 => {
-                        let run = index[start] as usize..index[run_end(index, start, end) - 1] as usize + 1;
-                        heads.values(problem, batch, head, 0, run)
-                    }
+                    Some((heads, index)) if vp > 0 => run_values::<S>(problem, ids[0], heads, 0, index, start..end),
                     _ => &[],
                 };
                 for (t, &(low, high)) in ranges.iter().enumerate().take(tiles) {
@@ -264,7 +276,7 @@ pub(crate) fn attend<S: Simd>(
                         let a = state.queries.as_ptr().add(t * S::ROWS * dp);
                         let c = scores.as_mut_ptr().add(t * S::ROWS * KEYS + p * panel);
                         let rows_left = ids.len() - t * S::ROWS;
-                        match &state.form {
+                        match state.form {
                             Form::Floats => {
                                 multiply_by(s, Floats { add: false }, problem.dim, a, dp, b, c, KEYS, rows_left);
                             }
@@ -325,27 +337,22 @@ pub(crate) fn attend<S: Simd>(
         // Keys that follow one another: all of them, but for packed ones, which lie where the head has them.
         let mut from = start;
         while from < end {
-            let (to, values) = match packed {
-                Some((_, index)) => (run_end(index, from, end), index[from] as usize),
-                None => (end, 0),
-            };
+            let to = packed.map_or(end, |(_, index)| run_end(index, from, end));
             let (first, last) = (from - start, to - start);
-            let (batch, head) = (ids[0].batch, ids[0].head / problem.group);
             for p in 0..vp / panel {
                 let b = match packed {
-                    Some((heads, _)) => heads.values(problem, batch, head, p, values..values + to - from),
+                    Some((heads, index)) => run_values::<S>(problem, ids[0], heads, p, index, from..end),
                     None => &packed_values[p * KEYS * panel..],
                 };
                 assert!(b.len() >= (to - from) * panel);
                 let next = match packed {
-                    Some((heads, _)) if (p + 1) * panel < vp => {
-                        heads.values(problem, batch, head, p + 1, values..values + to - from)
+                    Some((heads, index)) if (p + 1) * panel < vp => {
+                        run_values::<S>(problem, ids[0], heads, p + 1, index, from..end)
                     }
-                    Some((heads, index)) if to < end => {
-                        let first = index[to] as usize;
-                        heads.values(problem, batch, head, 0, first..first + run_end(index, to, end) - to)
+                    Some((heads, index)) if to < end => run_values::<S>(problem, ids[0], heads, 0, index, to..end),
+                    Some((heads, index)) if end < keys.end => {
+                        heads.keys(problem, batch, head, index[end] / panel as u32)
                     }
-                    Some((heads, index)) if end < keys.end => heads.keys(problem, batch, head, index[end] as usize),
                     _ => &[],
                 };
                 for (t, &(low, high)) in ranges.iter().enumerate().take(tiles) {

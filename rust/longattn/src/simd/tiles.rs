@@ -61,9 +61,33 @@ pub(crate) struct Left {
 #[derive(Clone, Copy)]
 pub(crate) struct Right {
     pub(crate) start: *const u8,
-    /// Bytes from step to step and from part to part.
+    /// Bytes from one block of columns to the next and from part to part.
     pub(crate) step: usize,
     pub(crate) part: usize,
+    /// Which block each step takes; null: one after another.
+    pub(crate) blocks: *const u32,
+}
+
+impl Right {
+    /// With these blocks, one for each step.
+    #[inline(always)]
+    pub(crate) fn at(self, blocks: &[u32]) -> Self {
+        Self { blocks: blocks.as_ptr(), ..self }
+    }
+
+    /// Where a step's columns are.
+    ///
+    /// # Safety
+    /// `blocks`, if there are such, are readable for the step.
+    #[inline(always)]
+    unsafe fn of(&self, step: usize) -> *const u8 {
+        let block = match self.blocks.is_null() {
+            true => step,
+            // SAFETY: the caller's promise.
+            false => unsafe { *self.blocks.add(step) as usize },
+        };
+        self.start.wrapping_add(block * self.step)
+    }
 }
 
 /// Where 32 columns of results go.
@@ -207,7 +231,8 @@ impl Queue {
     ///
     /// # Safety
     /// Until [`Self::finish`], `left` is readable and `sums` readable and writable for sixteen rows, for 32 if `rows` is above sixteen;
-    /// `right` is readable for sixteen rows of 128 bytes; both for every step and for the parts that `pairs` lists.
+    /// `right` is readable for sixteen rows of 128 bytes; both for every step, as are `right.blocks` if there are such, and for the
+    /// parts that `pairs` lists.
     #[inline(always)]
     pub(crate) unsafe fn push(&mut self, product: Product) {
         self.left += product.strides();
@@ -452,7 +477,7 @@ mod instructions {
                     }
                 }
                 if j != loaded_j {
-                    let b = right.start.wrapping_add(step * right.step + usize::from(j) * right.part);
+                    let b = right.of(step).wrapping_add(usize::from(j) * right.part);
                     load!("tmm6", b, 2 * TILE_BYTES);
                     load!("tmm7", b.wrapping_add(TILE_BYTES), 2 * TILE_BYTES);
                 }
@@ -550,7 +575,7 @@ mod emulated {
                         for step in 0..steps {
                             let a = left.start.add(r / TILE * left.tile + r % TILE * left.row);
                             let a = a.add(step * left.step + usize::from(i) * left.part);
-                            let b = right.start.add(step * right.step + usize::from(j) * right.part);
+                            let b = right.of(step).add(usize::from(j) * right.part);
                             for word in 0..TILE {
                                 let (a, b) = (a.add(4 * word), b.add(2 * TILE_BYTES * word + 4 * c));
                                 match factors {
@@ -642,7 +667,7 @@ mod tests {
                 (32, true, &[(1, 0), (0, 0), (0, 1), (1, 1)]),
             ] {
                 let left = Left { start: a.as_ptr(), row: left_row, tile: left_tile, step: left_step, part: left_part };
-                let right = Right { start: b.as_ptr(), step: right_step, part: right_part };
+                let right = Right { start: b.as_ptr(), step: right_step, part: right_part, blocks: std::ptr::null() };
                 let width = BLOCK + 5;
                 let before: Vec<f32> = noise(BLOCK * width, 3)
                     .map(|x| if factors == Factors::Bytes { f32::from_bits(x as u32) } else { x as f32 })

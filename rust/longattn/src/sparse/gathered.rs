@@ -13,6 +13,7 @@ use crate::dense::run::{Job, Partial};
 use crate::dense::scores::{RowId, Running};
 use crate::dense::scratch::with_scratch;
 use crate::dense::tile::QUERY_ROWS;
+use crate::dense::turns::Share;
 use crate::dense::{Item, Problem, finish_row, fold};
 use crate::parallel::{Execution, for_each};
 use crate::simd::{Isa, Kernel, MAX_LANES, PANEL_VECTORS, Simd, dispatch};
@@ -140,7 +141,10 @@ impl<'a> Gathering<'a> {
                     }
                     let (ids, keys) = (&ids[..members.len()], bounds[block]..bounds[block + 1]);
                     let partial = with_scratch(|scratch| {
-                        dispatch(isa, Item { problem, ids, keys, list: None, scratch, finish: None })
+                        dispatch(
+                            isa,
+                            Item { problem, shares: &[Share { ids, keys, list: None, finish: None }], scratch },
+                        )
                     });
                     let partial = partial.expect("rows that are not finished leave what they have");
                     let (running, outputs) = (&mut running[..], &mut outputs[..]);

@@ -52,11 +52,8 @@ impl Kernel for Pass<'_, '_> {
     fn run<S: Simd>(self, s: S) {
         let Self { job: Job { problem, forward, dq, .. }, head, tile: ListedTile { ids, keys }, sums, scratch } = self;
         let (dim, value_dim) = (problem.dim, problem.value_dim);
-        let mut buffer = Vec::new();
-        let index = match keys.index(&mut buffer) {
-            Some(index) => index,
-            None => return,
-        };
+        let Some(index) = keys.index() else { return };
+        let index = &*index;
         let visible: Vec<Range<usize>> = ids.iter().map(|id| keys.visible(problem, index, id.row)).collect();
         let list = List { index, bias: keys.bias(), visible: &visible, patch: keys.patch() };
         let width = value_dim.next_multiple_of(S::LANES);

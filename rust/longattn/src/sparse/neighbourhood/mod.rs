@@ -22,6 +22,7 @@ use crate::dense::run::Job;
 use crate::dense::scores::RowId;
 use crate::dense::scratch::with_scratch;
 use crate::dense::tile::QUERY_ROWS;
+use crate::dense::turns::Share;
 use crate::dense::{Item, Options, Problem, check_outputs};
 use crate::parallel::{Execution, for_each};
 use crate::simd::{self, dispatch};
@@ -162,7 +163,9 @@ pub fn neighbourhood(
         let list = List { index: patch.index(), bias: None, visible: &visible, patch: Some(&patch) };
         let finish = Some((&job, &keys));
         let (problem, ids, keys) = (&job.problem, &ids, 0..patch.index().len());
-        with_scratch(|scratch| dispatch(isa, Item { problem, ids, keys, list: Some(list), scratch, finish }));
+        with_scratch(|scratch| {
+            dispatch(isa, Item { problem, shares: &[Share { ids, keys, list: Some(list), finish }], scratch })
+        });
     })
 }
 
