@@ -208,6 +208,8 @@ def test_masks_have_the_shape_of_their_method():
 def test_what_changes_with_a_token_depends_on_it():
     assert (changed(lambda x: np.cumsum(x, axis=0), 9) == np.tri(9)).all()
     assert (changed(lambda x: x[::2, :1], 6, channels=2) == np.eye(6)[::2]).all()
+    # The order of a token's numbers, whatever is added to all of them.
+    assert (changed(lambda x: np.argsort(x, axis=1), 6) == np.eye(6)).all()
 
 
 def test_pages_say_what_rows_and_columns_are():
