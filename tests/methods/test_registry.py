@@ -215,7 +215,12 @@ def test_what_changes_with_a_token_depends_on_it():
 def test_pages_say_what_rows_and_columns_are():
     page = PAGES_OF_METHODS["attention_guided_crop.md"]
     assert "which of 64 patches (from left to right) 24 crops (from top to bottom) see" in page
-    assert "Example, scans in one direction: which of 144 places" in PAGES_OF_METHODS["local_attention_mamba.md"]
+    for method in methods():
+        if method.shown is not None:
+            assert method.mask is not None
+            assert f"\n\nExample, {method.shown}: which of " in PAGES_OF_METHODS[f"{method.name}.md"]
+    parts = {"local_attention_mamba", "native_sparse_attention", "hierarchical_global_local_attention"}
+    assert {method.name for method in methods() if method.shown} >= parts | {"criss_cross_attention"}
 
 
 def test_a_picture_is_its_mask():
