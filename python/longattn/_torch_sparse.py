@@ -75,6 +75,7 @@ def neighborhood_attention(
     Cost:
         Forward and backward as the functions of `longattn.sparse`; what a window sees is computed anew.
     """
+    return_lse = flag(return_lse, "return_lse")
     number, factors = split_scale(scale)
     more = {"extra_k": extra_k, "extra_v": extra_v, "bias": bias, "sinks": sinks}
     check_constants({"q": q, "k": k, "v": v, **more}, {"scale": factors})
@@ -82,7 +83,7 @@ def neighborhood_attention(
     values = (window, stride, dilation, causal)
     rule = {name: _per_axis(x, name, axes) for name, x in zip(RULE, values, strict=True)}
     out, lse = _neighborhood(q=q, k=k, v=v, **rule, **more, scale=number, row_scales=factors, softcap=softcap)
-    return (out, lse) if flag(return_lse, "return_lse") else out
+    return (out, lse) if return_lse else out
 
 
 def halo_attention(
@@ -127,6 +128,7 @@ def halo_attention(
     Cost:
         Forward and backward as the functions of `longattn.sparse`; the relative part is computed anew.
     """
+    return_lse = flag(return_lse, "return_lse")
     check_tensors({"q": q, "k": k, "v": v})
     axes = max(q.dim() - 3, 1)
     tables = table_of_each(relative, axes)
@@ -136,7 +138,7 @@ def halo_attention(
     named = dict(zip(RELATIVE, (*(tables or ()), *(None,) * MOST_AXES), strict=False))
     options = {"scale_rel": scale_rel, "mask_pad": mask_pad, "scale": scale}
     out, lse = _halo(q=q, k=k, v=v, **rule, **named, **options)
-    return (out, lse) if flag(return_lse, "return_lse") else out
+    return (out, lse) if return_lse else out
 
 
 def na_qk(
@@ -268,6 +270,7 @@ def block_sparse_attention(
     Cost:
         Forward and backward as the functions of `longattn` and `longattn.sparse`.
     """
+    return_lse = flag(return_lse, "return_lse")
     number, factors = split_scale(scale)
     of_queries, of_keys = pair_of(segments, "segments")
     bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
@@ -303,7 +306,7 @@ def block_sparse_attention(
         k_segments=of_keys,
         sinks=sinks,
     )
-    return (out, lse) if flag(return_lse, "return_lse") else out
+    return (out, lse) if return_lse else out
 
 
 def windowed_attention(
@@ -351,6 +354,7 @@ def windowed_attention(
     Cost:
         Forward and backward as the functions of `longattn.sparse`; what a query sees is computed anew.
     """
+    return_lse = flag(return_lse, "return_lse")
     number, factors = split_scale(scale)
     given = {"centre": centre, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "sinks": sinks}
     check_constants({"q": q, "k": k, "v": v, **given}, {"scale": factors})
@@ -359,7 +363,7 @@ def windowed_attention(
     sides = radius if isinstance(radius, torch.Tensor) else torch.tensor(_pair(radius)).expand(q.shape[-3], 2)
     options = {"causal": causal, "scale": number, "row_scales": factors, "softcap": softcap}
     out, lse = _windowed(q=q, k=k, v=v, radius=sides.contiguous(), **given, **options)
-    return (out, lse) if flag(return_lse, "return_lse") else out
+    return (out, lse) if return_lse else out
 
 
 def _pair(radius: Any) -> tuple[int, int]:
@@ -438,7 +442,8 @@ def _around_back(d_out: torch.Tensor, d_lse: torch.Tensor, x: Given, results: An
 
 def _around_shapes(x: Given) -> Pair:
     q, v = x["q"], x["v"]
-    rows = [-(-n // step) for n, step in zip(q.shape[2:-1], x["stride"], strict=True)]
+    # What does not fit is for the function to say.
+    rows = [-(-n // max(step, 1)) for n, step in zip(q.shape[2:-1], x["stride"], strict=False)]
     shape = (*q.shape[:2], *rows)
     return q.new_empty(*shape, v.shape[-1]), q.new_empty(shape, dtype=torch.float32)
 

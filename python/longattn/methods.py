@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longattn._checks import one_of
+
 #: Modules and packages that are searched for entries; a package with all that is below it.
 FAMILY_PACKAGES = (
     "longattn.dense",
@@ -114,11 +116,8 @@ def methods(family: str | None = None) -> tuple[Method, ...]:
     every = _registry()
     if family is None:
         return every
-    chosen = tuple(method for method in every if method.family == family)
-    if not chosen:
-        names = ", ".join(sorted({method.family for method in every}))
-        raise ValueError(f"family: got {family!r}, expected one of {names}")
-    return chosen
+    one_of(family, "family", sorted({method.family for method in every}))
+    return tuple(method for method in every if method.family == family)
 
 
 @cache

@@ -90,12 +90,13 @@ def changed(layer: Callable[..., Any], tokens: int, *, channels: int = 4) -> Mas
 
     Args:
         layer: makes `[outputs, ...]` of rows `[tokens, channels]`; what a token has no part in keeps its bits.
-        tokens: how many; they are changed one at a time.
+        tokens: how many; they are exchanged for others one at a time, so that norms do not hide the change.
         channels: numbers of each.
     """
-    x = np.random.default_rng(0).standard_normal((tokens, channels), dtype=np.float32)
+    x, others = np.random.default_rng(0).standard_normal((2, tokens, channels), dtype=np.float32)
     before = np.asarray(layer(x))
-    after = np.stack([np.asarray(layer(x + row[:, None])) for row in np.eye(tokens, dtype=np.float32)], axis=1)
+    own = np.eye(tokens, dtype=bool)[..., None]
+    after = np.stack([np.asarray(layer(np.where(row, others, x))) for row in own], axis=1)
     mask: Mask = (after != before[:, None]).reshape(len(before), tokens, -1).any(axis=2)
     return mask
 

@@ -156,6 +156,7 @@ def attention(
         >>> q.grad.shape
         torch.Size([1, 8, 100, 64])
     """
+    return_lse = flag(return_lse, "return_lse")
     number, factors = split_scale(scale)
     of_queries, of_keys = pair_of(segments, "segments")
     check_constants(
@@ -192,7 +193,7 @@ def attention(
         visible_until=visible_until,
         sinks=sinks,
     )
-    return (out, lse) if flag(return_lse, "return_lse") else out
+    return (out, lse) if return_lse else out
 
 
 def attention_varlen(
@@ -242,6 +243,7 @@ def attention_varlen(
     Cost:
         That of `attention` summed over the sequences.
     """
+    return_lse = flag(return_lse, "return_lse")
     number, factors = split_scale(scale)
     check_constants(
         {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "sinks": sinks},
@@ -265,7 +267,7 @@ def attention_varlen(
         relative_zero=relative_zero,
         sinks=sinks,
     )
-    return (out, lse) if flag(return_lse, "return_lse") else out
+    return (out, lse) if return_lse else out
 
 
 def merge(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

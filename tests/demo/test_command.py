@@ -157,6 +157,14 @@ def test_bad_sizes_are_refused(options: list[str], named: str, capsys: pytest.Ca
     assert named in capsys.readouterr().err
 
 
+def test_unknown_names_are_refused_first() -> None:
+    with pytest.raises(ValueError, match="dtype: got 'float16', expected 'float32' or 'bfloat16'"):
+        driver.Settings(dtype="float16")
+    settings = driver.Settings(context=2048)
+    with pytest.raises(ValueError, match="peer: got 'torch', expected 'transformers' or None"):
+        driver.measure(settings, settings.haystack(), None, peer="torch")  # type: ignore[arg-type]
+
+
 def test_ctrl_c_stops_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(self: driver.Tally, needle: object) -> None:
         raise KeyboardInterrupt

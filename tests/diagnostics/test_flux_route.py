@@ -96,6 +96,7 @@ def test_torch(rng):
         (lambda q, k, w: flux_route(q, w[:4]), ValueError, "weights: got list, expected 5 pairs"),
         (lambda q, k, w: flux_route(q, [w[1], *w[1:]]), ValueError, r"weights\[0\]: got shape \(32, 128\)"),
         (lambda q, k, w: flux_route(q, w, pool=0), ValueError, "pool: got 0"),
+        (lambda q, k, w: flux_route(q, w, return_logits=1), TypeError, "return_logits: got 1"),
         (lambda q, k, w: flux_route(q, [1, *w[1:]]), TypeError, r"weights\[0\]: got int"),
         (lambda q, k, w: routed_attention(q, k, k, 2), ValueError, "gate: got 2, expected 0"),
         (lambda q, k, w: routed_attention(q, k, k, np.zeros(4, int)), ValueError, "gate: got shape"),

@@ -311,6 +311,6 @@ class TestBadInput:
         ):
             with pytest.raises(error, match=message):
                 gpu.merge(parts, device=device)
-        with pytest.raises(ValueError, match="dtype: got 'int8'"):
+        with pytest.raises(ValueError, match="dtype: got 'int8', expected 'float32', 'float16' or 'bfloat16'"):
             gpu.merge([(out, lse)], dtype="int8", device=device)
         assert not device.started

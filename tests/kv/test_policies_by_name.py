@@ -103,7 +103,7 @@ def test_names_of_ways_and_policies():
 @pytest.mark.parametrize(
     ("arguments", "error", "complaint"),
     [
-        ({"kind": "h2o"}, ValueError, "kind: got 'h2o', expected one of"),
+        ({"kind": "h2o"}, ValueError, "kind: got 'h2o', expected 'streaming_llm', "),
         ({"kind": "snap_kv", "recent": 3}, TypeError, "recent: no parameter of snap_kv"),
         ({"kind": "snap_kv", "rows": 0}, ValueError, "rows: got 0"),
         ({"kind": "snap_kv", "window": -1}, ValueError, "window: got -1"),

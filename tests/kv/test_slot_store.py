@@ -338,7 +338,7 @@ def test_appends_and_reads_from_threads(rng):
         (lambda s, x: s.attend(x[0]), ValueError, "q: got shape"),
         (lambda s, x: s.attend(x[:, :, :8]), ValueError, "q: got shape"),
         (lambda s, x: s.attend(np.tile(x, (1, 2, 1))), ValueError, "q: got 6 queries, expected at most the 3 rows"),
-        (lambda s, x: s.attend(x, weights="min"), ValueError, "weights: got 'min'"),
+        (lambda s, x: s.attend(x, weights="min"), ValueError, "weights: got 'min', expected 'max', 'mean', "),
         (lambda s, x: s.attend(x, weights="max", logits_of=0), ValueError, "logits_of: got a head together"),
         (lambda s, x: s.attend(x, logits_of=2), ValueError, "logits_of: got 2, expected 0 to 1"),
         (lambda s, x: s.attend(x, bias=x[0]), ValueError, r"bias: got shape \(3, 16\), expected \(2, 5\)"),

@@ -77,8 +77,9 @@ def test_bad_input(rng):
     q, k, v = qkv(rng)
     statistics = key_statistics(k, v)
     for call, match in (
-        (lambda: FeatureMap(kind="cos"), "kind: got 'cos'"),
-        (lambda: FeatureMap(norm="most"), "norm: got 'most'"),
+        (lambda: FeatureMap(kind="cos"), "kind: got 'cos', expected 'identity', "),
+        (lambda: FeatureMap(kind=["relu"]), r"kind: got \['relu'\], expected 'identity', "),
+        (lambda: FeatureMap(norm="most"), "norm: got 'most', expected 'none', 'length' or 'standard'"),
         (lambda: FeatureMap(kind="gaussian"), "projection: got None"),
         (lambda: FeatureMap(scale=float("inf")), "scale: got inf"),
         (lambda: key_statistics(k, v, phi=FeatureMap(projection=normal(rng, (3, 15)))), "projection: got shape"),

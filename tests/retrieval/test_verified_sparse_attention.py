@@ -447,7 +447,7 @@ BAD = [
     ({"epsilon": 0.1, "delta": 1.0}, ValueError, "delta: got 1.0"),
     ({"epsilon": 0.1, "delta": 1e-30}, ValueError, "delta: got 1e-30"),
     ({"epsilon": 0.1, "delta": "5 %"}, TypeError, "delta: got '5 %'"),
-    ({"epsilon": 0.1, "relative_to": "keys"}, ValueError, "relative_to: got 'keys', expected 'output' or 'values'"),
+    ({"epsilon": 0.1, "relative_to": "keys"}, ValueError, "relative_to: got 'keys', expected 'output', "),
     ({"epsilon": 0.1, "top_k": 5}, ValueError, "epsilon: got 0.1 beside top_k=5, expected epsilon alone"),
     ({"epsilon": 0.1, "top_p": 0.5}, ValueError, "epsilon: got 0.1 beside top_p=0.5"),
     ({"epsilon": 0.1, "rest": "none"}, ValueError, "epsilon: got 0.1 beside rest='none'"),

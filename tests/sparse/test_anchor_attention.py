@@ -144,7 +144,7 @@ def test_no_key_is_used_twice(rng):
         ({"theta": float("nan")}, ValueError, r"theta: got nan"),
         ({"theta": "a"}, TypeError, r"theta: got 'a'"),
         ({"init_blocks": -1}, ValueError, r"init_blocks: got -1"),
-        ({"group_reduce": "all"}, ValueError, r"group_reduce: got 'all', expected None or 'any'"),
+        ({"group_reduce": "all"}, ValueError, r"group_reduce: got 'all', expected 'any' or None"),
         ({"return_stats": 1}, TypeError, r"return_stats: got 1"),
         ({"out": np.zeros((1, 4, 9, 15), np.float32)}, ValueError, r"out: got shape"),
     ],

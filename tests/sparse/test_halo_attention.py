@@ -1,5 +1,7 @@
 """HaloNet's attention: blocks of queries with a rim of keys, on one to three axes."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -90,6 +92,22 @@ def test_block_of_the_image_is_dense(rng, isa):
     tolerances.same_storage(tokens(q), tokens(k), tokens(v)).check(halo_attention(q, k, v, block=9, halo=0), expected)
 
 
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize(("block", "halo"), [(3, 2**32), (2**63 - 1, 0), (2**63 - 4, 9), (2**62 - 1, 2**63 - 1)])
+def test_any_region_beyond_the_grid_is_dense(rng, block, halo, stride):
+    """However far, also beyond integers of 64 bits."""
+    q, k, v = image(rng, (7, 5))
+    given = {"block": block // stride * stride, "halo": halo, "stride": stride}
+    out = halo_attention(q, k, v, **given)
+    rows = np.ascontiguousarray(q[:, :, ::stride, ::stride])
+    dense = la.attention(tokens(rows), tokens(k), tokens(v))
+    tolerances.same_storage(tokens(q), tokens(k), tokens(v)).check(tokens(out), dense)
+    near = given | {"block": 12, "halo": 7}
+    (_, ours), (_, theirs) = (gradients(np.random.default_rng(1), q, k, v, **rule) for rule in (given, near))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_stride_leaves_out_rows(rng, isa):
     q, k, v = image(rng, (16, 18))
     one, other = (halo_attention(q, k, v, block=6, halo=2, stride=stride) for stride in (1, 3))
@@ -122,12 +140,22 @@ def test_axes_of_one_place_change_nothing(rng, isa):
         ({"q": np.zeros((1, 1, 8, 4), np.float32)}, ValueError, "k: got shape"),
         ({"mask_pad": 1}, TypeError, "mask_pad: got 1"),
         ({"scale": np.ones(1, np.float32)}, TypeError, "scale: got"),
+        ({"return_lse": 1, "mask_pad": False}, TypeError, "return_lse: got 1"),
+        ({"block": 2**40, "mask_pad": False}, ValueError, "block: got 1099511627776 with a halo of 3 and zeros around"),
+        ({"halo": 2**31, "mask_pad": False}, ValueError, "block: got 8 with a halo of 2147483648 and zeros around"),
+        ({"block": 2**63 - 1, "halo": 2**63 - 1, "mask_pad": False}, ValueError, "expected at most 4294967295 places"),
     ],
 )
-def test_bad_input(change, error, words):
+def test_bad_input(change, error, words, no_copies):
     given = {name: np.zeros((1, 1, 8, 8, 4), np.float32) for name in "qkv"} | change
     with pytest.raises(error, match=words):
         halo_attention(**given)
+
+
+@pytest.fixture
+def no_copies(monkeypatch):
+    """Errors come before keys are copied."""
+    monkeypatch.setattr(np, "pad", lambda *_: pytest.fail("keys were copied"))
 
 
 # Gradients; `tests/torch/test_torch_sparse.py` has them beside those of torch's own operations.
@@ -234,6 +262,24 @@ def test_gradients_are_nan_where_what_is_seen_is(rng, isa, relative):
         assert np.isfinite(gradient[:, heads:]).all()
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_no_warnings_of_infinite_numbers(rng, relative):
+    """Whether the gradients go through numpy or not."""
+    q, k, v = (100 * x for x in image(rng, (12,), dtype=np.dtype(np.float16)))
+    given = {"block": 4, "halo": 2, "scale": 1.0}
+    if relative:
+        given["relative"] = [100 * x for x in tables(rng, (12,), 4, 2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, lse = halo_attention(q, k, v, return_lse=True, **given)
+        found = backward(np.full_like(out, 6e4), q, k, v, out, lse, d_lse=lse, **given)
+        assert np.isinf(found.dq).any()
+        k[:, 0, 5], q[:, 3, 2] = np.inf, -np.inf
+        given |= {"relative": [np.full((11, 16), -1e300)]} if relative else {}
+        out, lse = halo_attention(q, k, v, return_lse=True, **given)
+        backward(out, q, k, v, out, lse, **given)
+
+
 @pytest.mark.parametrize("shape", [(0,), (3, 0)])
 def test_empty_grids(rng, shape):
     q, k, v = image(rng, shape)
@@ -254,9 +300,10 @@ def test_empty_grids(rng, shape):
         ({"stride": 2}, ValueError, r"out: got shape .*, expected \(1, 1, 4, 4, 4\)"),
         ({"relative": [np.zeros((21, 4))]}, ValueError, "relative: got 1 tables, expected 2"),
         ({"scale": np.ones(1, np.float32)}, TypeError, "scale: got"),
+        ({"lse": np.zeros(3, np.float32), "mask_pad": False}, ValueError, r"lse: got shape \(3,\)"),
     ],
 )
-def test_bad_input_of_gradients(change, error, words):
+def test_bad_input_of_gradients(change, error, words, no_copies):
     given = {name: np.zeros((1, 1, 8, 8, 4), np.float32) for name in ("q", "k", "v", "out", "d_out")}
     with pytest.raises(error, match=words):
         backward(**(given | {"lse": np.zeros((1, 1, 8, 8), np.float32)} | change))

@@ -53,7 +53,9 @@ def test_any_number_of_threads(rng, threads):
 # Identities
 
 
-@pytest.mark.parametrize("options", [{"tau": 1.0}, {"top_k": 8, "scope": "query"}, {"top_k": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"tau": 1.0}, {"top_k": 8, "scope": "query"}, {"top_k": 8}, {"top_k": 2**62}], ids=str
+)
 def test_all_blocks_give_dense_attention(rng, isa, options):
     q, k, v = video(rng)
     out = vmoba_select(q, k, v, grid=GRID, partition=(2, 3), **options)
@@ -156,8 +158,9 @@ def test_no_tokens(rng, grids, partition):
     given = {"grid": grids, "partition": partition, "cu_seqlens": np.zeros(len(grids) + 1, int)}
     out, stats = vmoba_select(q, k, v, **given, return_stats=True)
     assert out.shape == (1, 4, 0, 12) and stats.attended == stats.scored == stats.density == 0
-    with pytest.raises(ValueError, match=r"tau: got -1"):
-        vmoba_select(q, k, v, **given, tau=-1)
+    for change, message in (({"tau": -1}, "tau: got -1"), ({"partition": (2,)}, r"partition: got \(2,\), expected")):
+        with pytest.raises(ValueError, match=message):
+            vmoba_select(q, k, v, **given | change)
 
 
 def test_statistics_of_packed_sequences(rng):
@@ -190,7 +193,9 @@ def test_statistics(rng):
     ("change", "error", "message"),
     [
         ({"grid": (4, 4)}, TypeError, r"grid: got \(4, 4\)"),
-        ({"grid": (4, 4, 5)}, ValueError, r"grid: got \(4, 4, 5\) for 96 queries"),
+        ({"grid": (4, 4, 5)}, ValueError, r"grid: got \(4, 4, 5\) for 96 tokens"),
+        ({"grid": (10**9, 10**9, 10**9)}, ValueError, "grid: got .* for 96 tokens, expected as many"),
+        ({"keys": 90}, ValueError, "k: got 90 tokens, expected 96 as in q"),
         ({"partition": (3, 3)}, ValueError, r"partition: got \(3, 3\), expected divisors"),
         ({"partition": (3,)}, ValueError, r"partition: got \(3,\)"),
         ({"partition": 0.01}, ValueError, r"partition: got 0.01"),
@@ -200,10 +205,22 @@ def test_statistics(rng):
         ({"min_extra": -1}, ValueError, r"min_extra: got -1"),
     ],
 )
-def test_bad_arguments(rng, change, error, message):
-    q, k, v = video(rng)
+def test_bad_arguments(rng, change, error, message, nothing_moves):
+    sizes, change = sizes_of(change)
     with pytest.raises(error, match=message):
-        vmoba_select(q, k, v, **{"grid": GRID, "partition": 1} | change)
+        vmoba_select(*video(rng, **sizes), **{"grid": GRID, "partition": (2, 3)} | change)
+
+
+def sizes_of(change):
+    """What of a change the arrays have, and what is passed."""
+    sizes = {name: change[name] for name in ("batch", "keys") if name in change}
+    return sizes, {name: value for name, value in change.items() if name not in sizes}
+
+
+@pytest.fixture
+def nothing_moves(monkeypatch):
+    """Errors come before tokens are put in order."""
+    monkeypatch.setattr(np, "take", lambda *_, **__: pytest.fail("tokens were moved"))
 
 
 @pytest.mark.parametrize(
@@ -227,13 +244,15 @@ def test_bad_arguments(rng, change, error, message):
         ({"grid": [(2, 4, 6), (4, 6)]}, TypeError, r"grid: got \(4, 6\), expected"),
         ({"grid": [(2, 4, 6), (-1, 4, 6)]}, ValueError, "grid: got -1"),
         ({"grid": [(2, 4, 6), (2, 4, 5)]}, ValueError, r"grid: got \(2, 4, 5\) for the 48 tokens of sequence 1"),
+        ({"grid": [(2, 4, 6), (10**9,) * 3]}, ValueError, "grid: got .* for the 48 tokens of sequence 1"),
         ({"grid": [(2, 4, 6), (2, 3, 8)], "partition": (4, 3)}, ValueError, r"partition: got \(4, 3\), expected"),
         ({"keys": 90}, ValueError, "k: got 90 tokens, expected 96 as in q"),
+        ({"scope": "none"}, ValueError, "scope: got 'none'"),
+        ({"top_k": 0}, ValueError, "top_k: got 0"),
     ],
 )
-def test_bad_arguments_of_packed_sequences(rng, change, error, message):
-    sizes = {name: change[name] for name in ("batch", "keys") if name in change}
-    given = {"grid": [(2, 4, 6)] * 2, "partition": 1, "cu_seqlens": np.array([0, 48, 96])}
-    given |= {name: value for name, value in change.items() if name not in sizes}
+def test_bad_arguments_of_packed_sequences(rng, change, error, message, nothing_moves):
+    sizes, change = sizes_of(change)
+    given = {"grid": [(2, 4, 6)] * 2, "partition": (2, 3), "cu_seqlens": np.array([0, 48, 96])} | change
     with pytest.raises(error, match=message):
         vmoba_select(*video(rng, **sizes), **given)

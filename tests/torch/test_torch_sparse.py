@@ -543,6 +543,56 @@ def test_whole_graphs(rng, kind):
 
 
 @pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda x: halo_attention(x, x, x, block=4, stride=(1, 2)), "stride: got 2 numbers, expected 1"),
+        (lambda x: halo_attention(x, x, x, block=4, stride=0), "stride: got 0, expected at least 1"),
+        (lambda x: halo_attention(x[0], x[0], x[0], block=4), "q: got shape .* expected rank 4"),
+    ],
+)
+def test_compiled_halos_say_what_is_wrong(rng, call, words):
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match=words):
+        torch.compile(call, fullgraph=True, backend="eager")(grid_tensors(rng, (6,))[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "works"),
+    [
+        (lambda *x, **options: neighborhood(*x, window=3, **options), "neighborhood"),
+        (lambda *x, **options: halo_attention(*x, block=2, halo=1, **options), "halo"),
+        (lambda *x, **options: windowed(*(y[0] for y in x), radius=2, **options), "windowed"),
+        (
+            lambda *x, **options: block_sparse(
+                *x, la.BlockMask.from_blocks(np.ones((1, 1), bool), lengths=(6, 6), block_q=6, block_k=6), **options
+            ),
+            "block_sparse",
+        ),
+    ],
+    ids=["neighborhood", "halo", "windowed", "block_sparse"],
+)
+def test_return_lse_is_looked_at_first(rng, monkeypatch, call, works):
+    monkeypatch.setattr(longattn._torch_sparse, f"_{works}", lambda **_: pytest.fail("it was computed"))
+    with pytest.raises(TypeError, match="return_lse: got 1, expected True or False"):
+        call(*grid_tensors(rng, (6,))[:3], return_lse=1)
+
+
+def test_gradients_have_the_kinds_of_what_they_are_of(rng):
+    q, k, v = grid_tensors(rng, (6,))[:3]
+    bias, sinks, table = (normal(rng, shape) for shape in ((q.shape[1], 5), (q.shape[1],), (5, q.shape[-1])))
+    extra_k, extra_v = (x[:, :, :2].numpy() for x in (k, v))
+    given = {"extra_k": extra_k, "extra_v": extra_v, "bias": bias, "sinks": sinks, "window": 3}
+    out, lse = la.sparse.generalized_neighborhood_attention(q, k, v, return_lse=True, **given)
+    found = la.sparse.neighborhood_attention_backward(out, q, k, v, out, lse, **given)
+    assert [type(x) for x in found] == [torch.Tensor] * 3 + [np.ndarray] * 4
+    given = {"block": 2, "halo": 1}
+    for arrays, of_each in (((q, k, v), table), ([x.numpy() for x in (q, k, v)], torch.from_numpy(table))):
+        out, lse = la.sparse.halo_attention(*arrays, relative=[of_each], return_lse=True, **given)
+        found = la.sparse.halo_attention_backward(out, *arrays, out, lse, relative=[of_each], **given)
+        assert [type(x) for x in (*found[:3], *found.d_relative)] == [type(x) for x in (*arrays, of_each)]
+
+
+@pytest.mark.parametrize(
     "call", [lambda *x: neighborhood(*x, window=3), lambda *x: halo_attention(*x, block=2, halo=1)]
 )
 def test_second_derivatives_are_refused(rng, call):

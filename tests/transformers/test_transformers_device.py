@@ -145,10 +145,11 @@ def test_bad_input(build_model: Any) -> None:
         ({"window": 0}, "window: got 0"),
         ({"sinks": -1}, "sinks: got -1"),
         ({"top_k": 0}, "top_k: got 0"),
-        ({"reads": "bus"}, "reads: got 'bus'"),
+        ({"reads": "bus"}, "reads: got 'bus', expected 'host', 'gather' or 'auto'"),
         ({"reads": "auto"}, "top_k: got None with reads='auto'"),
-        ({"index": "nothing"}, "index: got 'nothing'"),
-        ({"codes": "int2"}, "codes: got 'int2'"),
+        ({"index": "nothing"}, "index: got 'nothing', expected 'signatures', "),
+        ({"index": ["pages"]}, r"index: got \['pages'\], expected 'signatures', "),
+        ({"codes": "int2"}, "codes: got 'int2', expected 'int8', 'int4' or None"),
         ({"codes": "int8", "reads": "gather", "top_k": 4}, "reads: got 'gather' with codes='int8'"),
     ):
         with pytest.raises(ValueError, match=message):

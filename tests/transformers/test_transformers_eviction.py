@@ -109,11 +109,11 @@ def test_what_eviction_cannot_do(build_model: Any, generate: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "complaint"),
     [
-        ({"policy": "no such"}, ValueError, "kind: got 'no such', expected one of streaming_llm"),
+        ({"policy": "no such"}, ValueError, "kind: got 'no such', expected 'streaming_llm', "),
         ({"policy": "snap_kv", "rows": 0}, ValueError, "rows: got 0"),
         ({"policy": "snap_kv", "rows": 1.5}, TypeError, "rows"),
         ({"policy": "snap_kv", "parameters": {"kernels": 3}}, TypeError, "kernels: no parameter of snap_kv"),
-        ({"policy": "snap_kv", "residual": "sum"}, ValueError, "residual: got 'sum'"),
+        ({"policy": "snap_kv", "residual": "sum"}, ValueError, "residual: got 'sum', expected 'mean' or None"),
         ({"policy": "nats_attention"}, ValueError, "info: got None, expected a function that gives types"),
         ({"policy": "streaming_llm", "parameters": 5}, TypeError, "parameters: got int, expected a mapping"),
         ({"policy": "nats_attention", "info": 5}, TypeError, "info: got int, expected a function"),

@@ -220,7 +220,8 @@ def test_lists_go_from_layer_to_layer() -> None:
 @pytest.mark.parametrize(
     ("route", "parameters", "error", "message"),
     [
-        ("nothing", {}, ValueError, "route: got 'nothing', expected one of qada_head_gate, flux_route"),
+        ("nothing", {}, ValueError, "route: got 'nothing', expected 'qada_head_gate', 'flux_route'"),
+        (["flux_route"], {}, ValueError, r"route: got \['flux_route'\], expected 'qada_head_gate'"),
         ("qada_head_gate", {"heads": 1}, TypeError, "heads: no parameter of qada_head_gate, which has tau"),
         ("qada_head_gate", {"tau": "much"}, TypeError, "tau"),
         ("qada_head_gate", {"local": -1}, ValueError, "local"),

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import longattn as la
+from longattn._checks import one_of
 from longattn.demo import text
 from longattn.demo.report import Progress
 from longattn.demo.runner import (
@@ -65,8 +66,7 @@ class Settings:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least {least}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype: {self.dtype!r}, expected 'float32' or 'bfloat16'")
+        one_of(self.dtype, "dtype", ("float32", "bfloat16"))
         self.other_ways()
         self.prompt_ways()
 
@@ -196,6 +196,7 @@ def measure(
         ValueError: an unknown peer.
         ImportError: the peer is not installed.
     """
+    one_of(peer, "peer", ("transformers", None))
     progress = progress or Progress(None)
     session = Session(model, settings.context + ROOM, settings.dtype)
     prefill = PrefillReader()
@@ -235,8 +236,6 @@ def measure(
         peer_figures = {"name": peer, "prefill_s": time.perf_counter() - start}
         tallies["sdpa"] = Tally(decoder)
         versions |= {name: metadata.version(name) for name in ("torch", "transformers")}
-    elif peer is not None:
-        raise ValueError(f"peer: {peer!r}, expected 'transformers'")
 
     for needle in progress.over("questions", haystack.needles, len(haystack.needles)):
         for tally in tallies.values():

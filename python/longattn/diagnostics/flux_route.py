@@ -55,7 +55,7 @@ def flux_route(
     if qn.ndim not in (3, 4) or 0 in qn.shape:
         raise ValueError(f"q: got shape {qn.shape}, expected [B, Hq, L, D] or [Hq, L, D], none of them 0")
     layers = _layers(weights, qn.shape[-1])
-    pool = integer(pool, "pool", 1)
+    pool, return_logits = integer(pool, "pool", 1), flag(return_logits, "return_logits")
     q4 = qn if qn.ndim == 4 else qn[None]
     ends = q4 if q4.shape[2] <= 2 * pool else np.concatenate([q4[:, :, :pool], q4[:, :, -pool:]], axis=2)
     x = ends.astype(np.float64).mean(axis=(1, 2))
@@ -65,7 +65,7 @@ def flux_route(
             x = _silu(x)
     gates: NDArray[np.int64] = x.argmax(axis=-1)
     gate = gates if qn.ndim == 4 else int(gates[0])
-    return (gate, x if qn.ndim == 4 else x[0]) if flag(return_logits, "return_logits") else gate
+    return (gate, x if qn.ndim == 4 else x[0]) if return_logits else gate
 
 
 def routed_attention(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from longattn._checks import one_of
 from longattn.gpu._device import KERNEL_DTYPES, Device, View, device_of
 
 _THREADS = 256
@@ -56,9 +57,7 @@ def merge(
     shape = whole.shape
     if whole.dtype not in KERNEL_DTYPES or not shape:
         raise TypeError(f"parts[0] o: got {whole.dtype} {shape}, expected [..., D] of {', '.join(KERNEL_DTYPES)}")
-    dtype = dtype or whole.dtype
-    if dtype not in KERNEL_DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}, expected one of {tuple(KERNEL_DTYPES)}")
+    dtype = one_of(dtype or whole.dtype, "dtype", KERNEL_DTYPES)
     for n, (out, lse) in enumerate(pairs):
         of_both = ((f"parts[{n}] o", out, shape, whole.dtype), (f"parts[{n}] lse", lse, shape[:-1], "float32"))
         for name, x, expected, kind in of_both:

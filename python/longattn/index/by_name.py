@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from longattn._arrays import Array
+from longattn._checks import one_of
 from longattn.index._index import Index
 from longattn.index.clusters import Clusters
 from longattn.index.collisions import Collisions
@@ -68,8 +69,7 @@ def make(kind: str, store: KVStore, *, queries: Array | None = None, **parameter
 
 def check(kind: str, parameters: dict[str, Any]) -> None:
     """Refuses an unknown kind, and parameters that it does not have."""
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+    one_of(kind, "kind", KINDS)
     known = list(inspect.signature(KINDS[kind]).parameters)[1:]  # the store comes first
     for name in parameters:
         if name not in known:

@@ -15,6 +15,7 @@ from longattn._checks import (
     check_floating,
     flag,
     integer,
+    one_of,
     per_head,
     result_array,
     scale_factor,
@@ -199,8 +200,7 @@ class SlotStore(Sizes):
         heads, rows, dim = qn.shape
         if rows > self.appended:
             raise ValueError(f"q: got {rows} queries, expected at most the {self.appended} rows appended")
-        if weights is not None and weights not in REDUCTIONS:
-            raise ValueError(f"weights: got {weights!r}, expected one of {REDUCTIONS} or None")
+        one_of(weights, "weights", (*REDUCTIONS, None))
         if logits_of is not None:
             logits_of = integer(logits_of, "logits_of", 0, heads - 1)
             if weights is not None:

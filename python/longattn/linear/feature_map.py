@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, as_numpy
-from longattn._checks import check_floating, finite, integer
+from longattn._checks import check_floating, finite, integer, one_of
 
 #: The maps, each with its formula.
 KINDS = {
@@ -67,12 +67,8 @@ class FeatureMap:
     coefficients: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.kind, str):
-            raise TypeError(f"kind: got {self.kind!r}, expected a name")
-        if self.kind not in KINDS:
-            raise ValueError(f"kind: got {self.kind!r}, expected one of {', '.join(KINDS)}")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm: got {self.norm!r}, expected one of {', '.join(NORMS)}")
+        one_of(self.kind, "kind", KINDS)
+        one_of(self.norm, "norm", NORMS)
         for value, name in ((self.scale, "scale"), (self.offset, "offset")):
             finite(value, name)
         integer(self.order, "order", 1, 2)
@@ -100,9 +96,7 @@ def feature_map(phi: str | FeatureMap, name: str = "phi") -> FeatureMap:
         return phi
     if not isinstance(phi, str):
         raise TypeError(f"{name}: got {type(phi).__name__}, expected the name of a map or a FeatureMap")
-    if phi not in KINDS:
-        raise ValueError(f"{name}: got {phi!r}, expected one of {', '.join(KINDS)}")
-    return _named(phi)
+    return _named(one_of(phi, name, KINDS))
 
 
 @cache

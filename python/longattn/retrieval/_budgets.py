@@ -10,12 +10,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from longattn._checks import any_integer, finite
+from longattn._checks import any_integer, finite, one_of
 from longattn.index import Index
 from longattn.index._index import check_seed
 from longattn.kv import KVStore
 
 Kind = TypeVar("Kind", bound=Index)
+
+#: What becomes of rows that are not read.
+RESTS = ("values", "none", "sampled", None)
 
 #: Seed, and epsilon, whether it is in units of the values, and the deviations of delta: what the core samples by.
 Sampling = tuple[int, tuple[float, bool, tuple[float, float]] | None]
@@ -64,8 +67,7 @@ def sampling(
     for name, given in beside.items():
         if given is not None:
             raise ValueError(f"epsilon: got {epsilon} beside {name}={given!r}, expected epsilon alone")
-    if relative_to is not None and (not isinstance(relative_to, str) or relative_to not in ("output", "values")):
-        raise ValueError(f"relative_to: got {relative_to!r}, expected 'output' or 'values'")
+    one_of(relative_to, "relative_to", ("output", "values", None))
     if weighs_none is not None:
         raise ValueError(f"epsilon: got {epsilon} with {weighs_none} that weigh no single rows")
     chance = 0.05 if delta is None else _share(delta, "delta")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import FLOATS, Array, as_numpy, like
-from longattn._checks import finite, flag, items_of
+from longattn._checks import finite, flag, items_of, one_of
 from longattn.index import Index
 from longattn.kv import KVStore
 from longattn.methods import Method
@@ -294,9 +294,7 @@ class _Call:
             raise ValueError("store: got an empty store, expected at least one row")
         if self.rows > len(store):
             raise ValueError(f"q: got {self.rows} queries, expected at most the {len(store)} rows of the store")
-        rest = options.rest
-        if rest is not None and (not isinstance(rest, str) or rest not in ("values", "none", "sampled")):
-            raise ValueError(f"rest: got {rest!r}, expected 'values', 'none', 'sampled' or None")
+        rest = one_of(options.rest, "rest", _budgets.RESTS)
         top_k, top_p = options.top_k, options.top_p
         weighs_none = None if index.weighs_rows else type(index).__name__
         self.sampling = _budgets.sampling(

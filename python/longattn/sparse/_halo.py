@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,22 +13,25 @@ from longattn._arrays import Array, as_numpy
 from longattn._checks import check_floating, flag, scale_factor
 from longattn.sparse._grid import GridAxis, GridBias, grid_inputs, own_grid, per_axis
 
+#: The most places along an axis: kernels count them in 32 bits.
+_MOST_PLACES = 2**32 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Halo:
     """A checked call.
 
     Attributes:
-        q: every `stride`-th query, `[B, Hq, Y1.., D]`.
-        k: keys `[B, Hkv, X1.., D]`, with zeros around them where these count.
+        q: queries `[B, Hq, X1.., D]`; of `laid_out` every `stride`-th, `[B, Hq, Y1.., D]`.
+        k: keys `[B, Hkv, X1.., D]`; of `laid_out` with zeros around them where these count.
         v: values, likewise.
+        shape: of the queries that are computed, `[B, Hq, Y1..]`.
         axes: what the queries see of them.
         tables: the relative vectors of each axis, or `None`.
         scale: factor on the dot products.
         relative_scale: factor on the relative part.
-        given: shape of the queries that were given.
-        every: where those of `q` lie in it.
-        inside: where the keys that were given lie in `k`.
+        every: where the queries that are computed lie among those that were given.
+        inside: where the keys that were given lie among those with zeros around them.
         first: for each axis and query the first place of its block's region, inside the grid or not, counted as the
             keys of `axes` are.
         sides: places of a region along each axis.
@@ -37,25 +40,35 @@ class Halo:
     q: NDArray[Any]
     k: NDArray[Any]
     v: NDArray[Any]
+    shape: tuple[int, ...]
     axes: tuple[GridAxis, ...]
     tables: tuple[NDArray[np.float32], ...] | None
     scale: float
     relative_scale: float
-    given: tuple[int, ...]
     every: tuple[slice, ...]
     inside: tuple[slice, ...]
     first: tuple[NDArray[np.int64], ...]
     sides: tuple[int, ...]
 
+    def laid_out(self) -> Halo:
+        """The call with the queries, keys and values that the kernels read."""
+        q, k, v = self.q, self.k, self.v
+        if self.shape != q.shape[:-1]:
+            q = np.ascontiguousarray(q[self.every])
+        sides = [(at.start, axis.keys - at.stop) for at, axis in zip(self.inside[2:], self.axes, strict=True)]
+        if any(map(any, sides)):
+            k, v = (np.pad(x, ((0, 0), (0, 0), *sides, (0, 0))) for x in (k, v))
+        return replace(self, q=q, k=k, v=v)
+
     def rows(self) -> NDArray[np.float32]:
         """The queries one after another, as factors of the tables, `[B * Hq * Y, D]`."""
         return self.q.reshape(-1, self.q.shape[-1]).astype(np.float32, copy=False)
 
+    @np.errstate(over="ignore", invalid="ignore")  # infinite numbers, of which the kernels do not warn either
     def by_axis(self) -> tuple[NDArray[np.float32], ...]:
         """The relative part of each query by distance, per axis `[B, Hq, Y1.., entries]`."""
         rows, factor = self.rows(), np.float32(self.relative_scale)
-        shape = self.q.shape[:-1]
-        return tuple((rows @ (factor * table.T)).reshape(*shape, len(table)) for table in self.tables or ())
+        return tuple((rows @ (factor * table.T)).reshape(*self.shape, len(table)) for table in self.tables or ())
 
     def bias(self) -> GridBias | None:
         """That for the kernel; `None` without tables."""
@@ -93,23 +106,16 @@ def halo_inputs(
     rules = list(zip(lengths, sizes, rims, steps, strict=True))
     axes = tuple(_axis(*rule, hides) for rule in rules)
     pads = [0 if hides else rim for rim in rims]
-    if not hides:
-        sides = [(rim, axis.keys - n - rim) for rim, axis, n in zip(rims, axes, lengths, strict=True)]
-        kn, vn = (np.pad(x, ((0, 0), (0, 0), *sides, (0, 0))) for x in (kn, vn))
-    every = (slice(None), slice(None), *(slice(None, None, step) for step in steps))
-    shape = qn.shape
-    if max(steps) > 1:
-        qn = np.ascontiguousarray(qn[every])
     return Halo(
         q=qn,
         k=kn,
         v=vn,
+        shape=(*qn.shape[:2], *(len(axis.intervals) for axis in axes)),
         axes=axes,
         tables=tables,
         scale=factor,
         relative_scale=factor if with_scale else 1.0,
-        given=shape,
-        every=every,
+        every=(slice(None), slice(None), *(slice(None, None, step) for step in steps)),
         inside=(slice(None), slice(None), *(slice(pad, pad + n) for pad, n in zip(pads, lengths, strict=True))),
         first=tuple(_first(*rule) + pad for rule, pad in zip(rules, pads, strict=True)),
         sides=tuple(size + 2 * rim for size, rim in zip(sizes, rims, strict=True)),
@@ -138,7 +144,8 @@ def _tables(relative: object, entries: Sequence[int], dim: int) -> tuple[NDArray
         check_floating(x, f"relative[{a}]")
         if x.shape != (count, dim):
             raise ValueError(f"relative[{a}]: got shape {x.shape}, expected {(count, dim)}, 2 (block + halo) - 1 rows")
-        found.append(x.astype(np.float32, copy=False))
+        with np.errstate(over="ignore"):
+            found.append(x.astype(np.float32, copy=False))
     return tuple(found)
 
 
@@ -149,12 +156,18 @@ def _first(length: int, block: int, halo: int, stride: int) -> NDArray[np.int64]
 
 def _axis(length: int, block: int, halo: int, stride: int, hides: bool) -> GridAxis:
     """Every `stride`-th query sees its block and `halo` keys on both sides, of the axis or of the padded one."""
-    position, start = np.arange(0, length, stride), _first(length, block, halo, stride)
-    end, keys = start + block + 2 * halo, length
+    position, start, keys = np.arange(0, length, stride), _first(length, block, halo, stride), length
     if hides:
-        start, end = np.maximum(start, 0), np.minimum(end, length)
+        end = np.minimum(start + halo + min(block + halo, length), length)
+        start = np.maximum(start, 0)
     else:
-        start, end, position = start + halo, end + halo, position + halo
         keys = -(-length // block) * block + 2 * halo
+        if keys > _MOST_PLACES:
+            raise ValueError(
+                f"block: got {block} with a halo of {halo} and zeros around the grid (mask_pad), expected at most "
+                f"{_MOST_PLACES} places along an axis"
+            )
+        start, position = start + halo, position + halo
+        end = start + block + 2 * halo
     intervals = np.stack([np.zeros_like(position), start, end, position], axis=1).astype(np.uint32)
     return GridAxis(keys, intervals, 1, block // stride)

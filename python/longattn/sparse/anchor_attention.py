@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from longattn import _core
 from longattn._arrays import Array, like
-from longattn._checks import batched, dense_inputs, flag, real, result_array, returned, scale_factor
+from longattn._checks import batched, dense_inputs, flag, one_of, real, result_array, returned, scale_factor
 from longattn.dense._options import Options
 from longattn.methods import Method
 from longattn.pictures import example, seen
@@ -53,8 +53,7 @@ class Anchor(Composable):
         """Checks the sizes."""
         keep_integers(self, block=1, step=1, init_blocks=0)
         real(self.theta, "theta")
-        if self.group_reduce not in (None, "any"):
-            raise ValueError(f"group_reduce: got {self.group_reduce!r}, expected None or 'any'")
+        one_of(self.group_reduce, "group_reduce", ("any", None))
 
     def __call__(self, q: Array, k: Array, *, causal: bool = True, scale: float | None = None) -> RowLists:
         """Anchors and chosen keys together; attention to the anchor is computed for its largest logits."""

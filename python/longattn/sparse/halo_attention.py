@@ -58,7 +58,8 @@ def halo_attention(
 
     Raises:
         TypeError: an argument of another kind or dtype.
-        ValueError: shapes that do not fit, or a stride that does not divide the block.
+        ValueError: shapes that do not fit, a stride that does not divide the block, or more zeros around the grid than
+            kernels count.
 
     Cost:
         `prod(X / stride) * prod(block + 2 * halo) * (D + Dv)` multiply-adds per query head; the relative part is one
@@ -75,6 +76,7 @@ def halo_attention(
         scale=scale,
     )  # fmt: skip
     return_lse = flag(return_lse, "return_lse")
+    x = x.laid_out()
     options = grid_options(x.q.shape, x.scale, 0.0, None)
     result, lse = attend(x.q, x.k, x.v, x.axes, options, bias=x.bias())
     return returned(None, q, result, lse if return_lse else None)

@@ -95,18 +95,21 @@ def halo_attention_backward(
         q, k, v, block=block, halo=halo, relative=relative, scale_rel=scale_rel, mask_pad=mask_pad, stride=stride,
         scale=scale,
     )  # fmt: skip
-    saved = saved_forward(d_out, out, lse, d_lse, (*x.q.shape[:-1], x.v.shape[-1]), x.q.dtype)
+    saved, given = saved_forward(d_out, out, lse, d_lse, (*x.shape, x.v.shape[-1]), x.q.dtype), x.q.shape
+    x = x.laid_out()
     if x.tables is None:
         options, d_tables = grid_options(x.q.shape, x.scale, 0.0, None), None
         dq, dk, dv = attend_backward(saved, x.q, x.k, x.v, x.axes, options)
     else:
         dq, dk, dv, d_tables = _with_tables(x, x.tables, saved)
     of_q = dq
-    if x.q.shape != x.given:
-        of_q = np.zeros(x.given, x.q.dtype)
+    if x.q.shape != given:
+        of_q = np.zeros(given, x.q.dtype)
         of_q[x.every] = dq
     of_k, of_v = (np.ascontiguousarray(d[x.inside]) for d in (dk, dv))
-    d_relative = None if d_tables is None else tuple(like(q, table) for table in d_tables)
+    d_relative = None
+    if relative is not None and d_tables is not None:
+        d_relative = tuple(like(table, d_table) for table, d_table in zip(relative, d_tables, strict=True))
     return HaloGradients(like(q, of_q), like(k, of_k), like(v, of_v), d_relative)
 
 
@@ -154,6 +157,7 @@ def _parts(x: Halo) -> list[_Part]:
     return found
 
 
+@np.errstate(over="ignore", invalid="ignore")  # infinite numbers, of which the kernels do not warn either
 def _with_tables(
     x: Halo, tables: Sequence[NDArray[np.float32]], saved: Saved
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], list[NDArray[np.float32]]]:

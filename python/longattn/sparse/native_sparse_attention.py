@@ -253,7 +253,7 @@ METHOD = Method(
     ),
     tests="tests/sparse/test_native_sparse_attention.py",
     cost="Per query head `Lq * Lk / (2 stride) * (2 D + Dv) + Lq * (n_select * select_block + window) * (D + Dv)`.",
-    # Without the compressed part, in which every query sees everything before it.
+    # In the compressed part every query sees everything before it.
     mask=lambda: seen(
         native_sparse_attention,
         *example(),
@@ -265,4 +265,5 @@ METHOD = Method(
         n_local=1,
         window=8,
     ),
+    shown="without the compressed part",
 )

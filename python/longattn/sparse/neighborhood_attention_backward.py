@@ -135,8 +135,8 @@ def neighborhood_attention_backward(
         like(q, dq),
         like(k, dk),
         like(v, dv),
-        None if d_extra_k is None else like(k, d_extra_k),
-        None if d_extra_v is None else like(v, d_extra_v),
-        None if d_bias is None else like(q, d_bias),
-        None if d_sinks is None else like(q, d_sinks),
+        None if d_extra_k is None else like(extra_k, d_extra_k),
+        None if d_extra_v is None else like(extra_v, d_extra_v),
+        None if d_bias is None else like(bias, d_bias),
+        None if d_sinks is None else like(sinks, d_sinks),
     )

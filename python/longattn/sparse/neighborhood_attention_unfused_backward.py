@@ -71,13 +71,13 @@ def na_qk_backward(
     check_floating(given, "d_scores")
     if given.shape != (*qn.shape[:-1], math.prod(sizes)):
         raise ValueError(f"d_scores: got shape {given.shape}, expected {(*qn.shape[:-1], math.prod(sizes))}")
+    factor, return_d_bias = scale_factor(scale, qn.shape[-1]), flag(return_d_bias, "return_d_bias")
     d_scores32 = _rounded(given, np.dtype(np.float32))
-    factor = scale_factor(scale, qn.shape[-1])
     dq = na_av(d_scores32, kn, window=window, dilation=dilation, causal=causal)
     with np.errstate(over="ignore", invalid="ignore"):
         np.multiply(dq, np.float32(factor), out=dq)
     table = None
-    if flag(return_d_bias, "return_d_bias"):
+    if return_d_bias:
         table = np.zeros((qn.shape[1], *(2 * w - 1 for w in sizes)), np.float32)
     dk = _spread(d_scores32, qn, kn, axes, sizes, factor, table)
     gradients = like(q, _rounded(dq, qn.dtype)), like(k, dk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -56,24 +57,36 @@ def vmoba_partition(grid: tuple[int, int, int], partition: float | tuple[int, ..
         >>> order.tolist(), size
         ([0, 1, 4, 5, 2, 3, 6, 7], 4)
     """
-    if not isinstance(grid, tuple | list) or len(grid) != 3:
-        raise TypeError(f"grid: got {grid!r}, expected (frames, height, width)")
-    frames, height, width = integer(grid[0], "grid", 0), integer(grid[1], "grid", 1), integer(grid[2], "grid", 1)
-    tokens = np.arange(frames * height * width)
-    if not isinstance(partition, tuple | list):
-        size = int(finite(partition, "partition") * height * width)
+    frames, height, width = extents = _extents(grid)
+    sizes = _sizes(partition)
+    if isinstance(sizes, float):
+        size = int(sizes * height * width)
         if size < 1:
             raise ValueError(f"partition: got {partition}, expected blocks of at least one token")
+        tokens = np.arange(frames * height * width)
         return tokens, min(size, max(len(tokens), 1))
-    if len(partition) not in (2, 3):
-        raise ValueError(f"partition: got {partition!r}, expected a number, (height, width) or (frames, height, width)")
-    sizes = tuple(integer(x, "partition", 1) for x in partition)
-    of_block = (max(frames, 1), *sizes) if len(sizes) == 2 else sizes
-    if any(n % part for n, part in zip((frames, height, width), of_block, strict=True)):
-        raise ValueError(f"partition: got {partition!r}, expected divisors of the grid {tuple(grid)}")
-    t, h, w = of_block
+    t, h, w = of_block = (max(frames, 1), *sizes) if len(sizes) == 2 else sizes
+    if any(n % part for n, part in zip(extents, of_block, strict=True)):
+        raise ValueError(f"partition: got {partition!r}, expected divisors of the grid {extents}")
+    tokens = np.arange(frames * height * width)
     cut = tokens.reshape(frames // t, t, height // h, h, width // w, w).transpose(0, 2, 4, 1, 3, 5)
     return cut.ravel(), t * h * w
+
+
+def _extents(grid: object) -> tuple[int, int, int]:
+    """A checked grid."""
+    if not isinstance(grid, tuple | list) or len(grid) != 3:
+        raise TypeError(f"grid: got {grid!r}, expected (frames, height, width)")
+    return integer(grid[0], "grid", 0), integer(grid[1], "grid", 1), integer(grid[2], "grid", 1)
+
+
+def _sizes(partition: object) -> float | tuple[int, ...]:
+    """A checked partition, whatever the grid: a number of frames, or two or three sizes."""
+    if not isinstance(partition, tuple | list):
+        return finite(partition, "partition")
+    if len(partition) not in (2, 3):
+        raise ValueError(f"partition: got {partition!r}, expected a number, (height, width) or (frames, height, width)")
+    return tuple(integer(x, "partition", 1) for x in partition)
 
 
 def vmoba_blocks(
@@ -109,20 +122,14 @@ def vmoba_blocks(
     if kn.shape[2] != rows:
         raise ValueError(f"k: got {kn.shape[2]} tokens, expected {rows} as in q")
     block = integer(block, "block", 1)
-    min_extra = integer(min_extra, "min_extra", 0)
-    if not real(tau, "tau") >= 0:
-        raise ValueError(f"tau: got {tau}, expected at least 0")
-    one_of(scope, "scope", SCOPES)
-    top_k = None if top_k is None else integer(top_k, "top_k", 1)
-    if top_k is not None and scope not in ("head", "query"):
-        raise ValueError(f"scope: got {scope!r} with top_k, expected 'head' or 'query'")
+    top_k, min_extra = _checked_rule(tau, top_k, scope, min_extra)
     bounds = block_bounds(rows, block)
     count = len(bounds) - 1
     gate = block_mass(qn, block_means(kn, bounds), 1.0, limits=np.full(rows, count), weigh=False)
     own = np.arange(rows) // block
     rule: dict[str, Any] = {"share": tau, "others": min_extra, "spread": True}
     if top_k is not None:
-        most = top_k if scope == "query" else top_k * rows
+        most = min(top_k, count) * (1 if scope == "query" else rows)
         rule = {"least": most, "most": most}
     if scope == "block":
         # One row for each block, over the queries of all heads.
@@ -141,6 +148,17 @@ def vmoba_blocks(
         indptr=lists[0], indices=lists[1], **fitted((rows, rows), 1, block),
         scored=batch * heads * rows * count,
     )  # fmt: skip
+
+
+def _checked_rule(tau: object, top_k: object, scope: str, min_extra: object) -> tuple[int | None, int]:
+    """`top_k` and `min_extra` as Python's own, of arguments that fit each other."""
+    if not real(tau, "tau") >= 0:
+        raise ValueError(f"tau: got {tau}, expected at least 0")
+    one_of(scope, "scope", SCOPES)
+    most = None if top_k is None else integer(top_k, "top_k", 1)
+    if most is not None and scope not in ("head", "query"):
+        raise ValueError(f"scope: got {scope!r} with top_k, expected 'head' or 'query'")
+    return most, integer(min_extra, "min_extra", 0)
 
 
 def vmoba_select(
@@ -211,12 +229,12 @@ def vmoba_select(
     qn, kn = selector_inputs(q3, k3)
     vn, return_stats = batched(v3, 4), flag(return_stats, "return_stats")
     factor = scale_factor(scale, qn.shape[3])
+    _checked_rule(tau, top_k, scope, min_extra)
     parts = _parts(grid, partition, qn.shape, kn.shape[2], cu_seqlens)
     out = np.empty((*qn.shape[:3], vn.shape[3]), qn.dtype)
-    stats = []
+    moved, stats = isinstance(partition, tuple | list), []
     for rows, order, size in parts:
         own = [x[:, :, rows] for x in (qn, kn, vn, out)]
-        moved = isinstance(partition, tuple | list)
         own_q, own_k, own_v = (np.take(x, order, axis=2) if moved else x for x in own[:3])
         mask = vmoba_blocks(own_q, own_k, block=size, tau=tau, top_k=top_k, scope=scope, min_extra=min_extra)
         found = block_sparse_attention(own_q, own_k, own_v, mask, scale=factor, out=None if moved else own[3])
@@ -238,29 +256,30 @@ def _parts(
 ) -> list[tuple[slice, NDArray[np.int64], int]]:
     """The tokens of each sequence, their order by blocks, and the tokens of a block."""
     tokens = shape[2]
+    if keys != tokens:
+        raise ValueError(f"k: got {keys} tokens, expected {tokens} as in q")
     if cu_seqlens is None:
-        triple: Any = grid
-        order, size = vmoba_partition(triple, partition)
-        if len(order) != tokens or keys != tokens:
-            raise ValueError(f"grid: got {tuple(triple)} for {tokens} queries and {keys} keys, expected as many")
-        return [(slice(0, tokens), order, size)]
+        return [_part(grid, partition, 0, tokens, f"{tokens} tokens")]
     if shape[0] != 1:
         raise ValueError(f"cu_seqlens: got it with a batch of {shape[0]}, expected 1, which holds all sequences")
     bounds = sequence_bounds(cu_seqlens, "cu_seqlens", tokens).tolist()
-    if keys != tokens:
-        raise ValueError(f"k: got {keys} tokens, expected {tokens} as in q")
     if not isinstance(grid, Sequence) or not all(isinstance(own, tuple | list) for own in grid):
         raise TypeError(f"grid: got {grid!r} with cu_seqlens, expected (frames, height, width) of each sequence")
     if len(grid) != len(bounds) - 1:
         raise ValueError(f"grid: got {len(grid)} with cu_seqlens, expected {len(bounds) - 1}, one per sequence")
-    parts = []
-    for n, (own, (first, last)) in enumerate(zip(grid, pairwise(bounds), strict=True)):
-        order, size = vmoba_partition(own, partition)
-        if len(order) != last - first:
-            raise ValueError(f"grid: got {tuple(own)} for the {last - first} tokens of sequence {n}, expected as many")
-        parts.append((slice(first, last), order, size))
-    # Without a sequence, a part without tokens: what else is given is looked at.
-    return parts or [(slice(0, 0), np.zeros(0, np.int64), 1)]
+    _sizes(partition)  # where there is no sequence, too
+    return [
+        _part(own, partition, first, last, f"the {last - first} tokens of sequence {n}")
+        for n, (own, (first, last)) in enumerate(zip(grid, pairwise(bounds), strict=True))
+    ]
+
+
+def _part(grid: object, partition: Any, first: int, last: int, whose: str) -> tuple[slice, NDArray[np.int64], int]:
+    """One sequence's tokens from `first` to `last`, in a grid of as many."""
+    extents = _extents(grid)
+    if math.prod(extents) != last - first:
+        raise ValueError(f"grid: got {extents} for {whose}, expected as many")
+    return slice(first, last), *vmoba_partition(extents, partition)
 
 
 METHOD = Method(

@@ -11,6 +11,7 @@ import torch
 
 import longattn as la
 from longattn import gpu
+from longattn._checks import one_of
 from longattn.index import by_name
 from longattn.transformers._onward import OnwardSequence
 from longattn.transformers.sequence import ReadCounts, ScoreOptions
@@ -57,19 +58,15 @@ class DeviceConfig:
             value = getattr(self, name)
             if not (name == "top_k" and value is None) and not (isinstance(value, int) and value >= least):
                 raise ValueError(f"{name}: got {value!r}, expected an integer >= {least}")
-        if self.reads not in ("host", "gather", "auto"):
-            raise ValueError(f"reads: got {self.reads!r}, expected 'host', 'gather' or 'auto'")
+        one_of(self.reads, "reads", ("host", "gather", "auto"))
         if self.reads != "host" and self.top_k is None:
             raise ValueError(f"top_k: got None with reads={self.reads!r}, expected a number of rows")
-        if self.codes not in (None, "int8", "int4"):
-            raise ValueError(f"codes: got {self.codes!r}, expected 'int8', 'int4' or None")
+        one_of(self.codes, "codes", ("int8", "int4", None))
         if self.codes and self.reads != "host":
             raise ValueError(f"reads: got {self.reads!r} with codes={self.codes!r}, expected 'host'")
         if self.costs is not None and not isinstance(self.costs, gpu.Costs):
             raise TypeError(f"costs: got {type(self.costs).__name__}, expected gpu.Costs or None")
-        if self.index not in by_name.KINDS or by_name.learns_from_queries(self.index):
-            fitting = (kind for kind in by_name.KINDS if not by_name.learns_from_queries(kind))
-            raise ValueError(f"index: got {self.index!r}, expected one of {', '.join(fitting)}")
+        one_of(self.index, "index", [kind for kind in by_name.KINDS if not by_name.learns_from_queries(kind)])
         by_name.check(self.index, dict(self.parameters))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from longattn._checks import function, integer
+from longattn._checks import function, integer, one_of
 from longattn.kv.evict import by_name
 from longattn.kv.evict.cache import EvictingCache
 from longattn.transformers._onward import OnwardSequence
@@ -59,8 +59,7 @@ class EvictionConfig:
             function(self.info, "info")
         for name, least in (("rows", 1), ("sinks", 0), ("window", 0)):
             integer(getattr(self, name), name, least)
-        if self.residual not in (None, "mean"):
-            raise ValueError(f"residual: got {self.residual!r}, expected 'mean' or None")
+        one_of(self.residual, "residual", ("mean", None))
         needs = by_name.KINDS[self.policy].needs
         if needs == "types" and self.info is None:
             raise ValueError(f"info: got None, expected a function that gives {needs} to {self.policy}")

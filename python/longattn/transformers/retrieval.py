@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from longattn._checks import any_integer, finite
+from longattn._checks import any_integer, finite, one_of
 from longattn.index import by_name
-from longattn.retrieval._budgets import count, rows_or_mass, sampling
+from longattn.retrieval._budgets import RESTS, count, rows_or_mass, sampling
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,8 @@ class RetrievalConfig:
                 raise ValueError(f"error: got {self.error!r}, expected a number above 0")
             if self.epsilon is not None:
                 raise ValueError(f"error: got {self.error!r} beside epsilon={self.epsilon!r}, expected one of the two")
-        if self.rest is not None and (not isinstance(self.rest, str) or self.rest not in ("values", "none", "sampled")):
-            raise ValueError(f"rest: got {self.rest!r}, expected 'values', 'none', 'sampled' or None")
-        if not isinstance(self.index, str) or self.index not in by_name.KINDS:
-            raise ValueError(f"index: got {self.index!r}, expected one of {', '.join(by_name.KINDS)}")
+        one_of(self.rest, "rest", RESTS)
+        one_of(self.index, "index", by_name.KINDS)
         if not isinstance(self.parameters, Mapping):
             raise TypeError(
                 f"parameters: got {type(self.parameters).__name__}, expected a mapping from names to values"

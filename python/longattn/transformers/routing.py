@@ -347,8 +347,7 @@ class RoutingConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        if self.route not in ROUTES:
-            raise ValueError(f"route: got {self.route!r}, expected one of {', '.join(ROUTES)}")
+        one_of(self.route, "route", ROUTES)
         known = inspect.signature(ROUTES[self.route]).parameters
         for name in self.parameters:
             if name not in known:

@@ -105,4 +105,5 @@ METHOD = Method(
     tests="tests/vision/test_criss_cross_attention.py",
     cost="`N * (X1 + .. + Xn) * (Cq + C)` multiply-adds per round for `N` places, and the projections.",
     mask=lambda: layer_seen(criss_cross_attention, (12, 12), rounds=1),
+    shown="one round",
 )

@@ -99,7 +99,7 @@ def _global(x: Float32, block: Block, parts: int, down: Float32 | None, up: Floa
 
 
 def _example() -> NDArray[np.bool_]:
-    """What places see of two frames in their tiles, which are shifted."""
+    """What places see of two frames in their tiles, which are shifted; of the smaller video they see all."""
 
     def tiled(x: Array, wq: Weights, wk: Weights, wv: Weights) -> Array:
         none = (None,) * 4
@@ -130,4 +130,5 @@ METHOD = Method(
     tests="tests/vision/test_hierarchical_global_local_attention.py",
     cost="`2 * N ** 2 / tiles ** 2 * C` multiply-adds for `N` tokens, and `2 * N ** 2 / tiles ** 4 * C`.",
     mask=_example,
+    shown="shifted tiles, without the smaller video",
 )

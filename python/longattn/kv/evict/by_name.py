@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from longattn._checks import integer
+from longattn._checks import integer, one_of
 from longattn.kv.evict.a_vl_cache import AVLCache
 from longattn.kv.evict.attention_gate import AttentionGate
 from longattn.kv.evict.heavy_hitter import HeavyHitter
@@ -117,8 +117,7 @@ def make(kind: str, rows: int, *, kv_heads: int, sinks: int = 4, window: int = 6
 
 def check(kind: str, parameters: Mapping[str, Any]) -> None:
     """Refuses an unknown kind, and parameters that it does not have."""
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+    one_of(kind, "kind", KINDS)
     known = list(inspect.signature(KINDS[kind].policy).parameters)
     for name in parameters:
         if name not in known:
