@@ -321,7 +321,9 @@ impl Kernel for Item<'_, '_> {
             }
         }
         let outputs = scratch.outputs.take(rows * vp);
-        outputs[..rows * vp].fill(0.0);
+        if parts.is_none() {
+            outputs[..rows * vp].fill(0.0);
+        }
         let mut running = [Running::EMPTY; MAX_ITEM_ROWS];
         let of_bytes = byte_rows.zip(byte_keys).map(|(rows, all)| (rows, all.of(problem, ids[0])));
 

@@ -21,7 +21,7 @@ use super::rows::{Indexed, with_rows};
 use super::scores::{Running, Weights, is_negligible, largest_logit, modify, weights_below};
 use super::scratch::Buffer;
 use super::stream::scale_row;
-use super::tile::{KEYS, check_keys};
+use super::tile::{KEYS, MAX_ITEM_ROWS, check_keys};
 use super::turns::{Share, Turns};
 use crate::simd::Simd;
 use crate::simd::tiles::{BLOCK, Factors, Left, Pairs, Product, Queue, Right, STEP, Sums, TILE, TILE_BYTES};
@@ -40,7 +40,7 @@ pub(crate) struct BlockState<'a> {
     pub(crate) parts: Parts,
     pub(crate) form: Form<'a>,
     pub(crate) queries: &'a [f32],
-    /// `[padded rows, padded_value_dim]`, the width a multiple of 32.
+    /// `[padded rows, padded_value_dim]`, the width a multiple of 32; whatever they hold gives way.
     pub(crate) outputs: &'a mut [f32],
     pub(crate) padded_value_dim: usize,
     /// One for each padded row.
@@ -144,7 +144,7 @@ pub(crate) fn attend<S: Simd>(
     assert!(
         vp.is_multiple_of(BLOCK) && vp >= problem.value_dim && running.len() >= rows && places.len() == shares.len()
     );
-    assert!(queries.len() >= rows * query_width && outputs.len() >= rows * vp);
+    assert!(rows <= MAX_ITEM_ROWS && queries.len() >= rows * query_width && outputs.len() >= rows * vp);
     let mut packed = None;
     for (share, place) in shares.iter().zip(places) {
         assert!(place.len() == share.ids.len().next_multiple_of(TILE) && place.start.is_multiple_of(TILE));
@@ -170,6 +170,8 @@ pub(crate) fn attend<S: Simd>(
     let (batch, head) = (shares[0].ids[0].batch, shares[0].ids[0].head / problem.group);
     // Panels of the packed head that the blocks' lists pick.
     let mut panels = [[0u32; KEYS / BLOCK]; BLOCKS];
+    // Which blocks of sixteen rows have outputs.
+    let mut written = [false; MAX_ITEM_ROWS / TILE];
 
     let rows_of = |unit: &Unit| {
         let count = BLOCK.min(shares[unit.share].ids.len() - unit.first);
@@ -211,8 +213,12 @@ pub(crate) fn attend<S: Simd>(
                          panels: &[u32],
                          packed_values: &[f32],
                          weights: &[f32],
-                         outputs: &mut [f32]| {
+                         outputs: &mut [f32],
+                         written: &mut [bool]| {
         let Range { start: first, end } = rows_of(unit);
+        let blocks = &mut written[first / TILE..end.div_ceil(TILE)];
+        let add = blocks[0];
+        blocks.fill(true);
         assert!(outputs.len() >= (first + (end - first).next_multiple_of(TILE)) * vp);
         let Range { start: low, end: high } = unit.span.clone();
         for p in 0..vp / BLOCK {
@@ -226,7 +232,7 @@ pub(crate) fn attend<S: Simd>(
                 }
             };
             let left = parts.weight_rows(weights, KEYS, 0, low);
-            let sums = Sums { start: outputs[first * vp + p * BLOCK..].as_mut_ptr(), row: vp, add: true };
+            let sums = Sums { start: outputs[first * vp + p * BLOCK..].as_mut_ptr(), row: vp, add };
             let (factors, pairs, steps, rows) = (Factors::Bf16, parts.of_outputs, (high - low) / STEP, end - first);
             // SAFETY: there are weights for every key from `low` to `high` and packed values for as many, in panels of the head where
             // they are listed, and outputs are padded to whole blocks of sixteen rows. The panels' numbers stay for as many blocks as the
@@ -249,7 +255,7 @@ pub(crate) fn attend<S: Simd>(
             queue.finish();
             if let Some(before) = attended.take() {
                 let (panels, weights) = (&panels[before.block % BLOCKS], &*weights[(turn + 1) % 2]);
-                queue_outputs(&mut queue, &before, panels, packed_values, weights, outputs);
+                queue_outputs(&mut queue, &before, panels, packed_values, weights, outputs, &mut written);
                 queue.finish();
             }
             match (packed, list) {
@@ -291,7 +297,7 @@ pub(crate) fn attend<S: Simd>(
         queue.finish();
         if let Some(before) = attended.take() {
             let (panels, weights) = (&panels[before.block % BLOCKS], &*weights[(turn + 1) % 2]);
-            queue_outputs(&mut queue, &before, panels, packed_values, weights, outputs);
+            queue_outputs(&mut queue, &before, panels, packed_values, weights, outputs, &mut written);
             if (before.share, before.first) == (unit.share, unit.first) {
                 queue.finish();
             }
@@ -307,17 +313,18 @@ pub(crate) fn attend<S: Simd>(
             queue_scores(&mut queue, next, panels, packed_keys, scores[(turn + 1) % 2]);
         }
         let (rows, Range { start: low, end: high }) = (rows_of(&unit), unit.span.clone());
+        let (count, starts_anew) = (rows.len(), !written[rows.start / TILE]);
+        let (ids, visible) = (&ids[unit.first..][..count], &visible[unit.share][unit.first..][..count]);
+        let (outputs, running) = (&mut outputs[rows.start * vp..rows.end * vp], &mut running[rows]);
         let (scores, weights) = (&mut *scores[turn % 2], &mut *weights[turn % 2]);
         turn += 1;
         let plain = problem.options.is_plain() && list.is_none_or(|list| !list.changes_scores());
         // By rows of the unit.
         let of_row = |r: usize| r * KEYS + low..r * KEYS + high;
-        let id_of = |r: usize| ids[unit.first + r];
         let visible_of = |r: usize| {
-            let (visible, start, end) = (&visible[unit.share][unit.first + r], start + low, end.min(start + high));
+            let (visible, start, end) = (&visible[r], start + low, end.min(start + high));
             visible.start.clamp(start, end) - start..visible.end.clamp(start, end) - start
         };
-        let count = rows.len();
         if let Form::Bytes { rows: of_rows, keys, .. } = &form {
             // Sums of byte products until here.
             let product = ByteProduct { rows: of_rows, keys: *keys, first_row: 0, first_key: start };
@@ -326,7 +333,7 @@ pub(crate) fn attend<S: Simd>(
             }
         }
         // Scaled with the softmax where nothing comes in between; a factor of 0 would turn what is hidden into NaN.
-        let scale_of = |r: usize| problem.row_scale(id_of(r));
+        let scale_of = |r: usize| problem.row_scale(ids[r]);
         let scales_later = scales && plain && !skips && (0..count).all(|r| scale_of(r) != 0.0);
         if scales && !scales_later {
             for r in 0..count {
@@ -335,13 +342,13 @@ pub(crate) fn attend<S: Simd>(
         }
         if !plain {
             for r in 0..count {
-                modify(s, problem, id_of(r), &mut scores[of_row(r)], list, start + low..end.min(start + high));
+                modify(s, problem, ids[r], &mut scores[of_row(r)], list, start + low..end.min(start + high));
             }
         }
         if skips {
             let mut all = true;
             for r in 0..count {
-                all &= is_negligible(problem, &scores[of_row(r)], visible_of(r), running[rows.start + r]);
+                all &= is_negligible(problem, &scores[of_row(r)], visible_of(r), running[r]);
             }
             if all {
                 continue;
@@ -353,7 +360,7 @@ pub(crate) fn attend<S: Simd>(
         // All maxima first: a row's weights need not wait for its own.
         let mut largest = [f32::NEG_INFINITY; BLOCK];
         for (r, largest) in largest[..count].iter_mut().enumerate() {
-            let (row, visible, old) = (&mut scores[of_row(r)], visible_of(r), running[rows.start + r]);
+            let (row, visible, old) = (&mut scores[of_row(r)], visible_of(r), running[r]);
             *largest = if scales_later {
                 largest_logit::<S, true>(s, row, visible, scale_of(r), old)
             } else {
@@ -365,7 +372,7 @@ pub(crate) fn attend<S: Simd>(
             for (r, &largest) in largest[..count].iter().enumerate() {
                 let to = parts.weight_row::<PARTS>(weights, KEYS, r, low);
                 let mut to = Meanwhile { to, queue: &mut queue };
-                let (row, visible, old) = (&scores[of_row(r)], visible_of(r), running[rows.start + r]);
+                let (row, visible, old) = (&scores[of_row(r)], visible_of(r), running[r]);
                 let (p, n, rough) = (row.as_ptr(), row.len(), PARTS < 3);
                 // SAFETY: the row of scores; there is room for the weights of the keys from `low` to `high`.
                 let (new, factor) = unsafe {
@@ -376,9 +383,9 @@ pub(crate) fn attend<S: Simd>(
                         weights_below::<S, _, false>(s, p, n, visible, 1.0, largest, old, rough, &mut to)
                     }
                 };
-                running[rows.start + r] = new;
-                if factor != 1.0 {
-                    scale_row(s, &mut outputs[(rows.start + r) * vp..(rows.start + r + 1) * vp], factor);
+                running[r] = new;
+                if factor != 1.0 && !starts_anew {
+                    scale_row(s, &mut outputs[r * vp..(r + 1) * vp], factor);
                 }
             }
         });
@@ -387,8 +394,12 @@ pub(crate) fn attend<S: Simd>(
     queue.finish();
     if let Some(before) = attended {
         let (panels, weights) = (&panels[before.block % BLOCKS], &*weights[(turn + 1) % 2]);
-        queue_outputs(&mut queue, &before, panels, packed_values, weights, outputs);
+        queue_outputs(&mut queue, &before, panels, packed_values, weights, outputs, &mut written);
         queue.finish();
+    }
+    // Rows that see nothing.
+    for (block, _) in written[..rows / TILE].iter().enumerate().filter(|(_, written)| !**written) {
+        outputs[block * TILE * vp..(block + 1) * TILE * vp].fill(0.0);
     }
 }
 

@@ -191,7 +191,7 @@ enum Work {
 
 /// Row blocks that are worked on together: those over lists of packed keys, as many rows as an item may have while there are enough
 /// items.
-fn groups(jobs: &[Job], blocks: &[RowBlock]) -> Vec<Range<usize>> {
+pub(super) fn groups(jobs: &[Job], blocks: &[RowBlock]) -> Vec<Range<usize>> {
     let all: usize = blocks.iter().map(|block| block.rows.len()).sum();
     let mut groups: Vec<Range<usize>> = Vec::new();
     let mut rows = 0;

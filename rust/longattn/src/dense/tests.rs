@@ -362,6 +362,56 @@ fn rows_of_large_items() {
     case.check(Options { causal: true, ..Options::default() }).unwrap();
 }
 
+/// Bits do not depend on which lists are attended to together.
+#[test]
+fn lists_of_packed_keys_together_and_one_by_one() {
+    let shape = Shape { batch: 1, kv_heads: 2, group: 1, queries: 3000, keys: 1000, dim: 64, value_dim: 40 };
+    let bounds: Vec<usize> = (0..=shape.keys.div_ceil(64)).map(|b| (b * 64).min(shape.keys)).collect();
+    let mut random = crate::index::Random::new(3);
+    // Of few blocks, of many, of none.
+    let lists: Vec<Vec<u32>> = (0..2 * shape.queries.div_ceil(64))
+        .map(|list| (0..bounds.len() as u32 - 1).filter(|_| random.normal() > [1.5, -0.5, 9.0][list % 3]).collect())
+        .collect();
+    for (dtype, causal) in [(DType::F32, false), (DType::BF16, true), (DType::F16, false)] {
+        let case = Case::new(shape, dtype, dtype, 0, 14);
+        let options = Options { causal, ..Options::default() };
+        for isa in Isa::available() {
+            let problem =
+                Problem::new(case.q.view(), case.k.view().into(), case.v.view().into(), options).unwrap().on(isa);
+            let (mut room, execution) = (packed::PackedRoom::default(), Execution::default());
+            let packing = packed::Packing::new(isa, &problem);
+            let heads = PackedHeads::new(isa, &problem, packing, 0..2, &mut room, &execution).unwrap();
+            let problem = Problem { packed: Some(&heads), ..problem };
+            let mut blocks = Vec::new();
+            for (list, picked) in lists.iter().enumerate() {
+                let (head, block) = (list * 2 / lists.len(), list % (lists.len() / 2));
+                let (queries, keys) = (
+                    block * 64..(block * 64 + 64).min(shape.queries),
+                    keys::Keys::Blocks { blocks: picked, bounds: &bounds },
+                );
+                run::push_row_blocks(0, &problem, 0, head..head + 1, queries, &keys, &mut blocks);
+            }
+            let run = |together: bool| {
+                let rows = shape.kv_heads * shape.queries;
+                let (mut out, mut lse) = (vec![f32::NAN; rows * shape.value_dim], vec![f32::NAN; rows]);
+                let out_view = TensorViewMut::new(&mut out, [1, 2, shape.queries, shape.value_dim]).unwrap();
+                let lse_view = TensorViewMut::new(&mut lse, [1, 2, shape.queries, 1]).unwrap();
+                let jobs = [Job::new(problem, &out_view, &lse_view)];
+                if together {
+                    assert!(run::groups(&jobs, &blocks).len() < blocks.len());
+                    run::run_blocks(isa, &jobs, &blocks, &execution).unwrap();
+                } else {
+                    for block in &blocks {
+                        run::run_blocks(isa, &jobs, std::slice::from_ref(block), &execution).unwrap();
+                    }
+                }
+                [out, lse].map(|x| x.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+            };
+            assert_eq!(run(true), run(false), "{} {dtype}", isa.name());
+        }
+    }
+}
+
 #[test]
 fn rows_that_see_nothing_are_zero() {
     let shape = Shape { batch: 1, kv_heads: 2, group: 2, queries: 30, keys: 9, dim: 8, value_dim: 5 };
