@@ -360,7 +360,10 @@ def windowed_attention(
     check_constants({"q": q, "k": k, "v": v, **given}, {"scale": factors})
     if isinstance(radius, torch.Tensor):
         check_tensors({"radius": radius})
-    sides = radius if isinstance(radius, torch.Tensor) else torch.tensor(_pair(radius)).expand(q.shape[-3], 2)
+    check_tensors({"q": q, "k": k, "v": v})
+    # Of too few axes, which is for the function to say, as of one head.
+    heads = q.shape[-3] if q.dim() >= 3 else 1
+    sides = radius if isinstance(radius, torch.Tensor) else torch.tensor(_pair(radius)).expand(heads, 2)
     options = {"causal": causal, "scale": number, "row_scales": factors, "softcap": softcap}
     out, lse = _windowed(q=q, k=k, v=v, radius=sides.contiguous(), **given, **options)
     return (out, lse) if return_lse else out

@@ -631,6 +631,8 @@ def test_nan_reaches_only_what_sees_it(rng):
         ),
         (lambda x: block_sparse(x, x, x, None), TypeError, "block_mask: got NoneType"),
         (lambda x: windowed(x, x, x, radius=-1), ValueError, "radius: got -1"),
+        (lambda x: windowed(x[0, 0, 0], x, x, radius=1), ValueError, "q: got shape"),
+        (lambda x: windowed(3, x, x, radius=1), TypeError, "q: got int"),
         (lambda x: na_qk(x, x, window=9), ValueError, "window: got 9"),
         (lambda x: na_qk(x, None, window=3), TypeError, "k: got None"),
         (lambda x: na_av(x, x, window=3), ValueError, "weights: got 4 places"),
