@@ -121,6 +121,9 @@ impl Iterator for Units<'_> {
 /// More blocks of keys than products are queued of at a time: those of the rows before, of these and of the next.
 const BLOCKS: usize = 4;
 
+/// The panels of a packed head that each of the last blocks of keys is.
+type Panels = [[u32; KEYS / BLOCK]; BLOCKS];
+
 /// Attends from the rows of `shares`, which have their places in `state`, to their keys. Arguments are otherwise those of
 /// [`super::tile::attend`].
 #[inline(always)]
@@ -168,8 +171,7 @@ pub(crate) fn attend<S: Simd>(
     let (scores, weights) = ([even_scores, odd_scores], [even_weights, odd_weights]);
     let mut queue = Queue::new(parts.tiles.registers());
     let (batch, head) = (shares[0].ids[0].batch, shares[0].ids[0].head / problem.group);
-    // Panels of the packed head that the blocks' lists pick.
-    let mut panels = [[0u32; KEYS / BLOCK]; BLOCKS];
+    let mut panels: Panels = [[0; KEYS / BLOCK]; BLOCKS];
     // Which blocks of sixteen rows have outputs.
     let mut written = [false; MAX_ITEM_ROWS / TILE];
 
@@ -178,7 +180,8 @@ pub(crate) fn attend<S: Simd>(
         let start = places[unit.share].start + unit.first;
         start..start + count
     };
-    let queue_scores = |queue: &mut Queue, unit: &Unit, panels: &[u32], packed_keys: &[f32], scores: &mut [f32]| {
+    let queue_scores = |queue: &mut Queue, unit: &Unit, panels: &Panels, packed_keys: &[f32], scores: &mut [f32]| {
+        let panels = &panels[unit.block % BLOCKS];
         assert!(scores.len() >= BLOCK * KEYS);
         let Range { start: first, end } = rows_of(unit);
         for p in unit.span.start / BLOCK..unit.span.end / BLOCK {
@@ -210,12 +213,13 @@ pub(crate) fn attend<S: Simd>(
     };
     let queue_outputs = |queue: &mut Queue,
                          unit: &Unit,
-                         panels: &[u32],
+                         panels: &Panels,
                          packed_values: &[f32],
                          weights: &[f32],
                          outputs: &mut [f32],
                          written: &mut [bool]| {
         let Range { start: first, end } = rows_of(unit);
+        let panels = &panels[unit.block % BLOCKS];
         let blocks = &mut written[first / TILE..end.div_ceil(TILE)];
         let add = blocks[0];
         blocks.fill(true);
@@ -254,8 +258,15 @@ pub(crate) fn attend<S: Simd>(
         if !is_queued {
             queue.finish();
             if let Some(before) = attended.take() {
-                let (panels, weights) = (&panels[before.block % BLOCKS], &*weights[(turn + 1) % 2]);
-                queue_outputs(&mut queue, &before, panels, packed_values, weights, outputs, &mut written);
+                queue_outputs(
+                    &mut queue,
+                    &before,
+                    &panels,
+                    packed_values,
+                    weights[(turn + 1) % 2],
+                    outputs,
+                    &mut written,
+                );
                 queue.finish();
             }
             match (packed, list) {
@@ -290,14 +301,12 @@ pub(crate) fn attend<S: Simd>(
                     });
                 }
             }
-            let panels = &panels[unit.block % BLOCKS];
-            queue_scores(&mut queue, &unit, panels, packed_keys, scores[turn % 2]);
+            queue_scores(&mut queue, &unit, &panels, packed_keys, scores[turn % 2]);
         }
         // The scores of these rows, and whatever reads the weights that the next ones take the place of.
         queue.finish();
         if let Some(before) = attended.take() {
-            let (panels, weights) = (&panels[before.block % BLOCKS], &*weights[(turn + 1) % 2]);
-            queue_outputs(&mut queue, &before, panels, packed_values, weights, outputs, &mut written);
+            queue_outputs(&mut queue, &before, &panels, packed_values, weights[(turn + 1) % 2], outputs, &mut written);
             if (before.share, before.first) == (unit.share, unit.first) {
                 queue.finish();
             }
@@ -306,11 +315,10 @@ pub(crate) fn attend<S: Simd>(
         // What has to be packed first would take the place of what these rows still need.
         is_queued = next.as_ref().is_some_and(|next| packed.is_some() || next.block == unit.block);
         if let Some(next) = next.as_ref().filter(|_| is_queued) {
-            let panels = &mut panels[next.block % BLOCKS];
             if let Some(list) = shares[next.share].list.as_ref().filter(|_| next.block != unit.block) {
-                pick_panels(panels, &list.index[next.keys.clone()]);
+                pick_panels(&mut panels[next.block % BLOCKS], &list.index[next.keys.clone()]);
             }
-            queue_scores(&mut queue, next, panels, packed_keys, scores[(turn + 1) % 2]);
+            queue_scores(&mut queue, next, &panels, packed_keys, scores[(turn + 1) % 2]);
         }
         let (rows, Range { start: low, end: high }) = (rows_of(&unit), unit.span.clone());
         let (count, starts_anew) = (rows.len(), !written[rows.start / TILE]);
@@ -393,8 +401,7 @@ pub(crate) fn attend<S: Simd>(
     }
     queue.finish();
     if let Some(before) = attended {
-        let (panels, weights) = (&panels[before.block % BLOCKS], &*weights[(turn + 1) % 2]);
-        queue_outputs(&mut queue, &before, panels, packed_values, weights, outputs, &mut written);
+        queue_outputs(&mut queue, &before, &panels, packed_values, weights[(turn + 1) % 2], outputs, &mut written);
         queue.finish();
     }
     // Rows that see nothing.
