@@ -35,9 +35,11 @@ class RetrievalStats:
         keys_sampled: `[Hkv, Lq]`, rows of the sample, with those that were certain of a place in it; 0 where all
             rows were read instead, or nothing is sampled.
         index_bytes: `[Hkv, Lq]`, bytes of the index that were read.
-        scan_seconds: float32 `[Hkv, Lq]`, time of the thread that scanned all codes (or keys) and summed their
-            scores; 0 where nothing was scanned, and for samples.
-        weigh_seconds: float32 `[Hkv, Lq]`, likewise, of turning the scores into shares of the mass.
+        scan_seconds: float32 `[Hkv, Lq]`, time of the thread that scanned all codes (or keys); 0 where nothing
+            was scanned, and for samples. Where all scores are kept (few candidates, large `top_k`, `top_p`) it
+            has summed them, too.
+        weigh_seconds: float32 `[Hkv, Lq]`, likewise, of turning the scores into shares of the mass. Where scores
+            are not kept both are told from every eighth tile of keys.
         select_seconds: float32 `[Hkv, Lq]`, likewise, of selecting rows by these shares.
         missed_mass: float32 `[Hq, Lq]`, estimated share of the softmax mass outside the rows that were read. With
             `rest="values"` that mass is in the result, as an estimate; with `rest="none"` it is left out.

@@ -17,8 +17,8 @@ use half::f16;
 /// Keys per block, whatever the instruction set.
 pub(crate) const BLOCK: usize = 16;
 
-/// Bytes ahead that a scan asks for: what memory brings while the scores of a tile are summed.
-const AHEAD: usize = 16 * 1024;
+/// Bytes ahead that a scan which goes on asks for: what memory brings while the scores of a tile are summed.
+pub(crate) const AHEAD: usize = 16 * 1024;
 
 /// Layout of the codes of one head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,9 +102,11 @@ pub(crate) struct Scan<'a> {
     pub(crate) format: Format,
     pub(crate) codes: &'a [u8],
     pub(crate) queries: &'a [ScanQuery],
-    /// `[queries, stride]`.
+    /// `[queries, stride]`, the last row as long as the blocks need.
     pub(crate) scores: &'a mut [f32],
     pub(crate) stride: usize,
+    /// How far behind each byte is the one that memory is asked for meanwhile.
+    pub(crate) ahead: usize,
 }
 
 impl Kernel for Scan<'_> {
@@ -114,7 +116,7 @@ impl Kernel for Scan<'_> {
     fn run<S: Simd>(mut self, s: S) {
         let blocks = self.codes.len() / self.format.block_bytes();
         assert!(self.codes.len().is_multiple_of(self.format.block_bytes()) && self.stride >= blocks * BLOCK);
-        assert!(self.scores.len() >= self.queries.len() * self.stride);
+        assert!(self.scores.len() >= self.queries.len().saturating_sub(1) * self.stride + blocks * BLOCK);
         assert!(self.queries.iter().all(|q| q.quads.len() * 4 == self.format.padded_dim()));
         let mut g = 0;
         while g < self.queries.len() {
@@ -150,10 +152,9 @@ impl Scan<'_> {
                 // 8 / BITS quadruples per group, and scores a row of `stride` floats per query.
                 unsafe {
                     for group in 0..groups {
-                        crate::simd::prefetch(block.as_ptr().wrapping_add(group * 64 + AHEAD));
+                        crate::simd::prefetch(block.as_ptr().wrapping_add(group * 64 + self.ahead));
                         let packed = s.load_bytes(block.as_ptr().add(group * 64 + 4 * part));
-                        let quads = quads.map(|q| q.add(group * (8 / BITS)));
-                        self.fields::<S, BITS, G>(s, packed, quads, &mut acc);
+                        self.fields::<S, BITS, G>(s, packed, &quads, group * (8 / BITS), &mut acc);
                     }
                     let factor = s.load_f16(block.as_ptr().add(groups * 64 + 2 * part).cast());
                     for (g, q) in queries.iter().enumerate() {
@@ -169,13 +170,14 @@ impl Scan<'_> {
     /// Adds a group's dot products, one field of the bytes after another.
     ///
     /// # Safety
-    /// Every query has `8 / BITS` quadruples from its pointer on.
+    /// Every query has `8 / BITS` quadruples from number `first` on.
     #[inline(always)]
     unsafe fn fields<S: Simd, const BITS: usize, const G: usize>(
         &self,
         s: S,
         packed: S::I32,
-        quads: [*const i32; G],
+        quads: &[*const i32; G],
+        first: usize,
         acc: &mut [S::I32; G],
     ) {
         let mask = s.splat_i32(i32::from_ne_bytes([((1u32 << BITS) - 1) as u8; 4]));
@@ -193,9 +195,9 @@ impl Scan<'_> {
                         _ => s.shift_right_16::<7>(packed),
                     };
                     let levels = s.and(shifted, mask);
-                    for (acc, quads) in acc.iter_mut().zip(&quads) {
+                    for g in 0..G {
                         // SAFETY: the caller's promise.
-                        *acc = s.dot4(*acc, levels, s.splat_i32(unsafe { *quads.add($f) }));
+                        acc[g] = s.dot4(acc[g], levels, s.splat_i32(unsafe { *quads[g].add(first + $f) }));
                     }
                 }
             )*};
@@ -315,7 +317,8 @@ mod tests {
                 let (codes, factors) = dispatch(isa, EncodeAll(format, &keys));
                 let prepared: Vec<_> = queries.iter().map(|q| ScanQuery::new(format, q, 0.5)).collect();
                 let mut scores = vec![0f32; 3 * 1024];
-                let scan = Scan { format, codes: &codes, queries: &prepared, scores: &mut scores, stride: 1024 };
+                let scan =
+                    Scan { format, codes: &codes, queries: &prepared, scores: &mut scores, stride: 1024, ahead: AHEAD };
                 dispatch(isa, scan);
                 let (mut sum, mut squares) = (0f64, 0f64);
                 for (g, q) in queries.iter().enumerate() {
@@ -345,7 +348,9 @@ mod tests {
             let (codes, _) = dispatch(Isa::Scalar, EncodeAll(format, &keys));
             let scan = |isa| {
                 let mut scores = vec![0f32; 7 * 64];
-                dispatch(isa, Scan { format, codes: &codes, queries: &queries, scores: &mut scores, stride: 64 });
+                let scan =
+                    Scan { format, codes: &codes, queries: &queries, scores: &mut scores, stride: 64, ahead: AHEAD };
+                dispatch(isa, scan);
                 scores
             };
             let expected = scan(Isa::Scalar);

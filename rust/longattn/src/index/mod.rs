@@ -211,9 +211,9 @@ pub struct Pick {
 /// Seconds that the steps of a scan took.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Seconds {
-    /// Reading all codes: scores, and sums over them.
+    /// Reading all codes; with sums over the scores where these are kept for a second pass.
     pub scan: f32,
-    /// Turning scores into shares, summed by value cluster.
+    /// Turning scores into shares, summed by value cluster; in one pass with its sample and all sums, told from the tiles that are timed.
     pub weigh: f32,
     /// Selecting rows.
     pub select: f32,

@@ -513,7 +513,16 @@ impl RowCodes for Snapshot<'_> {
         Tables { bases, entries, errors }
     }
 
-    fn scan(&self, isa: Isa, head: usize, blocks: Range<usize>, tables: &Tables, scores: &mut [f32], stride: usize) {
+    fn scan(
+        &self,
+        isa: Isa,
+        head: usize,
+        blocks: Range<usize>,
+        tables: &Tables,
+        scores: &mut [f32],
+        stride: usize,
+        _next: Option<usize>,
+    ) {
         let bytes = self.state.block_bytes;
         let codes = &self.state.heads[head].codes[blocks.start * bytes..blocks.end * bytes];
         let m = self.index.options.subvectors;

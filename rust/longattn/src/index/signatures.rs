@@ -1,7 +1,7 @@
 //! Signatures: a few bits per dimension of every key, which grow with the store.
 
 use super::clusters::{Clusters, Pairs};
-use super::codes::{BLOCK, Encode, Format, Scan, ScanQuery};
+use super::codes::{AHEAD, BLOCK, Encode, Format, Scan, ScanQuery};
 use super::head_rows::{HeadRows, parts};
 use super::project::Multiply;
 use super::rotation::orthogonal;
@@ -525,10 +525,16 @@ impl RowCodes for Snapshot<'_> {
         queries: &Vec<ScanQuery>,
         scores: &mut [f32],
         stride: usize,
+        next: Option<usize>,
     ) {
         let (format, bytes) = (self.index.format, self.block_bytes());
+        let ahead = next.map_or(AHEAD, |next| (next - blocks.start) * bytes);
         let codes = &self.state.heads[head].codes[blocks.start * bytes..blocks.end * bytes];
-        dispatch(isa, Scan { format, codes, queries, scores, stride });
+        dispatch(isa, Scan { format, codes, queries, scores, stride, ahead });
+    }
+
+    fn ahead(&self, head: usize, block: usize) -> Option<*const u8> {
+        Some(self.state.heads[head].codes.as_ptr().wrapping_add(block * self.block_bytes() + AHEAD))
     }
 
     fn error(&self, head: usize, queries: &Vec<ScanQuery>, query: usize) -> CodeError {

@@ -48,7 +48,16 @@ impl<T: Element> RowCodes for Exactly<'_, T> {
         padded_queries(queries)
     }
 
-    fn scan(&self, isa: Isa, head: usize, blocks: Range<usize>, queries: &Vec<f32>, scores: &mut [f32], stride: usize) {
+    fn scan(
+        &self,
+        isa: Isa,
+        head: usize,
+        blocks: Range<usize>,
+        queries: &Vec<f32>,
+        scores: &mut [f32],
+        stride: usize,
+        _next: Option<usize>,
+    ) {
         let Self { ask, list, .. } = self;
         let (dim, n) = (ask.keys.shape()[3], ask.queries.len());
         let rows = numbers(ask.keys);

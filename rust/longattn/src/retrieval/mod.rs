@@ -11,9 +11,11 @@
 //! The parts share one running softmax, so the result is the softmax over all rows with some logits and values estimated.
 
 mod chunks;
+mod cluster_sums;
 mod correct;
 pub(crate) mod exact;
 mod levels;
+mod once;
 mod sample;
 pub(crate) mod scan;
 pub(crate) mod select;

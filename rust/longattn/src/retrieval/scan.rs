@@ -1,9 +1,11 @@
 //! Picking rows by a scan of codes, or of keys: a logit of every candidate, the rows of most weight, an estimate of the others.
 
 use super::chunks::{Shared, Slots};
+use super::cluster_sums::Left;
+use super::once;
 use super::select::{self, Budget, Weights};
 pub(crate) use super::weigh::CodeError;
-use super::weigh::{Bulk, HeadWeight, Left, Summarise, Weigh, WeighTile};
+use super::weigh::{Bulk, HeadWeight, Summarise, Weigh, WeighTile};
 use crate::dense::scores::Running;
 use crate::dense::scratch::{Buffer, with_scratch};
 use crate::index::clusters::Clusters;
@@ -35,8 +37,24 @@ pub(crate) trait RowCodes: Sync {
     fn block_bytes(&self) -> usize;
     /// Makes a group ready.
     fn group(&self, isa: Isa, head: usize, queries: &[&[f32]]) -> Self::Group;
-    /// Scores of the places of some blocks, `[queries, stride]`. What is written for places beyond the candidates does not matter.
-    fn scan(&self, isa: Isa, head: usize, blocks: Range<usize>, group: &Self::Group, scores: &mut [f32], stride: usize);
+    /// Scores of the places of some blocks, `[queries, stride]`, of the last query no more than these. What is written for places beyond
+    /// the candidates does not matter. `next`: a later block that is scanned next, if not those that follow.
+    #[allow(clippy::too_many_arguments, reason = "what is scanned, for whom, where to, and what comes next")]
+    fn scan(
+        &self,
+        isa: Isa,
+        head: usize,
+        blocks: Range<usize>,
+        group: &Self::Group,
+        scores: &mut [f32],
+        stride: usize,
+        next: Option<usize>,
+    );
+    /// What a scan of the blocks before this one did not ask memory for yet, where that is known. Any address is fine.
+    fn ahead(&self, head: usize, block: usize) -> Option<*const u8> {
+        let _ = (head, block);
+        None
+    }
     /// How the scores of one query of the group, which stand for logits, err.
     fn error(&self, head: usize, group: &Self::Group, query: usize) -> CodeError;
     /// The largest standard deviation of a score of that query, where it is known.
@@ -105,10 +123,10 @@ impl<C: RowCodes> Scanned<'_, C> {
         self.codes.values(self.head).filter(|_| self.clusters > 0)
     }
 
-    /// Mean value of all places by their weights for query `g`, less what was taken from `sums`.
-    fn mean_value(&self, sums: &[f32], g: usize) -> Vec<f32> {
-        let Some((values, _)) = self.value_clusters() else { return Vec::new() };
-        dispatch(self.isa, MeanValue { means: values.means(), sums, g, group: self.group })
+    /// Mean value of all places by their weights for query `g`.
+    fn mean_value(&self, g: usize) -> Vec<f32> {
+        self.value_clusters()
+            .map_or_else(Vec::new, |(values, _)| mean_value(self.isa, values, &self.sums, g, self.group))
     }
 }
 
@@ -155,7 +173,7 @@ fn scan<'a, C: RowCodes>(
             // SAFETY: the tiles of chunk c are this worker's own.
             let (scores, origins) =
                 unsafe { (scores.part(t * group * TILE, group * TILE), shared_scales.part(t * group, group)) };
-            codes.scan(isa, head, range.start / block..range.end / block, &queries, scores, TILE);
+            codes.scan(isa, head, range.start / block..range.end / block, &queries, scores, TILE, None);
             let inside = candidates.start.max(range.start) - range.start..candidates.end.min(range.end) - range.start;
             dispatch(isa, Summarise { scores, origins, len: range.len(), inside, scaled, bulk: &mut bulk });
         }
@@ -231,11 +249,21 @@ pub(crate) fn pick<C: RowCodes>(codes: &C, ask: &Ask) -> Pick {
 
 /// [`pick`] among some places, which is what the rows of the result are.
 pub(crate) fn pick_places<C: RowCodes>(codes: &C, ask: &Ask, candidates: Range<usize>) -> Pick {
+    if let Select::TopK(rows) = ask.select
+        && let Some(pick) = once::pick(codes, ask, &candidates, rows)
+    {
+        return pick;
+    }
+    pick_twice(codes, ask, candidates)
+}
+
+/// As [`pick_places`], going over the codes once and over all that they say again when their mass is known.
+pub(super) fn pick_twice<C: RowCodes>(codes: &C, ask: &Ask, candidates: Range<usize>) -> Pick {
     let purpose = if matches!(ask.select, Select::TopP(_)) { Purpose::Mass } else { Purpose::Rows };
     let mut scanned = scan(codes, ask, candidates, purpose, ask.rest);
     // Selecting may rewrite weights, and the sums lose what is selected.
     let mut buffer = std::mem::take(&mut scanned.weights);
-    let mut sums = std::mem::take(&mut scanned.sums);
+    let sums = std::mem::take(&mut scanned.sums);
     let Scanned { head, isa, group, base, n, .. } = scanned;
     let Scanned { candidates, heads, totals, queries, .. } = &scanned;
     let weights = &mut buffer.take(n)[..n];
@@ -260,7 +288,7 @@ pub(crate) fn pick_places<C: RowCodes>(codes: &C, ask: &Ask, candidates: Range<u
         // Shares below the smallest float are all 0. There the logits keep the order; they stay below every share.
         let mut logits = vec![0.0; group * n];
         let block = codes.block();
-        codes.scan(isa, head, base / block..(base + n) / block, queries, &mut logits, n);
+        codes.scan(isa, head, base / block..(base + n) / block, queries, &mut logits, n, None);
         for (j, weight) in weights.iter_mut().enumerate().filter(|(_, weight)| **weight == 0.0) {
             let below = heads.iter().enumerate().map(|(g, head)| logits[g * n + j] - head.log_total);
             *weight = below.fold(f32::NEG_INFINITY, f32::max);
@@ -271,42 +299,78 @@ pub(crate) fn pick_places<C: RowCodes>(codes: &C, ask: &Ask, candidates: Range<u
     let seconds = Seconds { select: selecting.elapsed().as_secs_f32(), ..scanned.seconds };
     rows.iter_mut().for_each(|row| *row += base as u32);
 
-    // What is left: all weights less those of the selected rows.
-    let mut pick = Pick { scored: candidates.len(), bytes: scanned.bytes(), seconds, ..Pick::default() };
-    let all = rows.len() == candidates.len();
-    let values = scanned.value_clusters();
-    let (mut rest, mut bound) = (Vec::with_capacity(group), Vec::with_capacity(group));
-    for (g, of_head) in heads.iter().enumerate() {
-        if all {
-            rest.push(RestMass { log_mass: f32::NEG_INFINITY, mean: Vec::new() });
-            bound.push(f32::NEG_INFINITY);
-            continue;
-        }
-        let (mut mass, mut left) = (totals.mass[g], totals.rest[g]);
-        let (shares, weights) = of_head.weights(isa, rows.iter().map(|&row| scanned.score(g, row as usize)));
-        for ((&row, share), weight) in rows.iter().zip(shares).zip(weights) {
-            mass -= f64::from(share);
-            left -= f64::from(weight);
-            if let Some((_, ids)) = values {
-                let sum = &mut sums[usize::from(ids[row as usize]) * group + g];
-                *sum = (*sum - weight).max(0.0);
-            }
-        }
-        let log_mass = Running { max: of_head.log_total, sum: left.max(0.0) as f32 }.lse();
-        rest.push(RestMass { log_mass, mean: scanned.mean_value(&sums, g) });
-        // Plain exp(s), up by what a code may be wrong; with what the difference of the sums may have rounded away, and what
-        // lies below the smallest float.
-        let unread = (candidates.len() - rows.len()) as f64;
-        let lost = SUM_ROUNDING * totals.mass[g] + unread * f64::from(f32::MIN_POSITIVE);
-        if let Some(largest) = codes.largest_error(head, queries, g) {
-            bound.push(of_head.log_total + (mass.max(0.0) + lost).ln() as f32 + BOUND_SIGMAS * largest);
-        }
-    }
-    pick.rest = Some(rest);
-    pick.bound = (bound.len() == group).then_some(bound);
+    let all = Weighing { heads, mass: &totals.mass, rest: &totals.rest, sums, clusters: scanned.clusters };
+    let of_rows = |g: usize| heads[g].weights(isa, rows.iter().map(|&row| scanned.score(g, row as usize)));
+    let mut pick = all.without(codes, ask, queries, candidates, &rows, of_rows);
+    (pick.bytes, pick.seconds) = (scanned.bytes(), seconds);
     pick.rows = rows;
     scanned.weights = buffer;
     pick
+}
+
+/// What all candidates weigh.
+pub(super) struct Weighing<'a> {
+    pub(super) heads: &'a [HeadWeight],
+    /// Sum of the shares of each head, and of what the rows would weigh unread.
+    pub(super) mass: &'a [f64],
+    pub(super) rest: &'a [f64],
+    /// `[clusters, group]`: weights by value cluster.
+    pub(super) sums: Vec<f32>,
+    pub(super) clusters: usize,
+}
+
+impl Weighing<'_> {
+    /// What is left unread: all weights less those of the selected rows, of which `of_rows` tells each head's shares and weights.
+    pub(super) fn without<C: RowCodes>(
+        mut self,
+        codes: &C,
+        ask: &Ask,
+        queries: &C::Group,
+        candidates: &Range<usize>,
+        rows: &[u32],
+        of_rows: impl Fn(usize) -> (Vec<f32>, Vec<f32>),
+    ) -> Pick {
+        let (heads, group) = (self.heads, self.heads.len());
+        let values = codes.values(ask.head).filter(|_| self.clusters > 0);
+        let (mut rest, mut bound) = (Vec::with_capacity(group), Vec::with_capacity(group));
+        for (g, of_head) in heads.iter().enumerate() {
+            if rows.len() == candidates.len() {
+                rest.push(RestMass { log_mass: f32::NEG_INFINITY, mean: Vec::new() });
+                bound.push(f32::NEG_INFINITY);
+                continue;
+            }
+            let (mut mass, mut left) = (self.mass[g], self.rest[g]);
+            let (shares, weights) = of_rows(g);
+            for ((&row, share), weight) in rows.iter().zip(shares).zip(weights) {
+                mass -= f64::from(share);
+                left -= f64::from(weight);
+                if let Some((_, ids)) = values {
+                    let sum = &mut self.sums[usize::from(ids[row as usize]) * group + g];
+                    *sum = (*sum - weight).max(0.0);
+                }
+            }
+            let log_mass = Running { max: of_head.log_total, sum: left.max(0.0) as f32 }.lse();
+            let mean = match values {
+                Some((values, _)) => mean_value(ask.isa, values, &self.sums, g, group),
+                None => Vec::new(),
+            };
+            rest.push(RestMass { log_mass, mean });
+            // Plain exp(s), up by what a code may be wrong; with what the difference of the sums may have rounded away, and what
+            // lies below the smallest float.
+            let unread = (candidates.len() - rows.len()) as f64;
+            let lost = SUM_ROUNDING * self.mass[g] + unread * f64::from(f32::MIN_POSITIVE);
+            if let Some(largest) = codes.largest_error(ask.head, queries, g) {
+                bound.push(of_head.log_total + (mass.max(0.0) + lost).ln() as f32 + BOUND_SIGMAS * largest);
+            }
+        }
+        let bound = (bound.len() == group).then_some(bound);
+        Pick { scored: candidates.len(), rest: Some(rest), bound, ..Pick::default() }
+    }
+}
+
+/// Mean value of all places by their weights for query `g`.
+fn mean_value(isa: Isa, values: &Clusters, sums: &[f32], g: usize, group: usize) -> Vec<f32> {
+    dispatch(isa, MeanValue { means: values.means(), sums, g, group })
 }
 
 /// Estimates of all candidates, for a sample: of codes whose scores stand for logits, and that know the values of unread rows.
@@ -315,7 +379,7 @@ pub(crate) fn weigh<'a, C: RowCodes>(codes: &'a C, ask: &Ask) -> Option<Box<dyn 
     let scanned = scan(codes, ask, ask.candidates.clone(), Purpose::Sample, true);
     let rest = scanned.heads.iter().enumerate().map(|(g, head)| RestMass {
         log_mass: Running { max: head.log_total, sum: scanned.totals.rest[g] as f32 }.lse(),
-        mean: scanned.mean_value(&scanned.sums, g),
+        mean: scanned.mean_value(g),
     });
     Some(Box::new(Weighed {
         rest: rest.collect(),

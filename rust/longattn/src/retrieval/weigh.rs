@@ -1,10 +1,9 @@
 //! What the scan's estimated logits weigh: sums over chunks of candidates, shares of rows, sums by value cluster.
 
-use super::sample::mix32;
+use super::cluster_sums::{ClusterSums, Left, Turned, blocks, quads};
 use super::scan::TILE;
 use super::select::Weights;
 use crate::dense::scores::exp_difference;
-use crate::index::clusters::MAX_CLUSTERS;
 use crate::simd::{self, Isa, Kernel, Simd, dispatch};
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
@@ -20,6 +19,16 @@ pub(super) struct Bulk {
 }
 
 impl Bulk {
+    /// Of a sample, of whose logits there are `times` as many: its mass, `ln mass` above `max`, and its moments.
+    pub(super) fn of_sample(max: f32, mass: f32, [sum, squares]: [f64; 2], times: f64) -> Self {
+        Self { max, mass: f64::from(mass) * times, sum: sum * times, squares: squares * times }
+    }
+
+    /// Of a known sum of all `e^(logit - max)`.
+    pub(super) fn of_mass(max: f32, mass: f64) -> Self {
+        Self { max, mass, ..Self::EMPTY }
+    }
+
     pub(super) const EMPTY: Self = Self { max: f32::NEG_INFINITY, mass: 0.0, sum: 0.0, squares: 0.0 };
 
     pub(super) fn join(&mut self, other: Self) {
@@ -93,8 +102,7 @@ impl HeadWeight {
     /// `scaled`: the scan left weights of the whole group, of which each head's error is one factor.
     pub(super) fn new(bulk: &Bulk, steady: f32, error: CodeError, n: usize, scaled: bool) -> Self {
         let candidates = bulk.lse();
-        let max = steady.max(candidates);
-        let log_total = max + (exp_difference(steady, max) + exp_difference(candidates, max)).ln();
+        let log_total = log_sum(steady, candidates);
         let noise = error.variance;
         let unread = if error.mean {
             // The mean of Gaussian logits' weights lies above the weight of their mean; above ln n it would stand for logits rarer
@@ -113,8 +121,30 @@ impl HeadWeight {
             let shift = mean * (1.0 - slope) + (slope * noise / 2.0).min((n as f64).ln());
             Unread::Sloped { slope: slope as f32, shift: shift as f32 - log_total }
         };
+        Self::of(bulk, steady, log_total, unread)
+    }
+
+    fn of(bulk: &Bulk, steady: f32, log_total: f32, unread: Unread) -> Self {
         let mass = f64::from(exp_difference(bulk.max, log_total)) * bulk.mass;
         Self { log_total, steady_share: exp_difference(steady, log_total), mass, unread }
+    }
+
+    /// The same weighing with the mass that the candidates turned out to have.
+    pub(super) fn settled(&self, bulk: &Bulk, steady: f32) -> Self {
+        let log_total = log_sum(steady, bulk.lse());
+        let unread = match self.unread {
+            Unread::Sloped { slope, shift } => Unread::Sloped { slope, shift: shift + self.log_total - log_total },
+            scaled @ Unread::Scaled { .. } => scaled,
+        };
+        Self::of(bulk, steady, log_total, unread)
+    }
+
+    /// What turns logits into weights but for a factor, and that factor.
+    pub(super) fn of_logits(&self) -> Turn {
+        match self.unread {
+            Unread::Scaled { factor } => Turn { factor, slope: 1.0, shift: -self.log_total },
+            Unread::Sloped { .. } => self.turn(),
+        }
     }
 
     /// Shares of rows by what the scan left of them and their tile's scale: plain, and corrected for the codes' error.
@@ -125,12 +155,30 @@ impl HeadWeight {
                 let corrected = shares.iter().map(|share| share * factor).collect();
                 (shares, corrected)
             }
-            Unread::Sloped { slope, shift } => {
-                let shares = exponentials(isa, left.clone().map(|(s, _)| s - self.log_total));
-                (shares, exponentials(isa, left.map(|(s, _)| slope * s + shift)))
-            }
+            Unread::Sloped { .. } => self.of_rows(isa, left.map(|(logit, _)| logit)),
         }
     }
+
+    /// Shares of rows by their logits: plain, and corrected for the codes' error.
+    pub(super) fn of_rows(&self, isa: Isa, logits: impl Iterator<Item = f32> + Clone) -> (Vec<f32>, Vec<f32>) {
+        let shares = exponentials(isa, logits.clone().map(|s| s - self.log_total));
+        let corrected = match self.unread {
+            Unread::Scaled { factor } => shares.iter().map(|share| share * factor).collect(),
+            Unread::Sloped { slope, shift } => exponentials(isa, logits.map(|s| slope * s + shift)),
+        };
+        (shares, corrected)
+    }
+
+    /// Whether what an unread row weighs is not its share times a factor.
+    pub(super) fn is_sloped(&self) -> bool {
+        matches!(self.unread, Unread::Sloped { .. })
+    }
+}
+
+/// `ln(e^a + e^b)`.
+fn log_sum(a: f32, b: f32) -> f32 {
+    let max = a.max(b);
+    max + (exp_difference(a, max) + exp_difference(b, max)).ln()
 }
 
 /// `e^x` of each number.
@@ -241,11 +289,8 @@ impl Kernel for Summarise<'_> {
 /// Turns scores into the group's weights, and sums the unread rows' weights by value cluster.
 pub(super) struct Weigh<'a> {
     heads: &'a [HeadWeight],
-    /// Value clusters, 0 if the sums are not asked for.
-    clusters: usize,
     weights: Weights,
-    /// Sums of each [`QUAD`] of heads.
-    sums: Vec<Tables>,
+    sums: ClusterSums,
     /// Weights of unread rows, `[group, TILE]`, where a mass budget needs them.
     rest: Vec<f32>,
 }
@@ -257,80 +302,41 @@ pub(super) struct Weighed {
     pub(super) sums: Vec<f32>,
 }
 
-/// Heads that are weighed together: their weights of a row are added to its cluster's as one vector of four.
-const QUAD: usize = 4;
-
-/// Sums by cluster, rows taking turns: neighbours often share a cluster, and would wait for each other's sum.
-type Tables = [[[f32; QUAD]; MAX_CLUSTERS]; 4];
-
 /// Vectors of rows whose largest weights are counted, lane by lane.
 const VECTORS: usize = 16;
 
-/// Neighbouring rows that are left out of the clusters' sums together, or drawn together, whatever the instruction set.
-const BLOCK: usize = 16;
-
-/// Blocks of a tile, as many as a word has bits.
-const BLOCKS: usize = TILE / BLOCK;
-const _: () = assert!(BLOCKS == u64::BITS as usize);
-
-/// Blocks of light rows of which one, drawn at random, stands for all in the clusters' sums.
-const DRAWN: usize = 4;
-
-/// Rows that may be left out of the clusters' sums: the rows of a block count by the largest of their weights. The mass counts in full
-/// whatever is left out; the sums say how it is spread over the clusters.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Left {
-    /// Below this a block is left out.
-    negligible: f32,
-    /// Below this one block of [`DRAWN`] is drawn.
-    light: f32,
-}
-
-impl Left {
-    pub(super) const NOTHING: Self = Self { negligible: 0.0, light: 0.0 };
-
-    /// Of so many candidates: a thousandth of the mass is left out at most, and what is drawn puts the mean value of the rest off by
-    /// less than `sqrt((DRAWN - 1) * light)` = 0.95 % of the spread of the values; half of that where it was measured.
-    pub(super) fn of(candidates: usize) -> Self {
-        Self { negligible: 1e-3 / candidates as f32, light: 3e-5 }
-    }
-}
-
 impl<'a> Weigh<'a> {
+    /// `clusters`: of the values, 0 if the sums are not asked for.
     pub(super) fn new(heads: &'a [HeadWeight], clusters: usize, by_mass: bool) -> Self {
         let group = heads.len();
-        let quads = if clusters > 0 { group.div_ceil(QUAD) } else { 0 };
         Self {
             heads,
-            clusters,
             weights: Weights::new(group, by_mass),
-            sums: vec![[[[0.0; QUAD]; MAX_CLUSTERS]; 4]; quads],
+            sums: ClusterSums::new(clusters, group),
             rest: vec![0.0; if by_mass { group * TILE } else { 0 }],
         }
     }
 
     pub(super) fn finish(mut self) -> Weighed {
-        let group = self.heads.len();
-        let mut sums = vec![0.0; self.clusters * group];
-        for ((q, heads), tables) in self.heads.chunks(QUAD).enumerate().zip(&self.sums) {
-            let factors: Vec<f32> = heads.iter().map(|head| head.turn().factor).collect();
-            for (c, sums) in sums.chunks_exact_mut(group).enumerate() {
-                for (h, (sum, factor)) in sums[q * QUAD..].iter_mut().zip(&factors).enumerate() {
-                    *sum = tables.iter().map(|table| table[c][h]).sum::<f32>() * factor;
-                }
-            }
-        }
-        self.weights.rest.iter_mut().zip(self.heads).for_each(|(rest, head)| *rest *= f64::from(head.turn().factor));
-        Weighed { weights: self.weights, sums }
+        let factors: Vec<f32> = self.heads.iter().map(|head| head.turn().factor).collect();
+        self.weights.rest.iter_mut().zip(&factors).for_each(|(rest, &factor)| *rest *= f64::from(factor));
+        Weighed { weights: self.weights, sums: self.sums.times(&factors) }
     }
 }
 
 /// What a head's scores become weights by: `factor * scale * score` where the scan left weights, else `e^(slope * score + shift)`.
 #[derive(Clone, Copy)]
-struct Turn {
-    factor: f32,
-    slope: f32,
-    shift: f32,
+pub(super) struct Turn {
+    pub(super) factor: f32,
+    pub(super) slope: f32,
+    pub(super) shift: f32,
+}
+
+impl Turn {
+    /// Of a logit, but for the factor.
+    pub(super) fn weight(self, logit: f32) -> f32 {
+        (self.slope * logit + self.shift).exp()
+    }
 }
 
 impl HeadWeight {
@@ -369,31 +375,15 @@ impl Kernel for WeighTile<'_, '_> {
         let group = heads.len();
         assert!(len.is_multiple_of(simd::MAX_LANES) && len <= TILE && self.weights.len() >= len);
         assert!(self.scores.len() >= group * TILE && self.scales.len() == group);
-        assert!(self.weigh.clusters == 0 || self.ids.len() >= len);
+        assert!(!self.weigh.sums.wanted() || self.ids.len() >= len);
         for (scale, head) in self.scales.iter_mut().zip(heads) {
             *scale = exp_difference(*scale, head.log_total);
         }
-        let sloped = heads.iter().any(|head| matches!(head.unread, Unread::Sloped { .. }));
-        macro_rules! quads {
-            ($work:ident $(, $more:expr)?) => {
-                for first in (0..group).step_by(QUAD) {
-                    match (sloped, group - first) {
-                        (false, 1) => self.$work::<S, 1, false>(s, first $(, $more)?),
-                        (false, 2) => self.$work::<S, 2, false>(s, first $(, $more)?),
-                        (false, 3) => self.$work::<S, 3, false>(s, first $(, $more)?),
-                        (false, _) => self.$work::<S, 4, false>(s, first $(, $more)?),
-                        (true, 1) => self.$work::<S, 1, true>(s, first $(, $more)?),
-                        (true, 2) => self.$work::<S, 2, true>(s, first $(, $more)?),
-                        (true, 3) => self.$work::<S, 3, true>(s, first $(, $more)?),
-                        (true, _) => self.$work::<S, 4, true>(s, first $(, $more)?),
-                    }
-                }
-            };
-        }
-        quads!(weights);
-        if self.weigh.clusters > 0 {
-            let blocks = self.blocks(s);
-            quads!(clusters, blocks);
+        let sloped = heads.iter().any(HeadWeight::is_sloped);
+        quads!(group, sloped, self.weights::<S>(s));
+        if self.weigh.sums.wanted() {
+            let blocks = blocks(s, &self.weights[..len], self.tile, self.left);
+            quads!(group, sloped, self.clusters::<S>(s, blocks));
         }
         let Weigh { weights: totals, rest, .. } = self.weigh;
         let mut largest = [0f32; simd::MAX_LANES];
@@ -413,15 +403,9 @@ impl Kernel for WeighTile<'_, '_> {
     }
 }
 
-/// What the scores of `H` heads are multiplied by, or become logits of weights in base 2 by.
-struct Vectors<S: Simd, const H: usize> {
-    slopes: [S::F32; H],
-    shifts: [S::F32; H],
-}
-
 impl WeighTile<'_, '_> {
     #[inline(always)]
-    fn vectors<S: Simd, const H: usize, const SLOPED: bool>(&self, s: S, first: usize) -> Vectors<S, H> {
+    fn turned<S: Simd, const H: usize, const SLOPED: bool>(&self, s: S, first: usize) -> Turned<S, H, SLOPED> {
         let (mut slopes, mut shifts) = ([s.zero(); H], [s.zero(); H]);
         for h in 0..H {
             let turn = self.weigh.heads[first + h].turn();
@@ -433,34 +417,13 @@ impl WeighTile<'_, '_> {
             }
             (slopes[h], shifts[h]) = (s.splat(by[0]), s.splat(by[1]));
         }
-        Vectors { slopes, shifts }
-    }
-
-    /// Weights of `H` heads from `first` on, but for their factors, of the rows from `j` on.
-    ///
-    /// # Safety
-    /// j + LANES <= TILE, and the heads are of the group.
-    #[inline(always)]
-    unsafe fn of_rows<S: Simd, const H: usize, const SLOPED: bool>(
-        &self,
-        s: S,
-        first: usize,
-        j: usize,
-        by: &Vectors<S, H>,
-    ) -> [S::F32; H] {
-        let mut weights = [s.zero(); H];
-        for (h, weight) in weights.iter_mut().enumerate() {
-            // SAFETY: the caller's promise.
-            let x = unsafe { s.load(self.scores.as_ptr().add((first + h) * TILE + j)) };
-            *weight = if SLOPED { s.exp2(s.fma(x, by.slopes[h], by.shifts[h])) } else { s.mul(x, by.slopes[h]) };
-        }
-        weights
+        Turned { scores: self.scores[first * TILE..].as_ptr(), slopes, shifts }
     }
 
     /// Adds the mean over the group of the weights of `H` heads to the rows' weights.
     #[inline(always)]
     fn weights<S: Simd, const H: usize, const SLOPED: bool>(&mut self, s: S, first: usize) {
-        let by = self.vectors::<S, H, SLOPED>(s, first);
+        let by = self.turned::<S, H, SLOPED>(s, first);
         let group = self.weigh.heads.len();
         let part = s.splat(1.0 / group as f32);
         let by_mass = self.weigh.weights.has_mass();
@@ -472,7 +435,7 @@ impl WeighTile<'_, '_> {
             }
             // SAFETY: j + LANES <= len <= TILE, which the weights have, and the heads are of the group.
             unsafe {
-                let weights = self.of_rows::<S, H, SLOPED>(s, first, j, &by);
+                let weights = by.of_rows(s, j);
                 let to = self.weights.as_mut_ptr().add(j);
                 let mut mean = if first == 0 { s.zero() } else { s.load(to) };
                 for h in 0..H {
@@ -494,70 +457,11 @@ impl WeighTile<'_, '_> {
         }
     }
 
-    /// Blocks whose rows are added to the sums of their clusters, a bit each: all of the heavy ones, and those drawn from the others.
-    #[inline(always)]
-    fn blocks<S: Simd>(&self, s: S) -> [u64; 2] {
-        let (negligible, light) = (s.splat(self.left.negligible), s.splat(self.left.light));
-        let (mut some, mut heavy) = (0, 0);
-        for b in 0..self.len / BLOCK {
-            let mut largest = s.zero();
-            for lane in (0..BLOCK).step_by(S::LANES) {
-                // SAFETY: whole blocks lie inside the tile, and LANES divides BLOCK.
-                largest = s.max(unsafe { s.load(self.weights.as_ptr().add(b * BLOCK + lane)) }, largest);
-            }
-            some |= u64::from(s.at_least(largest, negligible) != 0) << b;
-            heavy |= u64::from(s.at_least(largest, light) != 0) << b;
-        }
-        // Two random bits say which block of each four stands for all.
-        let (random, mut drawn) = (mix32(self.tile as u32), 0);
-        for set in 0..BLOCKS / DRAWN {
-            drawn |= 1 << (set * DRAWN + (random >> (2 * set)) as usize % DRAWN);
-        }
-        [some & heavy, some & !heavy & drawn]
-    }
-
     /// Adds the weights of `H` heads to the sums of the rows' clusters.
     #[inline(always)]
-    fn clusters<S: Simd, const H: usize, const SLOPED: bool>(&mut self, s: S, first: usize, [heavy, drawn]: [u64; 2]) {
-        let by = self.vectors::<S, H, SLOPED>(s, first);
-        for (mut left, times) in [(heavy, 1.0), (drawn, DRAWN as f32)] {
-            let times = s.splat(times);
-            while left != 0 {
-                let start = left.trailing_zeros() as usize * BLOCK;
-                left &= left - 1;
-                for j in (0..BLOCK).step_by(S::LANES) {
-                    // SAFETY: as above, and the heads are of the group.
-                    let weights = unsafe { self.of_rows::<S, H, SLOPED>(s, first, start + j, &by) };
-                    let mut quad = [s.zero(); QUAD];
-                    for h in 0..H {
-                        quad[h] = s.mul(weights[h], times);
-                    }
-                    self.add(s, first, start + j, quad);
-                }
-            }
-        }
-    }
-
-    /// Adds a quad's weights of the rows from `j` on to the sums of their clusters.
-    #[inline(always)]
-    fn add<S: Simd>(&mut self, s: S, first: usize, j: usize, weights: [S::F32; QUAD]) {
-        let mut rows = [[0f32; QUAD]; simd::MAX_LANES];
-        for (t, turned) in s.turn4(weights).into_iter().enumerate() {
-            // SAFETY: four vectors of LANES floats are LANES rows of a quad.
-            unsafe { s.store(rows.as_mut_ptr().cast::<f32>().add(t * S::LANES), turned) };
-        }
-        // Kept in memory, where a row is one load: the compiler would take the turned vectors apart again.
-        let rows = std::hint::black_box(&rows);
-        let tables = &mut self.weigh.sums[first / QUAD];
-        for (q, ids) in self.ids[j..j + S::LANES].as_chunks::<4>().0.iter().enumerate() {
-            for t in 0..4 {
-                // Quarter q of vector t is row 4 q + t.
-                let row = rows[t * (S::LANES / 4) + q];
-                let sum = &mut tables[t][usize::from(ids[t])];
-                for h in 0..QUAD {
-                    sum[h] += row[h];
-                }
-            }
-        }
+    fn clusters<S: Simd, const H: usize, const SLOPED: bool>(&mut self, s: S, first: usize, blocks: [u64; 2]) {
+        let by = self.turned::<S, H, SLOPED>(s, first);
+        // SAFETY: the blocks are those of the tile's rows, and the heads are of the group.
+        unsafe { self.weigh.sums.add(s, first, &by, self.ids, blocks) };
     }
 }

@@ -252,6 +252,12 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
         instructions!(u32::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(a, b)))
     }
     #[inline(always)]
+    unsafe fn store_some(self, p: *mut f32, v: __m512, bits: u32) {
+        // In registers and stored whole: to memory straight away takes far longer on some processors.
+        // SAFETY: the caller vouches for sixteen floats.
+        instructions!(_mm512_storeu_ps(p, _mm512_maskz_compress_ps(bits as u16, v)))
+    }
+    #[inline(always)]
     fn turn4(self, [a, b, c, d]: [__m512; 4]) -> [__m512; 4] {
         instructions!({
             let (ab, cd) = (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d));

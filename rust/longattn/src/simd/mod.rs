@@ -116,6 +116,25 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         }
         (0..Self::LANES).fold(0, |bits, i| bits | u32::from(x[i] >= y[i]) << i)
     }
+    /// Writes the lanes whose bits are set one after another. What comes behind them is overwritten.
+    ///
+    /// # Safety
+    /// `p` is writable for `LANES` floats.
+    #[inline(always)]
+    unsafe fn store_some(self, p: *mut f32, v: Self::F32, bits: u32) {
+        let mut x = [0f32; MAX_LANES];
+        // SAFETY: the array holds MAX_LANES >= LANES floats.
+        unsafe { self.store(x.as_mut_ptr(), v) };
+        let (mut to, mut left) = (p, bits);
+        while left != 0 {
+            // SAFETY: as many floats as there are bits, LANES at most.
+            unsafe {
+                to.write(x[left.trailing_zeros() as usize]);
+                to = to.add(1);
+            }
+            left &= left - 1;
+        }
+    }
     /// Each four lanes of four vectors, transposed: lanes `4 q..4 q + 4` of vector t come from lane `4 q + t` of each.
     #[inline(always)]
     fn turn4(self, v: [Self::F32; 4]) -> [Self::F32; 4] {

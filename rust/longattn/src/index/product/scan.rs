@@ -56,7 +56,7 @@ impl Entries {
     }
 }
 
-/// Scores of every key of some blocks: `[queries, stride]`.
+/// Scores of every key of some blocks: `[queries, stride]`, the last row as long as the blocks need.
 pub(super) struct Scan<'a> {
     pub(super) codes: &'a [u8],
     pub(super) m: usize,
@@ -73,7 +73,8 @@ impl Kernel for Scan<'_> {
     fn run<S: Simd>(self, s: S) {
         let Self { codes, m, block_bytes, tables: Tables { bases, entries, .. }, scores, stride } = self;
         let (blocks, group) = (codes.len() / block_bytes, bases.len());
-        assert!(blocks * BLOCK <= stride && scores.len() >= group * stride && codes.len() == blocks * block_bytes);
+        assert!(blocks * BLOCK <= stride && codes.len() == blocks * block_bytes);
+        assert!(scores.len() >= group.saturating_sub(1) * stride + blocks * BLOCK);
         match entries {
             Entries::Bytes { tables, steps } => {
                 assert!(tables.len() == group * m * BLOCK && block_bytes == m.div_ceil(2) * BLOCK);
