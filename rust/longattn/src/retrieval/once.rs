@@ -6,7 +6,7 @@
 //! pick      the rows of most weight among these, by the mass that the candidates turned out to have
 //! ```
 //! A row that was not kept is below the `least` of every head, and so weighs less than the mean of what these weigh. If all picked rows
-//! weigh as much, they are those that a pick among all candidates has; else all candidates must be weighed once their mass is known.
+//! weigh as much, they are those of most weight of all candidates; else all candidates must be weighed once their mass is known.
 
 use super::chunks::Slots;
 use super::cluster_sums::{BLOCK, BLOCKS, ClusterSums, Left, Turned, blocks, quads};
@@ -77,7 +77,7 @@ struct Kept {
 
 /// Picks rows among some places; nothing where that takes more than one pass.
 pub(super) fn pick<C: RowCodes>(codes: &C, ask: &Ask, candidates: &Range<usize>, rows: usize) -> Option<Pick> {
-    if candidates.len() < SMALLEST || rows * SPARSE > candidates.len() || codes.block() > PIECE {
+    if rows == 0 || candidates.len() < SMALLEST || rows * SPARSE > candidates.len() || codes.block() > PIECE {
         return None;
     }
     let (isa, group, block, n) = (ask.isa, ask.queries.len(), codes.block(), candidates.len());
