@@ -387,9 +387,10 @@ SECTIONS = (
         "`retrieval_attention` over 4-bit signatures beside exact attention and torch, by data set: time, and error "
         "relative to the norm of the output and to the rms row norm of V. Times are means of calls that follow each "
         "other for 30 ms, as steps do; `first` is the first of them, after another's turn. `rows only`: without the "
-        "estimate of the rest. Second table: `scan` reads the codes of every key, scores them and sums the scores; "
-        "`of read`: bytes of codes a second over the read bandwidth measured just before; `weigh` turns scores into "
-        "shares of the mass; `select` picks the rows. Times are of the threads' work, spread over the threads. Third: "
+        "estimate of the rest. Second table: `scan` reads the codes of every key and scores them; `of read`: bytes of "
+        "codes a second over the read bandwidth measured just before; `weigh` sums the scores and turns them into "
+        "shares of the mass (where two passes are taken, as always in records before 23 November 2026, the sums "
+        "count as `scan`); `select` picks the rows. Times are of the threads' work, spread over the threads. Third: "
         "making the index beside dense prefill of the same keys and values, of which the last rows are timed; the "
         "whole is that time times the ratio of pairs of queries and keys.",
         _tables,

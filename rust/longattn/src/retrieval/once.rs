@@ -12,7 +12,7 @@ use super::chunks::Slots;
 use super::cluster_sums::{BLOCK, BLOCKS, ClusterSums, Left, Turned, blocks, quads};
 use super::scan::{CHUNK, CodeError, RowCodes, TILE, Weighing};
 use super::select::{self, Budget, Weights};
-use super::weigh::{Bulk, HeadWeight, Turn};
+use super::weigh::{Bulk, HeadWeight, Turn, moments};
 use crate::dense::scratch::with_scratch;
 use crate::index::{Ask, Pick, Seconds};
 use crate::parallel::for_each;
@@ -61,6 +61,8 @@ struct Part {
     /// Sum of all shares of each head, and of what the rows would weigh unread but for a factor, by the guessed mass.
     mass: Vec<f64>,
     rest: Vec<f64>,
+    /// Sums of each head's logits and of their squares, where its codes' error is no factor.
+    moments: Vec<[f64; 2]>,
     /// `[clusters, group]`, likewise.
     sums: Vec<f32>,
     kept: Kept,
@@ -83,7 +85,8 @@ pub(super) fn pick<C: RowCodes>(codes: &C, ask: &Ask, candidates: &Range<usize>,
     let (isa, group, block, n) = (ask.isa, ask.queries.len(), codes.block(), candidates.len());
     let start = Instant::now();
     let queries = codes.group(isa, ask.head, ask.queries);
-    let guesses = guess(codes, ask, &queries, candidates, rows)?;
+    let errors: Vec<CodeError> = (0..group).map(|g| codes.error(ask.head, &queries, g)).collect();
+    let guesses = guess(codes, ask, &queries, &errors, candidates, rows)?;
     let (heads, least): (Vec<HeadWeight>, Vec<f32>) =
         guesses.into_iter().map(|guess| (guess.head, guess.least)).unzip();
     let values = if ask.rest { codes.values(ask.head) } else { None };
@@ -144,10 +147,11 @@ pub(super) fn pick<C: RowCodes>(codes: &C, ask: &Ask, candidates: &Range<usize>,
         kept.push(part.kept);
     }
 
-    // The same weights by the mass that there is.
-    let (mut settled, mut rest, mut sums) = (Vec::with_capacity(group), all.rest, all.sums);
+    // The same weights by the mass that there is, for what was summed by them, and those by the moments that there are.
+    let (mut settled, mut exact) = (Vec::with_capacity(group), Vec::with_capacity(group));
+    let (mut rest, mut sums) = (all.rest, all.sums);
     for (g, head) in heads.iter().enumerate() {
-        let bulk = Bulk::of_mass(head.log_total, all.mass[g]);
+        let bulk = Bulk::of_all(head.log_total, all.mass[g], all.moments[g]);
         let now = head.settled(&bulk, ask.steady[g]);
         let larger = head.log_total - now.log_total;
         if !(larger <= OVERRATED && all.mass[g].is_finite() && rest[g].is_finite()) {
@@ -156,11 +160,12 @@ pub(super) fn pick<C: RowCodes>(codes: &C, ask: &Ask, candidates: &Range<usize>,
         let times = head.of_logits().factor * larger.exp();
         rest[g] *= f64::from(times);
         sums.iter_mut().skip(g).step_by(group).for_each(|sum| *sum *= times);
+        exact.push(if now.is_sloped() { HeadWeight::new(&bulk, ask.steady[g], errors[g], n, false) } else { now });
         settled.push(now);
     }
 
     let selecting = Instant::now();
-    let picked = of_most_weight(&kept, ask, &settled, &least, rows)?;
+    let picked = of_most_weight(&kept, ask, &exact, &least, rows)?;
     let select = selecting.elapsed().as_secs_f32();
     let Kept { places, logits } = gather(&kept, &picked, group);
     let mass: Vec<f64> = settled.iter().map(|head| head.mass).collect();
@@ -179,6 +184,7 @@ impl Part {
         Self {
             mass: vec![0.0; group],
             rest: vec![0.0; group],
+            moments: vec![[0.0; 2]; group],
             sums: vec![0.0; clusters * group],
             kept: Kept { places: Vec::new(), logits: Vec::new() },
             scan: Duration::ZERO,
@@ -191,6 +197,8 @@ impl Part {
         for (sums, others) in [(&mut self.mass, &part.mass), (&mut self.rest, &part.rest)] {
             sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
         }
+        let moments = self.moments.as_flattened_mut().iter_mut();
+        moments.zip(part.moments.as_flattened()).for_each(|(sum, other)| *sum += other);
         self.sums.iter_mut().zip(&part.sums).for_each(|(sum, other)| *sum += other);
         (self.scan, self.timed) = (self.scan + part.scan, self.timed + part.timed);
     }
@@ -274,6 +282,7 @@ fn guess<C: RowCodes>(
     codes: &C,
     ask: &Ask,
     queries: &C::Group,
+    errors: &[CodeError],
     candidates: &Range<usize>,
     rows: usize,
 ) -> Option<Vec<Guess>> {
@@ -290,7 +299,6 @@ fn guess<C: RowCodes>(
         let next = Some(start + stride / block);
         codes.scan(isa, ask.head, start..start + PIECE / block, queries, to, TILE, next);
     }
-    let errors: Vec<CodeError> = (0..group).map(|g| codes.error(ask.head, queries, g)).collect();
     let scaled = errors.iter().all(|error| error.is_one_factor());
     let sampled = pieces * PIECE;
     let scores = &scores[..sampled * group];
@@ -456,12 +464,16 @@ impl Kernel for Tile<'_, '_> {
         assert!(len.is_multiple_of(BLOCK) && len <= TILE && self.inside.end <= len && self.weights.len() >= TILE);
         assert!(self.scores.len() >= group * TILE && self.shares.len() >= group * TILE && self.least.len() == group);
         assert!(!self.sums.wanted() || self.ids.len() >= len);
-        for row in self.scores.chunks_exact_mut(TILE) {
+        // Weights of unread rows that are not shares but for a factor.
+        let sloped = self.heads.iter().any(HeadWeight::is_sloped);
+        for (row, all) in self.scores.chunks_exact_mut(TILE).zip(self.part.moments.as_mut_slice()) {
+            if sloped {
+                let [sum, squares] = moments(s, &mut row[..len], self.inside.clone());
+                *all = [all[0] + sum, all[1] + squares];
+            }
             row[..self.inside.start].fill(f32::NEG_INFINITY);
             row[self.inside.end..len].fill(f32::NEG_INFINITY);
         }
-        // Weights of unread rows that are not shares but for a factor.
-        let sloped = self.heads.iter().any(HeadWeight::is_sloped);
         let mut reach = [0; BLOCKS];
         quads!(group, sloped, self.weights::<S>(s, &mut reach));
         if self.sums.wanted() {

@@ -24,9 +24,9 @@ impl Bulk {
         Self { max, mass: f64::from(mass) * times, sum: sum * times, squares: squares * times }
     }
 
-    /// Of a known sum of all `e^(logit - max)`.
-    pub(super) fn of_mass(max: f32, mass: f64) -> Self {
-        Self { max, mass, ..Self::EMPTY }
+    /// Of a known sum of all `e^(logit - max)` and known moments.
+    pub(super) fn of_all(max: f32, mass: f64, [sum, squares]: [f64; 2]) -> Self {
+        Self { max, mass, sum, squares }
     }
 
     pub(super) const EMPTY: Self = Self { max: f32::NEG_INFINITY, mass: 0.0, sum: 0.0, squares: 0.0 };
@@ -202,6 +202,28 @@ fn exponentials(isa: Isa, numbers: impl Iterator<Item = f32>) -> Vec<f32> {
     numbers
 }
 
+/// Sum and sum of squares of a tile's logits that are inside; those outside are lost.
+#[inline(always)]
+pub(super) fn moments<S: Simd>(s: S, row: &mut [f32], inside: Range<usize>) -> [f64; 2] {
+    // Of the differences from one of them, so that nothing cancels.
+    let origin = row[inside.start];
+    row[..inside.start].fill(origin);
+    row[inside.end..].fill(origin);
+    let (mut sum, mut squares) = ([s.zero(); 2], [s.zero(); 2]);
+    for chunk in row.chunks(2 * S::LANES) {
+        for ((sum, squares), chunk) in sum.iter_mut().zip(&mut squares).zip(chunk.chunks_exact(S::LANES)) {
+            // SAFETY: the chunk has LANES floats.
+            let d = s.sub(unsafe { s.load(chunk.as_ptr()) }, s.splat(origin));
+            *sum = s.add(*sum, d);
+            *squares = s.fma(d, d, *squares);
+        }
+    }
+    let (n, o) = (inside.len() as f64, f64::from(origin));
+    let (sum, squares) = (s.sum(s.add(sum[0], sum[1])), s.sum(s.add(squares[0], squares[1])));
+    let (sum, squares) = (f64::from(sum), f64::from(squares));
+    [sum + n * o, squares + 2.0 * o * sum + n * o * o]
+}
+
 /// Hides the scores of a tile that are outside the candidates and sums what is inside. Where the errors are small, the logits become
 /// weights relative to the largest of the tile, their origin.
 pub(super) struct Summarise<'a> {
@@ -229,24 +251,7 @@ impl Kernel for Summarise<'_> {
             let row = &mut scores[g * TILE..g * TILE + len];
             let mut sums = Bulk::EMPTY;
             if !scaled {
-                // Moments of the differences from one score, so that nothing cancels.
-                let origin = row[inside.start];
-                row[..inside.start].fill(origin);
-                row[inside.end..].fill(origin);
-                let (mut sum, mut squares) = ([s.zero(); 2], [s.zero(); 2]);
-                for chunk in row.chunks(2 * S::LANES) {
-                    for ((sum, squares), chunk) in sum.iter_mut().zip(&mut squares).zip(chunk.chunks_exact(S::LANES)) {
-                        // SAFETY: the chunk has LANES floats.
-                        let d = s.sub(unsafe { s.load(chunk.as_ptr()) }, s.splat(origin));
-                        *sum = s.add(*sum, d);
-                        *squares = s.fma(d, d, *squares);
-                    }
-                }
-                let (n, o) = (inside.len() as f64, f64::from(origin));
-                let (sum, squares) = (s.sum(s.add(sum[0], sum[1])), s.sum(s.add(squares[0], squares[1])));
-                let (sum, squares) = (f64::from(sum), f64::from(squares));
-                sums.sum = sum + n * o;
-                sums.squares = squares + 2.0 * o * sum + n * o * o;
+                [sums.sum, sums.squares] = moments(s, row, inside.clone());
             }
             row[..inside.start].fill(hidden);
             row[inside.end..].fill(hidden);

@@ -110,21 +110,21 @@ fn close(a: f32, b: f32, tolerance: f32) -> bool {
 /// `totals`: log of each head's whole mass; `rest`: by how much the mass of the rest may differ.
 fn same(once: &Pick, twice: &Pick, totals: &[f64], rest: f32, what: &str) {
     let shared = once.rows.iter().filter(|row| twice.rows.binary_search(row).is_ok()).count();
-    // Corrections by the moments of so small a sample weigh the heads of a group a little differently: rows at the edge change places.
-    let expected = if rest > 0.01 { once.rows.len() * 97 / 100 } else { once.rows.len() };
-    assert!(once.rows.len() == twice.rows.len() && shared >= expected, "{what}: {shared} rows are the same");
+    assert!(once.rows.len() == twice.rows.len() && shared == once.rows.len(), "{what}: {shared} rows are the same");
     assert_eq!((once.scored, once.bytes), (twice.scored, twice.bytes), "{what}");
     let (a, b) = (once.rest.as_ref().unwrap(), twice.rest.as_ref().unwrap());
     for ((a, b), total) in a.iter().zip(b).zip(totals) {
         assert!(close(a.log_mass, b.log_mass, rest), "{what}: rest {} and {}", a.log_mass, b.log_mass);
         assert_eq!(a.mean.len(), b.mean.len());
-        // Blocks that weigh little are drawn, not always the same: in the output it is a hundredth of the values' spread.
+        // Which blocks are drawn depends on which weigh little. By moments of a sample others do: two draws, each off by a hundredth of
+        // the values' spread at most as its standard deviation (see `Left::of`), differ by three hundredths in one of so many numbers.
+        let drawn = if rest > 0.01 { 0.03 } else { 0.01 };
         let share = (f64::from(b.log_mass) - total).exp() as f32;
         let means = || a.mean.iter().zip(&b.mean);
-        assert!(means().all(|(a, b)| close(a * share, b * share, 0.01)), "{what}: {:?} and {:?}", a.mean, b.mean);
+        assert!(means().all(|(a, b)| close(a * share, b * share, drawn)), "{what}: {:?} and {:?}", a.mean, b.mean);
     }
     for (&a, &b) in once.bound.as_ref().unwrap().iter().zip(twice.bound.as_ref().unwrap()) {
-        assert!(close(a, b, rest), "{what}: bound {a} and {b}");
+        assert!(close(a, b, 1e-3), "{what}: bound {a} and {b}");
     }
 }
 
