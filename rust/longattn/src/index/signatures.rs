@@ -533,10 +533,6 @@ impl RowCodes for Snapshot<'_> {
         dispatch(isa, Scan { format, codes, queries, scores, stride, ahead });
     }
 
-    fn ahead(&self, head: usize, block: usize) -> Option<*const u8> {
-        Some(self.state.heads[head].codes.as_ptr().wrapping_add(block * self.block_bytes() + AHEAD))
-    }
-
     fn error(&self, head: usize, queries: &Vec<ScanQuery>, query: usize) -> CodeError {
         CodeError::of_noise(self.state.stats(head).sigma * queries[query].norm)
     }

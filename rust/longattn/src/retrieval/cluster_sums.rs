@@ -174,16 +174,20 @@ impl ClusterSums {
     }
 }
 
+/// A quad's weights of some rows, in whole lines of cache: a load waits longer for a store that lies in two.
+#[repr(align(64))]
+struct QuadRows([[f32; QUAD]; simd::MAX_LANES]);
+
 /// Adds a quad's weights of some rows to the sums of their clusters.
 #[inline(always)]
 fn add_rows<S: Simd>(s: S, tables: &mut Tables, ids: &[u8], weights: [S::F32; QUAD]) {
-    let mut rows = [[0f32; QUAD]; simd::MAX_LANES];
+    let mut rows = QuadRows([[0.0; QUAD]; simd::MAX_LANES]);
     for (t, turned) in s.turn4(weights).into_iter().enumerate() {
         // SAFETY: four vectors of LANES floats are LANES rows of a quad.
-        unsafe { s.store(rows.as_mut_ptr().cast::<f32>().add(t * S::LANES), turned) };
+        unsafe { s.store(rows.0.as_mut_ptr().cast::<f32>().add(t * S::LANES), turned) };
     }
     // Kept in memory, where a row is one load: the compiler would take the turned vectors apart again.
-    let rows = std::hint::black_box(&rows);
+    let QuadRows(rows) = std::hint::black_box(&rows);
     for (q, ids) in ids.as_chunks::<4>().0.iter().enumerate() {
         for t in 0..4 {
             // Quarter q of vector t is row 4 q + t.

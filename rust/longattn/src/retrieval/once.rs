@@ -43,9 +43,6 @@ const HEADROOM: f32 = 4.0;
 /// Nats by which the sample may have taken the mass for larger than it is: what is left out of the clusters' sums counts by it.
 const OVERRATED: f32 = 0.7;
 
-/// Lines of cache that memory brings while a block is weighed.
-const LINES: usize = 6;
-
 /// Tiles of which the first is timed.
 const TIMED: usize = 8;
 
@@ -113,7 +110,6 @@ pub(super) fn pick<C: RowCodes>(codes: &C, ask: &Ask, candidates: &Range<usize>,
                 ids: if clusters > 0 { &ids[places.clone()] } else { &[] },
                 number: (first - base) / TILE,
                 left: Left::of(n),
-                ahead: codes.ahead(ask.head, places.end / block),
                 places,
                 heads: &heads,
                 least: &least,
@@ -431,8 +427,6 @@ struct Tile<'a, 'b> {
     left: Left,
     heads: &'a [HeadWeight],
     least: &'a [f32],
-    /// What comes after the tile's codes and was not asked for yet.
-    ahead: Option<*const u8>,
     part: &'a mut Part,
     kept: &'a mut Keeping<'b>,
     sums: &'a mut ClusterSums,
@@ -498,10 +492,9 @@ impl Tile<'_, '_> {
         let (log2_e, part) = (s.splat(LOG2_E), s.splat(1.0 / self.heads.len() as f32));
         let (mut rest, mut mass) = ([s.zero(); H], [s.zero(); H]);
         for (b, reach) in reach[..self.places.len() / BLOCK].iter_mut().enumerate() {
-            if let Some(ahead) = self.ahead.filter(|_| first == 0) {
-                // Memory brings the codes of tiles to come meanwhile, and the next one's clusters.
+            if first == 0 {
+                // The next tile's clusters.
                 simd::prefetch(self.ids.as_ptr().wrapping_add(TILE + b * BLOCK));
-                (0..LINES).for_each(|line| simd::prefetch(ahead.wrapping_add((b * LINES + line) * 64)));
             }
             for lane in (0..BLOCK).step_by(S::LANES) {
                 let j = b * BLOCK + lane;

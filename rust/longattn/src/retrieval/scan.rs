@@ -50,11 +50,6 @@ pub(crate) trait RowCodes: Sync {
         stride: usize,
         next: Option<usize>,
     );
-    /// What a scan of the blocks before this one did not ask memory for yet, where that is known. Any address is fine.
-    fn ahead(&self, head: usize, block: usize) -> Option<*const u8> {
-        let _ = (head, block);
-        None
-    }
     /// How the scores of one query of the group, which stand for logits, err.
     fn error(&self, head: usize, group: &Self::Group, query: usize) -> CodeError;
     /// The largest standard deviation of a score of that query, where it is known.
