@@ -2,7 +2,7 @@
 
 use super::rows::Rows;
 use super::stream::{KEYS, MAX_QUERY_ROWS};
-use crate::simd::{asks_second_cache, prefetch};
+use crate::simd::{asks_second_cache, prefetch, prefetch_into};
 use std::ops::Range;
 
 /// Bytes of rows asked for ahead of their use: what memory delivers while a request for more is on its way.
@@ -78,6 +78,18 @@ impl<const C: usize> Coming<C> {
             return Self { rows: Places::Listed([std::ptr::null(); C]), bytes: 0 };
         }
         Self { rows: Places::Spaced(std::ptr::null(), 0), bytes: 0 }
+    }
+
+    /// Asks for the line at byte `at` of each row.
+    #[inline(always)]
+    pub(super) fn ask_line(&self, at: usize) {
+        let Places::Listed(starts) = self.rows else { return self.ask(at, at + 64) };
+        if at < self.bytes {
+            let second_cache = asks_second_cache();
+            for start in starts {
+                prefetch_into(second_cache, start.wrapping_add(at));
+            }
+        }
     }
 
     /// Asks for the lines from byte `from` up to byte `to` of each row. Of rows with nothing between them it is as many bytes, one line

@@ -6,6 +6,9 @@ use super::stream::{KEYS, RowState};
 use crate::simd::{Kernel, Simd};
 use std::ops::Range;
 
+/// Elements of the widest rows in a cache line.
+const LINE: usize = 16;
+
 /// Query rows that go through a block together, out of `n` that are left.
 #[inline(always)]
 pub(super) const fn rows_together<S: Simd>(n: usize) -> usize {
@@ -148,17 +151,19 @@ unsafe fn dots<S: Simd, K: Rows, const R: usize, const C: usize>(
     first: usize,
     coming: Coming<C>,
 ) -> [[f32; C]; R] {
-    let mut asked = 0;
     let mut keys = [rows.row(first); C];
     for (c, key) in keys.iter_mut().enumerate() {
         *key = rows.row(first + c);
     }
-    let mut acc = [[s.zero(); C]; R];
-    let mut x = [s.zero(); C];
+    let (mut acc, mut x) = ([[s.zero(); C]; R], [s.zero(); C]);
     let mut d = 0;
     // SAFETY: d + LANES <= dim in the loop, the rest is read by its length; queries are padded.
     unsafe {
         while d + S::LANES <= dim {
+            // At the pace of the widest rows, 4 bytes an element.
+            if d.is_multiple_of(LINE) {
+                coming.ask_line(4 * d);
+            }
             for (x, key) in x.iter_mut().zip(&keys) {
                 *x = key.load(s, d);
             }
@@ -169,11 +174,8 @@ unsafe fn dots<S: Simd, K: Rows, const R: usize, const C: usize>(
                 }
             }
             d += S::LANES;
-            // At the pace of the widest rows, 4 bytes an element.
-            coming.ask(asked, asked + 4 * S::LANES);
-            asked = (asked + 4 * S::LANES).next_multiple_of(64);
         }
-        coming.ask(asked, usize::MAX);
+        coming.ask(4 * d.next_multiple_of(LINE), usize::MAX);
         if d < dim {
             for (x, key) in x.iter_mut().zip(&keys) {
                 *x = key.load_first(s, d, dim - d);

@@ -1,6 +1,6 @@
 //! Rows of one head as kernels read them: numbers or codes, one after another or picked by an index list.
 
-use crate::simd::{Simd, prefetch};
+use crate::simd::{Simd, asks_second_cache, prefetch_into};
 use crate::tensor::{CODE_STEP, CodeFormat, DType, Element, KvView};
 
 /// One stored row, whose elements are floats once loaded.
@@ -44,9 +44,9 @@ impl<T: Element> Row for *const T {
 /// Asks for every cache line of `bytes` bytes.
 #[inline(always)]
 pub(crate) fn prefetch_bytes(start: *const u8, bytes: usize) {
-    let mut offset = 0;
+    let (second_cache, mut offset) = (asks_second_cache(), 0);
     while offset < bytes {
-        prefetch(start.wrapping_add(offset));
+        prefetch_into(second_cache, start.wrapping_add(offset));
         offset += 64;
     }
 }
@@ -243,13 +243,22 @@ pub(crate) unsafe fn widen_part<S: Simd, R: Row>(s: S, from: R, first: usize, di
 /// Whether a row holds finite numbers only.
 #[inline(always)]
 pub(crate) fn is_finite<S: Simd>(s: S, row: &[f32]) -> bool {
-    let mut sum = s.zero();
-    let chunks = row.chunks_exact(S::LANES);
+    // Four sums, so that none waits for the one before it.
+    let mut sums = [s.zero(); 4];
+    let fours = row.chunks_exact(4 * S::LANES);
+    let chunks = fours.remainder().chunks_exact(S::LANES);
     let rest = chunks.remainder();
+    for four in fours {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: there are four times LANES floats.
+            *sum = s.fma(unsafe { s.load(four.as_ptr().add(i * S::LANES)) }, s.zero(), *sum);
+        }
+    }
     for chunk in chunks {
         // SAFETY: the chunk has LANES floats.
-        sum = s.fma(unsafe { s.load(chunk.as_ptr()) }, s.zero(), sum);
+        sums[0] = s.fma(unsafe { s.load(chunk.as_ptr()) }, s.zero(), sums[0]);
     }
+    let sum = s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3]));
     s.sum(sum) == 0.0 && rest.iter().all(|x| x.is_finite())
 }
 

@@ -4,16 +4,20 @@ use super::ahead::ahead;
 use super::dots::rows_together;
 use super::rows::{Row, Rows};
 use super::stream::KEYS;
-use crate::simd::{Kernel, Simd};
+use crate::simd::{Kernel, Simd, asks_second_cache};
 use std::ops::Range;
 
 /// Bytes of values that go through all columns together, so that the second pass finds them in the first-level cache.
 pub(super) const VALUE_BYTES: usize = 16 << 10;
 
+/// The same where every pass asks for its share of the rows to come: the first cache then holds as many bytes of these.
+const SHARED_VALUE_BYTES: usize = 8 << 10;
+
 /// `outputs[r] += sum_j p[r][j] v_j` for `R` rows and the keys `keys`, `C` vectors of columns at a time.
 ///
-/// With `next`, the rows to come are asked for, in the first pass: those of the values and, towards the end of the block, the keys of
-/// the next block.
+/// With `next`, the rows to come are asked for: those of the values and, towards the end of the block, the keys of the next block. Of
+/// few passes the first asks for them all. Of many, as short vectors take, each asks for its share, so that memory does not wait in
+/// between; the second cache, which waits for many lines, has enough to do.
 ///
 /// # Safety
 /// `rows` yields `dim` readable elements for every key; outputs hold `R` rows of `padded_dim >= dim` floats, a multiple of `LANES`.
@@ -29,48 +33,54 @@ unsafe fn accumulate<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
     padded_dim: usize,
 ) {
     let row_bytes = rows.row_bytes(dim);
-    let ahead = ahead(row_bytes);
-    let step = (VALUE_BYTES / row_bytes.max(1)).clamp(16, KEYS);
-    for first in keys.clone().step_by(step) {
-        let part = first..(first + step).min(keys.end);
+    let shares = S::SUMS < 16 && dim >= 4 * C * S::LANES && !asks_second_cache();
+    let together = if shares { SHARED_VALUE_BYTES } else { VALUE_BYTES };
+    let step = (together / row_bytes.max(1)).clamp(16, KEYS);
+    let ahead = if shares { ahead(row_bytes).max(step) } else { ahead(row_bytes) };
+    let Range { start, end } = keys;
+    for first in keys.step_by(step) {
+        let part = first..(first + step).min(end);
         let mut d = 0;
         // SAFETY: columns d.. + C vectors are inside `dim`, or C is 1 and the rest is read by its length; outputs are padded.
         unsafe {
-            let weights = weights.add(first - keys.start);
-            while d + C * S::LANES <= dim {
-                let next = if d == 0 { next } else { None };
-                accumulate_columns::<S, K, V, R, C>(
-                    s,
-                    weights,
-                    rows,
-                    part.clone(),
-                    keys.end,
-                    ahead,
-                    next,
-                    d,
-                    dim,
-                    outputs,
-                    padded_dim,
-                );
-                d += C * S::LANES;
-            }
+            let weights = weights.add(first - start);
             while d < dim {
-                let next = if d == 0 { next } else { None };
-                accumulate_columns::<S, K, V, R, 1>(
-                    s,
-                    weights,
-                    rows,
-                    part.clone(),
-                    keys.end,
-                    ahead,
-                    next,
-                    d,
-                    dim,
-                    outputs,
-                    padded_dim,
-                );
-                d += S::LANES;
+                let whole = d + C * S::LANES <= dim;
+                let after = d + if whole { C * S::LANES } else { S::LANES };
+                if let Some(next) = next.filter(|_| shares) {
+                    let share = |d: usize| ahead + part.start + part.len() * d.min(dim) / dim;
+                    prefetch_rows((rows, dim), next, end, share(d)..share(after));
+                }
+                let next = if d == 0 && !shares { next } else { None };
+                let keys = part.clone();
+                if whole {
+                    accumulate_columns::<S, K, V, R, C>(
+                        s, weights, rows, keys, end, ahead, next, d, dim, outputs, padded_dim,
+                    );
+                } else {
+                    accumulate_columns::<S, K, V, R, 1>(
+                        s, weights, rows, keys, end, ahead, next, d, dim, outputs, padded_dim,
+                    );
+                }
+                d = after;
             }
+        }
+    }
+}
+
+/// Asks for rows of a block that ends with `end` and, from there on, of the next.
+#[inline(always)]
+fn prefetch_rows<K: Rows, V: Rows>(
+    (rows, dim): (V, usize),
+    (next, next_dim): (K, usize),
+    end: usize,
+    keys: Range<usize>,
+) {
+    for j in keys {
+        if j < end {
+            rows.row(j).prefetch(dim);
+        } else {
+            next.row(j).prefetch(next_dim);
         }
     }
 }
@@ -105,13 +115,9 @@ unsafe fn accumulate_columns<S: Simd, K: Rows, V: Rows, const R: usize, const C:
         }
         for j in 0..keys.len() {
             let row = rows.row(keys.start + j);
-            if let Some((next, next_dim)) = next {
+            if let Some(next) = next {
                 let coming = keys.start + j + ahead;
-                if coming < block_end {
-                    rows.row(coming).prefetch(dim);
-                } else {
-                    next.row(coming).prefetch(next_dim);
-                }
+                prefetch_rows((rows, dim), next, block_end, coming..coming + 1);
             }
             if ragged {
                 v[0] = row.load_first(s, d, dim - d);

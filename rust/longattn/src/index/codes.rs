@@ -11,7 +11,7 @@
 //! so that shifting and masking a group yields four dimensions of 16 keys, ready for a byte dot product with four dimensions of the
 //! query, broadcast.
 
-use crate::simd::{Kernel, Simd};
+use crate::simd::{Kernel, Simd, prefetch};
 use half::f16;
 
 /// Keys per block, whatever the instruction set.
@@ -47,6 +47,11 @@ impl Format {
     /// Bytes of a block.
     pub(crate) const fn block_bytes(self) -> usize {
         self.groups() * 64 + BLOCK * 2
+    }
+
+    /// Groups whose products with a query's bytes, of at most 127, fit sums of 16 bits: two of them are added at a time.
+    const fn short_groups(self) -> usize {
+        i16::MAX as usize / (2 * 127 * ((1 << self.bits) - 1)) * self.bits / 8
     }
 
     /// Half the distance between the outermost grid points.
@@ -144,23 +149,35 @@ impl Scan<'_> {
         let queries: [&ScanQuery; G] = std::array::from_fn(|g| &self.queries[first + g]);
         let quads: [*const i32; G] = queries.map(|q| q.quads.as_ptr());
         let (groups, bytes) = (self.format.groups(), self.format.block_bytes());
+        let together = if S::SHORT_SUMS { self.format.short_groups() } else { groups.max(1) };
         let out = self.scores.as_mut_ptr();
         for (b, block) in self.codes.chunks_exact(bytes).enumerate() {
-            for part in (0..BLOCK).step_by(S::LANES) {
-                let mut acc = [s.splat_i32(0); G];
+            for part in (0..BLOCK).step_by(Vectors::<S>::keys()) {
+                let mut acc = [Vectors::zero(s); G];
                 // SAFETY: run() checked the lengths: a block has `groups` groups of 64 bytes and 16 factors, a query
                 // 8 / BITS quadruples per group, and scores a row of `stride` floats per query.
                 unsafe {
-                    for group in 0..groups {
-                        crate::simd::prefetch(block.as_ptr().wrapping_add(group * 64 + self.ahead));
-                        let packed = s.load_bytes(block.as_ptr().add(group * 64 + 4 * part));
-                        self.fields::<S, BITS, G>(s, packed, &quads, group * (8 / BITS), &mut acc);
+                    for first in (0..groups).step_by(together) {
+                        let mut sums = [Vectors::zero(s); G];
+                        for group in first..(first + together).min(groups) {
+                            if part == 0 {
+                                prefetch(block.as_ptr().wrapping_add(group * 64 + self.ahead));
+                            }
+                            let packed = Vectors::load(s, block.as_ptr().add(group * 64 + 4 * part));
+                            self.fields::<S, BITS, G>(s, packed, &quads, group * (8 / BITS), &mut sums);
+                        }
+                        for (acc, sums) in acc.iter_mut().zip(&sums) {
+                            acc.add(s, sums);
+                        }
                     }
-                    let factor = s.load_f16(block.as_ptr().add(groups * 64 + 2 * part).cast());
-                    for (g, q) in queries.iter().enumerate() {
-                        let dot = s.sub(s.to_f32(acc[g]), s.splat(q.shift));
-                        let score = s.fma(s.mul(dot, s.splat(q.scale)), factor, s.splat(q.base));
-                        s.store(out.add((first + g) * self.stride + b * BLOCK + part), score);
+                    for v in 0..Vectors::<S>::NUMBER {
+                        let key = part + v * S::LANES;
+                        let factor = s.load_f16(block.as_ptr().add(groups * 64 + 2 * key).cast());
+                        for (g, q) in queries.iter().enumerate() {
+                            let dot = s.sub(s.to_f32(acc[g].0[v]), s.splat(q.shift));
+                            let score = s.fma(s.mul(dot, s.splat(q.scale)), factor, s.splat(q.base));
+                            s.store(out.add((first + g) * self.stride + b * BLOCK + key), score);
+                        }
                     }
                 }
             }
@@ -175,34 +192,78 @@ impl Scan<'_> {
     unsafe fn fields<S: Simd, const BITS: usize, const G: usize>(
         &self,
         s: S,
-        packed: S::I32,
+        packed: Vectors<S>,
         quads: &[*const i32; G],
         first: usize,
-        acc: &mut [S::I32; G],
+        sums: &mut [Vectors<S>; G],
     ) {
         let mask = s.splat_i32(i32::from_ne_bytes([((1u32 << BITS) - 1) as u8; 4]));
         macro_rules! field {
             ($($f:literal)*) => {$(
                 if $f * BITS < 8 {
-                    let shifted = match $f * BITS {
-                        0 => packed,
-                        1 => s.shift_right_16::<1>(packed),
-                        2 => s.shift_right_16::<2>(packed),
-                        3 => s.shift_right_16::<3>(packed),
-                        4 => s.shift_right_16::<4>(packed),
-                        5 => s.shift_right_16::<5>(packed),
-                        6 => s.shift_right_16::<6>(packed),
-                        _ => s.shift_right_16::<7>(packed),
-                    };
-                    let levels = s.and(shifted, mask);
+                    let mut levels = packed;
+                    for level in levels.0.iter_mut().take(Vectors::<S>::NUMBER) {
+                        let shifted = match $f * BITS {
+                            0 => *level,
+                            1 => s.shift_right_16::<1>(*level),
+                            2 => s.shift_right_16::<2>(*level),
+                            3 => s.shift_right_16::<3>(*level),
+                            4 => s.shift_right_16::<4>(*level),
+                            5 => s.shift_right_16::<5>(*level),
+                            6 => s.shift_right_16::<6>(*level),
+                            _ => s.shift_right_16::<7>(*level),
+                        };
+                        *level = s.and(shifted, mask);
+                    }
                     for g in 0..G {
                         // SAFETY: the caller's promise.
-                        acc[g] = s.dot4(acc[g], levels, s.splat_i32(unsafe { *quads[g].add(first + $f) }));
+                        let quad = s.splat_i32(unsafe { *quads[g].add(first + $f) });
+                        for v in 0..Vectors::<S>::NUMBER {
+                            sums[g].0[v] = s.dot4_short(sums[g].0[v], levels.0[v], quad);
+                        }
                     }
                 }
             )*};
         }
         field!(0 1 2 3 4 5 6 7);
+    }
+}
+
+/// What is known of some keys, four bytes each, or of a block where a vector holds one; two vectors otherwise, which share the loads of
+/// a query's bytes.
+#[derive(Clone, Copy)]
+struct Vectors<S: Simd>([S::I32; 2]);
+
+impl<S: Simd> Vectors<S> {
+    const NUMBER: usize = if S::LANES < BLOCK { 2 } else { 1 };
+
+    const fn keys() -> usize {
+        Self::NUMBER * S::LANES
+    }
+
+    #[inline(always)]
+    fn zero(s: S) -> Self {
+        Self([s.splat_i32(0); 2])
+    }
+
+    /// # Safety
+    /// `p` is readable for four bytes of every key.
+    #[inline(always)]
+    unsafe fn load(s: S, p: *const u8) -> Self {
+        let mut all = Self::zero(s);
+        for (v, x) in all.0.iter_mut().enumerate().take(Self::NUMBER) {
+            // SAFETY: the caller's promise.
+            *x = unsafe { s.load_bytes(p.add(v * 4 * S::LANES)) };
+        }
+        all
+    }
+
+    /// Adds sums that [`Simd::dot4_short`] left.
+    #[inline(always)]
+    fn add(&mut self, s: S, sums: &Self) {
+        for (x, &sum) in self.0.iter_mut().zip(&sums.0).take(Self::NUMBER) {
+            *x = s.add_i32(*x, s.lengthen(sum));
+        }
     }
 }
 
@@ -335,6 +396,32 @@ mod tests {
                 assert!((sum / n).abs() < 0.1, "{} bits {bits}: bias {}", isa.name(), sum / n);
                 let rms = (squares / n).sqrt();
                 assert!((0.9..1.1).contains(&rms), "{} bits {bits}: spread {rms}", isa.name());
+            }
+        }
+    }
+
+    #[test]
+    fn the_largest_codes_and_queries_fit_the_sums() {
+        for (bits, dim) in [(1, 1024), (2, 520), (4, 264)] {
+            let format = Format { bits, dim };
+            let (most, padded) = ((1 << bits) - 1, format.padded_dim());
+            let mut codes = vec![0; format.block_bytes()];
+            for key in 0..BLOCK {
+                format.write(&mut codes, key, &vec![most; padded], f16::ONE);
+            }
+            for sign in [1.0, -1.0] {
+                let query = ScanQuery::new(format, &vec![sign; dim], 0.0);
+                let expected = sign * dim as f32 * format.offset();
+                for isa in Isa::available() {
+                    let (mut scores, queries) = ([0f32; BLOCK], std::slice::from_ref(&query));
+                    dispatch(
+                        isa,
+                        Scan { format, codes: &codes, queries, scores: &mut scores, stride: BLOCK, ahead: 0 },
+                    );
+                    for score in scores {
+                        assert!((score - expected).abs() <= 1e-4 * expected.abs(), "{} {bits} {score}", isa.name());
+                    }
+                }
             }
         }
     }

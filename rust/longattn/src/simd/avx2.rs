@@ -4,6 +4,24 @@ use super::{Kernel, Simd};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
+/// For eight bits the places of those that are set, in order; the rest are 0.
+static PLACES: [[u8; 8]; 256] = {
+    let mut places = [[0; 8]; 256];
+    let mut bits = 0;
+    while bits < 256 {
+        let (mut n, mut place) = (0, 0);
+        while place < 8 {
+            if bits >> place & 1 == 1 {
+                places[bits][n] = place as u8;
+                n += 1;
+            }
+            place += 1;
+        }
+        bits += 1;
+    }
+    places
+};
+
 #[derive(Clone, Copy)]
 pub(super) struct Avx2(());
 
@@ -159,6 +177,14 @@ impl Simd for Avx2 {
         instructions!(_mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(a, b)) as u32)
     }
     #[inline(always)]
+    unsafe fn store_some(self, p: *mut f32, v: __m256, bits: u32) {
+        // SAFETY: the caller vouches for eight floats.
+        unsafe {
+            let places = _mm_loadl_epi64(PLACES[bits as usize].as_ptr().cast());
+            _mm256_storeu_ps(p, _mm256_permutevar8x32_ps(v, _mm256_cvtepu8_epi32(places)));
+        }
+    }
+    #[inline(always)]
     fn turn4(self, [a, b, c, d]: [__m256; 4]) -> [__m256; 4] {
         instructions!({
             let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
@@ -251,7 +277,16 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn dot4(self, acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
-        instructions!(_mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1))))
+        instructions!(_mm256_add_epi32(acc, self.lengthen(_mm256_maddubs_epi16(a, b))))
+    }
+    const SHORT_SUMS: bool = true;
+    #[inline(always)]
+    fn dot4_short(self, acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        instructions!(_mm256_add_epi16(acc, _mm256_maddubs_epi16(a, b)))
+    }
+    #[inline(always)]
+    fn lengthen(self, sums: __m256i) -> __m256i {
+        instructions!(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)))
     }
     #[inline(always)]
     fn to_f32(self, a: __m256i) -> __m256 {

@@ -464,9 +464,21 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
             if VNNI {
                 _mm512_dpbusd_epi32(acc, a, b)
             } else {
-                _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)))
+                _mm512_add_epi32(acc, self.lengthen(_mm512_maddubs_epi16(a, b)))
             }
         })
+    }
+    const SHORT_SUMS: bool = !VNNI;
+    #[inline(always)]
+    fn dot4_short(self, acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        if VNNI {
+            return self.dot4(acc, a, b);
+        }
+        instructions!(_mm512_add_epi16(acc, _mm512_maddubs_epi16(a, b)))
+    }
+    #[inline(always)]
+    fn lengthen(self, sums: __m512i) -> __m512i {
+        if VNNI { sums } else { instructions!(_mm512_madd_epi16(sums, _mm512_set1_epi16(1))) }
     }
     #[inline(always)]
     fn call_pairs<K: Kernel>(self, kernel: K) -> K::Output {

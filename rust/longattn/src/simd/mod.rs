@@ -280,7 +280,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn in_order(self, v: [Self::F32; 4]) -> [Self::F32; 4] {
         v
     }
-    /// Whether [`Self::dot4`] takes any unsigned bytes, in kernels that run by [`Self::call_bytes`].
     /// The nearest integers of numbers from 0 to below `127.5 * 2^16` as signed bytes, `2^16 a + 2^8 b + c`: of four lanes beside each other
     /// the four `c`, then the four `b`, the four `a`, and four bytes without meaning. Any bytes for NaN.
     #[inline(always)]
@@ -302,6 +301,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
             self.load_bytes(bytes.as_ptr())
         }
     }
+    /// Whether [`Self::dot4`] takes any unsigned bytes, in kernels that run by [`Self::call_bytes`].
     const DOT_BYTES: bool = false;
     /// As [`Self::call`], with products of bytes.
     #[inline(always)]
@@ -310,6 +310,19 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     }
     /// `acc + sum of the four products` in each lane; `a` unsigned bytes, of at most 15 unless [`Self::DOT_BYTES`], `b` signed bytes.
     fn dot4(self, acc: Self::I32, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Whether [`Self::dot4_short`] adds up in halves of 16 bits, which takes two instructions where [`Self::dot4`] takes three.
+    const SHORT_SUMS: bool = false;
+    /// As [`Self::dot4`], of sums that [`Self::lengthen`] turns into 32-bit ones. Where [`Self::SHORT_SUMS`] says so, each adds two
+    /// products to either half, which must hold the sum of all.
+    #[inline(always)]
+    fn dot4_short(self, acc: Self::I32, a: Self::I32, b: Self::I32) -> Self::I32 {
+        self.dot4(acc, a, b)
+    }
+    /// See [`Self::dot4_short`].
+    #[inline(always)]
+    fn lengthen(self, sums: Self::I32) -> Self::I32 {
+        sums
+    }
     fn to_f32(self, a: Self::I32) -> Self::F32;
 
     /// As [`Self::call`], with products of pairs of bf16.
@@ -595,18 +608,24 @@ pub(crate) fn asks_second_cache() -> bool {
 /// Asks for a cache line ahead of its use. Any address is fine.
 #[inline(always)]
 pub(crate) fn prefetch<T>(p: *const T) {
+    prefetch_into(asks_second_cache(), p);
+}
+
+/// [`prefetch`] into the second cache or the first, for loops that have asked [`asks_second_cache`] once.
+#[inline(always)]
+pub(crate) fn prefetch_into<T>(second_cache: bool, p: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch never faults, whatever the address; SSE is in the baseline.
     unsafe {
         use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
-        if asks_second_cache() {
+        if second_cache {
             _mm_prefetch::<_MM_HINT_T1>(p.cast());
         } else {
             _mm_prefetch::<_MM_HINT_T0>(p.cast());
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = p;
+    let _ = (second_cache, p);
 }
 
 /// The environment variable that names an instruction set.

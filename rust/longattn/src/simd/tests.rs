@@ -370,3 +370,68 @@ fn digits_on_every_isa() {
         }
     }
 }
+
+/// The lanes that are written for every set of bits.
+struct Chosen;
+
+impl Kernel for Chosen {
+    type Output = (usize, Vec<Vec<f32>>);
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        let lanes: Vec<f32> = (0..S::LANES).map(|lane| lane as f32).collect();
+        let mut written = vec![];
+        for bits in 0..1u32 << S::LANES {
+            let mut to = [-1f32; MAX_LANES];
+            // SAFETY: both have LANES floats.
+            unsafe { s.store_some(to.as_mut_ptr(), s.load(lanes.as_ptr()), bits) };
+            written.push(to[..bits.count_ones() as usize].to_vec());
+        }
+        (S::LANES, written)
+    }
+}
+
+#[test]
+fn chosen_lanes_on_every_isa() {
+    for isa in Isa::available() {
+        let (lanes, written) = dispatch(isa, Chosen);
+        for (bits, written) in written.iter().enumerate() {
+            let chosen: Vec<f32> = (0..lanes).filter(|lane| bits >> lane & 1 == 1).map(|lane| lane as f32).collect();
+            assert_eq!(written, &chosen, "{}: {bits:b}", isa.name());
+        }
+    }
+}
+
+/// So many products of the same bytes, added up.
+struct ShortSums(u8, i8, usize);
+
+impl Kernel for ShortSums {
+    type Output = Vec<f32>;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Vec<f32> {
+        let Self(a, b, times) = self;
+        let mut sums = s.splat_i32(0);
+        for _ in 0..times {
+            sums = s.dot4_short(
+                sums,
+                s.splat_i32(i32::from_ne_bytes([a; 4])),
+                s.splat_i32(i32::from_ne_bytes([b as u8; 4])),
+            );
+        }
+        let mut out = vec![0f32; S::LANES];
+        // SAFETY: there is room for LANES floats.
+        unsafe { s.store(out.as_mut_ptr(), s.to_f32(s.lengthen(sums))) };
+        out
+    }
+}
+
+#[test]
+fn short_sums_on_every_isa() {
+    // As many of the largest products as halves of 16 bits hold, two at a time.
+    for (a, b, times) in [(15, 127, 8), (15, -127, 8), (3, 127, 43), (1, -127, 129), (7, -3, 0)] {
+        for isa in Isa::available() {
+            for sum in dispatch(isa, ShortSums(a, b, times)) {
+                assert_eq!(sum, 4.0 * f32::from(a) * f32::from(b) * times as f32, "{}: {a} {b} {times}", isa.name());
+            }
+        }
+    }
+}
