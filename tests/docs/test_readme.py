@@ -24,6 +24,7 @@ PAGES = [
     "docs/architecture.md",
     "docs/benchmarks.md",
     "docs/benchmarks-amx.md",
+    "docs/benchmarks-avx2.md",
     "docs/index.md",
 ]
 
