@@ -391,18 +391,20 @@ pub(crate) unsafe fn weights_below<S: Simd, W: Weights<S>, const SCALED: bool>(
     }
     let mut sums = [s.zero(); 2];
     let mut j = 0;
-    while j + 2 * S::LANES <= n {
+    // Side by side where the constants of both fit the registers.
+    while S::SUMS == 16 && j + 2 * S::LANES <= n {
         let two = [weights!(j), weights!(j + S::LANES)];
         // SAFETY: the row has both vectors.
         unsafe { to.take_two(s, j, two) };
         sums = [s.add(sums[0], two[0]), s.add(sums[1], two[1])];
         j += 2 * S::LANES;
     }
-    if j < n {
+    while j < n {
         let one = weights!(j);
         // SAFETY: the row has this vector.
         unsafe { to.take(s, j, one) };
         sums[0] = s.add(sums[0], one);
+        j += S::LANES;
     }
     let factor = exp_difference(old.max, max);
     (Running { max, sum: old.sum * factor + s.sum(s.add(sums[0], sums[1])) }, factor)

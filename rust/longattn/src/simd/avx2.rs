@@ -1,6 +1,7 @@
 //! AVX2 with FMA and F16C: eight floats.
 
-use super::{Kernel, Simd};
+use super::avx2_products;
+use super::{Kernel, PANEL_VECTORS, Simd};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -38,7 +39,8 @@ impl Simd for Avx2 {
     type F32 = __m256;
     type I32 = __m256i;
     const LANES: usize = 8;
-    const ROWS: usize = 6;
+    const ROWS: usize = avx2_products::ROWS;
+    const MULTIPLIES: bool = true;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
@@ -105,6 +107,20 @@ impl Simd for Avx2 {
         instructions!(_mm256_fmadd_ps(a, b, c))
     }
     #[inline(always)]
+    unsafe fn multiply<const R: usize>(
+        self,
+        sums: &mut [[__m256; PANEL_VECTORS]; R],
+        k: usize,
+        a: *const f32,
+        lda: usize,
+        b: *const f32,
+        ldb: usize,
+    ) {
+        let rows = sums.first_chunk_mut().expect("as many rows as ROWS says");
+        // SAFETY: the caller's promise.
+        *rows = unsafe { avx2_products::multiply(*rows, k, a, lda, b, ldb) };
+    }
+    #[inline(always)]
     fn max(self, a: __m256, b: __m256) -> __m256 {
         instructions!(_mm256_max_ps(a, b))
     }
@@ -121,16 +137,8 @@ impl Simd for Avx2 {
         instructions!(_mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
     }
     #[inline(always)]
-    fn scale2(self, a: __m256, n: __m256) -> __m256 {
-        instructions!({
-            let low = _mm256_cmp_ps::<_CMP_LT_OQ>(n, _mm256_set1_ps(-126.0));
-            // Two factors, so that n = 128 stays finite.
-            let e = _mm256_cvtps_epi32(n);
-            let half = _mm256_srai_epi32::<1>(e);
-            let power = |k| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(k, _mm256_set1_epi32(127))));
-            let scaled = _mm256_mul_ps(_mm256_mul_ps(a, power(half)), power(_mm256_sub_epi32(e, half)));
-            _mm256_andnot_ps(low, scaled)
-        })
+    fn power2(self, a: __m256) -> __m256 {
+        instructions!(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(a))))
     }
     #[inline(always)]
     fn sum(self, a: __m256) -> f32 {

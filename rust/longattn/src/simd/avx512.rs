@@ -190,6 +190,10 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
         instructions!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
     }
     #[inline(always)]
+    fn power2(self, a: __m512) -> __m512 {
+        instructions!(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(a))))
+    }
+    #[inline(always)]
     fn exp2_rough(self, x: __m512) -> __m512 {
         // 2^r for 0 <= r < 1, relative error below 1.5e-7 and none at 0: scaling rounds the exponent down, as the rest is taken.
         const POWERS: [f32; 6] = [0.001_867_13, 0.009_017_031, 0.055_799_913, 0.240_164_44, 0.693_151_3, 1.0];
@@ -201,13 +205,6 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
             }
             let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(-126.0));
             _mm512_maskz_scalef_ps(normal, p, x)
-        })
-    }
-    #[inline(always)]
-    fn scale2(self, a: __m512, n: __m512) -> __m512 {
-        instructions!({
-            let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(n, _mm512_set1_ps(-126.0));
-            _mm512_maskz_scalef_ps(normal, a, n)
         })
     }
     #[inline(always)]

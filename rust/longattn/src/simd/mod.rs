@@ -19,6 +19,8 @@ macro_rules! instructions {
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx2_products;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 mod memory;
 #[cfg(target_arch = "aarch64")]
@@ -89,8 +91,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn select_less(self, a: Self::F32, b: Self::F32, x: Self::F32, y: Self::F32) -> Self::F32;
     /// To the nearest integer.
     fn round(self, a: Self::F32) -> Self::F32;
-    /// `a * 2^n` for an integral `n` of at least -150; 0 where the result falls below the normal range.
-    fn scale2(self, a: Self::F32, n: Self::F32) -> Self::F32;
+    /// The bits of `a`, 23 places up: `2^(n - 1)` of [`ROUND`]` + n` for `-126 < n <= 128`, 0 of [`ROUND`]` - 126`.
+    fn power2(self, a: Self::F32) -> Self::F32;
     /// Sum of the lanes.
     fn sum(self, a: Self::F32) -> f32;
     /// Vectors whose lanes [`Self::sums`] adds up best together: that many accumulators fit the register file.
@@ -333,6 +335,25 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn call_pairs<K: Kernel>(self, kernel: K) -> K::Output {
         self.call(kernel)
     }
+    /// Whether there is a [`Self::multiply`].
+    const MULTIPLIES: bool = false;
+    /// `sums[r][v] += sum_i a[r * lda + i] b[i * ldb + v * LANES ..]` for `i < k`, one product after the other, of [`Self::ROWS`] rows.
+    /// Only where [`Self::MULTIPLIES`] says so: where compilers run short of registers.
+    ///
+    /// # Safety
+    /// `a` is readable for `R` rows of `k` floats, `b` for `k` rows of `PANEL_VECTORS` vectors.
+    #[inline(always)]
+    unsafe fn multiply<const R: usize>(
+        self,
+        sums: &mut [[Self::F32; PANEL_VECTORS]; R],
+        k: usize,
+        a: *const f32,
+        lda: usize,
+        b: *const f32,
+        ldb: usize,
+    ) {
+        let _ = (sums, k, a, lda, b, ldb);
+    }
     /// Whether [`Self::dot2_bf16`] is an instruction, in kernels that run by [`Self::call_pairs`].
     const DOT2_BF16: bool = false;
     /// `acc + a0 b0 + a1 b1` in each lane, `a` and `b` pairs of bf16: exact products, accumulated in f32. Only where
@@ -420,32 +441,34 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         unsafe { self.load(buffer.as_ptr()) }
     }
 
-    /// `e^x`, relative error below 2 ulp for -87 <= x <= 88; 0 below, NaN for NaN.
+    /// `e^x`, relative error below 2 ulp for -86.9 <= x <= 88.7; 0 below -87.4, infinity above 88.8, NaN for NaN.
     #[inline(always)]
     fn exp(self, x: Self::F32) -> Self::F32 {
-        let x = self.max(self.splat(-104.0), x);
-        let n = self.round(self.mul(x, self.splat(std::f32::consts::LOG2_E)));
+        // NaN stays. At the lower end n is -126, at the upper 128 and the power of the rest above 1.
+        let x = self.max(self.splat(-87.4), self.min(self.splat(89.0), x));
+        let rounded = self.fma(x, self.splat(std::f32::consts::LOG2_E), self.splat(ROUND));
+        let n = self.sub(rounded, self.splat(ROUND));
         let r = self.fma(n, self.splat(-0.693_359_4), x);
         let r = self.fma(n, self.splat(2.121_944_4e-4), r);
-        let mut p = self.splat(1.987_569_1e-4);
+        let mut p = self.splat(2.0 * 1.987_569_1e-4);
         for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 0.5, 1.0, 1.0] {
-            p = self.fma(p, r, self.splat(c));
+            p = self.fma(p, r, self.splat(2.0 * c));
         }
-        self.scale2(p, n)
+        self.mul(p, self.power2(rounded))
     }
 
-    /// `2^x`, relative error below 3e-7 for -126 <= x <= 127; 0 below -127, NaN for NaN. In fewer steps than [`Self::exp`]: for
-    /// exponents that were scaled already.
+    /// `2^x`, relative error below 3e-7 for -125.4 <= x < 128; 0 below -126, infinity from 128 on, NaN for NaN. In fewer steps than
+    /// [`Self::exp`]: for exponents that were scaled already.
     #[inline(always)]
     fn exp2(self, x: Self::F32) -> Self::F32 {
-        let x = self.max(self.splat(-150.0), x);
-        let n = self.round(x);
-        let r = self.sub(x, n);
-        let mut p = self.splat(1.327_647_1e-3);
+        let x = self.max(self.splat(-126.0), self.min(self.splat(128.0), x));
+        let rounded = self.add(x, self.splat(ROUND));
+        let r = self.sub(x, self.sub(rounded, self.splat(ROUND)));
+        let mut p = self.splat(2.0 * 1.327_647_1e-3);
         for c in [9.675_541e-3, 5.550_713e-2, 2.402_212e-1, 6.931_469_4e-1, 1.0] {
-            p = self.fma(p, r, self.splat(c));
+            p = self.fma(p, r, self.splat(2.0 * c));
         }
-        self.scale2(p, n)
+        self.mul(p, self.power2(rounded))
     }
 
     /// [`Self::exp2`] for terms of sums: where it has fewer steps for it, errors just below 0 have one sign, which a product of
@@ -500,6 +523,9 @@ impl LaneRows {
         rows
     }
 }
+
+/// What rounds a number when it is added, and then holds it in its lowest bits, 126 above.
+const ROUND: f32 = 12_582_912.0 + 126.0;
 
 /// Vectors in one column panel of the matrix micro-kernel.
 pub(crate) const PANEL_VECTORS: usize = 2;

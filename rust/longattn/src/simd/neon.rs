@@ -106,18 +106,8 @@ impl Simd for Neon {
         instructions!(vrndnq_f32(a))
     }
     #[inline(always)]
-    fn scale2(self, a: float32x4_t, n: float32x4_t) -> float32x4_t {
-        instructions!({
-            let low = vcltq_f32(n, vdupq_n_f32(-126.0));
-            // Two factors, so that n = 128 stays finite.
-            let e = vcvtq_s32_f32(n);
-            let half = vshrq_n_s32::<1>(e);
-            let one = vdupq_n_s32(127);
-            let first = vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(half, one)));
-            let second = vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(vsubq_s32(e, half), one)));
-            let scaled = vmulq_f32(vmulq_f32(a, first), second);
-            vbslq_f32(low, vdupq_n_f32(0.0), scaled)
-        })
+    fn power2(self, a: float32x4_t) -> float32x4_t {
+        instructions!(vreinterpretq_f32_s32(vshlq_n_s32::<23>(vreinterpretq_s32_f32(a))))
     }
     #[inline(always)]
     fn sum(self, a: float32x4_t) -> f32 {

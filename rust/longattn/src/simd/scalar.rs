@@ -98,20 +98,12 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     fn round(self, a: [f32; N]) -> [f32; N] {
-        // Adding and subtracting 1.5 * 2^23 leaves the nearest integer, for the |x| < 2^22 that exp() asks for.
+        // Adding and subtracting 1.5 * 2^23 leaves the nearest integer, for |x| < 2^22.
         a.map(|x| (x + 12_582_912.0) - 12_582_912.0)
     }
     #[inline(always)]
-    fn scale2(self, a: [f32; N], n: [f32; N]) -> [f32; N] {
-        zip(a, n, |x, n| {
-            // NaN converts to 0, which leaves the NaN in x alone.
-            let e = n as i32;
-            if e < -126 {
-                0.0
-            } else {
-                x * f32::from_bits(((e.min(127) + 127) as u32) << 23) * if e > 127 { 2.0 } else { 1.0 }
-            }
-        })
+    fn power2(self, a: [f32; N]) -> [f32; N] {
+        a.map(|x| f32::from_bits(x.to_bits() << 23))
     }
     #[inline(always)]
     fn sum(self, a: [f32; N]) -> f32 {

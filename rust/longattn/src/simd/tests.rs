@@ -39,7 +39,7 @@ fn exp_and_tanh_on_every_isa() {
                 assert!((f64::from(two) - exact).abs() <= 3e-7 * exact, "{}: 2^{x} = {two}", isa.name());
             }
             let exact = f64::from(x).exp();
-            if x > -87.0 {
+            if x >= -86.9 {
                 assert!((f64::from(e) - exact).abs() <= 2.5e-7 * exact, "{}: exp({x}) = {e}", isa.name());
             } else {
                 assert!(f64::from(e) <= exact * 1.001, "{}: exp({x}) = {e}", isa.name());
@@ -54,6 +54,17 @@ fn exp_and_tanh_on_every_isa() {
             assert_eq!(special[2], 1.0, "{}", isa.name());
             assert_eq!(special[3], 0.0, "{}", isa.name());
         }
+        // What is too large, and NaN of any bits.
+        let nan = f32::from_bits(0x7f80_0101);
+        let ([exp, exp2, ..], _) =
+            dispatch(isa, Elementwise(&[f32::INFINITY, 1e30, 200.0, 88.8, nan, 88.7, -86.9, 127.5]));
+        assert_eq!(exp[..4], [f32::INFINITY; 4], "{}", isa.name());
+        assert_eq!(exp2[..3], [f32::INFINITY; 3], "{}", isa.name());
+        assert!(exp[4].is_nan() && exp2[4].is_nan(), "{}", isa.name());
+        for (x, found, exact) in [(88.7f32, exp[5], 88.7f32 as f64), (-86.9, exp[6], -86.9f32 as f64)] {
+            assert!((f64::from(found) / exact.exp() - 1.0).abs() < 2.5e-7, "{}: exp({x}) = {found}", isa.name());
+        }
+        assert!((f64::from(exp2[7]) / 127.5f64.exp2() - 1.0).abs() < 3e-7, "{}: {}", isa.name(), exp2[7]);
     }
 }
 
