@@ -1,8 +1,8 @@
 //! Asking memory for rows before they are computed with.
 
-use super::rows::Rows;
+use super::rows::{Rows, prefetch_bytes};
 use super::stream::{KEYS, MAX_QUERY_ROWS};
-use crate::simd::{asks_second_cache, prefetch, prefetch_into};
+use crate::simd::{Next, asks_second_cache, prefetch, prefetch_into};
 use std::ops::Range;
 
 /// Bytes of rows asked for ahead of their use: what memory delivers while a request for more is on its way.
@@ -80,6 +80,17 @@ impl<const C: usize> Coming<C> {
         Self { rows: Places::Spaced(std::ptr::null(), 0), bytes: 0 }
     }
 
+    /// The rows in so many equal parts, where nothing is between them, a part is no more than `most` bytes, and they come into the first
+    /// cache.
+    #[inline(always)]
+    pub(super) fn evenly(&self, parts: usize, most: usize) -> Option<Next> {
+        let Places::Listed(starts) = self.rows else { return None };
+        let (start, last) = (starts[0], starts[C - 1]);
+        let together = last.addr().wrapping_sub(start.addr()) == (C - 1) * self.bytes;
+        let next = Next { start, pace: (C * self.bytes).div_ceil(parts.max(1)) };
+        (self.bytes > 0 && together && next.pace <= most && !asks_second_cache()).then_some(next)
+    }
+
     /// Asks for the line at byte `at` of each row.
     #[inline(always)]
     pub(super) fn ask_line(&self, at: usize) {
@@ -99,12 +110,8 @@ impl<const C: usize> Coming<C> {
         let to = to.min(self.bytes);
         match self.rows {
             Places::Listed(starts) => {
-                let mut at = from;
-                while at < to {
-                    for start in starts {
-                        prefetch(start.wrapping_add(at));
-                    }
-                    at += 64;
+                for start in starts {
+                    prefetch_bytes(start.wrapping_add(from), to.saturating_sub(from));
                 }
             }
             Places::Spaced(first, distance) if distance == self.bytes as isize => {

@@ -3,11 +3,18 @@
 use super::ahead::{Coming, ahead};
 use super::rows::{Row, Rows};
 use super::stream::{KEYS, RowState};
-use crate::simd::{Kernel, Simd};
+use crate::simd::{Kernel, LINE_BYTES, STORED_KEYS, STORED_ROWS, STORED_STEP, Simd};
 use std::ops::Range;
 
 /// Elements of the widest rows in a cache line.
 const LINE: usize = 16;
+
+/// Whether rows of this kind and length go through an instruction set's own products as a whole: then three go as four, of which the
+/// last two are one, in less time than two and one.
+#[inline(always)]
+pub(super) fn goes_as_stored<S: Simd, K: Rows>(dim: usize) -> bool {
+    S::MULTIPLIES_STORED && K::STORED.is_some() && dim.is_multiple_of(STORED_STEP)
+}
 
 /// Query rows that go through a block together, out of `n` that are left.
 #[inline(always)]
@@ -54,10 +61,11 @@ pub(super) unsafe fn fill_scores<S: Simd, D: Dots, K: Rows, V: Rows>(
     assert!(keys.len() <= KEYS && scores.len() >= n * KEYS);
     let mut r = 0;
     while r < n {
-        let together = rows_together::<S>(n - r);
+        let three = n - r == 3 && goes_as_stored::<S, K>(dim);
+        let together = if three { STORED_ROWS } else { rows_together::<S>(n - r) };
         // The first rows bring the block into the cache for the others.
         let next = (r == 0).then_some(next);
-        let (keys, out) = (keys.clone(), &mut scores[r * KEYS..]);
+        let (keys, out) = (keys.clone(), &mut scores[r * KEYS..n * KEYS]);
         // SAFETY: the caller's promise.
         unsafe {
             match together {
@@ -65,6 +73,9 @@ pub(super) unsafe fn fill_scores<S: Simd, D: Dots, K: Rows, V: Rows>(
                 2 if S::SUMS == 16 => fill_rows::<S, D, K, V, 2, 8>(s, dots, r, k, dim, keys, next, out),
                 2 => fill_rows::<S, D, K, V, 2, 4>(s, dots, r, k, dim, keys, next, out),
                 4 if S::SUMS == 16 => fill_rows::<S, D, K, V, 4, 4>(s, dots, r, k, dim, keys, next, out),
+                4 if S::MULTIPLIES_STORED && K::STORED.is_some() => {
+                    fill_rows::<S, D, K, V, STORED_ROWS, STORED_KEYS>(s, dots, r, k, dim, keys, next, out)
+                }
                 4 => fill_rows::<S, D, K, V, 4, 2>(s, dots, r, k, dim, keys, next, out),
                 _ => fill_rows::<S, D, K, V, 8, 2>(s, dots, r, k, dim, keys, next, out),
             }
@@ -73,15 +84,15 @@ pub(super) unsafe fn fill_scores<S: Simd, D: Dots, K: Rows, V: Rows>(
     }
 }
 
-/// [`fill_scores`] for the `R` rows from `first` on, `C` keys at a time.
+/// [`fill_scores`] for the `R` rows from `first_row` on, `C` keys at a time.
 ///
 /// # Safety
-/// As [`fill_scores`]; `scores` are `R` rows.
+/// As [`fill_scores`]; `scores` are those of as many rows as there are from there on, of which the last stands for what `R` is more.
 #[inline(always)]
 unsafe fn fill_rows<S: Simd, D: Dots, K: Rows, V: Rows, const R: usize, const C: usize>(
     s: S,
     dots: D,
-    first: usize,
+    first_row: usize,
     k: K,
     dim: usize,
     keys: Range<usize>,
@@ -89,21 +100,25 @@ unsafe fn fill_rows<S: Simd, D: Dots, K: Rows, V: Rows, const R: usize, const C:
     scores: &mut [f32],
 ) {
     let ahead = ahead(k.row_bytes(dim));
+    let last = if R == STORED_ROWS { scores.len() / KEYS - 1 } else { R };
     let mut j = keys.start;
     while j < keys.end {
         let coming = Coming::<C>::new(k, dim, ahead, j, &keys, next);
+        // The last ones come again with those before them, if there are any.
+        let first = if j + C <= keys.end { j } else { keys.end.saturating_sub(C).max(keys.start) };
         // SAFETY: the caller's promise; fewer than C keys are left only where one at a time is taken.
         unsafe {
-            let to = scores.as_mut_ptr().add(j - keys.start);
-            if j + C <= keys.end {
-                for (r, sums) in dots.dots::<S, R, C>(s, first, j, coming).iter().enumerate() {
-                    to.add(r * KEYS).cast::<[f32; C]>().write_unaligned(*sums);
+            let to = scores.as_mut_ptr().add(first - keys.start);
+            if first + C <= keys.end {
+                for (r, sums) in dots.dots::<S, R, C>(s, first_row, first, coming).iter().enumerate() {
+                    to.add(r.min(last) * KEYS).cast::<[f32; C]>().write_unaligned(*sums);
                 }
             } else {
                 coming.ask(0, usize::MAX);
-                for c in 0..keys.end - j {
-                    for (r, &[sum]) in dots.dots::<S, R, 1>(s, first, j + c, Coming::none()).iter().enumerate() {
-                        *to.add(r * KEYS + c) = sum;
+                for c in 0..keys.end - first {
+                    for (r, &[sum]) in dots.dots::<S, R, 1>(s, first_row, first + c, Coming::none()).iter().enumerate()
+                    {
+                        *to.add(r.min(last) * KEYS + c) = sum;
                     }
                 }
             }
@@ -118,6 +133,7 @@ struct FloatDots<'a, K> {
     /// Padded with zeros to a multiple of `LANES`.
     queries: &'a [f32],
     padded_dim: usize,
+    rows: usize,
     dim: usize,
     k: K,
 }
@@ -131,13 +147,13 @@ impl<K: Rows> Dots for FloatDots<'_, K> {
         j: usize,
         coming: Coming<C>,
     ) -> [[f32; C]; R] {
-        let Self { queries, padded_dim, dim, k } = self;
+        let Self { queries, padded_dim, rows, dim, k } = self;
         // SAFETY: the caller's promise on rows and keys.
-        unsafe { dots(s, queries.as_ptr().add(first * padded_dim), padded_dim, dim, k, j, coming) }
+        unsafe { dots(s, queries.as_ptr().add(first * padded_dim), padded_dim, rows - first - 1, dim, k, j, coming) }
     }
 }
 
-/// Dot products of `R` query rows with the `C` keys from `first` on.
+/// Dot products of `R` query rows with the `C` keys from `first` on. Row `last` stands for those after it, of [`STORED_ROWS`].
 ///
 /// # Safety
 /// `rows` yields `dim` readable elements for these keys; queries are padded with zeros to a multiple of `LANES`.
@@ -146,17 +162,41 @@ unsafe fn dots<S: Simd, K: Rows, const R: usize, const C: usize>(
     s: S,
     queries: *const f32,
     padded_dim: usize,
+    last: usize,
     dim: usize,
     rows: K,
     first: usize,
-    coming: Coming<C>,
+    mut coming: Coming<C>,
 ) -> [[f32; C]; R] {
     let mut keys = [rows.row(first); C];
     for (c, key) in keys.iter_mut().enumerate() {
         *key = rows.row(first + c);
     }
     let (mut acc, mut x) = ([[s.zero(); C]; R], [s.zero(); C]);
+    let query = |r: usize| queries.wrapping_add(padded_dim * if R == STORED_ROWS { r.min(last) } else { r });
     let mut d = 0;
+    if let Some(storage) = K::STORED
+        && S::MULTIPLIES_STORED
+        && (R, C) == (STORED_ROWS, STORED_KEYS)
+    {
+        let keys = rows.starts(first);
+        let queries = std::array::from_fn(query);
+        let steps = dim / STORED_STEP;
+        let lines = (C * storage.bytes(STORED_STEP)).next_multiple_of(LINE_BYTES);
+        let next = coming.evenly(steps, lines);
+        if next.is_none() {
+            coming.ask(0, usize::MAX);
+        }
+        // SAFETY: keys and queries have the elements up to `dim`.
+        let sums = unsafe { s.stored_dots(storage, keys, next, queries, steps) };
+        d = steps * STORED_STEP;
+        coming = Coming::none();
+        for (acc, sums) in acc.iter_mut().zip(&sums) {
+            for (acc, &sum) in acc.iter_mut().zip(sums) {
+                *acc = sum;
+            }
+        }
+    }
     // SAFETY: d + LANES <= dim in the loop, the rest is read by its length; queries are padded.
     unsafe {
         while d + S::LANES <= dim {
@@ -168,7 +208,7 @@ unsafe fn dots<S: Simd, K: Rows, const R: usize, const C: usize>(
                 *x = key.load(s, d);
             }
             for (r, acc) in acc.iter_mut().enumerate() {
-                let q = s.load(queries.add(r * padded_dim + d));
+                let q = s.load(query(r).add(d));
                 for (acc, &x) in acc.iter_mut().zip(&x) {
                     *acc = s.fma(q, x, *acc);
                 }
@@ -181,7 +221,7 @@ unsafe fn dots<S: Simd, K: Rows, const R: usize, const C: usize>(
                 *x = key.load_first(s, d, dim - d);
             }
             for (r, acc) in acc.iter_mut().enumerate() {
-                let q = s.load(queries.add(r * padded_dim + d));
+                let q = s.load(query(r).add(d));
                 for (acc, &x) in acc.iter_mut().zip(&x) {
                     *acc = s.fma(q, x, *acc);
                 }
@@ -226,7 +266,7 @@ impl<K: Rows, V: Rows> Kernel for BlockScores<'_, K, V> {
     fn run<S: Simd>(self, s: S) {
         let Self { queries, padded_dim, rows, dim, k, keys, next, scores } = self;
         assert!(queries.len() >= rows * padded_dim);
-        let dots = FloatDots { queries, padded_dim, dim, k };
+        let dots = FloatDots { queries, padded_dim, rows, dim, k };
         // SAFETY: the queries are there by the assertion; whoever made this vouches for the keys.
         unsafe { fill_scores(s, dots, rows, k, dim, keys, next, scores) }
     }

@@ -1,7 +1,7 @@
 //! Rows of one head as kernels read them: numbers or codes, one after another or picked by an index list.
 
 use crate::simd::{Simd, asks_second_cache, prefetch_into};
-use crate::tensor::{CODE_STEP, CodeFormat, DType, Element, KvView};
+use crate::tensor::{CODE_STEP, CodeFormat, DType, Element, KvView, Storage};
 
 /// One stored row, whose elements are floats once loaded.
 pub(crate) trait Row: Copy {
@@ -44,10 +44,15 @@ impl<T: Element> Row for *const T {
 /// Asks for every cache line of `bytes` bytes.
 #[inline(always)]
 pub(crate) fn prefetch_bytes(start: *const u8, bytes: usize) {
-    let (second_cache, mut offset) = (asks_second_cache(), 0);
-    while offset < bytes {
-        prefetch_into(second_cache, start.wrapping_add(offset));
-        offset += 64;
+    // A loop each, so that neither asks again.
+    if asks_second_cache() {
+        for offset in (0..bytes).step_by(64) {
+            prefetch_into(true, start.wrapping_add(offset));
+        }
+    } else {
+        for offset in (0..bytes).step_by(64) {
+            prefetch_into(false, start.wrapping_add(offset));
+        }
     }
 }
 
@@ -59,8 +64,10 @@ pub(crate) trait Rows: Copy {
     /// Bytes that a row takes in memory.
     fn row_bytes(self, dim: usize) -> usize;
 
-    /// Whether the rows are contiguous numbers of bf16.
-    const BF16: bool = false;
+    /// What a row's elements are in memory, where they lie there as they are: numbers, codes without their scales.
+    const STORED: Option<Storage> = None;
+    /// Whether they are numbers of bf16.
+    const BF16: bool = matches!(Self::STORED, Some(Storage::Numbers(DType::BF16)));
     /// Whether rows that follow one another may lie anywhere, so that memory has to be asked for them.
     const SCATTERED: bool = false;
     /// First byte of row `j`.
@@ -113,7 +120,7 @@ pub(crate) struct Strided<T> {
 impl<T: Element> Rows for Strided<T> {
     type Row = *const T;
     type Bare = NoRows;
-    const BF16: bool = matches!(T::DTYPE, DType::BF16);
+    const STORED: Option<Storage> = Some(Storage::Numbers(T::DTYPE));
 
     #[inline(always)]
     fn start(self, j: usize) -> *const u8 {
@@ -146,7 +153,7 @@ pub(crate) struct Indexed<'a, R> {
 impl<R: Rows> Rows for Indexed<'_, R> {
     type Row = R::Row;
     type Bare = NoRows;
-    const BF16: bool = R::BF16;
+    const STORED: Option<Storage> = R::STORED;
     const SCATTERED: bool = true;
 
     #[inline(always)]
@@ -359,6 +366,7 @@ pub(crate) struct BareCodes<const BITS: usize>(Coded<BITS>);
 impl<const BITS: usize> Rows for BareCodes<BITS> {
     type Row = BareRow<BITS>;
     type Bare = Self;
+    const STORED: Option<Storage> = Some(Storage::Codes(BITS));
 
     #[inline(always)]
     fn start(self, j: usize) -> *const u8 {

@@ -1,10 +1,11 @@
 //! Sums of values under a block's weights, for a few rows of weights: `O += P V`.
 
 use super::ahead::ahead;
-use super::dots::rows_together;
+use super::dots::{goes_as_stored, rows_together};
 use super::rows::{Row, Rows};
 use super::stream::KEYS;
-use crate::simd::{Kernel, Simd, asks_second_cache};
+use crate::simd::{Kernel, LINE_BYTES, Next, STORED_ROWS, STORED_STEP, Simd, asks_second_cache};
+use crate::tensor::Storage;
 use std::ops::Range;
 
 /// Bytes of values that go through all columns together, so that the second pass finds them in the first-level cache.
@@ -19,12 +20,15 @@ const SHARED_VALUE_BYTES: usize = 8 << 10;
 /// few passes the first asks for them all. Of many, as short vectors take, each asks for its share, so that memory does not wait in
 /// between; the second cache, which waits for many lines, has enough to do.
 ///
+/// Row `last` of weights and outputs stands for those after it, where [`goes_as_stored`].
+///
 /// # Safety
 /// `rows` yields `dim` readable elements for every key; outputs hold `R` rows of `padded_dim >= dim` floats, a multiple of `LANES`.
 #[inline(always)]
 unsafe fn accumulate<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
     s: S,
     weights: *const f32,
+    last: usize,
     rows: V,
     keys: Range<usize>,
     next: Option<(K, usize)>,
@@ -33,17 +37,32 @@ unsafe fn accumulate<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
     padded_dim: usize,
 ) {
     let row_bytes = rows.row_bytes(dim);
+    let stored = V::STORED
+        .filter(|_| S::MULTIPLIES_STORED && (R, C * S::LANES) == (STORED_ROWS, STORED_STEP / 2) && dim >= STORED_STEP);
     let shares = S::SUMS < 16 && dim >= 4 * C * S::LANES && !asks_second_cache();
     let together = if shares { SHARED_VALUE_BYTES } else { VALUE_BYTES };
     let step = (together / row_bytes.max(1)).clamp(16, KEYS);
     let ahead = if shares { ahead(row_bytes).max(step) } else { ahead(row_bytes) };
     let Range { start, end } = keys;
+    let mut starts = [std::ptr::null(); KEYS];
+    if stored.is_some() {
+        for (start, j) in starts.iter_mut().zip(keys.clone()) {
+            *start = rows.start(j);
+        }
+    }
     for first in keys.step_by(step) {
         let part = first..(first + step).min(end);
         let mut d = 0;
         // SAFETY: columns d.. + C vectors are inside `dim`, or C is 1 and the rest is read by its length; outputs are padded.
         unsafe {
             let weights = weights.add(first - start);
+            if let Some(storage) = stored {
+                let starts = &starts[first - start..part.end - start];
+                let coming = first + ahead;
+                let outputs = (outputs, padded_dim);
+                d = accumulate_stored(s, storage, (weights, last), (rows, dim), starts, coming, end, next, outputs);
+            }
+            let next = next.filter(|_| d == 0);
             while d < dim {
                 let whole = d + C * S::LANES <= dim;
                 let after = d + if whole { C * S::LANES } else { S::LANES };
@@ -66,6 +85,46 @@ unsafe fn accumulate<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
             }
         }
     }
+}
+
+/// [`accumulate`] for [`STORED_ROWS`] rows and the columns that [`Simd::add_stored`] takes, all but the last few; the output is how many.
+///
+/// Each pass asks for its share of the rows to come, from number `coming` on: line after line with the rows of values, where nothing
+/// is between them and they have a line in each pass at most; else before it.
+///
+/// # Safety
+/// As [`accumulate`], for rows that start at `starts`.
+#[inline(always)]
+unsafe fn accumulate_stored<S: Simd, K: Rows, V: Rows>(
+    s: S,
+    storage: Storage,
+    (weights, last): (*const f32, usize),
+    (rows, dim): (V, usize),
+    starts: &[*const u8],
+    coming: usize,
+    block_end: usize,
+    next: Option<(K, usize)>,
+    (outputs, padded_dim): (*mut f32, usize),
+) -> usize {
+    let (columns, pass) = (dim / STORED_STEP * STORED_STEP, STORED_STEP / 2);
+    let row_bytes = rows.row_bytes(dim);
+    let pace = row_bytes.div_ceil(columns / pass);
+    let nothing_between = !V::SCATTERED && rows.start(1).addr().wrapping_sub(rows.start(0).addr()) == row_bytes;
+    let evenly = nothing_between && pace <= LINE_BYTES && !asks_second_cache();
+    let mut lines = next.filter(|_| evenly).map(|(next, _)| {
+        let start = if coming < block_end { rows.start(coming) } else { next.start(coming) };
+        Next { start, pace }
+    });
+    for d in (0..columns).step_by(pass) {
+        if let Some(next) = next.filter(|_| !evenly) {
+            let share = |d: usize| coming + starts.len() * d / columns;
+            prefetch_rows((rows, dim), next, block_end, share(d)..share(d + pass));
+        }
+        // SAFETY: the caller's promise.
+        unsafe { s.add_stored(storage, starts, lines, d, last, weights, KEYS, outputs, padded_dim) };
+        lines = lines.map(|next| Next { start: next.start.wrapping_add(next.pace * starts.len()), ..next });
+    }
+    columns
 }
 
 /// Asks for rows of a block that ends with `end` and, from there on, of the next.
@@ -160,7 +219,7 @@ unsafe fn accumulate_visible<S: Simd, V: Rows>(
         unsafe {
             if *weights.add(j) != 0.0 {
                 let key = keys.start + j..keys.start + j + 1;
-                accumulate::<S, V, V, 1, 1>(s, weights.add(j), rows, key, None, dim, outputs, padded_dim);
+                accumulate::<S, V, V, 1, 1>(s, weights.add(j), 0, rows, key, None, dim, outputs, padded_dim);
             }
         }
     }
@@ -188,7 +247,12 @@ impl<K: Rows, V: Rows> Kernel for BlockValues<'_, K, V> {
         assert!(keys.len() <= KEYS && weights.len() >= n * KEYS && outputs.len() >= n * dp);
         let mut r = 0;
         while r < n {
-            let together = if careful { 1 } else { rows_together::<S>(n - r) };
+            let last = n - r - 1;
+            let together = match n - r {
+                _ if careful => 1,
+                3 if goes_as_stored::<S, V>(dim) => STORED_ROWS,
+                left => rows_together::<S>(left),
+            };
             let next = (r == 0).then_some(next);
             let keys = keys.clone();
             // SAFETY: rows r.. of weights and outputs exist by the assertion; whoever made this vouches for the values.
@@ -196,11 +260,11 @@ impl<K: Rows, V: Rows> Kernel for BlockValues<'_, K, V> {
                 let (w, out) = (weights.as_ptr().add(r * KEYS), outputs.as_mut_ptr().add(r * dp));
                 match together {
                     1 if careful => accumulate_visible(s, w, v, keys, dim, out, dp),
-                    1 => accumulate::<S, K, V, 1, 4>(s, w, v, keys, next, dim, out, dp),
-                    2 => accumulate::<S, K, V, 2, 4>(s, w, v, keys, next, dim, out, dp),
-                    4 if S::SUMS == 16 => accumulate::<S, K, V, 4, 4>(s, w, v, keys, next, dim, out, dp),
-                    4 => accumulate::<S, K, V, 4, 2>(s, w, v, keys, next, dim, out, dp),
-                    _ => accumulate::<S, K, V, 8, 2>(s, w, v, keys, next, dim, out, dp),
+                    1 => accumulate::<S, K, V, 1, 4>(s, w, last, v, keys, next, dim, out, dp),
+                    2 => accumulate::<S, K, V, 2, 4>(s, w, last, v, keys, next, dim, out, dp),
+                    4 if S::SUMS == 16 => accumulate::<S, K, V, 4, 4>(s, w, last, v, keys, next, dim, out, dp),
+                    4 => accumulate::<S, K, V, 4, 2>(s, w, last, v, keys, next, dim, out, dp),
+                    _ => accumulate::<S, K, V, 8, 2>(s, w, last, v, keys, next, dim, out, dp),
                 }
             }
             r += together;

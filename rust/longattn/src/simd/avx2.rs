@@ -1,7 +1,7 @@
 //! AVX2 with FMA and F16C: eight floats.
 
-use super::avx2_products;
-use super::{Kernel, PANEL_VECTORS, Simd};
+use super::{Kernel, Next, PANEL_VECTORS, STORED_KEYS, STORED_ROWS, Simd, avx2_products, avx2_rows};
+use crate::tensor::Storage;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -41,6 +41,7 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const ROWS: usize = avx2_products::ROWS;
     const MULTIPLIES: bool = true;
+    const MULTIPLIES_STORED: bool = true;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
@@ -121,6 +122,34 @@ impl Simd for Avx2 {
         *rows = unsafe { avx2_products::multiply(*rows, k, a, lda, b, ldb) };
     }
     #[inline(always)]
+    unsafe fn stored_dots(
+        self,
+        storage: Storage,
+        keys: [*const u8; STORED_KEYS],
+        next: Option<Next>,
+        queries: [*const f32; STORED_ROWS],
+        steps: usize,
+    ) -> [[__m256; STORED_KEYS]; STORED_ROWS] {
+        // SAFETY: the caller's promise.
+        unsafe { avx2_rows::dots(storage, keys, next, queries, steps) }
+    }
+    #[inline(always)]
+    unsafe fn add_stored(
+        self,
+        storage: Storage,
+        rows: &[*const u8],
+        next: Option<Next>,
+        d: usize,
+        last: usize,
+        weights: *const f32,
+        stride: usize,
+        outputs: *mut f32,
+        output_stride: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { avx2_rows::add(storage, rows, next, d, last, weights, stride, outputs, output_stride) }
+    }
+    #[inline(always)]
     fn max(self, a: __m256, b: __m256) -> __m256 {
         instructions!(_mm256_max_ps(a, b))
     }
@@ -162,6 +191,15 @@ impl Simd for Avx2 {
                 let b = _mm256_hadd_ps(_mm256_hadd_ps(all[4], all[5]), _mm256_hadd_ps(all[6], all[7]));
                 let sum = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
                 _mm256_storeu_ps(sums.as_mut_ptr().cast(), sum);
+            }
+        } else if C == 3 {
+            for (sums, v) in sums.iter_mut().zip(&v) {
+                instructions!({
+                    let four = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[2]));
+                    let four = _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps::<1>(four));
+                    let four: [f32; 4] = std::mem::transmute(four);
+                    sums.copy_from_slice(&four[..C]);
+                });
             }
         } else {
             for (sums, v) in sums.iter_mut().zip(&v) {

@@ -21,19 +21,21 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx2_products;
 #[cfg(target_arch = "x86_64")]
+mod avx2_rows;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
+mod isa;
 mod memory;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
 pub(crate) mod tiles;
 
+pub use isa::{Isa, check_environment, cpu_features, current, set_current};
 pub(crate) use memory::{asks_second_cache, prefetch, prefetch_into};
 
-use crate::tensor::{DType, Element, Error, Result};
+use crate::tensor::{DType, Element, Storage};
 use half::{bf16, f16};
-use std::sync::atomic::{AtomicU8, Ordering};
-use tiles::Tiles;
 
 /// Vectors of `f32` (and of 32-bit groups of bytes) of one instruction set.
 ///
@@ -354,6 +356,48 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     ) {
         let _ = (sums, k, a, lda, b, ldb);
     }
+    /// Whether there are [`Self::stored_dots`] and [`Self::add_stored`]: where compilers run short of registers.
+    const MULTIPLIES_STORED: bool = false;
+    /// Sums of products of the first `steps` times [`STORED_STEP`] numbers of each query row with as many elements of each key, over
+    /// the lanes of vectors `[query row][key]`. Elements are numbers of `storage`, or codes. Each step asks for as many lines of what
+    /// comes `next` as it reads of keys.
+    ///
+    /// # Safety
+    /// The query rows and the keys are readable for so many elements.
+    #[inline(always)]
+    unsafe fn stored_dots(
+        self,
+        storage: Storage,
+        keys: [*const u8; STORED_KEYS],
+        next: Option<Next>,
+        queries: [*const f32; STORED_ROWS],
+        steps: usize,
+    ) -> [[Self::F32; STORED_KEYS]; STORED_ROWS] {
+        let _ = (storage, keys, next, queries, steps);
+        [[self.zero(); STORED_KEYS]; STORED_ROWS]
+    }
+    /// `outputs[r][d..] += sum_j weights[r][j] rows[j][d..]`, one product after the other, for half of [`STORED_STEP`] columns: `d` is a
+    /// multiple of as many, and numbers two halves of a step for all of its columns. Strides are floats from row to row. Each row asks
+    /// for a line of what comes `next`. Row `last` of weights and outputs, the third at least, stands for those after it.
+    ///
+    /// # Safety
+    /// The rows are readable for the elements of the step that `d` is in, each row of weights for as many floats as there are rows; that
+    /// step of the rows of outputs, up to [`STORED_ROWS`], is writable.
+    #[inline(always)]
+    unsafe fn add_stored(
+        self,
+        storage: Storage,
+        rows: &[*const u8],
+        next: Option<Next>,
+        d: usize,
+        last: usize,
+        weights: *const f32,
+        stride: usize,
+        outputs: *mut f32,
+        output_stride: usize,
+    ) {
+        let _ = (storage, rows, next, d, last, weights, stride, outputs, output_stride);
+    }
     /// Whether [`Self::dot2_bf16`] is an instruction, in kernels that run by [`Self::call_pairs`].
     const DOT2_BF16: bool = false;
     /// `acc + a0 b0 + a1 b1` in each lane, `a` and `b` pairs of bf16: exact products, accumulated in f32. Only where
@@ -530,158 +574,31 @@ const ROUND: f32 = 12_582_912.0 + 126.0;
 /// Vectors in one column panel of the matrix micro-kernel.
 pub(crate) const PANEL_VECTORS: usize = 2;
 
+/// Bytes of a cache line.
+pub(crate) const LINE_BYTES: usize = 64;
+
+/// What memory is asked for while something else is computed with: from where on, and how much further from one time to the next.
+#[derive(Clone, Copy)]
+pub(crate) struct Next {
+    pub(crate) start: *const u8,
+    pub(crate) pace: usize,
+}
+
+impl Next {
+    pub(crate) const NONE: Self = Self { start: std::ptr::null(), pace: 0 };
+}
+
+/// Rows of floats that [`Simd::stored_dots`] and [`Simd::add_stored`] multiply.
+pub(crate) const STORED_ROWS: usize = 4;
+
+/// Keys of [`Simd::stored_dots`].
+pub(crate) const STORED_KEYS: usize = 3;
+
+/// Elements of stored rows that a step of [`Simd::stored_dots`] takes, a multiple of what any storage has together.
+pub(crate) const STORED_STEP: usize = 32;
+
 /// The most rows of any instruction set's micro-kernel.
 pub(crate) const MAX_ROWS: usize = 12;
-
-/// An instruction set that kernels exist for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u8)]
-pub enum Isa {
-    /// Portable code, on every machine.
-    Scalar = 1,
-    /// AArch64 Advanced SIMD.
-    Neon,
-    /// AVX2, FMA and F16C.
-    Avx2,
-    /// AVX-512 F, BW, DQ and VL.
-    Avx512,
-    /// AVX-512 with VNNI dot products.
-    Avx512Vnni,
-    /// AVX-512 with VNNI and BF16 dot products.
-    Avx512Bf16,
-    /// The same, with matrix registers that multiply bf16 and bytes.
-    Amx,
-}
-
-impl Isa {
-    const ALL: [Self; 7] =
-        [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Bf16, Self::Amx];
-
-    /// Name, as `LONGATTN_ISA` spells it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Scalar => "scalar",
-            Self::Neon => "neon",
-            Self::Avx2 => "avx2",
-            Self::Avx512 => "avx512",
-            Self::Avx512Vnni => "avx512vnni",
-            Self::Avx512Bf16 => "avx512bf16",
-            Self::Amx => "amx",
-        }
-    }
-
-    /// Whether this CPU has it.
-    pub fn is_available(self) -> bool {
-        match self {
-            Self::Scalar => true,
-            #[cfg(target_arch = "aarch64")]
-            Self::Neon => std::arch::is_aarch64_feature_detected!("neon"),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => {
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
-            }
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => {
-                Self::Avx2.is_available()
-                    && is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl")
-            }
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vnni => Self::Avx512.is_available() && is_x86_feature_detected!("avx512vnni"),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16 => Self::Avx512Vnni.is_available() && is_x86_feature_detected!("avx512bf16"),
-            #[cfg(target_arch = "x86_64")]
-            Self::Amx => Self::Avx512Bf16.is_available() && Tiles::detect().is_some(),
-            #[allow(unreachable_patterns, reason = "the arms above depend on the architecture")]
-            _ => false,
-        }
-    }
-
-    /// Matrix registers, on the instruction set that has them.
-    pub(crate) fn tiles(self) -> Option<Tiles> {
-        if self == Self::Amx { Tiles::detect() } else { None }
-    }
-
-    /// Every instruction set of this CPU, the best last.
-    pub fn available() -> Vec<Self> {
-        Self::ALL.into_iter().filter(|isa| isa.is_available()).collect()
-    }
-
-    /// The instruction set of that name, if this CPU has it.
-    pub fn from_name(name: &str) -> Result<Self> {
-        Self::named(name, "isa")
-    }
-
-    /// The same of an `argument` that named it.
-    fn named(name: &str, argument: &'static str) -> Result<Self> {
-        let available = Self::available();
-        available.iter().copied().find(|isa| isa.name() == name).ok_or_else(|| {
-            let names: Vec<_> = available.iter().map(|isa| isa.name()).collect();
-            Error::value(argument, format!("{name:?}"), format!("one that this CPU has: {}", names.join(", ")))
-        })
-    }
-}
-
-/// The environment variable that names an instruction set.
-const VARIABLE: &str = "LONGATTN_ISA";
-
-static CURRENT: AtomicU8 = AtomicU8::new(0);
-
-/// The instruction set that kernels run on: the one set last, else `LONGATTN_ISA`, else the best of this CPU.
-///
-/// A `LONGATTN_ISA` that this CPU has not is ignored here and reported by [`check_environment`].
-pub fn current() -> Isa {
-    let code = CURRENT.load(Ordering::Relaxed);
-    if let Some(isa) = Isa::ALL.into_iter().find(|&isa| isa as u8 == code) {
-        return isa;
-    }
-    let asked = std::env::var(VARIABLE).ok().and_then(|name| Isa::from_name(name.trim()).ok());
-    let isa = asked.unwrap_or_else(|| *Isa::available().last().expect("scalar is always there"));
-    run_on(isa);
-    isa
-}
-
-fn run_on(isa: Isa) {
-    memory::choose_cache();
-    CURRENT.store(isa as u8, Ordering::Relaxed);
-}
-
-/// An error when `LONGATTN_ISA` names something that this CPU has not.
-pub fn check_environment() -> Result<()> {
-    match std::env::var_os(VARIABLE) {
-        Some(name) if !name.to_string_lossy().trim().is_empty() => {
-            Isa::named(name.to_string_lossy().trim(), VARIABLE).map(drop)
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Forces an instruction set for the whole process.
-pub fn set_current(isa: Isa) -> Result<()> {
-    Isa::from_name(isa.name())?;
-    run_on(isa);
-    Ok(())
-}
-
-/// The features of this CPU that matter to kernels, by name.
-pub fn cpu_features() -> Vec<(&'static str, bool)> {
-    macro_rules! detect {
-        ($macro:ident: $($name:tt)*) => { vec![$(($name, std::arch::$macro!($name))),*] };
-    }
-    #[cfg(target_arch = "x86_64")]
-    {
-        let mut features = detect!(is_x86_feature_detected: "avx2" "fma" "f16c" "avxvnni" "avx512f" "avx512bw" "avx512dq"
-            "avx512vl" "avx512vnni" "avx512vbmi" "avx512vpopcntdq" "avx512bf16" "avx512fp16");
-        features.push(("amx", Tiles::detect().is_some()));
-        features
-    }
-    #[cfg(target_arch = "aarch64")]
-    return detect!(is_aarch64_feature_detected: "neon" "dotprod" "fp16" "bf16" "i8mm" "sve");
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    vec![]
-}
 
 /// A computation that runs on any instruction set. `run` must be `#[inline(always)]`.
 pub(crate) trait Kernel {

@@ -446,3 +446,119 @@ fn short_sums_on_every_isa() {
         }
     }
 }
+
+/// Products with stored rows of 64 elements.
+struct Stored<'a> {
+    storage: Storage,
+    rows: &'a [Vec<u8>],
+    /// Whether rows to come are asked for.
+    asks: bool,
+    /// The last row of weights and outputs.
+    last: usize,
+    /// Four rows each of 64 queries, weights and 64 outputs.
+    floats: [&'a [f32]; 3],
+}
+
+impl Kernel for Stored<'_> {
+    /// Dot products of the four query rows with the first rows, and outputs to which all rows were added under the weights; none
+    /// where there is nothing of the kind.
+    type Output = Option<([[f32; STORED_KEYS]; STORED_ROWS], Vec<f32>)>;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        let Self { storage, rows, asks, last, floats: [queries, weights, outputs] } = self;
+        if !S::MULTIPLIES_STORED {
+            return None;
+        }
+        let mut outputs = outputs.to_vec();
+        let list: Vec<*const u8> = rows.iter().map(|row| row.as_ptr()).collect();
+        let queries = std::array::from_fn(|r| queries[64 * r..].as_ptr());
+        // SAFETY: rows, queries and outputs have 64 elements each, and there is a weight for each row.
+        unsafe {
+            let keys = [list[0], list[1], list[2]];
+            let next = asks.then_some(Next { start: list[0], pace: 1 });
+            let sums = s.stored_dots(storage, keys, next, queries, 64 / STORED_STEP);
+            for d in (0..64).step_by(STORED_STEP / 2) {
+                s.add_stored(storage, &list, next, d, last, weights.as_ptr(), rows.len(), outputs.as_mut_ptr(), 64);
+            }
+            Some((s.sums(sums), outputs))
+        }
+    }
+}
+
+#[test]
+fn products_with_stored_rows_on_every_isa() {
+    let mut seed = 3u64;
+    let mut random = || {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    let numbers = [DType::F32, DType::F16, DType::BF16].map(Storage::Numbers);
+    for storage in numbers.into_iter().chain([Storage::Codes(8), Storage::Codes(4)]) {
+        for n in 3..=11 {
+            let mut values = vec![];
+            let rows: Vec<Vec<u8>> = (0..n)
+                .map(|_| {
+                    let row: Vec<f32> = (0..64).map(|_| random()).collect();
+                    let codes: Vec<u8> = row.iter().map(|x| (x.abs() * 255.0) as u8).collect();
+                    let (of_row, bytes): (Vec<f32>, Vec<u8>) = match storage {
+                        Storage::Numbers(DType::F32) => {
+                            (row.clone(), row.iter().flat_map(|x| x.to_ne_bytes()).collect())
+                        }
+                        Storage::Numbers(DType::F16) => {
+                            let halves: Vec<f16> = row.iter().map(|&x| f16::from_f32(x)).collect();
+                            (
+                                halves.iter().map(|x| x.to_f32()).collect(),
+                                halves.iter().flat_map(|x| x.to_ne_bytes()).collect(),
+                            )
+                        }
+                        Storage::Numbers(DType::BF16) => {
+                            let halves: Vec<bf16> = row.iter().map(|&x| bf16::from_f32(x)).collect();
+                            (
+                                halves.iter().map(|x| x.to_f32()).collect(),
+                                halves.iter().flat_map(|x| x.to_ne_bytes()).collect(),
+                            )
+                        }
+                        Storage::Codes(4) => {
+                            let of_row = codes.iter().map(|&code| f32::from(code & 15)).collect();
+                            // Channels 32 i + b and 32 i + 16 + b share byte 16 i + b.
+                            let byte = |i: usize| {
+                                let low = i / 16 * 32 + i % 16;
+                                codes[low] & 15 | codes[low + 16] << 4
+                            };
+                            (of_row, (0..32).map(byte).collect())
+                        }
+                        Storage::Codes(_) => (codes.iter().map(|&code| f32::from(code)).collect(), codes),
+                    };
+                    values.push(of_row);
+                    bytes
+                })
+                .collect();
+            let floats: [Vec<f32>; 3] = [256, 4 * n, 256].map(|len| (0..len).map(|_| random()).collect());
+            let [queries, weights, outputs] = &floats;
+            let of_floats = [queries.as_slice(), weights.as_slice(), outputs.as_slice()];
+            for (isa, last) in Isa::available().into_iter().flat_map(|isa| [(isa, 3), (isa, 2)]) {
+                let Some((dots, sums)) =
+                    dispatch(isa, Stored { storage, rows: &rows, asks: n % 2 == 0, last, floats: of_floats })
+                else {
+                    continue;
+                };
+                for (r, dots) in dots.iter().enumerate() {
+                    for (c, &dot) in dots.iter().enumerate() {
+                        let products = || (0..64).map(|d| f64::from(queries[64 * r + d]) * f64::from(values[c][d]));
+                        let (exact, terms) = (products().sum::<f64>(), products().map(f64::abs).sum::<f64>());
+                        let error = (f64::from(dot) - exact).abs();
+                        assert!(error <= 1e-6 * terms, "{}: {storage}, row {r}, key {c}: {error:e}", isa.name());
+                    }
+                    for d in 0..64 {
+                        // In the order of the rows, each product and sum rounded once.
+                        let added = if r <= last { 0..n } else { 0..0 };
+                        let expected =
+                            added.fold(outputs[64 * r + d], |sum, j| weights[r * n + j].mul_add(values[j][d], sum));
+                        let found = sums[64 * r + d];
+                        assert_eq!(found, expected, "{}: {storage}, {n} rows, row {r}, column {d}", isa.name());
+                    }
+                }
+            }
+        }
+    }
+}

@@ -238,6 +238,16 @@ pub enum Storage {
     Codes(usize),
 }
 
+impl Storage {
+    /// Bytes that so many elements take, scales aside.
+    pub(crate) const fn bytes(self, elements: usize) -> usize {
+        match self {
+            Self::Numbers(dtype) => elements * dtype.size(),
+            Self::Codes(bits) => elements * bits / 8,
+        }
+    }
+}
+
 impl std::fmt::Display for Storage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
