@@ -80,15 +80,16 @@ impl<const C: usize> Coming<C> {
         Self { rows: Places::Spaced(std::ptr::null(), 0), bytes: 0 }
     }
 
-    /// The rows in so many equal parts, where nothing is between them, a part is no more than `most` bytes, and they come into the first
+    /// The rows in so many equal parts, one at least, where nothing is between them, a part is no more than `most` bytes, and they come into the first
     /// cache.
     #[inline(always)]
     pub(super) fn evenly(&self, parts: usize, most: usize) -> Option<Next> {
         let Places::Listed(starts) = self.rows else { return None };
-        let (start, last) = (starts[0], starts[C - 1]);
-        let together = last.addr().wrapping_sub(start.addr()) == (C - 1) * self.bytes;
-        let next = Next { start, pace: (C * self.bytes).div_ceil(parts.max(1)) };
-        (self.bytes > 0 && together && next.pace <= most && !asks_second_cache()).then_some(next)
+        let start = starts[0];
+        let distance = |row: *const u8| row.addr().wrapping_sub(start.addr());
+        let nothing_between = distance(starts[C - 1]) == (C - 1) * self.bytes && distance(starts[1 % C]) == self.bytes;
+        let next = Next { start, pace: (C * self.bytes).div_ceil(parts) };
+        (self.bytes > 0 && nothing_between && next.pace <= most && !asks_second_cache()).then_some(next)
     }
 
     /// Asks for the line at byte `at` of each row.

@@ -3,7 +3,7 @@
 use super::ahead::{Coming, ahead};
 use super::rows::{Row, Rows};
 use super::stream::{KEYS, RowState};
-use crate::simd::{Kernel, LINE_BYTES, STORED_KEYS, STORED_ROWS, STORED_STEP, Simd};
+use crate::simd::{Kernel, LINE_BYTES, STORED_ROWS, STORED_STEP, Simd, stored_keys};
 use std::ops::Range;
 
 /// Elements of the widest rows in a cache line.
@@ -59,6 +59,7 @@ pub(super) unsafe fn fill_scores<S: Simd, D: Dots, K: Rows, V: Rows>(
     scores: &mut [f32],
 ) {
     assert!(keys.len() <= KEYS && scores.len() >= n * KEYS);
+    let stored = S::MULTIPLIES_STORED && K::STORED.is_some();
     let mut r = 0;
     while r < n {
         let three = n - r == 3 && goes_as_stored::<S, K>(dim);
@@ -69,13 +70,13 @@ pub(super) unsafe fn fill_scores<S: Simd, D: Dots, K: Rows, V: Rows>(
         // SAFETY: the caller's promise.
         unsafe {
             match together {
+                1 if stored => fill_rows::<S, D, K, V, 1, { stored_keys(1) }>(s, dots, r, k, dim, keys, next, out),
+                2 if stored => fill_rows::<S, D, K, V, 2, { stored_keys(2) }>(s, dots, r, k, dim, keys, next, out),
+                4 if stored => fill_rows::<S, D, K, V, 4, { stored_keys(4) }>(s, dots, r, k, dim, keys, next, out),
                 1 => fill_rows::<S, D, K, V, 1, 8>(s, dots, r, k, dim, keys, next, out),
                 2 if S::SUMS == 16 => fill_rows::<S, D, K, V, 2, 8>(s, dots, r, k, dim, keys, next, out),
                 2 => fill_rows::<S, D, K, V, 2, 4>(s, dots, r, k, dim, keys, next, out),
                 4 if S::SUMS == 16 => fill_rows::<S, D, K, V, 4, 4>(s, dots, r, k, dim, keys, next, out),
-                4 if S::MULTIPLIES_STORED && K::STORED.is_some() => {
-                    fill_rows::<S, D, K, V, STORED_ROWS, STORED_KEYS>(s, dots, r, k, dim, keys, next, out)
-                }
                 4 => fill_rows::<S, D, K, V, 4, 2>(s, dots, r, k, dim, keys, next, out),
                 _ => fill_rows::<S, D, K, V, 8, 2>(s, dots, r, k, dim, keys, next, out),
             }
@@ -177,7 +178,8 @@ unsafe fn dots<S: Simd, K: Rows, const R: usize, const C: usize>(
     let mut d = 0;
     if let Some(storage) = K::STORED
         && S::MULTIPLIES_STORED
-        && (R, C) == (STORED_ROWS, STORED_KEYS)
+        && C == stored_keys(R)
+        && dim >= STORED_STEP
     {
         let keys = rows.starts(first);
         let queries = std::array::from_fn(query);
@@ -188,14 +190,9 @@ unsafe fn dots<S: Simd, K: Rows, const R: usize, const C: usize>(
             coming.ask(0, usize::MAX);
         }
         // SAFETY: keys and queries have the elements up to `dim`.
-        let sums = unsafe { s.stored_dots(storage, keys, next, queries, steps) };
+        acc = unsafe { s.stored_dots(storage, keys, next, queries, steps) };
         d = steps * STORED_STEP;
         coming = Coming::none();
-        for (acc, sums) in acc.iter_mut().zip(&sums) {
-            for (acc, &sum) in acc.iter_mut().zip(sums) {
-                *acc = sum;
-            }
-        }
     }
     // SAFETY: d + LANES <= dim in the loop, the rest is read by its length; queries are padded.
     unsafe {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! for each block of keys:
-//!     S = Q K^T          dot products along contiguous rows, 16 accumulators (8 where registers are few): 4 query rows x 4 keys;
+//!     S = Q K^T          dot products along contiguous rows, 16 accumulators (12 or 8 where registers are few): 4 query rows x 4 keys;
 //!                        of bytes with a key in each lane (codes.rs); of bf16 by matrix registers (register_scores.rs)
 //!     modify, mask, online softmax                       (scores.rs)
 //!     O = O * factor + P V                                16 accumulators: 4 query rows x 4 vectors of columns

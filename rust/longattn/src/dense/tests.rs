@@ -336,6 +336,23 @@ fn long_ranges_are_split_and_merged() {
     case.check(Options { window_left: Some(0), window_right: Some(0), ..Options::default() }).unwrap();
 }
 
+#[test]
+fn decode_of_any_group_at_the_edges_of_blocks() {
+    let dtypes = [DType::F32, DType::F16, DType::BF16];
+    let mut n = 0;
+    for group in 1..=8 {
+        for (dim, value_dim) in [(32, 32), (64, 80), (96, 64), (130, 160)] {
+            for keys in [1, 2, 3, 5, 6, 127, 130, 133, 300] {
+                n += 1;
+                let shape = Shape { batch: 1, kv_heads: 1, group, queries: 1, keys, dim, value_dim };
+                // Rows with nothing between them, and others.
+                let case = Case::new(shape, dtypes[n % 3], dtypes[n / 3 % 3], n / 9 % 2, n as u64);
+                case.check(Options::default()).unwrap();
+            }
+        }
+    }
+}
+
 /// Whole steps of bf16 are packed where they lie, if keys lie whole words apart; tails and other distances are not.
 #[test]
 fn keys_and_values_of_bf16_at_any_distance() {

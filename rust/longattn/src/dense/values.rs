@@ -4,7 +4,7 @@ use super::ahead::ahead;
 use super::dots::{goes_as_stored, rows_together};
 use super::rows::{Row, Rows};
 use super::stream::KEYS;
-use crate::simd::{Kernel, LINE_BYTES, Next, STORED_ROWS, STORED_STEP, Simd, asks_second_cache};
+use crate::simd::{Kernel, LINE_BYTES, Next, STORED_ROWS, STORED_STEP, Simd, asks_second_cache, stored_columns};
 use crate::tensor::Storage;
 use std::ops::Range;
 
@@ -37,12 +37,11 @@ unsafe fn accumulate<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
     padded_dim: usize,
 ) {
     let row_bytes = rows.row_bytes(dim);
-    let stored = V::STORED
-        .filter(|_| S::MULTIPLIES_STORED && (R, C * S::LANES) == (STORED_ROWS, STORED_STEP / 2) && dim >= STORED_STEP);
+    let stored = V::STORED.filter(|_| S::MULTIPLIES_STORED && R <= STORED_ROWS && C > 1 && dim >= STORED_STEP);
     let shares = S::SUMS < 16 && dim >= 4 * C * S::LANES && !asks_second_cache();
     let together = if shares { SHARED_VALUE_BYTES } else { VALUE_BYTES };
     let step = (together / row_bytes.max(1)).clamp(16, KEYS);
-    let ahead = if shares { ahead(row_bytes).max(step) } else { ahead(row_bytes) };
+    let ahead = if shares || stored.is_some() { ahead(row_bytes).max(step) } else { ahead(row_bytes) };
     let Range { start, end } = keys;
     let mut starts = [std::ptr::null(); KEYS];
     if stored.is_some() {
@@ -60,7 +59,17 @@ unsafe fn accumulate<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
                 let starts = &starts[first - start..part.end - start];
                 let coming = first + ahead;
                 let outputs = (outputs, padded_dim);
-                d = accumulate_stored(s, storage, (weights, last), (rows, dim), starts, coming, end, next, outputs);
+                d = accumulate_stored::<S, K, V, R>(
+                    s,
+                    storage,
+                    (weights, last),
+                    (rows, dim),
+                    starts,
+                    coming,
+                    end,
+                    next,
+                    outputs,
+                );
             }
             let next = next.filter(|_| d == 0);
             while d < dim {
@@ -87,15 +96,15 @@ unsafe fn accumulate<S: Simd, K: Rows, V: Rows, const R: usize, const C: usize>(
     }
 }
 
-/// [`accumulate`] for [`STORED_ROWS`] rows and the columns that [`Simd::add_stored`] takes, all but the last few; the output is how many.
+/// [`accumulate`] for the columns that [`Simd::add_stored`] takes, all but the last few; the output is how many.
 ///
 /// Each pass asks for its share of the rows to come, from number `coming` on: line after line with the rows of values, where nothing
-/// is between them and they have a line in each pass at most; else before it.
+/// is between them; else before it. Where the block ends, the first of them decides for all what they are.
 ///
 /// # Safety
 /// As [`accumulate`], for rows that start at `starts`.
 #[inline(always)]
-unsafe fn accumulate_stored<S: Simd, K: Rows, V: Rows>(
+unsafe fn accumulate_stored<S: Simd, K: Rows, V: Rows, const R: usize>(
     s: S,
     storage: Storage,
     (weights, last): (*const f32, usize),
@@ -106,23 +115,45 @@ unsafe fn accumulate_stored<S: Simd, K: Rows, V: Rows>(
     next: Option<(K, usize)>,
     (outputs, padded_dim): (*mut f32, usize),
 ) -> usize {
-    let (columns, pass) = (dim / STORED_STEP * STORED_STEP, STORED_STEP / 2);
-    let row_bytes = rows.row_bytes(dim);
-    let pace = row_bytes.div_ceil(columns / pass);
-    let nothing_between = !V::SCATTERED && rows.start(1).addr().wrapping_sub(rows.start(0).addr()) == row_bytes;
-    let evenly = nothing_between && pace <= LINE_BYTES && !asks_second_cache();
-    let mut lines = next.filter(|_| evenly).map(|(next, _)| {
-        let start = if coming < block_end { rows.start(coming) } else { next.start(coming) };
-        Next { start, pace }
-    });
-    for d in (0..columns).step_by(pass) {
+    let (columns, pass) = (dim / STORED_STEP * STORED_STEP, stored_columns(R));
+    let passes = columns / pass;
+    let mut following = None;
+    if let Some((next, next_dim)) = next {
+        let [here, after, bytes] = if coming < block_end {
+            [rows.start(coming).addr(), rows.start(coming + 1).addr(), rows.row_bytes(dim)]
+        } else {
+            [next.start(coming).addr(), next.start(coming + 1).addr(), next.row_bytes(next_dim)]
+        };
+        let nothing_between = !V::SCATTERED && !K::SCATTERED && after.wrapping_sub(here) == bytes;
+        let pace = bytes.div_ceil(passes.max(1));
+        let lines = storage.bytes(pass).next_multiple_of(LINE_BYTES);
+        if nothing_between && passes > 0 && pace <= lines && !asks_second_cache() {
+            let start = if coming < block_end { rows.start(coming) } else { next.start(coming) };
+            following = Some(Next { start, pace });
+        }
+    }
+    let evenly = following.is_some();
+    let ask = |columns_done: Range<usize>| {
         if let Some(next) = next.filter(|_| !evenly) {
             let share = |d: usize| coming + starts.len() * d / columns;
-            prefetch_rows((rows, dim), next, block_end, share(d)..share(d + pass));
+            prefetch_rows((rows, dim), next, block_end, share(columns_done.start)..share(columns_done.end));
         }
-        // SAFETY: the caller's promise.
-        unsafe { s.add_stored(storage, starts, lines, d, last, weights, KEYS, outputs, padded_dim) };
-        lines = lines.map(|next| Next { start: next.start.wrapping_add(next.pace * starts.len()), ..next });
+    };
+    // SAFETY: the caller's promise.
+    unsafe {
+        for d in (0..passes * pass).step_by(pass) {
+            ask(d..d + pass);
+            s.add_stored::<R>(storage, starts, following, d, last, weights, KEYS, outputs, padded_dim);
+            following = following.map(|next| Next { start: next.start.wrapping_add(next.pace * starts.len()), ..next });
+        }
+        // Columns that make no pass go as those of four rows, all of them one.
+        for d in (passes * pass..columns).step_by(stored_columns(STORED_ROWS)) {
+            ask(d..d + stored_columns(STORED_ROWS));
+            for r in 0..R {
+                let (weights, outputs) = (weights.add(r * KEYS), outputs.add(r * padded_dim));
+                s.add_stored::<STORED_ROWS>(storage, starts, None, d, 0, weights, 0, outputs, padded_dim);
+            }
+        }
     }
     columns
 }

@@ -12,7 +12,7 @@ use crate::tensor::{Element, with_element};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Keys that products are taken of together, whatever the instruction set and the number of queries.
+/// The most keys that products are taken of together, whatever the instruction set and the number of queries.
 const TOGETHER: usize = 8;
 
 /// The queries one after another, padded with zeros.
@@ -142,23 +142,17 @@ impl<K: Rows> Kernel for KeyScores<'_, K> {
         for first in keys.clone().step_by(KEYS) {
             let part = first..(first + KEYS).min(keys.end);
             let (count, at) = (part.len(), first - keys.start);
-            let whole = count / TOGETHER * TOGETHER;
-            let next = (k, dim);
-            if whole > 0 {
-                let keys = first..first + whole;
+            if count >= TOGETHER {
+                let (keys, next) = (part, (k, dim));
                 s.call(BlockScores { queries, padded_dim, rows: n, dim, k, keys, next, scores: &mut block });
-            }
-            for (g, row) in block.chunks_exact(KEYS).enumerate() {
-                scores[g * stride + at..][..whole].copy_from_slice(&row[..whole]);
-            }
-            if whole < count {
-                // A key's score must not depend on its place, so the last ones do not go one by one: equal keys tie.
-                let index: [u32; TOGETHER] = std::array::from_fn(|j| (first + whole + j).min(keys.end - 1) as u32);
+            } else {
+                // A key's score must not depend on its place, so few do not go one by one: equal keys tie.
+                let index: [u32; TOGETHER] = std::array::from_fn(|j| (first + j).min(keys.end - 1) as u32);
                 let (k, keys) = (Indexed { rows: k, index: &index }, 0..TOGETHER);
                 s.call(BlockScores { queries, padded_dim, rows: n, dim, k, keys, next: (k, dim), scores: &mut block });
-                for (g, row) in block.chunks_exact(KEYS).enumerate() {
-                    scores[g * stride + at + whole..][..count - whole].copy_from_slice(&row[..count - whole]);
-                }
+            }
+            for (g, row) in block.chunks_exact(KEYS).enumerate() {
+                scores[g * stride + at..][..count].copy_from_slice(&row[..count]);
             }
         }
     }

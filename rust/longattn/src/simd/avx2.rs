@@ -1,6 +1,6 @@
 //! AVX2 with FMA and F16C: eight floats.
 
-use super::{Kernel, Next, PANEL_VECTORS, STORED_KEYS, STORED_ROWS, Simd, avx2_products, avx2_rows};
+use super::{Kernel, Next, PANEL_VECTORS, Simd, avx2_products, avx2_rows, stored_keys};
 use crate::tensor::Storage;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -122,19 +122,19 @@ impl Simd for Avx2 {
         *rows = unsafe { avx2_products::multiply(*rows, k, a, lda, b, ldb) };
     }
     #[inline(always)]
-    unsafe fn stored_dots(
+    unsafe fn stored_dots<const R: usize, const C: usize>(
         self,
         storage: Storage,
-        keys: [*const u8; STORED_KEYS],
+        keys: [*const u8; C],
         next: Option<Next>,
-        queries: [*const f32; STORED_ROWS],
+        queries: [*const f32; R],
         steps: usize,
-    ) -> [[__m256; STORED_KEYS]; STORED_ROWS] {
+    ) -> [[__m256; C]; R] {
         // SAFETY: the caller's promise.
         unsafe { avx2_rows::dots(storage, keys, next, queries, steps) }
     }
     #[inline(always)]
-    unsafe fn add_stored(
+    unsafe fn add_stored<const R: usize>(
         self,
         storage: Storage,
         rows: &[*const u8],
@@ -147,7 +147,7 @@ impl Simd for Avx2 {
         output_stride: usize,
     ) {
         // SAFETY: the caller's promise.
-        unsafe { avx2_rows::add(storage, rows, next, d, last, weights, stride, outputs, output_stride) }
+        unsafe { avx2_rows::add::<R>(storage, rows, next, d, last, weights, stride, outputs, output_stride) }
     }
     #[inline(always)]
     fn max(self, a: __m256, b: __m256) -> __m256 {
@@ -192,14 +192,17 @@ impl Simd for Avx2 {
                 let sum = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
                 _mm256_storeu_ps(sums.as_mut_ptr().cast(), sum);
             }
-        } else if C == 3 {
+        } else if C == stored_keys(R) {
             for (sums, v) in sums.iter_mut().zip(&v) {
-                instructions!({
-                    let four = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[2]));
-                    let four = _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps::<1>(four));
-                    let four: [f32; 4] = std::mem::transmute(four);
-                    sums.copy_from_slice(&four[..C]);
-                });
+                for (i, sums) in sums.chunks_mut(4).enumerate() {
+                    let [a, b, c, d] = [0, 1, 2, 3].map(|next| (4 * i + next).min(C - 1));
+                    let four: [f32; 4] = instructions!({
+                        let halves = _mm256_hadd_ps(_mm256_hadd_ps(v[a], v[b]), _mm256_hadd_ps(v[c], v[d]));
+                        let sum = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves));
+                        std::mem::transmute(sum)
+                    });
+                    sums.copy_from_slice(&four[..sums.len()]);
+                }
             }
         } else {
             for (sums, v) in sums.iter_mut().zip(&v) {

@@ -359,32 +359,33 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Whether there are [`Self::stored_dots`] and [`Self::add_stored`]: where compilers run short of registers.
     const MULTIPLIES_STORED: bool = false;
     /// Sums of products of the first `steps` times [`STORED_STEP`] numbers of each query row with as many elements of each key, over
-    /// the lanes of vectors `[query row][key]`. Elements are numbers of `storage`, or codes. Each step asks for as many lines of what
-    /// comes `next` as it reads of keys.
+    /// the lanes of vectors `[query row][key]`: of four rows, two or one, with [`stored_keys`]. Elements are numbers of `storage`, or
+    /// codes. Each step asks for as many lines of what comes `next` as it reads of keys.
     ///
     /// # Safety
     /// The query rows and the keys are readable for so many elements.
     #[inline(always)]
-    unsafe fn stored_dots(
+    unsafe fn stored_dots<const R: usize, const C: usize>(
         self,
         storage: Storage,
-        keys: [*const u8; STORED_KEYS],
+        keys: [*const u8; C],
         next: Option<Next>,
-        queries: [*const f32; STORED_ROWS],
+        queries: [*const f32; R],
         steps: usize,
-    ) -> [[Self::F32; STORED_KEYS]; STORED_ROWS] {
+    ) -> [[Self::F32; C]; R] {
         let _ = (storage, keys, next, queries, steps);
-        [[self.zero(); STORED_KEYS]; STORED_ROWS]
+        [[self.zero(); C]; R]
     }
-    /// `outputs[r][d..] += sum_j weights[r][j] rows[j][d..]`, one product after the other, for half of [`STORED_STEP`] columns: `d` is a
-    /// multiple of as many, and numbers two halves of a step for all of its columns. Strides are floats from row to row. Each row asks
-    /// for a line of what comes `next`. Row `last` of weights and outputs, the third at least, stands for those after it.
+    /// `outputs[r][d..] += sum_j weights[r][j] rows[j][d..]`, one product after the other, for [`stored_columns`] of four rows, two or
+    /// one. `d` is a multiple of half a [`STORED_STEP`], and numbers two halves of a step for all of its columns. Strides are floats from
+    /// row to row. Each row asks for as many lines of what comes `next` as the columns have. Row `last` of weights and outputs, of four
+    /// the third at least unless the stride is 0, stands for those after it.
     ///
     /// # Safety
-    /// The rows are readable for the elements of the step that `d` is in, each row of weights for as many floats as there are rows; that
-    /// step of the rows of outputs, up to [`STORED_ROWS`], is writable.
+    /// The rows are readable for the elements of the steps that the columns are in, each row of weights for as many floats as there are
+    /// rows; those steps of the rows of outputs are writable.
     #[inline(always)]
-    unsafe fn add_stored(
+    unsafe fn add_stored<const R: usize>(
         self,
         storage: Storage,
         rows: &[*const u8],
@@ -588,11 +589,18 @@ impl Next {
     pub(crate) const NONE: Self = Self { start: std::ptr::null(), pace: 0 };
 }
 
-/// Rows of floats that [`Simd::stored_dots`] and [`Simd::add_stored`] multiply.
+/// The most rows of floats that [`Simd::stored_dots`] and [`Simd::add_stored`] multiply.
 pub(crate) const STORED_ROWS: usize = 4;
 
-/// Keys of [`Simd::stored_dots`].
-pub(crate) const STORED_KEYS: usize = 3;
+/// Keys of [`Simd::stored_dots`] with so many query rows.
+pub(crate) const fn stored_keys(rows: usize) -> usize {
+    if rows == STORED_ROWS { 3 } else { 6 }
+}
+
+/// Columns of [`Simd::add_stored`] with so many rows.
+pub(crate) const fn stored_columns(rows: usize) -> usize {
+    STORED_STEP / 2 * STORED_ROWS / rows
+}
 
 /// Elements of stored rows that a step of [`Simd::stored_dots`] takes, a multiple of what any storage has together.
 pub(crate) const STORED_STEP: usize = 32;

@@ -453,34 +453,48 @@ struct Stored<'a> {
     rows: &'a [Vec<u8>],
     /// Whether rows to come are asked for.
     asks: bool,
-    /// The last row of weights and outputs.
-    last: usize,
+    /// Rows of queries, weights and outputs, and the last of weights and outputs.
+    of: [usize; 2],
+    /// Rows that are added.
+    added: usize,
     /// Four rows each of 64 queries, weights and 64 outputs.
     floats: [&'a [f32]; 3],
 }
 
 impl Kernel for Stored<'_> {
-    /// Dot products of the four query rows with the first rows, and outputs to which all rows were added under the weights; none
-    /// where there is nothing of the kind.
-    type Output = Option<([[f32; STORED_KEYS]; STORED_ROWS], Vec<f32>)>;
+    /// Dot products of each query row with the first rows, and outputs to which the first rows were added under the weights; none where there
+    /// is nothing of the kind.
+    type Output = Option<(Vec<Vec<f32>>, Vec<f32>)>;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Self::Output {
-        let Self { storage, rows, asks, last, floats: [queries, weights, outputs] } = self;
         if !S::MULTIPLIES_STORED {
             return None;
         }
+        Some(match self.of[0] {
+            4 => self.of::<S, 4, { stored_keys(4) }>(s),
+            2 => self.of::<S, 2, { stored_keys(2) }>(s),
+            _ => self.of::<S, 1, { stored_keys(1) }>(s),
+        })
+    }
+}
+
+impl Stored<'_> {
+    #[inline(always)]
+    fn of<S: Simd, const R: usize, const C: usize>(self, s: S) -> (Vec<Vec<f32>>, Vec<f32>) {
+        let Self { storage, rows, asks, of: [_, last], added, floats: [queries, weights, outputs] } = self;
         let mut outputs = outputs.to_vec();
         let list: Vec<*const u8> = rows.iter().map(|row| row.as_ptr()).collect();
-        let queries = std::array::from_fn(|r| queries[64 * r..].as_ptr());
+        let queries: [_; R] = std::array::from_fn(|r| queries[64 * r..].as_ptr());
+        let keys: [_; C] = std::array::from_fn(|c| list[c]);
+        let next = asks.then_some(Next { start: list[0], pace: 1 });
         // SAFETY: rows, queries and outputs have 64 elements each, and there is a weight for each row.
         unsafe {
-            let keys = [list[0], list[1], list[2]];
-            let next = asks.then_some(Next { start: list[0], pace: 1 });
-            let sums = s.stored_dots(storage, keys, next, queries, 64 / STORED_STEP);
-            for d in (0..64).step_by(STORED_STEP / 2) {
-                s.add_stored(storage, &list, next, d, last, weights.as_ptr(), rows.len(), outputs.as_mut_ptr(), 64);
+            let sums = s.sums(s.stored_dots(storage, keys, next, queries, 64 / STORED_STEP));
+            for d in (0..64).step_by(stored_columns(R)) {
+                let (w, stride) = (weights.as_ptr(), if last == 0 { 0 } else { rows.len() });
+                s.add_stored::<R>(storage, &list[..added], next, d, last, w, stride, outputs.as_mut_ptr(), 64);
             }
-            Some((s.sums(sums), outputs))
+            (sums.map(|row| row.to_vec()).to_vec(), outputs)
         }
     }
 }
@@ -494,7 +508,7 @@ fn products_with_stored_rows_on_every_isa() {
     };
     let numbers = [DType::F32, DType::F16, DType::BF16].map(Storage::Numbers);
     for storage in numbers.into_iter().chain([Storage::Codes(8), Storage::Codes(4)]) {
-        for n in 3..=11 {
+        for n in 6..=13 {
             let mut values = vec![];
             let rows: Vec<Vec<u8>> = (0..n)
                 .map(|_| {
@@ -536,9 +550,11 @@ fn products_with_stored_rows_on_every_isa() {
             let floats: [Vec<f32>; 3] = [256, 4 * n, 256].map(|len| (0..len).map(|_| random()).collect());
             let [queries, weights, outputs] = &floats;
             let of_floats = [queries.as_slice(), weights.as_slice(), outputs.as_slice()];
-            for (isa, last) in Isa::available().into_iter().flat_map(|isa| [(isa, 3), (isa, 2)]) {
+            let of = [[4, 3], [4, 2], [4, 0], [2, 1], [1, 0]];
+            for (isa, of) in Isa::available().into_iter().flat_map(|isa| of.map(|of| (isa, of))) {
+                let (last, added) = (of[1], n - 6);
                 let Some((dots, sums)) =
-                    dispatch(isa, Stored { storage, rows: &rows, asks: n % 2 == 0, last, floats: of_floats })
+                    dispatch(isa, Stored { storage, rows: &rows, asks: n % 2 == 0, of, added, floats: of_floats })
                 else {
                     continue;
                 };
@@ -551,7 +567,7 @@ fn products_with_stored_rows_on_every_isa() {
                     }
                     for d in 0..64 {
                         // In the order of the rows, each product and sum rounded once.
-                        let added = if r <= last { 0..n } else { 0..0 };
+                        let added = if r <= last { 0..added } else { 0..0 };
                         let expected =
                             added.fold(outputs[64 * r + d], |sum, j| weights[r * n + j].mul_add(values[j][d], sum));
                         let found = sums[64 * r + d];

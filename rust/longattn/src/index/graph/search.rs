@@ -10,7 +10,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
 
-/// Rows that are scored together: lists of candidates are filled up to a multiple.
+/// The most rows that are scored together; shorter lists of candidates are filled up.
 const TOGETHER: usize = 8;
 
 /// A score and its row in one number: the larger score first, of equal ones the lower row. NaN comes last.
@@ -125,8 +125,8 @@ pub(super) unsafe fn products<S: Simd, T: Element>(
 ) {
     let count = list.len();
     let Some(&last) = list.last() else { return };
-    // One at a time is slow, and a row that was just read costs nothing.
-    list.resize(count.next_multiple_of(TOGETHER), last);
+    // Few go one at a time, which is slow, and a row that was just read costs nothing.
+    list.resize(count.max(TOGETHER), last);
     let k = Indexed { rows, index: &list[..] };
     let keys = 0..list.len();
     s.call(BlockScores { queries: query, padded_dim: query.len(), rows: 1, dim, k, keys, next: (k, dim), scores });
