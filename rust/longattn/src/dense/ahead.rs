@@ -80,8 +80,8 @@ impl<const C: usize> Coming<C> {
         Self { rows: Places::Spaced(std::ptr::null(), 0), bytes: 0 }
     }
 
-    /// The rows in so many equal parts, one at least, where nothing is between them, a part is no more than `most` bytes, and they come into the first
-    /// cache.
+    /// The rows in so many equal parts, one at least, where nothing is between them, a part is no more than `most` bytes, and they come
+    /// into the first cache.
     #[inline(always)]
     pub(super) fn evenly(&self, parts: usize, most: usize) -> Option<Next> {
         let Places::Listed(starts) = self.rows else { return None };

@@ -59,7 +59,7 @@ pub(super) unsafe fn fill_scores<S: Simd, D: Dots, K: Rows, V: Rows>(
     scores: &mut [f32],
 ) {
     assert!(keys.len() <= KEYS && scores.len() >= n * KEYS);
-    let stored = S::MULTIPLIES_STORED && K::STORED.is_some();
+    let stored = S::MULTIPLIES_STORED && K::STORED.is_some() && dim >= STORED_STEP;
     let mut r = 0;
     while r < n {
         let three = n - r == 3 && goes_as_stored::<S, K>(dim);
