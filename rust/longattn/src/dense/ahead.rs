@@ -2,15 +2,16 @@
 
 use super::rows::{Rows, prefetch_bytes};
 use super::stream::{KEYS, MAX_QUERY_ROWS};
-use crate::simd::{Next, asks_second_cache, prefetch, prefetch_into};
+use crate::simd::{LINE_BYTES, Next, asks_second_cache, prefetch, prefetch_into};
 use std::ops::Range;
 
 /// Bytes of rows asked for ahead of their use: what memory delivers while a request for more is on its way.
 const AHEAD_BYTES: usize = 8 << 10;
 
 /// Blocks of at most so many bytes are asked for as a whole while the block before them is computed with, which is faster by a quarter
-/// where a row takes two cache lines.
-const BLOCK_BYTES: usize = 16 << 10;
+/// where a row takes two cache lines. Codes are wanted whole, as the scales of all values of a block are read before any value: rows of
+/// 128 bytes and their scales are in it.
+const BLOCK_BYTES: usize = 17 << 10;
 
 /// The same where they come into the second cache.
 const SECOND_CACHE_BLOCK_BYTES: usize = 128 << 10;
@@ -20,6 +21,13 @@ const SECOND_CACHE_BLOCK_BYTES: usize = 128 << 10;
 pub(super) fn ahead(row_bytes: usize) -> usize {
     let whole = if asks_second_cache() { SECOND_CACHE_BLOCK_BYTES } else { BLOCK_BYTES };
     if KEYS * row_bytes <= whole { KEYS } else { (AHEAD_BYTES / row_bytes.max(1)).clamp(4, KEYS / 4) }
+}
+
+/// `bytes` from `start` on in so many equal parts, where these are no more than `most` bytes each and come into the first cache.
+#[inline(always)]
+pub(super) fn in_parts(start: *const u8, bytes: usize, parts: usize, most: usize) -> Option<Next> {
+    let pace = bytes.div_ceil(parts.max(1));
+    (bytes > 0 && parts > 0 && pace <= most && !asks_second_cache()).then_some(Next { start, pace })
 }
 
 /// Rows to come, of which memory is asked for line by line while others are computed with: a burst of requests would stall loads.
@@ -80,22 +88,20 @@ impl<const C: usize> Coming<C> {
         Self { rows: Places::Spaced(std::ptr::null(), 0), bytes: 0 }
     }
 
-    /// The rows in so many equal parts, one at least, where nothing is between them, a part is no more than `most` bytes, and they come
-    /// into the first cache.
+    /// The rows [`in_parts`], where nothing is between them.
     #[inline(always)]
     pub(super) fn evenly(&self, parts: usize, most: usize) -> Option<Next> {
         let Places::Listed(starts) = self.rows else { return None };
         let start = starts[0];
         let distance = |row: *const u8| row.addr().wrapping_sub(start.addr());
         let nothing_between = distance(starts[C - 1]) == (C - 1) * self.bytes && distance(starts[1 % C]) == self.bytes;
-        let next = Next { start, pace: (C * self.bytes).div_ceil(parts) };
-        (self.bytes > 0 && nothing_between && next.pace <= most && !asks_second_cache()).then_some(next)
+        in_parts(start, C * self.bytes, parts, most).filter(|_| nothing_between)
     }
 
     /// Asks for the line at byte `at` of each row.
     #[inline(always)]
     pub(super) fn ask_line(&self, at: usize) {
-        let Places::Listed(starts) = self.rows else { return self.ask(at, at + 64) };
+        let Places::Listed(starts) = self.rows else { return self.ask(at, at + LINE_BYTES) };
         if at < self.bytes {
             let second_cache = asks_second_cache();
             for start in starts {
@@ -116,12 +122,12 @@ impl<const C: usize> Coming<C> {
                 }
             }
             Places::Spaced(first, distance) if distance == self.bytes as isize => {
-                for at in (C * from..C * to).step_by(64) {
+                for at in (C * from..C * to).step_by(LINE_BYTES) {
                     prefetch(first.wrapping_add(at));
                 }
             }
             Places::Spaced(first, distance) => {
-                for at in (from..to).step_by(64) {
+                for at in (from..to).step_by(LINE_BYTES) {
                     for i in 0..C as isize {
                         prefetch(first.wrapping_offset(i * distance).wrapping_add(at));
                     }

@@ -1,6 +1,6 @@
 //! Rows of one head as kernels read them: numbers or codes, one after another or picked by an index list.
 
-use crate::simd::{Simd, asks_second_cache, prefetch_into};
+use crate::simd::{LINE_BYTES, Simd, asks_second_cache, prefetch_into};
 use crate::tensor::{CODE_STEP, CodeFormat, DType, Element, KvView, Storage};
 
 /// One stored row, whose elements are floats once loaded.
@@ -46,11 +46,11 @@ impl<T: Element> Row for *const T {
 pub(crate) fn prefetch_bytes(start: *const u8, bytes: usize) {
     // A loop each, so that neither asks again.
     if asks_second_cache() {
-        for offset in (0..bytes).step_by(64) {
+        for offset in (0..bytes).step_by(LINE_BYTES) {
             prefetch_into(true, start.wrapping_add(offset));
         }
     } else {
-        for offset in (0..bytes).step_by(64) {
+        for offset in (0..bytes).step_by(LINE_BYTES) {
             prefetch_into(false, start.wrapping_add(offset));
         }
     }

@@ -1,6 +1,6 @@
 //! Sums of values under a block's weights, for a few rows of weights: `O += P V`.
 
-use super::ahead::ahead;
+use super::ahead::{ahead, in_parts};
 use super::dots::{goes_as_stored, rows_together};
 use super::rows::{Row, Rows};
 use super::stream::KEYS;
@@ -119,17 +119,13 @@ unsafe fn accumulate_stored<S: Simd, K: Rows, V: Rows, const R: usize>(
     let passes = columns / pass;
     let mut following = None;
     if let Some((next, next_dim)) = next {
-        let [here, after, bytes] = if coming < block_end {
-            [rows.start(coming).addr(), rows.start(coming + 1).addr(), rows.row_bytes(dim)]
+        let (here, after, bytes) = if coming < block_end {
+            (rows.start(coming), rows.start(coming + 1), rows.row_bytes(dim))
         } else {
-            [next.start(coming).addr(), next.start(coming + 1).addr(), next.row_bytes(next_dim)]
+            (next.start(coming), next.start(coming + 1), next.row_bytes(next_dim))
         };
-        let nothing_between = !V::SCATTERED && !K::SCATTERED && after.wrapping_sub(here) == bytes;
-        let pace = bytes.div_ceil(passes.max(1));
-        let lines = storage.bytes(pass).next_multiple_of(LINE_BYTES);
-        if nothing_between && passes > 0 && pace <= lines && !asks_second_cache() {
-            let start = if coming < block_end { rows.start(coming) } else { next.start(coming) };
-            following = Some(Next { start, pace });
+        if !V::SCATTERED && !K::SCATTERED && after.addr().wrapping_sub(here.addr()) == bytes {
+            following = in_parts(here, bytes, passes, storage.bytes(pass).next_multiple_of(LINE_BYTES));
         }
     }
     let evenly = following.is_some();

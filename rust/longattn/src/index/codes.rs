@@ -11,8 +11,9 @@
 //! so that shifting and masking a group yields four dimensions of 16 keys, ready for a byte dot product with four dimensions of the
 //! query, broadcast.
 
-use crate::simd::{Kernel, Simd, prefetch};
+use crate::simd::{Isa, Kernel, RepeatedQuad, Simd, asks_second_cache, dispatch, prefetch_into};
 use half::f16;
+use std::ops::Range;
 
 /// Keys per block, whatever the instruction set.
 pub(crate) const BLOCK: usize = 16;
@@ -49,9 +50,9 @@ impl Format {
         self.groups() * 64 + BLOCK * 2
     }
 
-    /// Groups whose products with a query's bytes, of at most 127, fit sums of 16 bits: two of them are added at a time.
-    const fn short_groups(self) -> usize {
-        i16::MAX as usize / (2 * 127 * ((1 << self.bits) - 1)) * self.bits / 8
+    /// A level in the middle: all others are at most as far from it.
+    const fn middle(self) -> i16 {
+        1 << (self.bits - 1)
     }
 
     /// Half the distance between the outermost grid points.
@@ -87,6 +88,49 @@ pub(crate) struct ScanQuery {
     pub(crate) norm: f32,
 }
 
+/// How a query's products are summed in 16 bits, two channels of each quadruple to a sum. Sums may overflow on the way, as they are
+/// right but for multiples of 2^16, if what they amount to fits: which is more often so of levels counted from the middle one.
+#[derive(Clone, Debug)]
+struct ShortSums {
+    /// Groups whose sums fit, wherever they begin.
+    run: usize,
+    /// [`ScanQuery::shift`] of levels counted from the middle one.
+    shift: f32,
+    /// What sums of all groups before each one are less with levels counted from the middle one than from the lowest, as two halves.
+    before: Vec<[i16; 2]>,
+}
+
+impl ShortSums {
+    fn new(format: Format, query: &ScanQuery) -> Self {
+        let (groups, middle) = (format.groups(), format.middle());
+        let mut before = vec![[0i16; 2]; groups + 1];
+        let mut sizes = vec![[0u32; 2]; groups + 1];
+        for (g, quads) in query.quads.chunks_exact(8 / format.bits).enumerate() {
+            (before[g + 1], sizes[g + 1]) = (before[g], sizes[g]);
+            for (d, byte) in quads.iter().flat_map(|quad| quad.to_ne_bytes()).enumerate() {
+                let (half, byte) = (d % 4 / 2, i16::from(byte as i8));
+                before[g + 1][half] = before[g + 1][half].wrapping_add(byte.wrapping_mul(middle));
+                sizes[g + 1][half] += u32::from((byte * middle).unsigned_abs());
+            }
+        }
+        let fits = |run: usize| {
+            sizes.iter().zip(&sizes[run..]).all(|(a, b)| (0..2).all(|half| b[half] - a[half] <= i16::MAX as u32))
+        };
+        let run = (1..=groups).rev().find(|&run| fits(run)).unwrap_or(1);
+        // Exact, as are the sum of the query's bytes and what it is multiplied by.
+        let shift = query.shift - f32::from(middle) * (query.shift / format.offset());
+        Self { run, shift, before }
+    }
+
+    /// Where the sums of some groups start from.
+    #[inline(always)]
+    fn start(&self, groups: Range<usize>) -> i32 {
+        let ([a, b], [c, d]) = (self.before[groups.start], self.before[groups.end]);
+        let [low, high] = [a.wrapping_sub(c), b.wrapping_sub(d)].map(i16::to_ne_bytes);
+        i32::from_ne_bytes([low[0], low[1], high[0], high[1]])
+    }
+}
+
 impl ScanQuery {
     /// Rounds a query (already in the codes' space, times the softmax scale) to signed bytes.
     pub(crate) fn new(format: Format, query: &[f32], base: f32) -> Self {
@@ -102,11 +146,57 @@ impl ScanQuery {
     }
 }
 
+/// Queries that scan together, with what an instruction set wants of them.
+pub(crate) struct ScanGroup {
+    pub(crate) queries: Vec<ScanQuery>,
+    /// Of each query, where sums are short.
+    short: Vec<ShortSums>,
+    /// `[quadruples, queries]` of each pass, one pass after another, where there is [`Simd::code_dots`].
+    repeated: Vec<RepeatedQuad>,
+}
+
+impl ScanGroup {
+    pub(crate) fn new(isa: Isa, format: Format, queries: Vec<ScanQuery>) -> Self {
+        struct Make(Format, Vec<ScanQuery>);
+        impl Kernel for Make {
+            type Output = ScanGroup;
+            #[inline(always)]
+            fn run<S: Simd>(self, _: S) -> ScanGroup {
+                let Self(format, queries) = self;
+                let (mut short, mut repeated) = (Vec::new(), Vec::new());
+                if S::SHORT_SUMS {
+                    short = queries.iter().map(|query| ShortSums::new(format, query)).collect();
+                }
+                let mut left = &queries[..];
+                while S::CODE_DOTS && !left.is_empty() {
+                    let (pass, after) = left.split_at(together(left.len()));
+                    for i in 0..format.padded_dim() / 4 {
+                        repeated.extend(pass.iter().map(|query| RepeatedQuad([query.quads[i]; 8])));
+                    }
+                    left = after;
+                }
+                ScanGroup { queries, short, repeated }
+            }
+        }
+        dispatch(isa, Make(format, queries))
+    }
+}
+
+/// Queries that go over the codes in one pass, of so many that are left.
+const fn together(left: usize) -> usize {
+    match left {
+        0 | 1 => left,
+        2 | 3 => 2,
+        _ => 4,
+    }
+}
+
 /// Scans blocks of codes for a query group: `scores[g][j]` for the `16 * blocks` keys of `codes`.
 pub(crate) struct Scan<'a> {
     pub(crate) format: Format,
     pub(crate) codes: &'a [u8],
-    pub(crate) queries: &'a [ScanQuery],
+    /// Made for the same instruction set.
+    pub(crate) group: &'a ScanGroup,
     /// `[queries, stride]`, the last row as long as the blocks need.
     pub(crate) scores: &'a mut [f32],
     pub(crate) stride: usize,
@@ -119,25 +209,28 @@ impl Kernel for Scan<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
+        let (queries, quads) = (&self.group.queries, self.format.padded_dim() / 4);
         let blocks = self.codes.len() / self.format.block_bytes();
         assert!(self.codes.len().is_multiple_of(self.format.block_bytes()) && self.stride >= blocks * BLOCK);
-        assert!(self.scores.len() >= self.queries.len().saturating_sub(1) * self.stride + blocks * BLOCK);
-        assert!(self.queries.iter().all(|q| q.quads.len() * 4 == self.format.padded_dim()));
+        assert!(self.scores.len() >= queries.len().saturating_sub(1) * self.stride + blocks * BLOCK);
+        assert!(queries.iter().all(|q| q.quads.len() == quads));
+        assert!(!S::SHORT_SUMS || self.group.short.len() == queries.len());
+        assert!(!S::CODE_DOTS || self.group.repeated.len() == queries.len() * quads);
         let mut g = 0;
-        while g < self.queries.len() {
-            let left = self.queries.len() - g;
-            match (self.format.bits, left) {
+        while g < queries.len() {
+            let together = together(queries.len() - g);
+            match (self.format.bits, together) {
                 (1, 1) => self.pass::<S, 1, 1>(s, g),
-                (1, 2 | 3) => self.pass::<S, 1, 2>(s, g),
+                (1, 2) => self.pass::<S, 1, 2>(s, g),
                 (1, _) => self.pass::<S, 1, 4>(s, g),
                 (2, 1) => self.pass::<S, 2, 1>(s, g),
-                (2, 2 | 3) => self.pass::<S, 2, 2>(s, g),
+                (2, 2) => self.pass::<S, 2, 2>(s, g),
                 (2, _) => self.pass::<S, 2, 4>(s, g),
                 (_, 1) => self.pass::<S, 4, 1>(s, g),
-                (_, 2 | 3) => self.pass::<S, 4, 2>(s, g),
+                (_, 2) => self.pass::<S, 4, 2>(s, g),
                 (_, _) => self.pass::<S, 4, 4>(s, g),
             }
-            g += if left >= 4 { 4 } else { left.min(2) };
+            g += together;
         }
     }
 }
@@ -146,35 +239,36 @@ impl Scan<'_> {
     /// One pass over the codes for `G` queries from `first` on.
     #[inline(always)]
     fn pass<S: Simd, const BITS: usize, const G: usize>(&mut self, s: S, first: usize) {
-        let queries: [&ScanQuery; G] = std::array::from_fn(|g| &self.queries[first + g]);
-        let quads: [*const i32; G] = queries.map(|q| q.quads.as_ptr());
+        let queries: [&ScanQuery; G] = std::array::from_fn(|g| &self.group.queries[first + g]);
         let (groups, bytes) = (self.format.groups(), self.format.block_bytes());
-        let together = if S::SHORT_SUMS { self.format.short_groups() } else { groups.max(1) };
-        let out = self.scores.as_mut_ptr();
+        let short = if S::SHORT_SUMS { &self.group.short[first..first + G] } else { &[] };
+        let run = short.iter().fold(groups, |run, short| run.min(short.run));
+        let mut shifts = queries.map(|query| query.shift);
+        shifts.iter_mut().zip(short).for_each(|(shift, short)| *shift = short.shift);
+        let repeated = self.group.repeated.as_ptr().wrapping_add(first * self.format.padded_dim() / 4);
+        let (quads, second_cache) = (queries.map(|query| query.quads.as_ptr()), asks_second_cache());
+        let pass = Pass::<BITS, G> { quads, short, repeated, ahead: self.ahead, second_cache };
+        let (starts, out) = (pass.starts(0..run), self.scores.as_mut_ptr());
         for (b, block) in self.codes.chunks_exact(bytes).enumerate() {
             for part in (0..BLOCK).step_by(Vectors::<S>::keys()) {
-                let mut acc = [Vectors::zero(s); G];
                 // SAFETY: run() checked the lengths: a block has `groups` groups of 64 bytes and 16 factors, a query
                 // 8 / BITS quadruples per group, and scores a row of `stride` floats per query.
                 unsafe {
-                    for first in (0..groups).step_by(together) {
-                        let mut sums = [Vectors::zero(s); G];
-                        for group in first..(first + together).min(groups) {
-                            if part == 0 {
-                                prefetch(block.as_ptr().wrapping_add(group * 64 + self.ahead));
-                            }
-                            let packed = Vectors::load(s, block.as_ptr().add(group * 64 + 4 * part));
-                            self.fields::<S, BITS, G>(s, packed, &quads, group * (8 / BITS), &mut sums);
+                    let mut dots = pass.dots(s, block, part, 0..run, starts);
+                    let mut from = run;
+                    while S::SHORT_SUMS && from < groups {
+                        let to = (from + run).min(groups);
+                        let more = pass.dots(s, block, part, from..to, pass.starts(from..to));
+                        for (dots, more) in dots.iter_mut().zip(&more) {
+                            dots.add(s, more);
                         }
-                        for (acc, sums) in acc.iter_mut().zip(&sums) {
-                            acc.add(s, sums);
-                        }
+                        from = to;
                     }
                     for v in 0..Vectors::<S>::NUMBER {
                         let key = part + v * S::LANES;
                         let factor = s.load_f16(block.as_ptr().add(groups * 64 + 2 * key).cast());
                         for (g, q) in queries.iter().enumerate() {
-                            let dot = s.sub(s.to_f32(acc[g].0[v]), s.splat(q.shift));
+                            let dot = s.sub(s.to_f32(dots[g].0[v]), s.splat(shifts[g]));
                             let score = s.fma(s.mul(dot, s.splat(q.scale)), factor, s.splat(q.base));
                             s.store(out.add((first + g) * self.stride + b * BLOCK + key), score);
                         }
@@ -183,20 +277,82 @@ impl Scan<'_> {
             }
         }
     }
+}
+
+/// A pass over blocks of codes for some queries.
+struct Pass<'a, const BITS: usize, const G: usize> {
+    quads: [*const i32; G],
+    short: &'a [ShortSums],
+    repeated: *const RepeatedQuad,
+    ahead: usize,
+    second_cache: bool,
+}
+
+impl<const BITS: usize, const G: usize> Pass<'_, BITS, G> {
+    /// Where sums of some groups start from.
+    #[inline(always)]
+    fn starts(&self, groups: Range<usize>) -> [i32; G] {
+        let mut starts = [0; G];
+        for (start, short) in starts.iter_mut().zip(self.short) {
+            *start = short.start(groups.clone());
+        }
+        starts
+    }
+
+    /// Dot products of some groups of a block's keys from `part` on: of levels, or of levels counted from the middle one where sums are
+    /// short and start as [`Self::starts`] says.
+    ///
+    /// # Safety
+    /// The block and the queries have these groups.
+    #[inline(always)]
+    unsafe fn dots<S: Simd>(
+        &self,
+        s: S,
+        block: &[u8],
+        part: usize,
+        groups: Range<usize>,
+        starts: [i32; G],
+    ) -> [Vectors<S>; G] {
+        let mut sums = [Vectors::splat(s, 0); G];
+        if S::SHORT_SUMS {
+            for (sums, start) in sums.iter_mut().zip(starts) {
+                *sums = Vectors::splat(s, start);
+            }
+        }
+        if S::CODE_DOTS {
+            let mut all = [[s.splat_i32(0); 2]; G];
+            for (all, sums) in all.iter_mut().zip(&sums) {
+                *all = sums.0;
+            }
+            let codes = block.as_ptr().wrapping_add(groups.start * 64);
+            let quads = self.repeated.wrapping_add(groups.start * (8 / BITS) * G);
+            // SAFETY: the caller's promise.
+            all = unsafe { s.code_dots::<BITS, G>(all, groups.len(), codes, self.ahead, self.second_cache, quads) };
+            for (sums, all) in sums.iter_mut().zip(all) {
+                sums.0 = all;
+            }
+        } else {
+            for group in groups {
+                let at = block.as_ptr().wrapping_add(group * 64);
+                if part == 0 {
+                    prefetch_into(self.second_cache, at.wrapping_add(self.ahead));
+                }
+                // SAFETY: the caller's promise.
+                unsafe { self.add_group(s, Vectors::load(s, at.add(4 * part)), group * (8 / BITS), &mut sums) };
+            }
+        }
+        for sums in &mut sums {
+            sums.lengthen(s);
+        }
+        sums
+    }
 
     /// Adds a group's dot products, one field of the bytes after another.
     ///
     /// # Safety
     /// Every query has `8 / BITS` quadruples from number `first` on.
     #[inline(always)]
-    unsafe fn fields<S: Simd, const BITS: usize, const G: usize>(
-        &self,
-        s: S,
-        packed: Vectors<S>,
-        quads: &[*const i32; G],
-        first: usize,
-        sums: &mut [Vectors<S>; G],
-    ) {
+    unsafe fn add_group<S: Simd>(&self, s: S, packed: Vectors<S>, first: usize, sums: &mut [Vectors<S>; G]) {
         let mask = s.splat_i32(i32::from_ne_bytes([((1u32 << BITS) - 1) as u8; 4]));
         macro_rules! field {
             ($($f:literal)*) => {$(
@@ -215,11 +371,11 @@ impl Scan<'_> {
                         };
                         *level = s.and(shifted, mask);
                     }
-                    for g in 0..G {
+                    for (sums, quads) in sums.iter_mut().zip(&self.quads) {
                         // SAFETY: the caller's promise.
-                        let quad = s.splat_i32(unsafe { *quads[g].add(first + $f) });
+                        let quad = s.splat_i32(unsafe { *quads.add(first + $f) });
                         for v in 0..Vectors::<S>::NUMBER {
-                            sums[g].0[v] = s.dot4_short(sums[g].0[v], levels.0[v], quad);
+                            sums.0[v] = s.dot4_short(sums.0[v], levels.0[v], quad);
                         }
                     }
                 }
@@ -242,15 +398,15 @@ impl<S: Simd> Vectors<S> {
     }
 
     #[inline(always)]
-    fn zero(s: S) -> Self {
-        Self([s.splat_i32(0); 2])
+    fn splat(s: S, x: i32) -> Self {
+        Self([s.splat_i32(x); 2])
     }
 
     /// # Safety
     /// `p` is readable for four bytes of every key.
     #[inline(always)]
     unsafe fn load(s: S, p: *const u8) -> Self {
-        let mut all = Self::zero(s);
+        let mut all = Self::splat(s, 0);
         for (v, x) in all.0.iter_mut().enumerate().take(Self::NUMBER) {
             // SAFETY: the caller's promise.
             *x = unsafe { s.load_bytes(p.add(v * 4 * S::LANES)) };
@@ -258,11 +414,18 @@ impl<S: Simd> Vectors<S> {
         all
     }
 
-    /// Adds sums that [`Simd::dot4_short`] left.
     #[inline(always)]
-    fn add(&mut self, s: S, sums: &Self) {
-        for (x, &sum) in self.0.iter_mut().zip(&sums.0).take(Self::NUMBER) {
-            *x = s.add_i32(*x, s.lengthen(sum));
+    fn add(&mut self, s: S, others: &Self) {
+        for (x, &other) in self.0.iter_mut().zip(&others.0).take(Self::NUMBER) {
+            *x = s.add_i32(*x, other);
+        }
+    }
+
+    /// Makes sums of what [`Simd::dot4_short`] left.
+    #[inline(always)]
+    fn lengthen(&mut self, s: S) {
+        for x in self.0.iter_mut().take(Self::NUMBER) {
+            *x = s.lengthen(*x);
         }
     }
 }
@@ -376,10 +539,11 @@ mod tests {
             let queries = vectors(3, dim, 2);
             for isa in Isa::available() {
                 let (codes, factors) = dispatch(isa, EncodeAll(format, &keys));
-                let prepared: Vec<_> = queries.iter().map(|q| ScanQuery::new(format, q, 0.5)).collect();
+                let prepared = queries.iter().map(|q| ScanQuery::new(format, q, 0.5)).collect();
+                let group = ScanGroup::new(isa, format, prepared);
                 let mut scores = vec![0f32; 3 * 1024];
                 let scan =
-                    Scan { format, codes: &codes, queries: &prepared, scores: &mut scores, stride: 1024, ahead: AHEAD };
+                    Scan { format, codes: &codes, group: &group, scores: &mut scores, stride: 1024, ahead: AHEAD };
                 dispatch(isa, scan);
                 let (mut sum, mut squares) = (0f64, 0f64);
                 for (g, q) in queries.iter().enumerate() {
@@ -413,11 +577,9 @@ mod tests {
                 let query = ScanQuery::new(format, &vec![sign; dim], 0.0);
                 let expected = sign * dim as f32 * format.offset();
                 for isa in Isa::available() {
-                    let (mut scores, queries) = ([0f32; BLOCK], std::slice::from_ref(&query));
-                    dispatch(
-                        isa,
-                        Scan { format, codes: &codes, queries, scores: &mut scores, stride: BLOCK, ahead: 0 },
-                    );
+                    let (mut scores, group) = ([0f32; BLOCK], ScanGroup::new(isa, format, vec![query.clone()]));
+                    let (stride, ahead, group) = (BLOCK, 0, &group);
+                    dispatch(isa, Scan { format, codes: &codes, group, scores: &mut scores, stride, ahead });
                     for score in scores {
                         assert!((score - expected).abs() <= 1e-4 * expected.abs(), "{} {bits} {score}", isa.name());
                     }
@@ -428,22 +590,26 @@ mod tests {
 
     #[test]
     fn every_isa_scans_the_same_scores() {
-        for (bits, dim) in [(1, 40), (2, 128), (4, 17)] {
+        // Queries of one size alone fill sums of 16 bits in fewer groups.
+        for (bits, dim, flat) in
+            [(1, 40, 0), (2, 128, 3), (4, 17, 0), (4, 128, 0), (4, 128, 7), (4, 264, 1), (2, 520, 6), (1, 1000, 7)]
+        {
             let format = Format { bits, dim };
             let keys = vectors(64, dim, 3);
-            let queries: Vec<_> = vectors(7, dim, 4).iter().map(|q| ScanQuery::new(format, q, 0.0)).collect();
+            let mut queries = vectors(7, dim, 4);
+            queries[7 - flat..].iter_mut().flatten().for_each(|x| *x = x.signum());
+            let queries: Vec<_> = queries.iter().map(|q| ScanQuery::new(format, q, 0.0)).collect();
             let (codes, _) = dispatch(Isa::Scalar, EncodeAll(format, &keys));
-            let scan = |isa| {
-                let mut scores = vec![0f32; 7 * 64];
-                let scan =
-                    Scan { format, codes: &codes, queries: &queries, scores: &mut scores, stride: 64, ahead: AHEAD };
-                dispatch(isa, scan);
+            let scan = |isa, n: usize| {
+                let (mut scores, group) = (vec![0f32; n * 64], ScanGroup::new(isa, format, queries[7 - n..].to_vec()));
+                let (stride, ahead, group) = (64, AHEAD, &group);
+                dispatch(isa, Scan { format, codes: &codes, group, scores: &mut scores, stride, ahead });
                 scores
             };
-            let expected = scan(Isa::Scalar);
-            for isa in Isa::available() {
-                for (a, b) in scan(isa).iter().zip(&expected) {
-                    assert!((a - b).abs() <= 1e-5 * b.abs().max(1.0), "{}", isa.name());
+            for n in 1..=7 {
+                let expected = scan(Isa::Scalar, n);
+                for isa in Isa::available() {
+                    assert_eq!(scan(isa, n), expected, "{}: {bits} bits, {dim}, {flat} of {n}", isa.name());
                 }
             }
         }

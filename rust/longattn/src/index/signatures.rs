@@ -1,7 +1,7 @@
 //! Signatures: a few bits per dimension of every key, which grow with the store.
 
 use super::clusters::{Clusters, Pairs};
-use super::codes::{AHEAD, BLOCK, Encode, Format, Scan, ScanQuery};
+use super::codes::{AHEAD, BLOCK, Encode, Format, Scan, ScanGroup, ScanQuery};
 use super::head_rows::{HeadRows, parts};
 use super::project::Multiply;
 use super::rotation::orthogonal;
@@ -503,7 +503,7 @@ impl View for Snapshot<'_> {
 }
 
 impl RowCodes for Snapshot<'_> {
-    type Group = Vec<ScanQuery>;
+    type Group = ScanGroup;
 
     fn block(&self) -> usize {
         BLOCK
@@ -513,8 +513,9 @@ impl RowCodes for Snapshot<'_> {
         self.index.format.block_bytes()
     }
 
-    fn group(&self, isa: Isa, head: usize, queries: &[&[f32]]) -> Vec<ScanQuery> {
-        queries.iter().map(|query| self.query(isa, head, query)).collect()
+    fn group(&self, isa: Isa, head: usize, queries: &[&[f32]]) -> ScanGroup {
+        let queries = queries.iter().map(|query| self.query(isa, head, query)).collect();
+        ScanGroup::new(isa, self.index.format, queries)
     }
 
     fn scan(
@@ -522,7 +523,7 @@ impl RowCodes for Snapshot<'_> {
         isa: Isa,
         head: usize,
         blocks: Range<usize>,
-        queries: &Vec<ScanQuery>,
+        group: &ScanGroup,
         scores: &mut [f32],
         stride: usize,
         next: Option<usize>,
@@ -530,15 +531,15 @@ impl RowCodes for Snapshot<'_> {
         let (format, bytes) = (self.index.format, self.block_bytes());
         let ahead = next.map_or(AHEAD, |next| (next - blocks.start) * bytes);
         let codes = &self.state.heads[head].codes[blocks.start * bytes..blocks.end * bytes];
-        dispatch(isa, Scan { format, codes, queries, scores, stride, ahead });
+        dispatch(isa, Scan { format, codes, group, scores, stride, ahead });
     }
 
-    fn error(&self, head: usize, queries: &Vec<ScanQuery>, query: usize) -> CodeError {
-        CodeError::of_noise(self.state.stats(head).sigma * queries[query].norm)
+    fn error(&self, head: usize, group: &ScanGroup, query: usize) -> CodeError {
+        CodeError::of_noise(self.state.stats(head).sigma * group.queries[query].norm)
     }
 
-    fn largest_error(&self, head: usize, queries: &Vec<ScanQuery>, query: usize) -> Option<f32> {
-        Some(self.state.stats(head).sigma_max * queries[query].norm)
+    fn largest_error(&self, head: usize, group: &ScanGroup, query: usize) -> Option<f32> {
+        Some(self.state.stats(head).sigma_max * group.queries[query].norm)
     }
 
     fn values(&self, head: usize) -> Option<(&Clusters, &[u8])> {

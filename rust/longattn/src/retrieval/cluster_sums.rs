@@ -60,10 +60,12 @@ impl Left {
     }
 }
 
-/// What the scores of `H` heads of a tile, `[heads, TILE]`, become weights by: a factor, or slope and shift of logits in base 2.
+/// What the scores of `H` heads of a tile, rows of [`TILE`], become weights by: a factor, or slope and shift of logits in base 2.
 #[derive(Clone, Copy)]
 pub(super) struct Turned<S: Simd, const H: usize, const SLOPED: bool> {
     pub(super) scores: *const f32,
+    /// Floats from one head's row to the next.
+    pub(super) stride: usize,
     pub(super) slopes: [S::F32; H],
     pub(super) shifts: [S::F32; H],
 }
@@ -78,7 +80,7 @@ impl<S: Simd, const H: usize, const SLOPED: bool> Turned<S, H, SLOPED> {
         let mut weights = [s.zero(); H];
         for (h, weight) in weights.iter_mut().enumerate() {
             // SAFETY: the caller's promise.
-            let x = unsafe { s.load(self.scores.add(h * TILE + j)) };
+            let x = unsafe { s.load(self.scores.add(h * self.stride + j)) };
             *weight = if SLOPED { s.exp2(s.fma(x, self.slopes[h], self.shifts[h])) } else { s.mul(x, self.slopes[h]) };
         }
         weights

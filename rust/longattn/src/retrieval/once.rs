@@ -46,6 +46,19 @@ const OVERRATED: f32 = 0.7;
 /// Tiles of which the first is timed.
 const TIMED: usize = 8;
 
+/// Floats from one head's row of a tile to the next: rows that a power of two lies between would share few sets of the first cache.
+const ROW: usize = TILE + 16;
+
+/// Numbers of a tile's rows.
+static NUMBERS: [f32; TILE] = {
+    let (mut numbers, mut j) = ([0.0; TILE], 0);
+    while j < TILE {
+        numbers[j] = j as f32;
+        j += 1;
+    }
+    numbers
+};
+
 /// What a sample says of a head.
 struct Guess {
     head: HeadWeight,
@@ -93,17 +106,18 @@ pub(super) fn pick<C: RowCodes>(codes: &C, ask: &Ask, candidates: &Range<usize>,
     let parts = Slots::new(chunks);
     let work = |c: usize| {
         let mut memory = with_scratch(|scratch| std::mem::take(&mut scratch.extra));
-        let [scores, shares, weights, logits] =
-            memory.carve([group * TILE, group * TILE, TILE, group * (CHUNK + simd::MAX_LANES)]);
+        let stride = CHUNK + simd::MAX_LANES;
+        let [scores, shares, weights, numbers, logits] =
+            memory.carve([group * ROW, group * ROW, ROW, ROW, group * stride]);
         let mut part = Part::new(group, clusters);
-        let mut kept = Keeping { places: Vec::with_capacity(CHUNK / 8), logits, stride: CHUNK + simd::MAX_LANES };
+        let mut kept = Keeping { places: Vec::with_capacity(CHUNK / 8), numbers, logits, stride };
         let mut sums = ClusterSums::new(clusters, group);
         let chunk = base + c * CHUNK..(base + (c + 1) * CHUNK).min(end);
         for (t, first) in chunk.clone().step_by(TILE).enumerate() {
             let places = first..(first + TILE).min(chunk.end);
             let timed = t % TIMED == 0;
             let starting = timed.then(Instant::now);
-            codes.scan(isa, ask.head, places.start / block..places.end / block, &queries, scores, TILE, None);
+            codes.scan(isa, ask.head, places.start / block..places.end / block, &queries, scores, ROW, None);
             let scanned = timed.then(Instant::now);
             let tile = Tile {
                 inside: candidates.start.max(first) - first..candidates.end.min(places.end) - first,
@@ -412,9 +426,9 @@ impl Kernel for Sample<'_> {
 
 /// A tile whose scores were made just now.
 struct Tile<'a, 'b> {
-    /// `[group, TILE]`.
+    /// `[group, TILE]`, rows [`ROW`] apart.
     scores: &'a mut [f32],
-    /// `[group, TILE]`, written: what each row would weigh unread, but for a factor.
+    /// Likewise, written: what each row would weigh unread, but for a factor.
     shares: &'a mut [f32],
     /// `[TILE]`, written: the mean of these over the group.
     weights: &'a mut [f32],
@@ -435,6 +449,8 @@ struct Tile<'a, 'b> {
 /// Rows that are kept, chunk by chunk.
 struct Keeping<'a> {
     places: Vec<u32>,
+    /// Of a tile's kept rows.
+    numbers: &'a mut [f32],
     /// `[group, stride]`, of which as many are used as there are places.
     logits: &'a mut [f32],
     stride: usize,
@@ -456,11 +472,11 @@ impl Kernel for Tile<'_, '_> {
     fn run<S: Simd>(mut self, s: S) {
         let (group, len) = (self.heads.len(), self.places.len());
         assert!(len.is_multiple_of(BLOCK) && len <= TILE && self.inside.end <= len && self.weights.len() >= TILE);
-        assert!(self.scores.len() >= group * TILE && self.shares.len() >= group * TILE && self.least.len() == group);
+        assert!(self.scores.len() >= group * ROW && self.shares.len() >= group * ROW && self.least.len() == group);
         assert!(!self.sums.wanted() || self.ids.len() >= len);
         // Weights of unread rows that are not shares but for a factor.
         let sloped = self.heads.iter().any(HeadWeight::is_sloped);
-        for (row, all) in self.scores.chunks_exact_mut(TILE).zip(self.part.moments.as_mut_slice()) {
+        for (row, all) in self.scores.chunks_exact_mut(ROW).zip(self.part.moments.as_mut_slice()) {
             if sloped {
                 let [sum, squares] = moments(s, &mut row[..len], self.inside.clone());
                 *all = [all[0] + sum, all[1] + squares];
@@ -488,7 +504,7 @@ impl Tile<'_, '_> {
             (slopes[h], shifts[h]) = (s.splat(turn.slope * LOG2_E), s.splat(turn.shift * LOG2_E));
             (plain[h], least[h]) = (s.splat(-head.log_total * LOG2_E), s.splat(self.least[first + h]));
         }
-        let (scores, shares) = (self.scores[first * TILE..].as_ptr(), self.shares[first * TILE..].as_mut_ptr());
+        let (scores, shares) = (self.scores[first * ROW..].as_ptr(), self.shares[first * ROW..].as_mut_ptr());
         let (log2_e, part) = (s.splat(LOG2_E), s.splat(1.0 / self.heads.len() as f32));
         let (mut rest, mut mass) = ([s.zero(); H], [s.zero(); H]);
         for (b, reach) in reach[..self.places.len() / BLOCK].iter_mut().enumerate() {
@@ -504,10 +520,10 @@ impl Tile<'_, '_> {
                     let mut mean = if first == 0 { s.zero() } else { s.load(to) };
                     let mut bits = 0;
                     for h in 0..H {
-                        let x = s.load(scores.add(h * TILE + j));
+                        let x = s.load(scores.add(h * ROW + j));
                         bits |= s.at_least(x, least[h]);
                         let weight = s.exp2_rough(s.fma(x, slopes[h], shifts[h]));
-                        s.store(shares.add(h * TILE + j), weight);
+                        s.store(shares.add(h * ROW + j), weight);
                         rest[h] = s.add(rest[h], weight);
                         mean = s.fma(weight, part, mean);
                         if SLOPED {
@@ -529,8 +545,8 @@ impl Tile<'_, '_> {
     /// Adds the weights of `H` heads to the sums of the rows' clusters.
     #[inline(always)]
     fn clusters<S: Simd, const H: usize, const SLOPED: bool>(&mut self, s: S, first: usize, blocks: [u64; 2]) {
-        let by: Turned<S, H, SLOPED> =
-            Turned { scores: self.shares[first * TILE..].as_ptr(), slopes: [s.splat(1.0); H], shifts: [s.zero(); H] };
+        let (scores, slopes, shifts) = (self.shares[first * ROW..].as_ptr(), [s.splat(1.0); H], [s.zero(); H]);
+        let by: Turned<S, H, SLOPED> = Turned { scores, stride: ROW, slopes, shifts };
         // SAFETY: the blocks are those of the tile's rows, and the heads are of the group.
         unsafe { self.sums.add(s, first, &by, self.ids, blocks) };
     }
@@ -538,29 +554,32 @@ impl Tile<'_, '_> {
     /// Keeps the rows of each block whose bits are set.
     #[inline(always)]
     fn keep<S: Simd>(&mut self, s: S, reach: &[u32; BLOCKS]) {
-        let Keeping { places, logits, stride } = &mut *self.kept;
-        let (stride, group) = (*stride, self.heads.len());
-        let rows: u32 = reach.iter().map(|bits| bits.count_ones()).sum();
-        assert!(places.len() + rows as usize + simd::MAX_LANES <= stride && logits.len() >= group * stride);
+        let Keeping { places, numbers, logits, stride } = &mut *self.kept;
+        let (stride, group, before) = (*stride, self.heads.len(), places.len());
+        let rows: usize = reach.iter().map(|bits| bits.count_ones() as usize).sum();
+        assert!(before + rows + simd::MAX_LANES <= stride && logits.len() >= group * stride);
+        assert!(rows + simd::MAX_LANES <= numbers.len());
+        let mut n = 0;
         for (b, &bits) in reach.iter().enumerate().filter(|(_, bits)| **bits != 0) {
             for lane in (0..BLOCK).step_by(S::LANES) {
-                let some = (bits >> lane) & ((1u64 << S::LANES) - 1) as u32;
-                let (j, at) = (b * BLOCK + lane, places.len());
-                for g in 0..group {
-                    // SAFETY: j + LANES <= TILE, which each head's scores have; no more places are written than were counted, and a
-                    // vector fits behind them.
-                    unsafe {
-                        let x = s.load(self.scores.as_ptr().add(g * TILE + j));
-                        s.store_some(logits.as_mut_ptr().add(g * stride + at), x, some);
+                let (j, some) = (b * BLOCK + lane, (bits >> lane) & ((1u64 << S::LANES) - 1) as u32);
+                if some == 0 {
+                    continue;
+                }
+                // SAFETY: j + LANES <= TILE, which each head's scores and the numbers have; no more places are written than were counted,
+                // and a vector fits behind them.
+                unsafe {
+                    for g in 0..group {
+                        let x = s.load(self.scores.as_ptr().add(g * ROW + j));
+                        s.store_some(logits.as_mut_ptr().add(g * stride + before + n), x, some);
                     }
+                    s.store_some(numbers.as_mut_ptr().add(n), s.load(NUMBERS.as_ptr().add(j)), some);
                 }
-                let mut left = some;
-                while left != 0 {
-                    places.push((self.places.start + j) as u32 + left.trailing_zeros());
-                    left &= left - 1;
-                }
+                n += some.count_ones() as usize;
             }
         }
+        let first = self.places.start as u32;
+        places.extend(numbers[..n].iter().map(|&number| first + number as u32));
     }
 }
 

@@ -422,7 +422,7 @@ impl WeighTile<'_, '_> {
             }
             (slopes[h], shifts[h]) = (s.splat(by[0]), s.splat(by[1]));
         }
-        Turned { scores: self.scores[first * TILE..].as_ptr(), slopes, shifts }
+        Turned { scores: self.scores[first * TILE..].as_ptr(), stride: TILE, slopes, shifts }
     }
 
     /// Adds the mean over the group of the weights of `H` heads to the rows' weights.

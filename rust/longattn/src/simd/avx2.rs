@@ -1,6 +1,8 @@
 //! AVX2 with FMA and F16C: eight floats.
 
-use super::{Kernel, Next, PANEL_VECTORS, Simd, avx2_products, avx2_rows, stored_keys};
+use super::{
+    Kernel, LaneRows, Next, PANEL_VECTORS, RepeatedQuad, Simd, avx2_codes, avx2_products, avx2_rows, stored_keys,
+};
 use crate::tensor::Storage;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -193,15 +195,13 @@ impl Simd for Avx2 {
                 _mm256_storeu_ps(sums.as_mut_ptr().cast(), sum);
             }
         } else if C == stored_keys(R) {
-            for (sums, v) in sums.iter_mut().zip(&v) {
-                for (i, sums) in sums.chunks_mut(4).enumerate() {
-                    let [a, b, c, d] = [0, 1, 2, 3].map(|next| (4 * i + next).min(C - 1));
-                    let four: [f32; 4] = instructions!({
-                        let halves = _mm256_hadd_ps(_mm256_hadd_ps(v[a], v[b]), _mm256_hadd_ps(v[c], v[d]));
-                        let sum = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves));
-                        std::mem::transmute(sum)
-                    });
-                    sums.copy_from_slice(&four[..sums.len()]);
+            for i in (0..R * C).step_by(6) {
+                let mut six = [v[0][0]; 6];
+                for (j, six) in six.iter_mut().enumerate() {
+                    *six = v[(i + j) / C][(i + j) % C];
+                }
+                for (j, sum) in instructions!(sums_of_six(six)).into_iter().enumerate() {
+                    sums[(i + j) / C][(i + j) % C] = sum;
                 }
             }
         } else {
@@ -212,6 +212,20 @@ impl Simd for Avx2 {
             }
         }
         sums
+    }
+    #[inline(always)]
+    unsafe fn load_pairs(self, rows: &LaneRows, at: usize) -> [__m256; 2] {
+        // SAFETY: the caller vouches for eight bytes of each row.
+        unsafe {
+            let mut two = [_mm_setzero_ps(); 4];
+            for (i, two) in two.iter_mut().enumerate() {
+                let (a, b) = (rows.row(2 * i).add(at).cast(), rows.row(2 * i + 1).add(at).cast());
+                *two = _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(a), b));
+            }
+            let a = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(two[0]), two[2]);
+            let b = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(two[1]), two[3]);
+            [_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xdd>(a, b)]
+        }
     }
     #[inline(always)]
     fn max_lane(self, a: __m256) -> f32 {
@@ -337,8 +351,42 @@ impl Simd for Avx2 {
     fn lengthen(self, sums: __m256i) -> __m256i {
         instructions!(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)))
     }
+    const CODE_DOTS: bool = true;
+    #[inline(always)]
+    unsafe fn code_dots<const BITS: usize, const G: usize>(
+        self,
+        sums: [[__m256i; 2]; G],
+        groups: usize,
+        codes: *const u8,
+        ahead: usize,
+        second_cache: bool,
+        quads: *const RepeatedQuad,
+    ) -> [[__m256i; 2]; G] {
+        // SAFETY: the caller's promise.
+        unsafe { avx2_codes::dots::<BITS, G>(sums, groups, codes, ahead, second_cache, quads) }
+    }
     #[inline(always)]
     fn to_f32(self, a: __m256i) -> __m256 {
         instructions!(_mm256_cvtepi32_ps(a))
     }
+}
+
+/// Sums of the lanes of each vector, of which two share one once their halves are added.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn sums_of_six(v: [__m256; 6]) -> [f32; 6] {
+    let mut halves = [v[0]; 3];
+    for (i, halves) in halves.iter_mut().enumerate() {
+        let (a, b) = (v[i], v[i + 3]);
+        *halves = _mm256_add_ps(_mm256_blend_ps::<0xf0>(a, b), _mm256_permute2f128_ps::<0x21>(a, b));
+    }
+    let [x, y, z] = halves;
+    // x0 + x2, y0 + y2, x1 + x3, y1 + y3 of each half, and z0 + z2, z1 + z3 in its first two places.
+    let xy = _mm256_add_ps(_mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y));
+    let z = _mm256_add_ps(z, _mm256_permute_ps::<0x0e>(z));
+    let sums = _mm256_add_ps(_mm256_shuffle_ps::<0x04>(xy, z), _mm256_shuffle_ps::<0x5e>(xy, z));
+    let mut all = [0.0; 8];
+    // SAFETY: there are eight floats.
+    unsafe { _mm256_storeu_ps(all.as_mut_ptr(), sums) };
+    [all[0], all[1], all[2], all[4], all[5], all[6]]
 }

@@ -370,6 +370,19 @@ kind!(of_bf16, bf16, _mm256_set1_epi32(!0xffff));
 kind!(of_u8, u8);
 kind!(of_u4, u4, _mm256_set1_epi32(15));
 
+/// Calls a macro with the [`kind`] of elements that a storage has.
+macro_rules! of_storage {
+    ($storage:expr, $call:ident) => {
+        match $storage {
+            Storage::Numbers(DType::F32) => $call!(of_f32),
+            Storage::Numbers(DType::F16) => $call!(of_f16),
+            Storage::Numbers(DType::BF16) => $call!(of_bf16),
+            Storage::Codes(4) => $call!(of_u4),
+            Storage::Codes(_) => $call!(of_u8),
+        }
+    };
+}
+
 const MOST_ROWS: usize = STORED_ROWS;
 const MOST_KEYS: usize = stored_keys(1);
 const MOST_SUMS: usize = 12;
@@ -411,13 +424,7 @@ pub(super) unsafe fn dots<const R: usize, const C: usize>(
             };
         }
         if steps > 0 {
-            match storage {
-                Storage::Numbers(DType::F32) => of!(of_f32),
-                Storage::Numbers(DType::F16) => of!(of_f16),
-                Storage::Numbers(DType::BF16) => of!(of_bf16),
-                Storage::Codes(4) => of!(of_u4),
-                Storage::Codes(_) => of!(of_u8),
-            }
+            of_storage!(storage, of);
         }
         let mut rows = [[_mm256_setzero_ps(); C]; R];
         for (r, row) in rows.iter_mut().enumerate() {
@@ -480,13 +487,7 @@ pub(super) unsafe fn add<const R: usize>(
                 }
             };
         }
-        match storage {
-            Storage::Numbers(DType::F32) => of!(of_f32),
-            Storage::Numbers(DType::F16) => of!(of_f16),
-            Storage::Numbers(DType::BF16) => of!(of_bf16),
-            Storage::Codes(4) => of!(of_u4),
-            Storage::Codes(_) => of!(of_u8),
-        }
+        of_storage!(storage, of);
         for (i, sums) in sums.as_chunks_mut::<2>().0.iter_mut().enumerate() {
             let [first, second] = columns(2 * i % vectors / 2);
             let to = outputs.add((2 * i / vectors).min(last) * output_stride + first);

@@ -19,6 +19,8 @@ macro_rules! instructions {
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx2_codes;
+#[cfg(target_arch = "x86_64")]
 mod avx2_products;
 #[cfg(target_arch = "x86_64")]
 mod avx2_rows;
@@ -330,6 +332,27 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn lengthen(self, sums: Self::I32) -> Self::I32 {
         sums
     }
+    /// Whether there is a [`Self::code_dots`]: where compilers run short of registers.
+    const CODE_DOTS: bool = false;
+    /// Adds products of 16 keys' codes of `BITS` bits with `G` queries, one, two or four, to sums of 16 bits as those of
+    /// [`Self::dot4_short`]: of `groups` groups of 64 bytes, four of each key, whose fields (from the lowest bits on) meet one quadruple
+    /// of each query after the other. Asks for what is `ahead` bytes behind each group.
+    ///
+    /// # Safety
+    /// `codes` are readable for the groups, `quads` for `[groups, 8 / BITS, G]`.
+    #[inline(always)]
+    unsafe fn code_dots<const BITS: usize, const G: usize>(
+        self,
+        sums: [[Self::I32; 2]; G],
+        groups: usize,
+        codes: *const u8,
+        ahead: usize,
+        second_cache: bool,
+        quads: *const RepeatedQuad,
+    ) -> [[Self::I32; 2]; G] {
+        let _ = (groups, codes, ahead, second_cache, quads);
+        sums
+    }
     fn to_f32(self, a: Self::I32) -> Self::F32;
 
     /// As [`Self::call`], with products of pairs of bf16.
@@ -542,6 +565,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
 /// The widest vector of any instruction set, in floats.
 pub(crate) const MAX_LANES: usize = 16;
+
+/// A quadruple of a query's bytes for each of eight keys.
+#[derive(Clone, Copy, Debug)]
+#[repr(align(32))]
+#[allow(dead_code, reason = "assembly reads it")]
+pub(crate) struct RepeatedQuad(pub(crate) [i32; 8]);
 
 /// Rows of bytes that go together, one for each lane: the first and how far from it each is. Rows that are evenly spaced keep their
 /// distances from one set of rows to the next.
