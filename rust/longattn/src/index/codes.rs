@@ -51,7 +51,7 @@ impl Format {
     }
 
     /// A level in the middle: all others are at most as far from it.
-    const fn middle(self) -> i16 {
+    const fn middle(self) -> i32 {
         1 << (self.bits - 1)
     }
 
@@ -88,46 +88,47 @@ pub(crate) struct ScanQuery {
     pub(crate) norm: f32,
 }
 
-/// How a query's products are summed in 16 bits, two channels of each quadruple to a sum. Sums may overflow on the way, as they are
-/// right but for multiples of 2^16, if what they amount to fits: which is more often so of levels counted from the middle one.
+/// How a query's products are summed in 16 bits, two channels of each quadruple to a sum. Sums start at less by what levels in the
+/// middle would amount to: on the way they are never further from 0 than the sizes of the query's bytes times that level, half of what
+/// they may be from the lowest level on.
 #[derive(Clone, Debug)]
 struct ShortSums {
     /// Groups whose sums fit, wherever they begin.
     run: usize,
-    /// [`ScanQuery::shift`] of levels counted from the middle one.
+    /// [`ScanQuery::shift`] of sums that start there.
     shift: f32,
-    /// What sums of all groups before each one are less with levels counted from the middle one than from the lowest, as two halves.
-    before: Vec<[i16; 2]>,
+    /// What levels in the middle amount to in all groups before each one, in either sum.
+    before: Vec<[i32; 2]>,
 }
 
 impl ShortSums {
     fn new(format: Format, query: &ScanQuery) -> Self {
         let (groups, middle) = (format.groups(), format.middle());
-        let mut before = vec![[0i16; 2]; groups + 1];
+        let mut before = vec![[0i32; 2]; groups + 1];
         let mut sizes = vec![[0u32; 2]; groups + 1];
         for (g, quads) in query.quads.chunks_exact(8 / format.bits).enumerate() {
             (before[g + 1], sizes[g + 1]) = (before[g], sizes[g]);
             for (d, byte) in quads.iter().flat_map(|quad| quad.to_ne_bytes()).enumerate() {
-                let (half, byte) = (d % 4 / 2, i16::from(byte as i8));
-                before[g + 1][half] = before[g + 1][half].wrapping_add(byte.wrapping_mul(middle));
-                sizes[g + 1][half] += u32::from((byte * middle).unsigned_abs());
+                let (half, product) = (d % 4 / 2, i32::from(byte as i8) * middle);
+                before[g + 1][half] += product;
+                sizes[g + 1][half] += product.unsigned_abs();
             }
         }
         let fits = |run: usize| {
             sizes.iter().zip(&sizes[run..]).all(|(a, b)| (0..2).all(|half| b[half] - a[half] <= i16::MAX as u32))
         };
         let run = (1..=groups).rev().find(|&run| fits(run)).unwrap_or(1);
-        // Exact, as are the sum of the query's bytes and what it is multiplied by.
-        let shift = query.shift - f32::from(middle) * (query.shift / format.offset());
-        Self { run, shift, before }
+        // The middle level is half a step above the centre.
+        let sum = query.shift / format.offset();
+        Self { run, shift: -0.5 * sum, before }
     }
 
-    /// Where the sums of some groups start from.
+    /// Where the sums of some groups start, the second in the high half. No more than a run of them.
     #[inline(always)]
     fn start(&self, groups: Range<usize>) -> i32 {
-        let ([a, b], [c, d]) = (self.before[groups.start], self.before[groups.end]);
-        let [low, high] = [a.wrapping_sub(c), b.wrapping_sub(d)].map(i16::to_ne_bytes);
-        i32::from_ne_bytes([low[0], low[1], high[0], high[1]])
+        let (before, after) = (self.before[groups.start], self.before[groups.end]);
+        let [low, high] = [before[0] - after[0], before[1] - after[1]];
+        high << 16 | low & 0xffff
     }
 }
 
@@ -252,7 +253,7 @@ impl Scan<'_> {
         for (b, block) in self.codes.chunks_exact(bytes).enumerate() {
             for part in (0..BLOCK).step_by(Vectors::<S>::keys()) {
                 // SAFETY: run() checked the lengths: a block has `groups` groups of 64 bytes and 16 factors, a query
-                // 8 / BITS quadruples per group, and scores a row of `stride` floats per query.
+                // 8 / BITS quadruples per group, as many repeated ones for each, and scores a row of `stride` floats per query.
                 unsafe {
                     let mut dots = pass.dots(s, block, part, 0..run, starts);
                     let mut from = run;
@@ -320,6 +321,7 @@ impl<const BITS: usize, const G: usize> Pass<'_, BITS, G> {
             }
         }
         if S::CODE_DOTS {
+            const { assert!(!S::CODE_DOTS || S::SHORT_SUMS && Vectors::<S>::keys() == BLOCK) };
             let mut all = [[s.splat_i32(0); 2]; G];
             for (all, sums) in all.iter_mut().zip(&sums) {
                 *all = sums.0;
@@ -569,13 +571,13 @@ mod tests {
         for (bits, dim) in [(1, 1024), (2, 520), (4, 264)] {
             let format = Format { bits, dim };
             let (most, padded) = ((1 << bits) - 1, format.padded_dim());
-            let mut codes = vec![0; format.block_bytes()];
-            for key in 0..BLOCK {
-                format.write(&mut codes, key, &vec![most; padded], f16::ONE);
-            }
-            for sign in [1.0, -1.0] {
+            for (sign, level) in [(1.0, most), (-1.0, most), (1.0, 0), (-1.0, 0)] {
+                let mut codes = vec![0; format.block_bytes()];
+                for key in 0..BLOCK {
+                    format.write(&mut codes, key, &vec![level; padded], f16::ONE);
+                }
                 let query = ScanQuery::new(format, &vec![sign; dim], 0.0);
-                let expected = sign * dim as f32 * format.offset();
+                let expected = sign * dim as f32 * (f32::from(level) - format.offset());
                 for isa in Isa::available() {
                     let (mut scores, group) = ([0f32; BLOCK], ScanGroup::new(isa, format, vec![query.clone()]));
                     let (stride, ahead, group) = (BLOCK, 0, &group);

@@ -219,8 +219,8 @@ impl Simd for Avx2 {
         unsafe {
             let mut two = [_mm_setzero_ps(); 4];
             for (i, two) in two.iter_mut().enumerate() {
-                let (a, b) = (rows.row(2 * i).add(at).cast(), rows.row(2 * i + 1).add(at).cast());
-                *two = _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(a), b));
+                let (a, b) = (rows.row(2 * i).add(at).cast::<f64>(), rows.row(2 * i + 1).add(at).cast::<f64>());
+                *two = _mm_castpd_ps(_mm_set_pd(b.read_unaligned(), a.read_unaligned()));
             }
             let a = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(two[0]), two[2]);
             let b = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(two[1]), two[3]);

@@ -161,7 +161,7 @@ asking!(into_second, "prefetcht1");
 /// As there; the CPU has AVX2.
 #[inline(always)]
 pub(super) unsafe fn dots<const BITS: usize, const G: usize>(
-    sums: [[__m256i; 2]; G],
+    mut sums: [[__m256i; 2]; G],
     groups: usize,
     codes: *const u8,
     ahead: usize,
@@ -181,5 +181,6 @@ pub(super) unsafe fn dots<const BITS: usize, const G: usize>(
             }
         }
     }
-    std::array::from_fn(|g| all[g])
+    sums.copy_from_slice(&all[..G]);
+    sums
 }

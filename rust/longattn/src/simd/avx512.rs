@@ -324,8 +324,8 @@ impl<const VNNI: bool, const BF16: bool, const VBMI: bool> Simd for Avx512<VNNI,
                     let mut two = [_mm_setzero_pd(); 2];
                     for (eighth, two) in two.iter_mut().enumerate() {
                         let lane = 8 * half + 4 * quarter + 2 * eighth;
-                        let (a, b) = (rows.row(lane).add(at).cast(), rows.row(lane + 1).add(at).cast());
-                        *two = _mm_loadh_pd(_mm_load_sd(a), b);
+                        let (a, b) = (rows.row(lane).add(at).cast::<f64>(), rows.row(lane + 1).add(at).cast::<f64>());
+                        *two = _mm_set_pd(b.read_unaligned(), a.read_unaligned());
                     }
                     *four = _mm256_insertf128_pd::<1>(_mm256_castpd128_pd256(two[0]), two[1]);
                 }
