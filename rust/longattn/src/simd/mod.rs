@@ -335,8 +335,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Whether there is a [`Self::code_dots`]: where compilers run short of registers.
     const CODE_DOTS: bool = false;
     /// Adds products of 16 keys' codes of `BITS` bits with `G` queries, one, two or four, to sums of 16 bits as those of
-    /// [`Self::dot4_short`], a vector of the first keys and one of the others for each query: of `groups` groups of 64 bytes, four of each key, whose fields (from the lowest bits on) meet one quadruple
-    /// of each query after the other. Asks for what is `ahead` bytes behind each group.
+    /// [`Self::dot4_short`], a vector of the first keys and one of the others for each query. Of `groups` groups of 64 bytes, four of
+    /// each key, the fields meet one quadruple of each query after the other, from the lowest bits on. Asks for what is `ahead` bytes
+    /// behind each group.
     ///
     /// # Safety
     /// `codes` are readable for the groups, `quads` for `[groups, 8 / BITS, G]`.
